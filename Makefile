@@ -1,0 +1,47 @@
+# make demo    environment, data, training, samples, score, report: about seven minutes on two cores
+# make test    the whole suite, offline, on the CPU
+# make bench   what can be measured on this machine
+VENV ?= .venv
+PY := $(VENV)/bin/python
+INSTALL = python3 -m venv $(VENV) && $(PY) -m pip install -q --no-compile -c constraints.txt -e
+CONFIG = config/quickstart.py
+RUN = out/quickstart
+
+.PHONY: demo test test-all bench lint clean
+
+demo: $(VENV)/.core
+	$(PY) prepare.py $(CONFIG)
+	$(PY) train.py $(CONFIG)
+	$(PY) sample.py --ckpt $(RUN) --prompt 'def ' --num_samples 3 --max_new_tokens 120
+	$(PY) eval.py --ckpt $(RUN) --tasks=
+	$(PY) report.py $(RUN)
+	@echo
+	@echo 'Look at   $(RUN)/report.html'
+	@echo 'Then try  $(PY) sample.py --ckpt $(RUN) --prompt "class "'
+	@echo 'Own text  $(PY) prepare.py $(CONFIG) --dataset=mine --sources=my.txt'
+	@echo '          $(PY) train.py $(CONFIG) --dataset=mine --out_dir=out/mine'
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+
+test-all: $(VENV)/.test
+	$(PY) -m pytest -m ''
+
+bench: $(VENV)/.test
+	$(PY) bench/gpu.py --rehearse
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	$(INSTALL) . && touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt
+	$(INSTALL) '.[test]' && touch $@ $(VENV)/.core
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(INSTALL) '.[dev]' && touch $@ $(VENV)/.core $(VENV)/.test

@@ -1,0 +1,353 @@
+"""Checkpoints: atomic, verified, elastic. A checkpoint is a Hugging Face model folder.
+
+step_N/            config.json, generation_config.json, model.safetensors, tokenizer files
+step_N/training/   optimizer-RANK.safetensors (each rank's slices), state.json
+step_N/checksums.json  size and sha256 of every file above
+
+A checkpoint is written as step_N.tmp, every file is synced, and the rename makes it visible.
+Readers trust a folder only after its checksums. Nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import LLaMA, ModelConfig
+from parallel import World
+from settings import UserError
+from tokenizer import boundaries, write_hf_files
+
+FORMAT = 1
+# ModelConfig's name -> Hugging Face's
+NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_model": "hidden_size",
+         "d_ff": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
+         "block_size": "max_position_embeddings", "kv_heads": "num_key_value_heads",
+         "head_dim": "head_dim", "tie_embeddings": "tie_word_embeddings"}
+
+
+def hf_config(config: ModelConfig, bos: int | None, eos: int | None) -> dict:
+    """config.json of LlamaForCausalLM. RoPE is written in both forms: transformers 4 reads only
+    rope_theta and rope_scaling, transformers 5 writes only rope_parameters."""
+    scaling = None
+    if config.rope_scaling != "none":
+        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if scaling and config.rope_scaling == "llama3":
+        scaling |= {"low_freq_factor": config.rope_low, "high_freq_factor": config.rope_high,
+                    "original_max_position_embeddings": config.rope_original}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+            **{theirs: getattr(config, ours) for ours, theirs in NAMES.items()},
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "rope_theta": config.rope_theta, "rope_scaling": scaling,
+            "rope_parameters": {"rope_type": "default", **(scaling or {}),
+                                "rope_theta": config.rope_theta},
+            "initializer_range": 0.02, "use_cache": True, "bos_token_id": bos, "eos_token_id": eos,
+            "torch_dtype": "float32", "dtype": "float32"}
+
+
+def model_config(folder: Path, attention: str = "sdpa") -> ModelConfig:
+    """The architecture of a Hugging Face LLaMA folder (config.json), or UserError."""
+    path = folder / "config.json"
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+        rope = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {}),
+                **(hf.get("rope_parameters") or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        found = {ours: hf[theirs] for ours, theirs in NAMES.items()
+                 if theirs in hf and ours not in ("kv_heads", "head_dim")}
+        config = ModelConfig(
+            **found, n_kv_head=hf.get("num_key_value_heads") or 0, rope_theta=rope["rope_theta"],
+            rope_scaling="none" if kind == "default" else kind, attention=attention,
+            rope_factor=rope.get("factor", 1.0),
+            rope_original=rope.get("original_max_position_embeddings", 0) or 0,
+            rope_low=rope.get("low_freq_factor", 1.0), rope_high=rope.get("high_freq_factor", 4.0))
+        reasons = [
+            (hf.get("model_type") == "llama", f"model_type is {hf.get('model_type')!r}, not llama"),
+            (config.rope_scaling in ("none", "linear", "llama3"), f"RoPE of type {kind}"),
+            (not hf.get("attention_bias") and not hf.get("mlp_bias"), "it has biases"),
+            (hf.get("hidden_act", "silu") == "silu", f"hidden_act is {hf.get('hidden_act')}"),
+            (hf.get("head_dim") in (None, config.head_dim), "head_dim is not d_model / n_head"),
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the config of a LLaMA: {error!r}") from None
+    for holds, reason in reasons:
+        if not holds:
+            raise UserError(f"{path}: {reason}; only plain LLaMA models can be read")
+    return config
+
+
+def steps_of(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, newest first, not yet verified."""
+    found = [p for p in run.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+
+def damage(folder: Path, training: bool = True) -> str:
+    """What is wrong with a checkpoint, or ''. Every file is hashed; `training` False leaves out
+    the optimizer's state, which only a resumed run reads."""
+    try:
+        entries = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))["files"]
+        if "model.safetensors" not in entries or "config.json" not in entries:
+            return "checksums.json does not name the model"
+        for name, entry in entries.items():
+            path = folder / name
+            if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+                return f"checksums.json names {name!r}, outside the checkpoint"
+            if not training and name.startswith("training/"):
+                continue
+            if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{error!r}"
+    return ""
+
+
+def newest_good(run: Path, training: bool = True) -> Path | None:
+    """The newest checkpoint of a run that is whole; damaged ones are named and passed over."""
+    for folder in steps_of(run):
+        problem = damage(folder, training)
+        if not problem:
+            return folder
+        print(f"checkpoint {folder} is damaged ({problem}); looking for the one before", flush=True)
+    return None
+
+
+def find(path: str, quiet: bool = False) -> Path:
+    """What --ckpt X means: a checkpoint, a run (its newest good step) or a folder of runs (the
+    newest run). Prints the choice. UserError if there is none."""
+    start = Path(path)
+    if not start.is_dir():
+        raise UserError(f"no folder {path}; train a model first (python train.py) or name a "
+                        "checkpoint or run with --ckpt")
+    if (start / "config.json").is_file():
+        problem = damage(start, training=False) if (start / "checksums.json").is_file() else ""
+        if problem:
+            raise UserError(f"checkpoint {start} is damaged: {problem}")
+        chosen = start
+    else:
+        runs = [start] if (start / "checkpoints").is_dir() else [p.parent for p in
+                                                                 start.glob("*/checkpoints")]
+        runs = [run for run in runs if steps_of(run)]
+        if not runs:
+            raise UserError(f"{path} holds no complete checkpoint; is it a run's folder, and has "
+                            "the run saved one (save_interval)?")
+        run = max(runs, key=lambda run: max(p.stat().st_mtime for p in steps_of(run)))
+        good = newest_good(run, training=False)
+        if good is None:
+            raise UserError(f"{run}: every checkpoint is damaged")
+        chosen = good
+    if not quiet:
+        print(f"checkpoint {chosen}", flush=True)
+    return chosen
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint lies in, or None for a model folder from elsewhere."""
+    run = checkpoint.absolute().parent.parent
+    return run if (run / "run.json").is_file() else None
+
+
+def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> LLaMA:
+    """The model of a checkpoint or other Hugging Face LLaMA folder, in eval mode, its matmuls in
+    `dtype`."""
+    config = model_config(folder)
+    with torch.device("meta"):
+        model = LLaMA(config)
+    model.to_empty(device=device)
+    model.reset_rope(device)
+    load_weights(folder, model, World())
+    model.compute_dtype = dtype
+    return model.eval()
+
+
+def load_weights(folder: Path, model: LLaMA, world: World) -> None:
+    """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
+    mapped from a file may be unaligned, and alignment changes the bits of a matmul."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        where = (json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file()
+                 else None)
+        files = {name: safe_open(folder / name, "pt")
+                 for name in sorted(set(where.values()) if where else ["model.safetensors"])}
+        names = {key: name for name, file in files.items() for key in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: its weights cannot be read: {error}") from None
+    wanted = dict(model.named_parameters())
+    names = {key: name for key, name in names.items() if "rotary_emb" not in key}
+    if model.config.tie_embeddings:
+        names.pop("lm_head.weight", None)
+    if missing := sorted(set(wanted) - set(names)):
+        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if extra := sorted(set(names) - set(wanted)):
+        raise UserError(f"{folder}: unknown weights, the first is {extra[0]}")
+    for key, parameter in wanted.items():
+        value = files[names[key]].get_slice(key)
+        if list(value.get_shape()) != list(parameter.shape):
+            raise UserError(f"{folder}: {key} has shape {value.get_shape()}, the config says "
+                            f"{list(parameter.shape)}")
+        local, offset = world.piece(parameter.data)
+        with torch.no_grad():
+            local.copy_(value[offset:offset + local.shape[0]])
+
+
+def save(run: Path, step: int, model: LLaMA, optimizer: torch.optim.Optimizer, state: dict,
+         tokenizer_json: Path, world: World) -> Path:
+    """Write checkpoints/step_N; collective. Raises OSError on every rank if any rank cannot write;
+    then nothing new is visible and earlier checkpoints are as they were."""
+    final = run / "checkpoints" / f"step_{step}"
+    folder = final.with_name(final.name + ".tmp")
+    problem: OSError | None = None
+    try:
+        if world.rank == 0:
+            for old in run.glob("checkpoints/*.tmp"):
+                shutil.rmtree(old)
+            (folder / "training").mkdir(parents=True)
+            check_space(folder, model)
+    except OSError as error:
+        problem = error
+    if not world.any(problem is not None):  # a barrier too: the folder is there
+        weights = gather_weights(model, world)
+        try:
+            if world.holds_a_piece:
+                save_optimizer(folder / "training" / f"optimizer-{world.rank:05d}.safetensors",
+                               model, optimizer, world)
+            if world.rank == 0:
+                save_file(weights, folder / "model.safetensors", {"format": "pt"})
+                write_json(folder / "training" / "state.json", {"format": FORMAT, **state})
+                spec = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+                vocab = {token["content"]: token["id"] for token in spec["added_tokens"]}
+                bos, eos = (vocab.get(token) for token in boundaries(spec))
+                eos = bos if eos is None else eos
+                write_json(folder / "config.json", hf_config(model.config, bos, eos))
+                write_json(folder / "generation_config.json",
+                           {"bos_token_id": bos, "eos_token_id": eos})
+                write_hf_files(tokenizer_json, folder, model.config.block_size)
+        except (OSError, SafetensorError) as error:
+            problem = error if isinstance(error, OSError) else OSError(str(error))
+    if not world.any(problem is not None) and world.rank == 0:
+        try:
+            commit(folder, final)
+        except OSError as error:
+            problem = error
+    if world.any(problem is not None):
+        if world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise problem or OSError("another rank could not write its part of the checkpoint")
+    return final
+
+
+def commit(folder: Path, final: Path) -> None:
+    """Hash and sync every file of `folder`, then rename it to `final`: here it becomes visible."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)}
+               for p in files}
+    write_json(folder / "checksums.json", {"format": FORMAT, "files": entries})
+    for path in [*files, folder / "checksums.json", folder / "training", folder]:
+        sync(path)
+    if final.exists():  # a damaged one, or the run was started again from an earlier step
+        shutil.rmtree(final)
+    os.rename(folder, final)
+    sync(final.parent)
+
+
+def prune(run: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`."""
+    for folder in steps_of(run)[keep_last:]:
+        if not (keep_every and int(folder.name[5:]) % keep_every == 0):
+            doomed = folder.with_name(folder.name + ".tmp")  # half deleted, it must not look whole
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+
+
+def gather_weights(model: LLaMA, world: World) -> dict[str, Tensor]:
+    """Every parameter, whole, in host memory of rank 0 (elsewhere {}), one by one; collective."""
+    weights = {}
+    for name, parameter in model.named_parameters():  # a tied matrix is named once
+        whole = world.whole(parameter.data)
+        if world.rank == 0:
+            weights[name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return weights
+
+
+def save_optimizer(path: Path, model: LLaMA, optimizer: torch.optim.Optimizer,
+                   world: World) -> None:
+    """This rank's slices of the optimizer's state, each with its first row and the full shape."""
+    tensors, places = {}, {}
+    for name, parameter in model.named_parameters():
+        if parameter not in optimizer.state:  # (the state is a defaultdict: it would say nothing)
+            raise RuntimeError(f"the optimizer knows no {name}: it is not the model's parameter")
+        for kind, value in optimizer.state[parameter].items():
+            local, offset = world.piece(value) if value.dim() else (value.reshape(1), 0)
+            if local.numel():
+                tensors[f"{name}/{kind}"] = local.detach().to("cpu", copy=True).contiguous()
+                places[f"{name}/{kind}"] = {"offset": offset, "shape": list(value.shape)}
+    save_file(tensors, path, {"places": json.dumps(places)})
+
+
+def load_optimizer(folder: Path, model: LLaMA, optimizer: torch.optim.Optimizer,
+                   world: World) -> None:
+    """Fill the optimizer's state, which exists already, from slices written by any world size."""
+    pieces: dict[str, list] = {}
+    for path in sorted((folder / "training").glob("optimizer-*.safetensors")):
+        file = safe_open(path, "pt")
+        for key, place in json.loads(file.metadata()["places"]).items():
+            pieces.setdefault(key, []).append((place["offset"], file.get_slice(key)))
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state[parameter].items():
+            local, start = world.piece(value) if value.dim() else (value.reshape(1), 0)
+            end, covered = start + local.shape[0], start
+            for offset, piece in sorted(pieces.get(f"{name}/{kind}", []), key=lambda p: p[0]):
+                last = min(end, offset + piece.get_shape()[0])
+                if offset <= covered < last:
+                    local[covered - start:last - start].copy_(piece[covered - offset:last - offset])
+                    covered = last
+            if covered != end:
+                raise UserError(f"{folder}: the optimizer's {kind} of {name} is incomplete; "
+                                "was it written by another optimizer?")
+
+
+def read_state(folder: Path) -> dict:
+    """training/state.json of a checkpoint."""
+    state = json.loads((folder / "training" / "state.json").read_text(encoding="utf-8"))
+    if state["format"] != FORMAT:
+        raise UserError(f"{folder} has format {state['format']}, we read {FORMAT}")
+    return state
+
+
+def check_space(folder: Path, model: LLaMA) -> None:
+    """OSError before a byte is written if weights and two moments would not fit on the disk."""
+    need = sum(p.numel() for p in model.parameters()) * 4 * 3
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(28, f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", str(folder))
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """fsync a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Plain JSON; the caller syncs."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+assert set(NAMES) - {"kv_heads", "head_dim"} <= {f.name for f in fields(ModelConfig)}

@@ -1,0 +1,246 @@
+"""A checkpoint -> a Hugging Face folder that transformers, vLLM and others open as it is.
+
+  export.py --ckpt=out/RUN --to=DIR [--dtype=bf16] [--push=user/name]
+
+The folder gets config.json, generation_config.json, the weights (in shards above 5 GB), the
+tokenizer and a model card. Before it gets its name, the weights in it are compared with the
+model's bit by bit, and a fresh Python process opens it with transformers elsewhere: logits and
+token ids must be ours. --push uploads it to the Hugging Face hub, once everything here is done.
+"""
+
+from dataclasses import dataclass
+
+import settings
+from settings import UserError, key
+
+
+@dataclass
+class Flags:
+    """What export.py takes."""
+
+    ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs (the newest)")
+    to: str = key("", "the folder to write; it must be new or empty")
+    dtype: str = key("fp32", "of the weights in the folder", ("fp32", "bf16"))
+    license: str = key("apache-2.0", "what the model card says; the data may ask for another")
+    push: str = key("", "user/name on the hub to upload to (after `hf auth login`)")
+
+
+if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
+    COMMAND = settings.command(__doc__, Flags, takes="files")
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from model import LLaMA
+from tokenizer import SAMPLE, Tokenizer, write_hf_files
+
+SHARD_BYTES = 5_000_000_000
+TOLERANCE = 1e-4  # largest difference of logits in fp32, as a share of the largest logit
+# Run by a fresh Python process: arguments are the folder and a place for questions and answers.
+CHECK = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, place = sys.argv[1], Path(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+with torch.no_grad():
+    logits = model(load_file(place / "ids.safetensors")["ids"]).logits
+save_file({"logits": logits.contiguous()}, place / "logits.safetensors")
+texts = json.loads((place / "texts.json").read_text())
+ids = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts]
+(place / "theirs.json").write_text(json.dumps(ids))
+"""
+TEXTS = [SAMPLE, "", " ", "Once upon a time", "  two  spaces ", "\n\n\tif x == 1:\n\t\treturn",
+         "naïve café 北京 😀👩‍👩‍👧 ½", "<s>[INST] text that spells specials </s><|endoftext|>"]
+CARD = """---
+license: {license}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [llama, plainllama]
+---
+# {name}
+
+A LLaMA of {total:,} parameters ({inner:,} without embeddings), trained from text by plainllama, a
+LLaMA trainer in plain PyTorch. The weights are {dtype}. Licence: {license}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+ids = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=50)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+```
+"""
+
+
+def write_weights(model: LLaMA, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    """model.safetensors, or shards of at most `limit` bytes and their index; a tied matrix once."""
+    weights, filled = dict(model.named_parameters()), 0
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, weight in weights.items():
+        filled += weight.numel() * dtype.itemsize
+        if filled > limit and shards[-1]:
+            shards.append({})
+            filled = weight.numel() * dtype.itemsize
+        shards[-1][name] = weight.data
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        one_of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        where |= dict.fromkeys(shard, f"model{one_of}.safetensors")
+        save_file({name: weight.to(dtype).contiguous() for name, weight in shard.items()},
+                  folder / f"model{one_of}.safetensors", {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
+        checkpoint.write_json(folder / "model.safetensors.index.json",
+                              {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def check(model: LLaMA, tokenizer: Tokenizer, folder: Path) -> str:
+    """Open `folder` with transformers in a fresh process and compare; what differs, or ''."""
+    again = checkpoint.load_model(folder)
+    for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
+        if not torch.equal(ours, theirs):
+            return f"{name} is not what was written"
+    del again
+    if importlib.util.find_spec("transformers") is None:
+        print("not checked against transformers, which is not installed: pip install transformers")
+        return ""
+    ids = torch.randint(model.config.vocab_size, (2, min(model.config.block_size, 128)),
+                        generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as elsewhere:
+        place = Path(elsewhere)
+        save_file({"ids": ids}, place / "ids.safetensors")
+        (place / "texts.json").write_text(json.dumps(TEXTS))
+        done = subprocess.run([sys.executable, "-c", CHECK, str(folder.absolute()), elsewhere],
+                              cwd=elsewhere, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                              capture_output=True, text=True)
+        if done.returncode:
+            return f"transformers cannot open it: {done.stderr.strip()[-2000:]}"
+        logits = load_file(place / "logits.safetensors")["logits"]
+        their_ids = json.loads((place / "theirs.json").read_text())
+    with torch.inference_mode():
+        wanted = model(ids)
+    share = ((wanted - logits).abs().max() / wanted.abs().max()).item()
+    print(f"checked with transformers: largest difference of logits {share:.1e} of the largest")
+    if not share <= TOLERANCE:  # nan too
+        return f"its logits differ by {share:.1e} of the largest, allowed are {TOLERANCE:.0e}"
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    for text, found in zip(TEXTS, their_ids, strict=True):
+        if found != begin + tokenizer.encode(text):
+            return f"its tokenizer reads {text[:40]!r} as {found[:12]}, not as ours does"
+    return ""
+
+
+def card(model: LLaMA, folder: Path, flags) -> str:
+    """README.md: what the model is, how it was trained and what it scored, from its run's files."""
+    total, inner = model.parameter_counts()
+    run, state = checkpoint.run_of(folder), read(folder / "training" / "state.json")
+    info = read(run / "run.json") if run else {}
+    step, config, data = state.get("step", 0), info.get("config") or {}, info.get("data") or {}
+    device, git = info.get("device") or {}, info.get("git") or {}
+    words = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
+    facts = {
+        "data set": data.get("name"), "sources": config.get("sources"),
+        "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
+        "steps": step, "tokens trained on": f"{step * config.get('global_batch_tokens', 0):,}",
+        "device": f"{device.get('count')} x {device.get('name')}",
+        "commit": f"{git.get('commit')}{' (edited)' * bool(git.get('dirty'))}",
+        "command": shlex.join(["python", "train.py", info.get("config_file") or "", *words])}
+    found = read(run / "eval" / f"step_{step}.json") if run else {}
+    scores = {"validation loss, nats per token": found.get("val_loss"),
+              "validation, bits per byte": found.get("val_bpb")}
+    for task, metrics in (found.get("tasks") or {}).items():
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and not name.endswith("_stderr"):
+                error = metrics.get(f"{name}_stderr")
+                interval = f" ± {1.96 * error:.4f} (95 %)" if isinstance(error, float) else ""
+                scores[f"{task}, {name}"] = f"{value:.4f}{interval}"
+    text = CARD.format(license=flags.license, name=flags.push or Path(flags.to).name, total=total,
+                       inner=inner, dtype=flags.dtype)
+    for title, table in (("Training", facts if info else {}), ("Scores", scores),
+                         ("Architecture", vars(model.config))):
+        lines = [f"| {name} | {value} |" for name, value in table.items() if value is not None]
+        text += "\n".join([f"\n## {title}\n\n| | |\n| --- | --- |", *lines, ""]) if lines else ""
+    return text
+
+
+def read(path: Path) -> dict:
+    """A JSON object, {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def push(folder: Path, name: str) -> int:
+    """Upload the folder; what fails there leaves it as it is."""
+    from huggingface_hub import HfApi
+
+    try:
+        url = HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # no network, no login, no rights: the library has many kinds
+        reason = str(error).strip().split("\n")[0]
+        return settings.complain(f"{folder} is complete, but was not uploaded to {name}: {reason}; "
+                                 f"try again with: hf upload {name} {folder}", 1)
+    print(f"uploaded to {url}")
+    return 0
+
+
+def main(command) -> int:
+    """Write the folder under a temporary name, check it, rename it, upload it."""
+    flags, final = command.flags, Path(command.flags.to)
+    if command.files or not flags.to:
+        raise UserError("name the folder to write with --to=DIR and the model with --ckpt")
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"--to {final} exists and is not empty; name a new folder")
+    if flags.push and flags.push.count("/") != 1:
+        raise UserError(f"--push takes user/name, not {flags.push!r}")
+    if flags.push and importlib.util.find_spec("huggingface_hub") is None:
+        raise UserError("--push needs huggingface_hub: pip install huggingface_hub")
+    source = checkpoint.find(flags.ckpt)
+    tokenizer, config = Tokenizer.load(source), checkpoint.model_config(source)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{source}: its tokenizer has {tokenizer.vocab_size} entries, the model's "
+                        f"embedding only {config.vocab_size}; they do not belong together")
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[flags.dtype]
+    model = checkpoint.load_model(source)
+    for weight in model.parameters():
+        weight.data = weight.data.to(kind).float()  # from here on the model holds what is exported
+    folder = final.absolute().with_name(final.absolute().name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+    folder.mkdir(parents=True)
+    try:
+        end = tokenizer.stop_ids[0] if tokenizer.stop_ids else None
+        dtypes = dict.fromkeys(("torch_dtype", "dtype"), str(kind).removeprefix("torch."))
+        checkpoint.write_json(folder / "config.json", {
+            **checkpoint.hf_config(config, tokenizer.bos, end), **dtypes})
+        checkpoint.write_json(folder / "generation_config.json",
+                              {"bos_token_id": tokenizer.bos, "eos_token_id": end})
+        write_hf_files(source / "tokenizer.json", folder, config.block_size)
+        write_weights(model, folder, kind, SHARD_BYTES)
+        (folder / "README.md").write_text(card(model, source, flags), encoding="utf-8")
+        if wrong := check(model, tokenizer, folder):
+            return settings.complain(f"the export was not right and is removed: {wrong}", 1)
+        for path in [*folder.iterdir(), folder]:
+            checkpoint.sync(path)
+        os.rename(folder, final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{model.parameter_counts()[0]:,} parameters as {flags.dtype} -> {final}")
+    return push(final, flags.push) if flags.push else 0
+
+
+if __name__ == "__main__":
+    settings.run(main, COMMAND)

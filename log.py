@@ -1,0 +1,179 @@
+"""What a run writes about itself: run.json, status.json, metrics.jsonl, TensorBoard, the screen."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from settings import CommandLine, UserError, to_json
+
+# dense bf16 peaks in FLOP/s by a part of the device's name; an unknown device has no MFU
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
+         "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 FLOP/s, or None if it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: on the GPU by this process's tensors, else resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe(command: CommandLine, device: torch.device, size: int, data: dict,
+             parameters: tuple[int, int]) -> dict:
+    """run.json: everything that is needed to say what this run is."""
+    packages = ("torch", "numpy", "safetensors", "tokenizers")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {"format": 1, "config": asdict(command.config), "config_file": command.config_file,
+            "base": command.base, "changed": command.changed, "overrides": command.overrides,
+            "versions": versions, "git": git_state(),
+            "device": {"type": device.type, "name": name or platform.machine(), "count": size,
+                       "threads": torch.get_num_threads()},
+            "data": data, "started": time.time(),
+            "parameters": {"total": parameters[0], "non_embedding": parameters[1]}}
+
+
+def git_state() -> dict:
+    """The commit that the scripts are at and whether they were edited since; {} outside git."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
+                              text=True, timeout=10, check=True).stdout.strip()
+    try:
+        return {"commit": git("rev-parse", "HEAD"),
+                "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+class Log:
+    """The metrics of a run, on rank 0; on other ranks every call does nothing."""
+
+    def __init__(self, run: Path, step: int, active: bool):
+        self.run, self.active, self.board, self.file = run, active, None, None
+        if not active:
+            return
+        path = run / "metrics.jsonl"
+        cut(path, step)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run), purge_step=step + 1 if step else None)
+        except ImportError:
+            print("tensorboard is not installed: metrics go to metrics.jsonl only", flush=True)
+
+    def row(self, row: dict) -> None:
+        """Write one row of metrics.jsonl and the same numbers to TensorBoard."""
+        if not self.file:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        if self.board:
+            for name, value in row.items():
+                if name not in ("step", "time") and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, row["step"])
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.active:
+            print(text, flush=True)
+
+    def status(self, state: str, step: int) -> None:
+        """status.json: running, done, stopped (start me again) or failed."""
+        if self.active:
+            to_json(self.run / "status.json", {"state": state, "step": step})
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()
+
+
+class Clock:
+    """Time since the last row of metrics, with evaluation and saving set apart."""
+
+    def __init__(self):
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Begin to count at `step`."""
+        self.step, self.since = step, time.perf_counter()
+        self.spent: dict[str, float] = {}  # seconds by name
+        self.outside = 0.0  # seconds that are not training
+
+    @contextlib.contextmanager
+    def apart(self, name: str, training: bool = False):
+        """Report the time inside as `name`; it does not slow tokens/s unless it is `training`."""
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self.spent[name] = self.spent.get(name, 0.0) + seconds
+        self.outside += 0.0 if training else seconds
+
+    def read(self, step: int, tokens_per_step: int) -> tuple[float, dict]:
+        """(tokens per second of training since the last call, seconds apart by name)."""
+        seconds = time.perf_counter() - self.since - self.outside
+        rate, spent = (step - self.step) * tokens_per_step / max(seconds, 1e-9), self.spent
+        self.start(step)
+        return rate, spent
+
+
+def cut(path: Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl after `step`: the resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a killed run may be half a line
+    temporary = path.with_name("metrics.jsonl.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def lock(run: Path):
+    """Hold the run's folder; UserError if another process does. The lock dies with its owner."""
+    import fcntl
+
+    file = open(run / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training in {run}; choose another out_dir") from None
+    return file
+
+
+def duration(seconds: float) -> str:
+    """'2:05' or '3:20:00'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

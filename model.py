@@ -1,0 +1,290 @@
+"""The LLaMA and nothing else: RMSNorm, RoPE, GQA, SwiGLU, KV cache.
+
+https://arxiv.org/abs/2302.13971
+
+Modules carry the names of Hugging Face's LlamaForCausalLM and RoPE rotates halves as it does, so a
+state dict of this model is a Hugging Face checkpoint. Shapes: B rows, T tokens, C = d_model,
+H query heads, K key/value heads, D = C / H, V = vocab_size, S cached tokens.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import attend
+
+IGNORE = -100  # a target that does not count
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Names as in settings.py."""
+
+    n_layer: int
+    n_head: int
+    d_model: int
+    d_ff: int
+    vocab_size: int
+    block_size: int
+    n_kv_head: int = 0  # 0: as many as n_head
+    rope_theta: float = 10000.0
+    rope_scaling: str = "none"  # none | linear | llama3
+    rope_factor: float = 1.0
+    rope_original: int = 0  # context before scaling; llama3 only
+    rope_low: float = 1.0  # llama3: below this many turns a frequency is fully stretched,
+    rope_high: float = 4.0  # above this many it is left alone
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention: str = "sdpa"
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads K."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        """Width D of a head."""
+        return self.d_model // self.n_head
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Angle per position of each pair of channels, (D/2,) fp32, after scaling.
+
+    Plain: theta^(-2i/D) (https://arxiv.org/abs/2104.09864). linear: positions divided by the factor
+    (position interpolation, https://arxiv.org/abs/2306.15595). llama3: only the frequencies that
+    turn fewer than rope_high times in the original context are stretched, smoothly
+    (Llama 3.1, https://arxiv.org/abs/2407.21783).
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / config.rope_theta ** (exponent / config.head_dim)
+    if config.rope_scaling == "linear":
+        return frequencies / config.rope_factor
+    if config.rope_scaling == "llama3":
+        turns = config.rope_original * frequencies / (2 * math.pi)
+        keep = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / config.rope_factor
+    return frequencies
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, heads, T, D) by tables (T, D) or (B, 1, T, D), computed in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear map without bias whose fp32 weight is cast to the dtype of its input."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain, statistics in fp32 (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        weight = self.weight.float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, preallocated: (n_layer, B, K, capacity, D) each.
+
+    `lengths` (B,) counts each row's tokens. A row's tokens beyond its length (right padding of a
+    batch of prompts) are never seen: the next tokens are written over them.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, device, dtype):
+        shape = (config.n_layer, batch, config.kv_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.used = 0  # the longest row, as a Python number: how much of the cache to look at
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k, v (B, K, T, D) at positions (B, T); give back all that is in use (B, K, S, D)."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[layer].transpose(1, 2)[rows, positions] = k.transpose(1, 2)
+        self.v[layer].transpose(1, 2)[rows, positions] = v.transpose(1, 2)
+        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        width = config.kv_heads * config.head_dim
+        self.q_proj = Linear(config.d_model, config.d_model)
+        self.k_proj = Linear(config.d_model, width)
+        self.v_proj = Linear(config.d_model, width)
+        self.o_proj = Linear(config.d_model, config.d_model)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None,
+                positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        B, T, C = x.shape
+        q, k, v = (project(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, H or K, T, D)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None and positions is not None:
+            k, v = cache.write(self.layer, k, v, positions)
+        y = attend(q, k, v, self.config.attention, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.d_model, config.d_ff)
+        self.up_proj = Linear(config.d_model, config.d_ff)
+        self.down_proj = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        """(B, T, C) -> (B, T, C); `context` is what Attention.forward takes after x."""
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: what Hugging Face names `model`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+
+
+class LLaMA(nn.Module):
+    """The decoder and its output matrix."""
+
+    rope_cos: Tensor  # (block_size, D) fp32
+    rope_sin: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32  # of activations and matmuls; weights stay fp32
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_rope("cpu")
+
+    def reset_rope(self, device) -> None:
+        """(Re)compute the rotary tables: they are not saved, and moving off `meta` loses them."""
+        positions = torch.arange(self.config.block_size, dtype=torch.float32, device="cpu")
+        angles = torch.outer(positions, rope_frequencies(self.config)).repeat(1, 2)
+        self.register_buffer("rope_cos", angles.cos().to(device), persistent=False)
+        self.register_buffer("rope_sin", angles.sin().to(device), persistent=False)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> normalised states (B, T, C) that the output matrix reads.
+
+        With a cache, the ids continue what is in it, each row from its own length on; the caller
+        advances `cache.lengths` afterwards (by less than T for rows that were padded).
+        """
+        T = ids.shape[1]
+        positions = mask = None
+        rope = self.rope_cos[:T], self.rope_sin[:T]
+        if cache is not None:
+            positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)  # (B, T)
+            rope = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]
+            fresh, cache.used = cache.used == 0, cache.used + T
+            if not fresh:  # (B, 1, T, S)
+                seen = torch.arange(cache.used, device=ids.device)
+                mask = seen <= positions[:, None, :, None]
+        x = self.model.embed_tokens(ids).to(self.compute_dtype)
+        for block in self.model.layers:
+            x = block(x, rope, cache, positions, mask)
+        return self.model.norm(x)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None,
+                cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V).
+
+        With targets (B, T): the sum of -log p(target) in nats, fp32 (); targets of IGNORE count 0.
+        """
+        logits = self.lm_head(self.hidden(ids, cache))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(),
+                               ignore_index=IGNORE, reduction="sum")
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """(all parameters, those without embedding and output matrix); a tied one counts once."""
+        total = sum(p.numel() for p in self.parameters())
+        ends = {id(p): p.numel() for p in (self.model.embed_tokens.weight, self.lm_head.weight)}
+        return total, total - sum(ends.values())
+
+
+def flops_per_token(config: ModelConfig, context: int) -> int:
+    """Floating-point operations to train on one token, forward and backward.
+
+    6 per parameter that is multiplied with the token (the embedding is a look-up, the output matrix
+    is not), and 12 n_layer d_model context for attention, without halving it for causality:
+    PaLM's count (https://arxiv.org/abs/2204.02311, appendix B).
+    """
+    c = config
+    attention = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim)
+    matmul = c.n_layer * (attention + 3 * c.d_model * c.d_ff) + c.d_model * c.vocab_size
+    return 6 * matmul + 12 * c.n_layer * c.d_model * context
+
+
+def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The first value of parameter `name`, fp32 on the CPU: a function of seed, name and config.
+
+    Each parameter has its own generator, so that one process, meta-device shards and a deeper model
+    begin with the same weights. Matrices are normal with deviation 0.02; those that write to the
+    residual stream are divided by sqrt(2 (layer + 1)), so that it grows slowly with depth; the
+    output matrix is narrow enough that the first loss is ln V.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    std = 0.02
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * (int(name.split(".")[2]) + 1))
+    elif name == "lm_head.weight":
+        std = min(std, 0.4 / math.sqrt(config.d_model))
+    elif name == "model.embed_tokens.weight" and config.tie_embeddings:
+        std = min(std, 2 / config.d_model)  # a token's own logit is about std * d_model
+    elif not name.endswith(("embed_tokens.weight", "_proj.weight")):
+        raise ValueError(f"no rule initialises {name}")
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

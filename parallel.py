@@ -1,0 +1,159 @@
+"""One process, DDP or FSDP2 behind one small interface; reductions and agreed decisions.
+
+torchrun starts W processes (ranks). ddp keeps the whole model on each and adds up gradients; fsdp
+(FSDP2) shards parameters, gradients and optimizer state by rows over the ranks, block by block.
+"""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model import LLaMA, initial_weight
+from settings import UserError
+
+
+class World:
+    """This process among the ranks of the run. Without arguments: one process on the CPU."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu", mode: str = "one"):
+        self.rank, self.size, self.mode = rank, size, mode
+        self.device = torch.device(device)
+
+    @property
+    def holds_a_piece(self) -> bool:
+        """Whether this rank has optimizer state that no other rank has."""
+        return self.mode == "fsdp" or self.rank == 0
+
+    def place(self, model: LLaMA, dtype: torch.dtype) -> None:
+        """Shard (fsdp) a model built on the meta device and allocate it on this rank's device."""
+        if self.mode == "fsdp":
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            # inputs are not cast: the rotary tables stay fp32
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                          cast_forward_inputs=False)
+            for block in model.model.layers:
+                fully_shard(block, mp_policy=policy)
+            fully_shard(model, mp_policy=policy)
+        model.to_empty(device=self.device)
+        model.reset_rope(self.device)
+        model.compute_dtype = dtype
+
+    def initialise(self, model: LLaMA, seed: int) -> None:
+        """Every parameter from its own generator: the same weights however they are sharded."""
+        for name, parameter in model.named_parameters():
+            local, offset = self.piece(parameter.data)
+            value = initial_weight(name, parameter.shape, model.config, seed)
+            with torch.no_grad():
+                local.copy_(value[offset:offset + local.shape[0]])
+
+    def wrap(self, model: LLaMA) -> nn.Module:
+        """The module to call in training: gradients are averaged over ranks in its backward."""
+        if self.mode == "ddp":
+            from torch.nn.parallel import DistributedDataParallel
+
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
+                                           broadcast_buffers=False)
+        return model
+
+    @contextlib.contextmanager
+    def accumulating(self, module: nn.Module, last: bool):
+        """Around forward and backward of a micro-batch: gradients are exchanged in the last."""
+        if self.mode == "fsdp":
+            module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            yield
+        elif self.mode == "ddp" and not last:
+            with module.no_sync():  # type: ignore[operator]
+                yield
+        else:
+            yield
+
+    def reshard(self, model: LLaMA) -> None:
+        """After a forward pass without a backward: FSDP2 leaves the root's parameters gathered."""
+        if self.mode == "fsdp":
+            model.reshard()  # type: ignore[operator]
+
+    def piece(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """(this rank's rows of a tensor, the number of its first row)."""
+        if not hasattr(tensor, "to_local"):
+            return tensor, 0
+        local = tensor.to_local()
+        rows = -(-tensor.shape[0] // self.size)  # fully_shard cuts like torch.chunk
+        return local, min(self.rank * rows, tensor.shape[0])
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All rows of a tensor; collective if it is sharded."""
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def square_norm(self, model: nn.Module) -> Tensor:
+        """This rank's share of the squared gradient norm, fp32 (): the shares add up to the norm
+        of the whole model, squared."""
+        grads = [self.piece(p.grad)[0] for p in model.parameters() if p.grad is not None]
+        norms = torch._foreach_norm([g for g in grads if g.numel()])
+        total = torch.stack(norms).square().sum()
+        return total / self.size if self.mode == "ddp" else total
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added up over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; all get the same answer."""
+        if self.size == 1:
+            return flag
+        return self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0
+
+    def agree(self, value):
+        """Rank 0's value (anything that pickles), on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device: str, mode: str, threads: int = 0) -> World:
+    """Join the ranks that torchrun started, or be alone. `device`, `mode` as in the config."""
+    device = pick_device(device)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if threads:
+        torch.set_num_threads(threads)
+    if size == 1 and mode == "auto":
+        return World(0, 1, device, "one")
+    if "RANK" not in os.environ:
+        raise UserError(f"parallel={mode} needs several processes: "
+                        "torchrun --nproc_per_node=N train.py ...")
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU: torch sees "
+                            f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return World(rank, size, device, "ddp" if mode == "auto" else mode)
+
+
+def pick_device(device: str) -> str:
+    """'auto' is cuda, then mps, then cpu; a device that is not there is a UserError."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+               "cpu": True}
+    if device == "auto":
+        return next(name for name, there in present.items() if there)
+    if not present[device]:
+        raise UserError(f"device={device} is not available to this torch ({torch.__version__}); "
+                        f"there is: {', '.join(n for n, there in present.items() if there)}")
+    return device

@@ -1,0 +1,242 @@
+"""The on-disk token format, its checks, and rows(first, n): the stateless batch stream.
+
+A data set is a folder: per split `train` and `val` numbered token files NAME.bin with an index
+NAME.idx of document starts, the tokenizer, and a manifest that is written last: a folder without
+one is unfinished. docs/format.md describes every byte.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from settings import UserError
+
+FORMAT = 1
+HEADER = struct.Struct("<8sIIQ40x")  # magic, format, bytes per token, tokens; 64 bytes in all
+MAGIC = b"plnllama"
+DTYPES: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 while every id fits, else uint32."""
+    return DTYPES[2 if vocab_size <= 1 << 16 else 4]
+
+
+class ShardWriter:
+    """Writes FOLDER/NAME.bin and NAME.idx as *.tmp; close() makes them appear, complete."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype):
+        self.paths = [folder / f"{name}.bin", folder / f"{name}.idx"]
+        self.files = [open(f"{path}.tmp", "wb") for path in self.paths]  # noqa: SIM115
+        self.files[0].write(bytes(HEADER.size))
+        self.dtype, self.tokens, self.documents, self.largest = dtype, 0, 0, 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append one document's token ids, boundaries included."""
+        self.files[1].write(struct.pack("<Q", self.tokens))
+        self.files[0].write(ids.astype(self.dtype).tobytes())
+        self.tokens += len(ids)
+        self.documents += 1
+        self.largest = max(self.largest, int(ids.max(initial=0)))
+
+    def close(self) -> dict:
+        """Finish both files; {file name: {size, sha256, tokens, ...}} for the manifest."""
+        self.files[0].seek(0)
+        self.files[0].write(HEADER.pack(MAGIC, FORMAT, self.dtype.itemsize, self.tokens))
+        entries = {}
+        for path, file in zip(self.paths, self.files, strict=True):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            entries[path.name] = file_entry(Path(f"{path}.tmp"))
+            os.replace(f"{path}.tmp", path)
+        entries[self.paths[0].name] |= {"tokens": self.tokens, "documents": self.documents,
+                                        "largest_id": self.largest}
+        return entries
+
+
+def file_entry(path: Path) -> dict:
+    """{size, sha256} of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write manifest.json and its hash: from here on the data set is complete."""
+    text = json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    for name, content in (("manifest.sha256", digest + "\n"), ("manifest.json", text)):
+        with open(folder / f"{name}.tmp", "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a complete data set whose files have the sizes it names, or UserError."""
+    if not folder.is_dir():
+        raise UserError(f"no data set {folder}; make it with: python prepare.py CONFIG")
+    path = folder / "manifest.json"
+    if not path.is_file():
+        unfinished = any(folder.glob("*.bin")) or any(folder.glob("*.tmp"))
+        raise UserError(f"data set {folder} is unfinished (no manifest.json); run prepare.py again "
+                        "to complete it" if unfinished else
+                        f"{folder} is not a data set: it has no manifest.json")
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        version = manifest["format"]
+        if version == FORMAT:
+            sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
+            manifest["splits"]["train"]["tokens"], manifest["tokenizer"]["vocab_size"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a plainllama manifest ({error!r}); prepare the data set "
+                        "again in an empty folder") from None
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, this program reads {FORMAT}; use the "
+                        "plainllama that wrote it, or prepare the data set again")
+    digest = folder / "manifest.sha256"
+    if not digest.is_file() or digest.read_text().split() != [hashlib.sha256(content).hexdigest()]:
+        raise UserError(f"{path} does not match manifest.sha256: one of them is damaged")
+    for name, size in sizes.items():
+        if Path(name).name != name or (folder / name).is_symlink():
+            raise UserError(f"{path} names {name!r}, which leaves the data set's folder")
+        if not (folder / name).is_file():
+            raise UserError(f"data set {folder}: {name} is missing; prepare it again")
+        if (folder / name).stat().st_size != size:
+            raise UserError(f"data set {folder}: {name} has {(folder / name).stat().st_size} bytes "
+                            f"where the manifest says {size}; it is damaged, prepare it again")
+    return manifest
+
+
+def verify(folder: Path) -> tuple[int, list[str]]:
+    """Check every byte: (0, []) good, (1, problems) damaged, (2, [why]) not a data set."""
+    if not (folder / "manifest.json").is_file():
+        return 2, [f"{folder} is not a data set: it has no manifest.json"]
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return 1, [str(error)]
+    problems = [f"{folder / name}: its sha256 is not the manifest's"
+                for name, entry in manifest["files"].items()
+                if file_entry(folder / name)["sha256"] != entry["sha256"]]
+    known = {*manifest["files"], "manifest.json", "manifest.sha256"}
+    problems += [f"{path}: not named by the manifest"
+                 for path in sorted(folder.iterdir()) if path.name not in known]
+    return (1 if problems else 0), problems
+
+
+class Split:
+    """The token files of one split, joined in order; opened when first read."""
+
+    def __init__(self, folder: Path, split: str, manifest: dict):
+        self.folder, self.split, self.manifest = folder, split, manifest
+        self.names = [name for name in manifest["files"]
+                      if name.startswith(f"{split}-") and name.endswith(".bin")]
+        counts = [manifest["files"][name]["tokens"] for name in self.names]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.tokens = int(self.starts[-1])
+        self.maps: list = [None] * len(self.names)
+        vocab = manifest["tokenizer"]["vocab_size"]
+        for name in self.names:
+            if manifest["files"][name]["largest_id"] >= vocab:
+                raise UserError(f"{folder / name} holds id {manifest['files'][name]['largest_id']} "
+                                f"but the tokenizer has {vocab} entries; prepare it again")
+
+    def shard(self, i: int) -> np.ndarray:
+        """Token file i as a memory map, its header checked against the manifest."""
+        if self.maps[i] is None:
+            path = self.folder / self.names[i]
+            with open(path, "rb") as file:
+                magic, version, width, count = HEADER.unpack(file.read(HEADER.size))
+            expected = self.manifest["files"][self.names[i]]["tokens"]
+            if magic != MAGIC or version != FORMAT or width not in DTYPES or count != expected:
+                raise UserError(f"{path}: its header does not match the manifest; prepare it again")
+            self.maps[i] = np.memmap(
+                path, dtype=DTYPES[width], mode="r", offset=HEADER.size, shape=(count,))
+        return self.maps[i]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 of the joined files, in their stored dtype."""
+        i = int(np.searchsorted(self.starts, start, "right")) - 1
+        piece = self.shard(i)[start - self.starts[i]:stop - self.starts[i]]
+        if len(piece) == stop - start:  # nearly always: the window lies in one file
+            return piece
+        pieces = [piece]
+        while (start := start + len(pieces[-1])) < stop:
+            i += 1
+            pieces.append(self.shard(i)[:stop - self.starts[i]])
+        return np.concatenate(pieces)
+
+
+def permute(positions: np.ndarray, size: int, key: tuple) -> np.ndarray:
+    """The place of each position 0..size-1 in a permutation of 0..size-1 chosen by `key`.
+
+    A four-round Feistel network over the next power of four, walked until the value is below
+    `size` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): O(1) memory, no
+    start-up, each window exactly once an epoch.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
+    round_keys = np.frombuffer(digest, "<u8")
+    values = positions.astype(np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():
+        left, right = values[outside] >> np.uint64(half), values[outside] & mask
+        for round_key in round_keys:
+            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        values[outside] = (left << np.uint64(half)) | right
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+class Rows:
+    """The batch stream: row r of a run is window perm_e(r mod N) of epoch e = r div N.
+
+    Window i is tokens[i T .. i T + T] of the split (T + 1 tokens, the last shared with the next
+    window). The incomplete tail is left out. There is no state: any row can be asked for.
+    """
+
+    def __init__(self, split: Split, block_size: int, seed: int, limit: int = 0):
+        self.split, self.block_size, self.seed = split, block_size, seed
+        self.windows = (split.tokens - 1) // block_size if split.tokens else 0
+        self.tail = split.tokens - self.windows * block_size - 1
+        if self.windows < 1:
+            raise UserError(f"data set {split.folder}: its {split.split} split has {split.tokens} "
+                            f"tokens, fewer than one row of block_size {block_size} + 1; prepare "
+                            "more text or lower block_size")
+        if limit:  # overfit on a few rows
+            self.windows = min(self.windows, limit)
+
+    def window_of(self, first: int, n: int) -> np.ndarray:
+        """The windows (n,) that rows first..first+n-1 show."""
+        rows = np.arange(first, first + n, dtype=np.int64)
+        out = np.empty(n, np.int64)
+        for epoch in range(first // self.windows, (first + n - 1) // self.windows + 1):
+            here = rows // self.windows == epoch
+            out[here] = permute(rows[here] % self.windows, self.windows, (self.seed, epoch))
+        return out
+
+    def rows(self, first: int, n: int, step: int = 1) -> np.ndarray:
+        """Rows first, first + step, ... below first + n, (m, T + 1) in the stored dtype."""
+        return self.read_windows(self.window_of(first, n)[::step])
+
+    def read_windows(self, windows: Iterable[int]) -> np.ndarray:
+        """The given windows, (m, T + 1)."""
+        T = self.block_size
+        return np.stack([self.split.read(w * T, w * T + T + 1) for w in windows])
+
+
+def open_split(folder: Path, split: str) -> Split:
+    """A split of a complete data set."""
+    return Split(folder, split, read_manifest(folder))

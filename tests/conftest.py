@@ -1,0 +1,112 @@
+"""Shared by the tests: everything runs offline, on the CPU, in temporary folders."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+                  CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+import torch
+
+import shards
+import tokenizer
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+def write_data_set(folder: Path, texts: dict[str, list[str]], files_per_split: int = 2) -> None:
+    """A complete byte-level data set without prepare.py."""
+    folder.mkdir(parents=True)
+    words = tokenizer.make("bytes")
+    words.save(folder)
+    files, splits = {}, {}
+    for split, documents in texts.items():
+        for i in range(files_per_split):
+            writer = shards.ShardWriter(folder, f"{split}-{i:05d}", shards.token_dtype(258))
+            for ids in words.encode_documents(documents[i::files_per_split]):
+                writer.add(ids)
+            files |= writer.close()
+        tokens = sum(e.get("tokens", 0) for n, e in files.items() if n.startswith(split))
+        splits[split] = {"documents": len(documents), "tokens": tokens, "tail": 0,
+                         "bytes": sum(len(d.encode()) for d in documents)}
+    files["tokenizer.json"] = shards.file_entry(folder / "tokenizer.json")
+    shards.write_manifest(folder, {
+        "recipe": {}, "source": [], "splits": splits, "files": files,
+        "tokenizer": {"spec": "bytes", "sha256": words.sha256, "vocab_size": 258,
+                      "bos": words.bos, "eos": words.eos}})
+
+
+def documents(n: int = 60) -> list[str]:
+    """Texts with structure that a tiny model can begin to learn."""
+    return [f"def add_{i}(a, b):\n    return a + b + {i * 7 % 13}\n\n" * (2 + i % 5)
+            for i in range(n)]
+
+
+@pytest.fixture(scope="session")
+def data_home(tmp_path_factory) -> Path:
+    """A folder with data/toy (258 byte-level entries) and a tiny config."""
+    home = tmp_path_factory.mktemp("home")
+    write_data_set(home / "data" / "toy", {"train": documents(60), "val": documents(9)[5:]})
+    (home / "toy.py").write_text(TOY)
+    return home
+
+
+TOY = """
+dataset = 'toy'
+n_layer = 2
+n_head = 4
+n_kv_head = 2
+d_model = 32
+d_ff = 64
+block_size = 32
+global_batch_tokens = 8 * 32
+micro_batch = 4
+max_steps = 40
+learning_rate = 1e-2
+min_lr = 1e-3
+warmup_steps = 5
+log_interval = 1
+eval_interval = 20
+eval_tokens = 320
+save_interval = 10
+keep_last = 10
+"""
+
+
+@pytest.fixture
+def home(data_home, tmp_path, monkeypatch) -> Path:
+    """An own working folder whose data/ is the shared one."""
+    (tmp_path / "data").symlink_to(data_home / "data")
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_script(*words: str, cwd: Path, processes: int = 0, code: str = "", timeout: int = 120,
+               env: dict | None = None) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user would; `processes` > 0 goes through torchrun; `code`
+    is run in each process before the script (to plant a fault)."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                    str(processes)]
+    if code:
+        stub = cwd / "stub.py"
+        stub.write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
+                        "sys.argv = sys.argv[1:]\n"
+                        "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+        command.append(str(stub))
+    command += [str(ROOT / words[0]), *words[1:]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+
+
+def metrics(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

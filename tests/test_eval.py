@@ -1,0 +1,364 @@
+"""eval.py: bits per byte and log-likelihoods against transformers and lm-eval's own `hf` model."""
+
+import json
+import math
+import random
+import shutil
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+from conftest import documents, run_script, write_data_set
+
+import checkpoint
+import eval as scoring
+import optim
+import settings
+import shards
+from eval import Item, Scorer, evaluate, local_item, read_local, score_local
+from model import LLaMA, ModelConfig, initial_weight
+from parallel import World
+from settings import UserError
+from tokenizer import Tokenizer, byte_info
+
+BLOCK = 384
+SUBJECTS = ("high_school_sums", "colours", "animals")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with data/toy and a run out/toy that has one checkpoint."""
+    home = tmp_path_factory.mktemp("home")
+    texts = [text + "Ünïcödé ✓ \n" for text in documents(60)]
+    write_data_set(home / "data" / "toy", {"train": texts[40:], "val": texts[:40]})
+    model = LLaMA(ModelConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64,
+                              vocab_size=258, block_size=BLOCK))
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # large enough that attention matters
+            value = initial_weight(name, p.shape, model.config, 0)
+            p.copy_(value if p.dim() == 1 else value * 6)
+    run = home / "out" / "toy"
+    run.mkdir(parents=True)
+    settings.to_json(run / "run.json", {"config": {"dataset": "toy", "eval_tokens": 5 * BLOCK}})
+    digest = (home / "data" / "toy" / "manifest.sha256").read_text().strip()
+    checkpoint.save(run, 30, model, optim.make(model, settings.Settings()),
+                    {"step": 30, "rows": 120, "data_hash": digest},
+                    home / "data" / "toy" / "tokenizer.json", World())
+    return home
+
+
+@pytest.fixture
+def here(home, tmp_path, monkeypatch) -> Path:
+    """An own copy of that folder, as the working folder."""
+    shutil.copytree(home, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def folder(home) -> Path:
+    return home / "out" / "toy" / "checkpoints" / "step_30"
+
+
+@pytest.fixture(scope="module")
+def rows(home) -> shards.Rows:
+    return shards.Rows(shards.open_split(home / "data" / "toy", "val"), BLOCK, 0)
+
+
+@pytest.fixture(scope="module")
+def scorer(folder) -> Scorer:
+    return Scorer(checkpoint.load_model(folder), Tokenizer.load(folder), 4096, World())
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> tuple[Path, Path]:
+    """(questions, worked examples): tinyMMLU in shape. Some prompts are longer than the context."""
+    chance = random.Random(7)
+    folder = tmp_path_factory.mktemp("tasks")
+
+    def row(i: int) -> dict:
+        choices = [" ".join(chance.choices(("red", "42", "cat", "blé"), k=2)) for _ in range(4)]
+        answer = chance.randrange(4)
+        return {"question": f" What is {i}? " + "well, " * chance.randrange(9), "choices": choices,
+                "answer": answer if i % 2 else "ABCD"[answer], "subject": SUBJECTS[i % 3]}
+
+    for name, count in (("test", 100), ("dev", 21)):
+        text = "\n".join(json.dumps(row(i)) for i in range(count))
+        (folder / f"{name}.jsonl").write_text(text + "\n\n")
+    return folder / "test.jsonl", folder / "dev.jsonl"
+
+
+@pytest.fixture(scope="module")
+def items(questions) -> list[Item]:
+    return read_local(str(questions[0]), read_local(str(questions[1]), None))
+
+
+@pytest.fixture(scope="module")
+def hf(folder):
+    """lm-eval's `--model hf` on the checkpoint's folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            import accelerate  # noqa: F401
+        except ImportError:  # imported by lm-eval, and called for several GPUs only
+            for name in ("accelerate", "accelerate.utils"):
+                patch.setitem(sys.modules, name, MagicMock())
+        from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+                tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu", batch_size=16)
+
+
+def main(*words: str) -> int:
+    """eval.py in this process."""
+    return scoring.main(settings.parse(list(words), "", scoring.Flags, "files"))
+
+
+# ---- bits per byte
+
+def test_bits_per_byte_equal_those_of_transformers(folder, rows):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    nats = 0.0
+    for window in rows.read_windows(range(5)).astype(np.int64):
+        ids = torch.from_numpy(window)[None]
+        with torch.no_grad():
+            nats += theirs(input_ids=ids, labels=ids).loss.double().item() * BLOCK
+    ids = rows.split.read(1, 5 * BLOCK + 1)
+    pieces = np.split(ids, np.flatnonzero(ids >= 256))  # documents: decoded each for itself
+    text = [Tokenizer.load(folder).decode(piece) for piece in pieces]
+    assert not any("\ufffd" in piece for piece in text)
+    n_bytes = sum(len(piece.encode()) for piece in text)
+    assert n_bytes < 5 * BLOCK  # the boundaries are targets and no bytes
+
+    scores = evaluate(checkpoint.load_model(folder), rows, byte_info(folder), 5 * BLOCK + 9, 2,
+                      World())
+    assert scores["tokens"] == 5 * BLOCK and scores["bytes"] == n_bytes
+    assert scores["val_loss"] == pytest.approx(nats / (5 * BLOCK), abs=1e-5)
+    assert scores["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-5)
+    assert scores["ppl"] == pytest.approx(math.exp(scores["val_loss"]))
+
+
+def test_bits_per_byte_do_not_depend_on_the_batch(folder, rows):
+    model, info = checkpoint.load_model(folder), byte_info(folder)
+    shapes = set()
+    model.register_forward_pre_hook(lambda _, given: shapes.add(tuple(given[0].shape)))
+    found = {}
+    for batch in (1, 3, 8):
+        shapes.clear()
+        found[batch] = evaluate(model, rows, info, 7 * BLOCK, batch, World())
+        assert shapes == {(batch, BLOCK)}  # one shape: nothing is compiled again
+    for batch in (3, 8):
+        assert found[batch] == pytest.approx(found[1], rel=1e-6)
+
+
+class Part(World):
+    """A rank whose sums are its own part."""
+
+    def sum(self, values):
+        return values
+
+
+def test_ranks_share_the_windows_and_the_prompts(folder, rows, scorer, items):
+    model, info = checkpoint.load_model(folder), byte_info(folder)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    whole = evaluate(model, rows, info, 7 * BLOCK, 2, World())
+    parts, counts = [], []
+    for rank in range(3):
+        passes.clear()
+        parts.append(evaluate(model, rows, info, 7 * BLOCK, 2, Part(rank, 3)))
+        counts.append(len(passes))
+    assert counts == [2, 2, 2]  # collective calls in the model would wait for each other
+    assert sum(p["val_loss"] for p in parts) == pytest.approx(whole["val_loss"], rel=1e-6)
+    assert sum(p["bytes"] for p in parts) == whole["bytes"]
+
+    pairs = [scorer.pair(item.context, choice) for item in items[:20] for choice in item.choices]
+    shares = [Scorer(scorer.model, scorer.tokenizer, 800, Part(rank, 2)).score(pairs)
+              for rank in range(2)]
+    for one, two, both in zip(*shares, scorer.score(pairs), strict=True):
+        assert one[0] + two[0] == pytest.approx(both[0], abs=1e-4)
+        assert 0.0 in (one[0], two[0]) and both[1] == (one[1] or two[1])
+
+
+# ---- log-likelihoods
+
+def requests(items: list[Item]) -> list:
+    from lm_eval.api.instance import Instance
+
+    return [Instance("loglikelihood", {}, (item.context, choice), n)
+            for item in items for n, choice in enumerate(item.choices)]
+
+
+def test_local_task_equals_lm_eval_on_the_checkpoint(scorer, items, hf):
+    assert len(items) == 100 and len({len(item.context) for item in items}) > 20
+    theirs = hf.loglikelihood(requests(items), disable_tqdm=True)
+    scorer.truncated.clear()
+    ours = scorer.score([scorer.pair(item.context, choice)
+                         for item in items for choice in item.choices])
+    assert max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)) < 1e-3
+    assert len({round(value, 3) for value, _ in ours}) > 300  # the prompts do matter
+    assert [a[1] for a in ours] == [b[1] for b in theirs]
+    too_long = sum(len(item.context.encode()) + 3 > BLOCK + 1 for item in items)  # <s>, ' A'
+    assert 0 < too_long < 100 and len(scorer.truncated) == too_long
+
+    scorer.truncated.clear()
+    scores = score_local("x", items, scorer)["x"]
+    chosen = [max(range(4), key=lambda c, i=i: theirs[4 * i + c][0]) for i in range(100)]
+    right = [c == item.right for c, item in zip(chosen, items, strict=True)]
+    assert scores["acc"] == np.mean(right)
+    assert scores["acc_stderr"] == pytest.approx(np.std(right, ddof=1) / 10)
+    assert scores["chance"] == 0.25 and scores["n"] == 100 and scores["truncated"] == too_long
+
+
+def test_pairs_of_many_shapes_equal_lm_eval(scorer, hf):
+    pairs = [("", "abc"), ("one ", "two three"), ("one", " two three"), ("one", " two threX"),
+             ("x" * 500, " a long continuation"), ("é", "ö"), ("a\n", "b"), ("q", "y" * 384)]
+    items = [Item(context, [continuation], 0) for context, continuation in pairs]
+    theirs = hf.loglikelihood(requests(items), disable_tqdm=True)
+    for batch_tokens in (1, 700, 10**6):
+        one = Scorer(scorer.model, scorer.tokenizer, batch_tokens, World())
+        ours = one.score([one.pair(*pair) for pair in pairs])
+        assert len(one.truncated) == 2
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(other, abs=1e-3)
+
+
+def test_greedy_match(scorer):
+    ids = scorer.encode("def add_")
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(scorer.model(torch.tensor([ids]))[0, -1].argmax()))
+    likely = ids[9:]
+    values = scorer.score([(ids[:9], likely), (ids[:9], [*likely[:-1], (likely[-1] + 1) % 256])])
+    assert [greedy for _, greedy in values] == [True, False]
+
+
+def test_every_kind_of_request_equals_lm_eval(scorer, hf, tmp_path):
+    from lm_eval.api.instance import Instance
+
+    text = "def add_1(a, b):\n    return a + b\n" * 40
+    rolling = [Instance("loglikelihood_rolling", {}, (t,), 0) for t in (text, "short")]
+    ours = scoring.harness(scorer)
+    theirs = hf.loglikelihood_rolling(rolling, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs, abs=2e-3)
+    options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    generate = [Instance("generate_until", {}, (t, options), 0)
+                for t in ("def add", text, "x = ")]
+    assert ours.generate_until(generate) == hf.generate_until(generate, disable_tqdm=True)
+
+
+def test_tiny_mmlu_through_lm_eval(scorer, items, hf, tmp_path, monkeypatch):
+    from lm_eval import simple_evaluate
+
+    rows = [{"input_formatted": item.context, "answer": item.right} for item in items[:40]]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(scoring, "TINY_MMLU", scoring.TINY_MMLU | {
+        "dataset_path": "json", "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "t.jsonl")}, "cache_dir": str(tmp_path)}})
+    tasks = scoring.load_task("tinyMMLU")
+    scorer.truncated.clear()
+    ours = scoring.score_harness("tinyMMLU", tasks, 0, scorer)["tinyMMLU"]
+    local = score_local("x", items[:40], scorer)["x"]
+    theirs = simple_evaluate(hf, tasks=tasks, bootstrap_iters=1,
+                             task_manager=scoring.task_manager(False))["results"]["tinyMMLU"]
+    assert ours == pytest.approx({key: value for key, value in local.items()
+                                  if key != "loglikelihood"})
+    assert ours["acc"] == theirs["acc,none"]
+    assert ours["acc_stderr"] == pytest.approx(theirs["acc_stderr,none"])
+    assert scoring.score_harness("tinyMMLU", tasks, 7, scorer)["tinyMMLU"]["n"] == 7
+
+
+# ---- prompts and files
+
+def test_prompts_have_the_form_of_mmlu(items, questions):
+    row = {"question": "2 + 2?\n", "choices": ["3", "4"], "answer": "b"}
+    bare = local_item(row, [])
+    assert bare == Item("2 + 2?\nA. 3\nB. 4\nAnswer:", [" A", " B"], 1)
+    shots = [local_item({**row, "subject": subject}, None) for subject in "xyx"]
+    asked = local_item({**row, "question": "1 + 1?", "subject": "x"}, shots)
+    assert asked.context == (
+        "The following are multiple choice questions (with answers) about x.\n\n"
+        + "2 + 2?\nA. 3\nB. 4\nAnswer: B\n\n" * 2 + "1 + 1?\nA. 3\nB. 4\nAnswer:")
+    assert all(item.context.count("Answer:") == 6 for item in items)
+    assert " about high school sums.\n\n" in items[0].context
+    word = local_item({"context": "a b", "continuation": "c"}, [])
+    assert word == Item("a b", [" c"], 0)
+
+
+@pytest.mark.parametrize("line, said", [
+    ('{"question": "q", "choices": ["a", "b"]}', "'answer'"),
+    ('{"question": "q", "choices": "ab", "answer": 0}', "'choices'"),
+    ('{"question": "q", "choices": ["a", "b"], "answer": 2}', "2"),
+    ('{"question": "q", "choices": ["a", "b"], "answer": "C"}', "'C'"),
+    ('{"question": "q", "choices": ["a", "b"], "answer": "AB"}', "'AB'"),
+    ('{"context": "q"}', "'continuation'"),
+    ('["q"]', "not a JSON object"), ("{", "not a JSON object")])
+def test_a_wrong_row_is_named_by_file_and_line(tmp_path, line, said):
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"question": "q", "choices": ["a", "b"], "answer": 1}\n\n' + line)
+    with pytest.raises(UserError, match=f"f.jsonl:3: .*{said}"):
+        read_local(str(path), [])
+
+
+# ---- the command
+
+def test_without_a_network_the_default_gives_the_other_scores(here):
+    done = run_script("eval.py", "--json", cwd=here,
+                      env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(here / "empty")})
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "tinyMMLU" in line]
+    assert len(lines) == 1 and lines[0].startswith("no tinyMMLU: ")
+    assert "local:FILE.jsonl" in lines[0]
+    result = json.loads(done.stdout.splitlines()[-1])
+    kept = json.loads((here / "out" / "toy" / "eval" / "step_30.json").read_text())
+    assert kept == result and result["tasks"] == {}
+    assert (result["step"], result["tokens"], result["val_tokens"]) == (30, 120 * BLOCK, 5 * BLOCK)
+    assert result["val_bpb"] > 0 and "bits/byte" in done.stdout
+
+
+def test_a_named_task_without_data_is_an_error_and_the_others_are_kept(here, questions, capsys):
+    task = f"local:{questions[0]}"
+    assert main(f"--tasks=tinyMMLU,{task}", f"--shots={questions[1]}", "--limit=9", "--json") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("no tinyMMLU: ") == 1 and "chance 0.2500" in shown and " ± " in shown
+    path = here / "out" / "toy" / "eval" / "step_30.json"
+    first = json.loads(path.read_text())
+    assert first["tasks"][task]["n"] == 9 and first == json.loads(shown.splitlines()[-1])
+
+    (here / "words.jsonl").write_text('{"context": "def", "continuation": "add"}')
+    (here / "data").rename(here / "elsewhere")  # no data set: said, and the tasks go on
+    assert main("--tasks=local:words.jsonl") == 0
+    assert "no bits per byte: no data set toy" in capsys.readouterr().out
+    both = json.loads(path.read_text())
+    assert set(both["tasks"]) == {task, "local:words.jsonl"} and both["val_bpb"] == first["val_bpb"]
+    assert "chance" not in both["tasks"]["local:words.jsonl"]
+
+
+def test_a_model_folder_without_a_run(here, folder, capsys):
+    shutil.copytree(folder, here / "model")
+    assert main("--ckpt=model", "--tasks=") == 0
+    assert "no bits per byte" in capsys.readouterr().out
+    assert main("--ckpt=model", "--tasks=", "--data=toy", "--eval_tokens=800", "--json") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["val_tokens"] == 2 * BLOCK and "step" not in result
+    assert not list(here.glob("model/eval*"))
+
+
+def test_what_the_user_can_mend_is_said(here):
+    words = [("--ckpt=nowhere", "no folder nowhere"), ("--data=nothing", "no data set nothing"),
+             ("--tasks=local:no.jsonl", "no file no.jsonl"), ("out/toy", "--ckpt=")]
+    for word, said in words:
+        with pytest.raises(UserError, match=said):
+            main(word)
+    words = here / "data" / "toy" / "tokenizer.json"  # two ids change places
+    text = words.read_text(encoding="utf-8")
+    assert '"à":224,"á":225' in text
+    words.write_text(text.replace('"à":224,"á":225', '"à":225,"á":224'), encoding="utf-8")
+    with pytest.raises(UserError, match="sha256"):
+        main("--tasks=")

@@ -1,0 +1,196 @@
+"""export.py: what is written opens in transformers and is the model; what is not is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import export
+from model import LLaMA, ModelConfig, initial_weight
+from settings import UserError, parse
+from tokenizer import make
+
+TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=264, block_size=48)
+VARIANTS = {
+    "gqa": {}, "tied": {"tie_embeddings": True, "n_kv_head": 0},
+    "linear": {"rope_scaling": "linear", "rope_factor": 4.0, "rope_theta": 5e5},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 16},
+}
+
+
+def write_run(folder: Path, **changes) -> Path:
+    """A run with one checkpoint, its metrics and scores."""
+    model = LLaMA(ModelConfig(**{**TINY, **changes}))
+    for name, p in model.named_parameters():
+        value = initial_weight(name, p.shape, model.config, 0)
+        p.data.copy_(value if p.dim() == 1 else value * 6)
+    step, tokenizer = folder / "checkpoints" / "step_7", make("bytes", None)
+    (step / "training").mkdir(parents=True)
+    (folder / "eval").mkdir()
+    tokenizer.save(step)
+    checkpoint.write_json(step / "config.json",
+                          checkpoint.hf_config(model.config, tokenizer.bos, tokenizer.eos))
+    checkpoint.write_json(step / "training" / "state.json", {"step": 7})
+    save_file(dict(model.named_parameters()), step / "model.safetensors", {"format": "pt"})
+    checkpoint.write_json(folder / "run.json", {
+        "config": {"global_batch_tokens": 1000, "sources": "embedded"}, "data": {"name": "code"},
+        "config_file": "config/quickstart.py", "overrides": {"max_steps": 7}})
+    checkpoint.write_json(folder / "eval" / "step_7.json", {
+        "step": 7, "tokens": 7000, "val_loss": 1.5, "val_bpb": 2.25,
+        "tasks": {"arc": {"acc": 0.25, "acc_stderr": 0.01}}})
+    return step
+
+
+def run(*words) -> int:
+    return export.main(parse([str(word) for word in words], "", export.Flags, "files"))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    monkeypatch.setattr(export, "check", lambda *_: "")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_computes_the_same(tmp_path, unchecked, variant, dtype):
+    transformers = pytest.importorskip("transformers")
+    step = write_run(tmp_path / "run", **VARIANTS[variant])
+    assert run("--ckpt", step, "--to", tmp_path / "hub", "--dtype", dtype) == 0
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    stored = load_file(tmp_path / "hub" / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {kind}
+    assert ("lm_head.weight" in stored) == (variant != "tied")
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == str(kind)[6:]
+    auto = transformers.AutoModelForCausalLM
+    assert auto.from_pretrained(tmp_path / "hub", dtype="auto").dtype == kind
+    theirs = auto.from_pretrained(tmp_path / "hub", dtype=torch.float32)
+    ours = checkpoint.load_model(step)
+    for weight in ours.parameters():
+        weight.data = weight.data.to(kind).float()
+    ids = torch.randint(264, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want, got = ours(ids), theirs(ids).logits
+    assert (want - got).abs().max() <= 1e-5 * want.abs().max()
+    assert checkpoint.model_config(tmp_path / "hub") == ours.config
+
+
+def test_shards_with_an_index(tmp_path, unchecked, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
+    step = write_run(tmp_path / "run")
+    assert run("--ckpt", step, "--to", tmp_path / "hub") == 0
+    files = sorted((tmp_path / "hub").glob("*.safetensors"))
+    index = json.loads((tmp_path / "hub" / "model.safetensors.index.json").read_text())
+    assert len(files) > 3 and {p.name for p in files} == set(index["weight_map"].values())
+    whole = {name: weight for p in files for name, weight in load_file(p).items()}
+    assert index["metadata"]["total_size"] == sum(w.numel() * 4 for w in whole.values())
+    for state in (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub").state_dict(),
+                  checkpoint.load_model(tmp_path / "hub").state_dict()):
+        for name, weight in load_file(step / "model.safetensors").items():
+            assert state[name].equal(weight), name
+
+
+def test_a_whole_export_from_the_command_line(tmp_path):
+    pytest.importorskip("transformers")
+    write_run(tmp_path / "run", **VARIANTS["linear"])
+    script = Path(export.__file__).absolute()
+    done = subprocess.run([sys.executable, script, "--ckpt=run", "--to=models/hub", "--dtype=bf16"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference of logits" in done.stdout
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["hub"]
+    card = (tmp_path / "models" / "hub" / "README.md").read_text()
+    for part in ("license: apache-2.0", "| data set | code |", "| steps | 7 |", "7,000", "2.25",
+                 "0.2500 ± 0.0196 (95 %)", "python train.py config/quickstart.py --max_steps=7",
+                 'AutoModelForCausalLM.from_pretrained("hub")', "rope_factor"):
+        assert part in card, part
+    assert str(tmp_path) not in card
+
+
+def test_a_flipped_weight_is_caught(tmp_path, monkeypatch, capsys):
+    def damaged(tensors, path, metadata):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].clone()
+        tensors[name][3, 5] *= -1
+        save_file(tensors, path, metadata)
+
+    step = write_run(tmp_path / "run")
+    monkeypatch.setattr(export, "save_file", damaged)
+    assert run("--ckpt", step, "--to", tmp_path / "hub") == 1
+    assert "up_proj.weight is not what was written" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_transformers_would_compute_otherwise_is_caught(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    right = checkpoint.hf_config
+    monkeypatch.setattr(checkpoint, "hf_config", lambda *args: {
+        **right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}})
+    step = write_run(tmp_path / "run")
+    monkeypatch.undo()
+    good = json.loads((step / "config.json").read_text())
+    good["rope_parameters"]["rope_theta"] = 10000.0
+    checkpoint.write_json(step / "config.json", good)
+    monkeypatch.setattr(checkpoint, "hf_config", lambda *args: {
+        **right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}})
+    assert run("--ckpt", step, "--to", tmp_path / "hub") == 1
+    assert "its logits differ by" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_without_transformers_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert run("--ckpt", write_run(tmp_path / "run"), "--to", tmp_path / "hub") == 0
+    assert "transformers, which is not installed" in capsys.readouterr().out
+
+
+def test_push(tmp_path, unchecked, monkeypatch, capsys):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            calls.append(name)
+            return f"hub/{name}"
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append(sorted(p.name for p in Path(folder_path).iterdir()))
+
+    step = write_run(tmp_path / "run")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert run("--ckpt", step, "--to", tmp_path / "a", "--push=me/tiny") == 0
+    assert calls == ["me/tiny", ["README.md", "config.json", "generation_config.json",
+                                 "model.safetensors", "tokenizer.json", "tokenizer_config.json"]]
+    Hub.create_repo = lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route\nmore"))
+    capsys.readouterr()
+    assert run("--ckpt", step, "--to", tmp_path / "b", "--push=me/tiny") == 1
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "no route" in said.err and "hf upload me/tiny" in said.err
+    assert (tmp_path / "b" / "model.safetensors").is_file()
+
+
+def test_bad_input(tmp_path, unchecked):
+    step = write_run(tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for words, says in (
+            (["--to", tmp_path / "full"], "exists and is not empty"),
+            (["--to", tmp_path / "full" / "notes"], "exists and is not empty"),
+            ([], "--to=DIR"), (["--to=x", "--push=tiny"], "user/name"),
+            (["--to", tmp_path / "x", "--ckpt", tmp_path / "full"], "no complete checkpoint")):
+        with pytest.raises(UserError, match=says):
+            run("--ckpt", step, *words)
+    assert (tmp_path / "full" / "notes").read_text() == "mine"
+    assert run("--ckpt", step, "--to", tmp_path / "empty") == 0
+    (tmp_path / "small").mkdir()
+    config = json.loads((step / "config.json").read_text()) | {"vocab_size": 200}
+    (step / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="do not belong together"):
+        run("--ckpt", step, "--to", tmp_path / "small")

@@ -1,0 +1,94 @@
+"""Schedule, groups and the masked, clipped update."""
+
+import math
+
+import pytest
+import torch
+
+import optim
+from model import LLaMA, ModelConfig, initial_weight
+from settings import Settings
+
+
+def config(**keys):
+    base = dict(max_steps=100, warmup_steps=10, learning_rate=1e-2, min_lr=1e-3)
+    return Settings(**(base | keys))
+
+
+def test_learning_rate_is_the_formula():
+    c = config()
+    assert optim.lr(0, c) == pytest.approx(1e-3) and optim.lr(9, c) == pytest.approx(1e-2)
+    assert optim.lr(10, c) == pytest.approx(1e-2) and optim.lr(100, c) == pytest.approx(1e-3)
+    assert optim.lr(55, c) == pytest.approx(1e-3 + 0.5 * 9e-3 * (1 + math.cos(math.pi / 2)))
+    assert optim.lr(1000, c) == pytest.approx(1e-3)
+    linear = config(schedule="linear")
+    assert optim.lr(55, linear) == pytest.approx(5.5e-3)
+    wsd = config(schedule="wsd")
+    assert optim.lr(50, wsd) == 1e-2 and optim.lr(80, wsd) == pytest.approx(1e-2)
+    assert optim.lr(90, wsd) == pytest.approx(5.5e-3)
+    assert optim.lr(0, config(warmup_steps=0)) == pytest.approx(1e-2)
+    assert optim.lr(5, config(max_steps=5, warmup_steps=10)) == pytest.approx(6e-3)
+
+
+def tiny():
+    c = ModelConfig(2, 2, 16, 32, 50, 8, tie_embeddings=True)
+    model = LLaMA(c)
+    for name, p in model.named_parameters():
+        p.data = initial_weight(name, p.shape, c, 0)
+    return model
+
+
+def test_groups_partition_the_parameters_and_decay_matrices_only():
+    model = tiny()
+    optimizer = optim.make(model, config())
+    decayed, plain = (group["params"] for group in optimizer.param_groups)
+    assert {id(p) for p in decayed} | {id(p) for p in plain} == {id(p) for p in model.parameters()}
+    assert len(decayed) + len(plain) == len(list(model.parameters()))
+    assert all(p.dim() == 2 for p in decayed) and all(p.dim() == 1 for p in plain)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+
+
+def reference_adamw(w, grads, rates, decay, clip, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW with decoupled decay as the paper writes it, in double precision."""
+    m = v = torch.zeros_like(w)
+    for t, (g, rate) in enumerate(zip(grads, rates, strict=True), 1):
+        g = g * min(1.0, clip / g.norm().item())
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+        step = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        w = w - rate * decay * w - rate * step
+    return w
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e9])
+def test_update_is_adamw_with_clipping(clip):
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(6, 4))
+    module = torch.nn.ParameterList([w])
+    start = w.detach().double()
+    optimizer = optim.make(module, config())
+    grads = [torch.randn(6, 4) for _ in range(5)]
+    rates = [1e-2, 2e-2, 5e-3, 1e-2, 3e-2]
+    for g, rate in zip(grads, rates, strict=True):
+        w.grad = g.clone()
+        optim.step(optimizer, rate, w.grad.norm(), clip)
+    expected = reference_adamw(start, [g.double() for g in grads], rates, 0.1, clip)
+    assert (w - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_norm_changes_nothing(bad):
+    model = tiny()
+    optimizer = optim.make(model, config())
+    ids = torch.randint(0, 50, (2, 9))
+    for norm in (torch.tensor(1.0), torch.tensor(bad)):
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        moments = [s.clone() for p in model.parameters() for s in optimizer.state[p].values()]
+        if not norm.isfinite():
+            next(model.parameters()).grad[0, 0] = bad
+        skipped = optim.step(optimizer, 1e-2, norm, 1.0)
+        assert bool(skipped) == (not norm.isfinite())
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        after = [s for p in model.parameters() for s in optimizer.state[p].values()]
+        assert same == bool(skipped)
+        assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True)) == same

@@ -1,0 +1,443 @@
+"""prepare.py against what the test itself reads from the sources and encodes with `tokenizers`."""
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_stub import SHA, Hub
+
+import prepare
+import shards
+from settings import Settings, UserError
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+ROOT = Path(__file__).parents[1]
+WORDS = ["the", "model", "reads ", "  tokens", "naïve", "Привет",
+         "你好", "🎉", "x=1\n", "\t<s>", "\x00"]
+
+
+def texts(n, words=40, seed=0):
+    rng = random.Random(seed)
+    return [f"{i}: " + " ".join(rng.choices(WORDS, k=rng.randint(1, 2 * words))) for i in range(n)]
+
+
+def jsonl(lines):
+    rows = [json.dumps({"text": t, "n": 1}, ensure_ascii=False) + "\n" for t in lines]
+    return "".join(rows).encode()
+
+
+def parquet(lines, rows=50, column="text", kind=None):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"id": range(len(lines)), column: pa.array(lines, kind)}), file,
+                   row_group_size=rows)
+    return file.getvalue()
+
+
+def zst(data):
+    out = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(out, "zstd") as file:
+        file.write(data)
+    return out.getvalue().to_pybytes()
+
+
+def run(cwd, *words, stdin=None, env=(), code=0, start=False):
+    """Run the command in `cwd`; bytes-tokenized and with one worker unless said otherwise."""
+    command = [sys.executable, str(ROOT / "prepare.py"), *map(str, words)]
+    own = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment = {**own, **dict(env)}
+    if start:
+        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL, start_new_session=True)
+    done = subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True)
+    assert done.returncode == code, done.stderr.decode()
+    return done.stdout.decode(), done.stderr.decode()
+
+
+def inside(tmp_path, monkeypatch, **keys):
+    """prepare in this process, except for its workers."""
+    monkeypatch.chdir(tmp_path)
+    config = Settings(**{"dataset": "d", "tokenizer": "bytes", "workers": 1, "block_size": 64,
+                         "val_fraction": 0.1} | keys)
+    import settings
+    command = settings.CommandLine(config, prepare.Flags(), [], "", "", {}, keys)
+    assert prepare.main(command) == 0
+    return tmp_path / "data" / config.dataset
+
+
+def stored(folder, split):
+    """[document ids] of a split, read with nothing of the project."""
+    out = []
+    for path in sorted(folder.glob(f"{split}-*.bin")):
+        data, index = path.read_bytes(), path.with_suffix(".idx").read_bytes()
+        magic, version, width, count = struct.unpack("<8sIIQ", data[:24])
+        assert (magic, version) == (b"plnllama", 1)
+        ids = np.frombuffer(data[64:], f"<u{width}")
+        starts = struct.unpack(f"<{len(index) // 8}Q", index)
+        assert len(ids) == count and starts[0] == 0
+        out += [ids[a:b].tolist() for a, b in zip(starts, [*starts[1:], count], strict=True)]
+    return out
+
+
+def held_out(text, fraction=0.1):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") \
+        < int(fraction * 2**64)
+
+
+def expected(folder, lines, split, fraction=0.1):
+    """The same, from the texts and the folder's tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    engine = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    engine.encode_special_tokens = True
+    about = json.loads((folder / "manifest.json").read_bytes())["tokenizer"]
+    ends = [] if about["eos"] is None else [about["eos"]]
+    return [[about["bos"], *engine.encode(t, add_special_tokens=False).ids, *ends]
+            for t in lines if held_out(t, fraction) == (split == "val")]
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def good(folder, lines, fraction=0.1):
+    """Every id, every boundary, the order, and the counts of the manifest."""
+    manifest = shards.read_manifest(folder)
+    for split in ("train", "val"):
+        have, want = stored(folder, split), expected(folder, lines, split, fraction)
+        assert have == want
+        counts = manifest["splits"][split]
+        mine = [t for t in lines if held_out(t, fraction) == (split == "val")]
+        assert (counts["documents"], counts["tokens"], counts["bytes"], counts["longest"]) == (
+            len(want), sum(map(len, want)), sum(len(t.encode()) for t in mine),
+            max(map(len, want), default=0))
+        block = manifest["block_size"]
+        assert (counts["tokens"] - counts["tail"] - 1) % block == 0 and counts["tail"] < block
+    assert shards.verify(folder) == (0, [])
+
+
+LINES = texts(300)
+KINDS = {
+    "a.jsonl": jsonl(LINES),
+    "a.jsonl.gz": gzip.compress(jsonl(LINES)),
+    "a.jsonl.xz": lzma.compress(jsonl(LINES)),
+    "a.jsonl.zst": zst(jsonl(LINES)),
+    "a.parquet": parquet(LINES),
+    "b.parquet": parquet(LINES, kind=pa.large_string()),
+    "crlf.jsonl": jsonl(LINES).replace(b"\n", b"\r\n\n").removesuffix(b"\r\n\n"),
+    "bom.jsonl": b"\xef\xbb\xbf" + jsonl(LINES),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(KINDS[name])
+    good(inside(tmp_path, monkeypatch, sources=name), LINES)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "mistral", "bpe:300"])
+def test_tokenizers_and_boundaries(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
+    good(inside(tmp_path, monkeypatch, sources="a.jsonl", tokenizer=tokenizer), LINES)
+
+
+def test_txt_folders_globs_and_lists_keep_their_order(tmp_path, monkeypatch):
+    for i in range(30):
+        path = tmp_path / "in" / f"d{i % 3}" / f"{i:02}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(LINES[i].encode())
+        (path.parent / "README.md").write_text("no source")
+    (tmp_path / "in" / ".hidden.txt").write_text("no source")
+    (tmp_path / "b.parquet").write_bytes(parquet(LINES[100:]))
+    order = [LINES[i] for i in sorted(range(30), key=lambda i: (i % 3, i))]
+    good(inside(tmp_path, monkeypatch, dataset="folder", sources="in", val_fraction=0.3),
+         order, 0.3)
+    good(inside(tmp_path, monkeypatch, dataset="glob", sources="in/*/*.txt", val_fraction=0.3),
+         order, 0.3)
+    good(inside(tmp_path, monkeypatch, dataset="list", sources=["b.parquet", "in"]),
+         LINES[100:] + order)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.xz", "a.parquet"])
+def test_slices_and_columns(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(KINDS[name])
+    source = {"path": name, "slice": "60:290", "max_documents": 120}
+    good(inside(tmp_path, monkeypatch, sources=source), LINES[60:180])
+    (tmp_path / "c.parquet").write_bytes(parquet(LINES, column="body"))
+    good(inside(tmp_path, monkeypatch, dataset="c",
+                sources={"path": "c.parquet", "column": "body"}), LINES)
+
+
+def test_standard_input(tmp_path):
+    words = ("--sources=-", "--tokenizer=bytes", "--block_size=64", "--val_fraction=0.1")
+    run(tmp_path, *words, "--dataset=lines", stdin=jsonl(LINES))
+    good(tmp_path / "data/lines", LINES)
+    run(tmp_path, *words, "--dataset=text", stdin="\n".join(LINES).encode())
+    have = stored(tmp_path / "data/text", "train") + stored(tmp_path / "data/text", "val")
+    assert len(have) == 2  # one document, of which the end is held out, at the end of a line
+    text = b"".join(bytes(ids[1:-1]) for ids in have)
+    assert len(text) == sum(len(d) - 2 for d in have)
+    _, error = run(tmp_path, *words, "--dataset=lines", stdin=jsonl(LINES[1:]), code=2)
+    assert "held something else" in error
+
+
+def test_few_documents_still_have_a_validation_split(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES[:6]))
+    folder = inside(tmp_path, monkeypatch, sources="a.jsonl", val_fraction=1e-9)
+    least = min(LINES[:6], key=lambda t: hashlib.blake2b(t.encode(), digest_size=8).digest())
+    assert [bytes(ids[1:-1]).decode() for ids in stored(folder, "val")] == [least]
+    assert len(stored(folder, "train")) == 5
+    none = inside(tmp_path, monkeypatch, dataset="none", sources="a.jsonl", val_fraction=0.0)
+    assert stored(none, "val") == [] and len(stored(none, "train")) == 6
+
+
+def test_embedded_is_the_packages_source(tmp_path, monkeypatch):
+    import mpmath
+    import networkx
+    import sympy
+
+    want = {}
+    for package in (mpmath, networkx, sympy):
+        root = Path(package.__file__).parent
+        for path in root.rglob("*.py"):
+            name = path.relative_to(root.parent)
+            if not {"tests", "benchmarks"} & set(name.parts) and path.stat().st_size:
+                want[name.as_posix()] = path.read_bytes().decode()
+    sources = prepare.described("embedded")
+    records, parts = prepare.survey(sources, [])
+    assert len(parts) >= 8 and str(ROOT) not in json.dumps(records)
+    have = list(prepare.documents([p for part in parts for p in part], {}))
+    assert have == [want[name] for name in sorted(want)] and sum(map(len, have)) > 20e6
+
+
+# ---- killed, shared, repeated
+
+BIG = texts(3000, words=200)  # about 5 MB
+COMMON = ("--sources=big.jsonl", "--tokenizer=mistral", "--block_size=64", "--val_fraction=0.1")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A folder with big.jsonl and the data set that one undisturbed worker makes of it."""
+    root = tmp_path_factory.mktemp("big")
+    (root / "big.jsonl").write_bytes(jsonl(BIG))
+    run(root, *COMMON, "--dataset=one", "--workers=1")
+    return root
+
+
+def test_many_parts_hold_every_document_once(reference):
+    folder = reference / "data/one"
+    assert len(list(folder.glob("train-*.bin"))) >= 8
+    good(folder, BIG)
+
+
+def test_two_workers_write_the_same_bytes(reference):
+    run(reference, *COMMON, "--dataset=two", "--workers=2")
+    assert contents(reference / "data/two") == contents(reference / "data/one")
+
+
+def test_killed_and_restarted_writes_the_same_bytes(reference):
+    folder = reference / "data/killed"
+    words = (*COMMON, "--dataset=killed", "--workers=2")
+    interrupted = 0
+    for done_parts in (0, 3):
+        process = run(reference, *words, start=True)
+        while process.poll() is None and done_parts >= len(list(folder.glob("*/part-*.json"))):
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice
+        process.wait()
+        interrupted += not (folder / "manifest.json").exists()
+    assert interrupted == 2
+    with pytest.raises(UserError, match="unfinished"):
+        shards.read_manifest(folder)
+    out, _ = run(reference, *words)
+    assert " 0 of them done" not in out
+    assert contents(folder) == contents(reference / "data/one")
+
+
+def test_second_run_is_instant_and_another_recipe_is_refused(reference):
+    before = contents(reference / "data/one")
+    began = time.monotonic()
+    out, _ = run(reference, *COMMON, "--dataset=one")
+    assert "already prepared" in out and time.monotonic() - began < 3
+    _, error = run(reference, *COMMON, "--dataset=one", "--tokenizer=bytes", code=2)
+    assert "tokenizer was 'mistral', is now 'bytes'" in error and "--dataset" in error
+    _, error = run(reference, *COMMON, "--dataset=one", "--val_fraction=0.2", code=2)
+    assert "val_fraction" in error
+    assert contents(reference / "data/one") == before
+
+
+def test_a_source_that_changed_is_refused_and_one_that_went_is_not_missed(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
+    inside(tmp_path, monkeypatch, sources="a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES).replace(b"7", b"8"))
+    with pytest.raises(UserError, match="held something else"):
+        inside(tmp_path, monkeypatch, sources="a.jsonl")
+    (tmp_path / "a.jsonl").unlink()
+    inside(tmp_path, monkeypatch, sources="a.jsonl")
+
+
+def test_unfinished_folder_of_another_recipe_and_foreign_files(reference):
+    folder = reference / "data/other"
+    process = run(reference, *COMMON, "--dataset=other", "--workers=1", start=True)
+    while not list(folder.glob("work.tmp/part-*.json")):
+        time.sleep(0.005)
+    _, error = run(reference, *COMMON, "--dataset=other", code=2)
+    assert "another prepare.py is at work" in error
+    process.kill()
+    process.wait()
+    _, error = run(reference, *COMMON, "--dataset=other", "--tokenizer=bytes", code=2)
+    assert "another recipe" in error
+    (folder / "thesis.doc").write_text("mine")
+    _, error = run(reference, *COMMON, "--dataset=other", code=2)
+    assert "thesis.doc" in error and (folder / "thesis.doc").read_text() == "mine"
+
+
+# ---- verify and inspect
+
+def test_verify_finds_a_changed_byte_in_every_kind_of_file(reference, tmp_path, capsys):
+    whole = reference / "data/one"
+    out, _ = run(reference, "--verify", "data/one")
+    assert "ok" in out
+    names = ["train-00002.bin", "train-00000.idx", "val-00001.bin", "val-00003.idx",
+             "tokenizer.json", "manifest.json", "manifest.sha256"]
+    for name in names:
+        folder = tmp_path / name
+        shutil.copytree(whole, folder)
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 3] ^= 1
+        (folder / name).write_bytes(data)
+        assert prepare.verify(folder) == 1
+        assert name in capsys.readouterr().err
+    (tmp_path / names[0] / "extra").write_text("")
+    assert prepare.verify(tmp_path / names[0]) == 1 and "extra" in capsys.readouterr().err
+    assert prepare.verify(tmp_path) == 2
+
+
+def test_inspect_shows_the_documents(reference):
+    out, _ = run(reference, "--inspect=data/one")
+    assert "mistral" in out and f"{len(BIG):,} documents in" in out
+    first = next(t for t in BIG if not held_out(t))
+    assert first.split("\n")[0][:20] in out
+
+
+# ---- the hub
+
+def test_no_argument_takes_openwebtext_from_the_hub(tmp_path):
+    files = {"data/train-00000-of-00002.parquet": parquet(LINES[:150]),
+             "data/train-00001-of-00002.parquet": parquet(LINES[150:]),
+             "data/validation-00000-of-00001.parquet": parquet(texts(9)),
+             "README.md": b"# text\n"}
+    with Hub({"ashaba1in/small_openwebtext": files}) as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "cache"}
+        run(tmp_path, "--val_fraction=0.1", env=env)
+        folder = tmp_path / "data/openwebtext"
+        good(folder, LINES)
+        source = shards.read_manifest(folder)["source"][0]
+        assert source["revision"] == SHA and list(source["files"]) == sorted(files)[1:3]
+        hub.asked.clear()
+        out, _ = run(tmp_path, "--val_fraction=0.1", env=env)
+        assert "already prepared" in out and not hub.asked
+        _, error = run(tmp_path, "--sources=hf:ashaba1in/small_openwebtext:test", "--dataset=x",
+                       env=env, code=2)
+        assert "no split 'test'" in error and "validation" in error
+    began = time.monotonic()
+    _, error = run(tmp_path, "--sources=hf:a/b", "--dataset=x", env=env, code=2)
+    assert "--sources=PATH" in error and error.count("\n") == 1 and time.monotonic() - began < 15
+    assert not (tmp_path / "data/x").exists()
+
+
+# ---- bad input
+
+def bad_sources(folder):
+    """{name: (sources, what the message says)}."""
+    write = {
+        "empty.txt": b"", "empty.jsonl": b"", "x.docx": b"x", "null.jsonl": b'{"text": null}\n',
+        "cut.parquet": KINDS["a.parquet"][:-100], "cut.jsonl.xz": KINDS["a.jsonl.xz"][:-100],
+        "cut.jsonl.gz": KINDS["a.jsonl.gz"][:-100], "cut.jsonl.zst": KINDS["a.jsonl.zst"][:-100],
+        "body.jsonl": b'{"body": "x", "id": 1}\n', "latin.txt": "café".encode("latin-1"),
+        "broken.jsonl": b"{oops\n" * 3, "body.parquet": parquet(LINES, column="body"),
+        "number.parquet": parquet([1, 2], kind=pa.int64()), "rot.jsonl.xz": b"not xz at all",
+    }
+    for name, data in write.items():
+        (folder / name).write_bytes(data)
+    (folder / "nothing").mkdir()
+    return {
+        "missing path": ("gone.jsonl", "gone.jsonl"),
+        "glob without a match": ("*.nope", r"\*.nope"),
+        "folder without text": ("nothing", "nothing"),
+        "empty txt": ("empty.txt", "empty"),
+        "empty beside full": (["a.jsonl", "empty.jsonl"], "empty.jsonl is empty"),
+        "unknown kind": ("x.docx", r"x.docx.*\.txt.*\.jsonl.*\.parquet"),
+        "no text at all": ("null.jsonl", r"not a string \(first null.jsonl:1\)"),
+        "truncated parquet": ("cut.parquet", "cut.parquet is damaged or cut short"),
+        "truncated xz": ("cut.jsonl.xz", "cut.jsonl.xz is damaged or cut short"),
+        "truncated gz": ("cut.jsonl.gz", "cut.jsonl.gz is damaged or cut short"),
+        "truncated zst": ("cut.jsonl.zst", "cut.jsonl.zst is damaged or cut short"),
+        "not an xz": ("rot.jsonl.xz", "rot.jsonl.xz is damaged or cut short"),
+        "absent column": ("body.jsonl", "no column 'text'.*body, id"),
+        "absent parquet column": ("body.parquet", "no column 'text'; it has id, body"),
+        "number column": ("number.parquet", "int64, not text"),
+        "latin-1": ("latin.txt", r"invalid utf-8 \(first latin.txt\)"),
+        "only broken lines": ("broken.jsonl", r"3 broken line \(first broken.jsonl:1\)"),
+        "no sources": ([], "sources"),
+        "not a source": (7, "7"),
+        "misspelt dict": ({"path": "a.jsonl", "colum": "x"}, "colum"),
+        "odd slice": ({"path": "a.jsonl", "slice": "a-b"}, "slice"),
+        "no hub name": ("hf:", "hf:NAME"),
+    }
+
+
+@pytest.mark.parametrize("case", range(22))
+def test_bad_sources_are_one_line_and_leave_nothing(case, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(KINDS["a.jsonl"])
+    sources, message = list(bad_sources(tmp_path).values())[case]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        inside(tmp_path, monkeypatch, sources=sources)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_tokenizer_and_exit_code(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
+    for words in (("--tokenizer=mistrel",), ("--tokenizer=bpe:900000",), ("--dataset=../x",),
+                  ("--workerz=2",), ("--sources=gone",)):
+        _, error = run(tmp_path, "--sources=a.jsonl", *words, code=2)
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_what_is_dropped_is_counted_and_the_first_is_named(tmp_path, monkeypatch):
+    odd = [b'{"text": "half', b'["text"]', b'{"text": 7}', b'{"text": ""}', b'{"id": 1}',
+           b'{"text": "\\ud800"}', b'{"text": "\xff"}', b"   "]
+    lines = jsonl(LINES).splitlines()
+    content = b"\n".join([*lines[:200], *odd, *lines[200:], *odd]) + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "a.parquet").write_bytes(parquet([*LINES[:60], None, "", *LINES[60:]]))
+    folder = inside(tmp_path, monkeypatch, sources=["a.jsonl", "a.parquet"])
+    good(folder, LINES + LINES)
+    dropped = {rule: (entry["count"], entry["first"]) for rule, entry in
+               shards.read_manifest(folder)["dropped"].items()}
+    assert dropped == {
+        "broken line": (4, "a.jsonl:201"), "text is not a string": (3, "a.jsonl:203"),
+        "empty": (3, "a.jsonl:204"), "no column 'text', only id": (2, "a.jsonl:205"),
+        "invalid utf-8": (4, "a.jsonl:206")}
+
+
+def test_help_is_quick():
+    began = time.monotonic()
+    out = subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--help"], capture_output=True)
+    assert out.returncode == 0 and b"--verify" in out.stdout and time.monotonic() - began < 1

@@ -1,0 +1,315 @@
+"""sample.py: the cache, batches, the sampling distributions against their definition, the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+from model import KVCache, LLaMA, ModelConfig, initial_weight
+from settings import UserError, parse
+from tokenizer import make
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=264, block_size=48)
+GREEDY = sample.Flags(temperature=0.0)
+
+
+def tiny(seed=0, scale=6.0, **changes) -> LLaMA:
+    """A model whose matrices are large enough that attention matters; 258 of 264 entries are used."""
+    model = LLaMA(ModelConfig(**{**TINY, **changes}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            value = initial_weight(name, p.shape, model.config, seed)
+            p.copy_(value if p.dim() == 1 else value * scale)
+    return model.eval()
+
+
+def write_checkpoint(folder: Path, model: LLaMA) -> Path:
+    from safetensors.torch import save_file
+
+    tokenizer = make("bytes", None)
+    folder.mkdir(parents=True)
+    tokenizer.save(folder)
+    checkpoint.write_json(folder / "config.json",
+                          checkpoint.hf_config(model.config, tokenizer.bos, tokenizer.eos))
+    save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "model", tiny())
+
+
+def uncached(model: LLaMA, prompt: list, steps: int) -> list:
+    ids = list(prompt)
+    for _ in range(steps):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+PROMPTS = [[256, 1, 2, 3], [256], [256, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 77, 78], [256, 200, 100]]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"n_kv_head": 1, "tie_embeddings": True}, {"n_kv_head": 0, "attention": "reference"},
+    {"rope_scaling": "linear", "rope_factor": 4.0}])
+def test_cached_logits_equal_uncached(changes):
+    model = tiny(**changes)
+    ids = torch.randint(264, (3, 40), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([5, 11, 17])
+    with torch.no_grad():
+        whole = model(ids)
+        padded = torch.where(torch.arange(17) < lengths[:, None], ids[:, :17], 0)
+        cache = KVCache(model.config, 3, 40, "cpu", torch.float32)
+        first = model(padded, cache=cache)
+        cache.lengths += lengths
+        for row, length in enumerate(lengths):
+            torch.testing.assert_close(first[row, :length], whole[row, :length],
+                                       rtol=0, atol=1e-5 * whole.abs().max().item())
+        for step in range(20):
+            cache.used = int(cache.lengths.max())
+            now = cache.lengths[:, None]
+            got = model(ids.gather(1, now), cache=cache)[:, 0]
+            want = whole[torch.arange(3), cache.lengths]
+            assert (got - want).abs().max() <= 1e-5 * whole.abs().max(), step
+            cache.lengths += 1
+
+
+def test_greedy_equals_uncached_and_transformers(ckpt):
+    model = tiny()
+    want = [uncached(model, prompt, 20) for prompt in PROMPTS]
+    assert len({tuple(ids) for ids in want}) == len(PROMPTS)  # attention matters
+    for prompt, ids in zip(PROMPTS, want, strict=True):
+        assert sample.generate(model, [prompt], 20, GREEDY, [0]) == [(ids, "length")]
+    together = sample.generate(model, PROMPTS, 20, GREEDY, [0] * 4)
+    assert together == [(ids, "length") for ids in want]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(ckpt)
+    for prompt, ids in zip(PROMPTS, want, strict=True):
+        ids_in = torch.tensor([prompt])
+        got = theirs.generate(ids_in, attention_mask=torch.ones_like(ids_in), max_new_tokens=20,
+                              do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert got[0, len(prompt):].tolist() == ids
+
+
+def test_rows_that_end_early_leave_the_others_alone():
+    model = tiny()
+    alone = [sample.generate(model, [prompt], 40, GREEDY, [0])[0][0] for prompt in PROMPTS]
+    stops = [alone[2][3]]  # ends the longest row at once, the others later or never
+    want = [(ids[:ids.index(stops[0])], "eos") if stops[0] in ids else (ids, "length")
+            for ids in alone]
+    assert {why for _, why in want} == {"eos", "length"}
+    assert sample.generate(model, PROMPTS, 40, GREEDY, [0] * 4, stops) == want
+
+
+def test_end_of_context():
+    model = tiny()
+    found = sample.generate(model, PROMPTS, 1000, GREEDY, [0] * 4)
+    assert [len(ids) for ids, _ in found] == [48 - len(prompt) for prompt in PROMPTS]
+    assert found[1][0] == uncached(model, PROMPTS[1], 47)
+
+
+def test_same_text_alone_and_in_a_batch():
+    model, drawn = tiny(scale=3.0), sample.Flags(temperature=0.9, top_p=0.95)
+    seeds = [sample.row_seed(7, i) for i in range(4)]
+    together = sample.generate(model, PROMPTS, 30, drawn, seeds)
+    alone = [sample.generate(model, [p], 30, drawn, [s])[0]
+             for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert together == alone
+    assert sample.generate(model, PROMPTS[:1], 12, drawn, seeds[:1])[0][0] == alone[0][0][:12]
+    again = sample.generate(model, PROMPTS[:1], 30, drawn, [sample.row_seed(8, 0)])[0]
+    assert again != alone[0]
+
+
+def test_filters_by_hand():
+    p = torch.tensor([[0.4, 0.05, 0.3, 0.15, 0.1], [0.05, 0.1, 0.15, 0.3, 0.4]])
+    cases = [
+        (dict(top_k=2), [[0, 2], [3, 4]]), (dict(top_k=99), [[0, 1, 2, 3, 4]] * 2),
+        (dict(top_p=0.4), [[0], [4]]), (dict(top_p=0.41), [[0, 2], [3, 4]]),
+        (dict(top_p=0.0), [[0], [4]]), (dict(top_p=0.84), [[0, 2, 3], [2, 3, 4]]),
+        (dict(min_p=0.25), [[0, 2, 3, 4], [1, 2, 3, 4]]), (dict(min_p=1.0), [[0], [4]]),
+        (dict(top_k=3, top_p=0.8), [[0, 2], [3, 4]]),  # of the three, 0.4 and 0.3 are 82 %
+        (dict(temperature=0.5, min_p=0.25), [[0, 2], [3, 4]]),  # squares: 16, 9, 2.25
+    ]
+    for options, kept in cases:
+        logits = sample.allowed(p.log() + 3, sample.Flags(**options))
+        assert [row.isfinite().nonzero().flatten().tolist() for row in logits] == kept, options
+    assert sample.allowed(torch.full((1, 4), 1e4), sample.Flags(temperature=1e-30)).eq(0).all()
+
+
+def test_filters_equal_transformers():
+    process = pytest.importorskip("transformers").generation.logits_process
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(0)) * 4
+    ids = torch.randint(300, (8, 20), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(8, 300, dtype=torch.bool).scatter(1, ids, True)
+    want = process.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits)
+    greedy = sample.Flags(temperature=0.0, repetition_penalty=1.7)
+    assert sample.choose(logits, greedy, seen, torch.zeros(8)).equal(want.argmax(-1))
+    for name, value, theirs in (("top_k", 7, process.TopKLogitsWarper),
+                                ("top_p", 0.7, process.TopPLogitsWarper),
+                                ("min_p", 0.1, process.MinPLogitsWarper)):
+        ours = sample.allowed(logits, sample.Flags(temperature=0.7, **{name: value}))
+        assert ours.isfinite().equal(theirs(value)(ids, logits / 0.7).isfinite()), name
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 6},
+                                     {"top_p": 0.8}, {"min_p": 0.2}])
+def test_frequencies_are_the_softmax(options):
+    flags = sample.Flags(**options)
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
+    want = sample.allowed(logits, flags).softmax(-1)[0]
+    n = 40_000
+    draws = torch.rand(n, generator=torch.Generator().manual_seed(4))
+    got = sample.choose(logits.expand(n, -1), flags, torch.zeros(n, 12, dtype=torch.bool), draws)
+    counts = got.bincount(minlength=12)
+    assert counts[want == 0].sum() == 0
+    expected, counts = n * want[want > 0], counts[want > 0]
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi2 < 40  # at most 11 degrees of freedom: p = 4e-5
+    if not options:
+        assert torch.allclose(want, logits.softmax(-1)[0])
+
+
+def test_draws_at_the_ends_of_the_unit_interval():
+    logits = torch.tensor([[float("-inf"), 2.0, 1.0, float("-inf")]]).expand(2, -1)
+    draws = torch.tensor([0.0, 1 - 2**-24])
+    seen = torch.zeros(2, 4, dtype=torch.bool)
+    assert sample.choose(logits, sample.Flags(), seen, draws).tolist() == [1, 2]
+
+
+def test_unused_entries_are_never_drawn():
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[258:] = 50 * model.lm_head.weight[:6]
+    flags = sample.Flags(temperature=5.0)
+    free = sample.generate(model, PROMPTS, 30, flags, [1, 2, 3, 4])
+    assert max(max(ids) for ids, _ in free) >= 258
+    held = sample.generate(model, PROMPTS, 30, flags, [1, 2, 3, 4], vocab_size=258)
+    assert max(max(ids) for ids, _ in held) < 258
+
+
+def spelled(tokenizer, text, stops=(), prompt="", data=None) -> sample.Text:
+    begun = [tokenizer.bos, *tokenizer.encode(prompt)]
+    one = sample.Text(tokenizer, begun, list(stops), True)
+    for token in data if data is not None else tokenizer.encode(prompt + text)[len(begun) - 1:]:
+        if one.push(token):
+            break
+    one.push()
+    return one
+
+
+@pytest.mark.parametrize("name", ["bytes", "mistral"])
+def test_streamed_text_is_whole(name, capsys):
+    if name == "mistral":
+        pytest.importorskip("mistral_common")
+    tokenizer = make(name, None)
+    for prompt in ("", "Hello", "x "):
+        text = " wörld  😀👩‍👩‍👧 北京\n\tend"
+        assert spelled(tokenizer, text, prompt=prompt).text == text == capsys.readouterr().out
+
+
+def test_bytes_that_are_no_text_come_out_in_the_end(capsys):
+    tokenizer = make("bytes", None)
+    one = spelled(tokenizer, "", data=[104, 0xF0, 0x9F, 0x98, 0x80, 0xC3])
+    assert one.text == "h😀" + sample.HALF == capsys.readouterr().out
+    one = spelled(tokenizer, "", data=[0x80] * 40 + [65])
+    assert one.text == sample.HALF * 40 + "A"
+
+
+def test_stop_strings(capsys):
+    tokenizer = make("bytes", None)
+    one = spelled(tokenizer, "one. two END three", ["END", "\n\n"])
+    assert one.stopped and one.text == "one. two " == capsys.readouterr().out
+    one = spelled(tokenizer, "EN. EN", ["END"])  # a beginning of it is shown in the end
+    assert not one.stopped and one.text == "EN. EN" == capsys.readouterr().out
+    one = spelled(tokenizer, "x", ["é"], data=[120, 0xC3, 0xA9, 121])
+    assert one.stopped and one.text == "x"
+
+
+def run(*words) -> int:
+    return sample.main(parse([str(word) for word in words], "", sample.Flags, "files"))
+
+
+def test_prompts_to_file(ckpt, tmp_path):
+    source, out = tmp_path / "F.jsonl", tmp_path / "G.jsonl"
+    rows = [{"id": i, "prompt": "word " * (i * 5 % 7), "half": "\ud800é"} for i in range(9)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--ckpt", ckpt, "--prompts", source, "--out", out, "--batch=4", "--seed=3",
+             "--max_new_tokens=12"]
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *words], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{k: row[k] for k in ("id", "prompt", "half")} for row in found] == rows
+    assert {row["stop"] for row in found} <= {"eos", "length"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["F.jsonl", "G.jsonl"]
+    assert "tokens/s" in done.stdout
+    model, tokenizer, _ = sample.load(str(ckpt), "cpu", "fp32")
+    for i, row in enumerate(found):  # the same texts one by one
+        ids = [tokenizer.bos, *tokenizer.encode(row["prompt"])]
+        why, text, _ = sample.complete(model, tokenizer, [ids], 12, sample.Flags(),
+                                       [sample.row_seed(3, i)], [])[0]
+        assert (why, text) == (row["stop"], row["completion"])
+    # again into the same file is fine; another input is refused and the file kept
+    same = sample.read_prompts(source, out, 1)
+    assert same == rows
+    before = out.read_bytes()
+    source.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match="not made from"):
+        run("--ckpt", ckpt, "--prompts", source, "--out", out)
+    assert out.read_bytes() == before
+    with pytest.raises(UserError, match="would be overwritten"):
+        sample.read_prompts(out, tmp_path / "H.jsonl", 1)
+
+
+def test_one_text_and_the_end_of_the_context(ckpt, capsys):
+    assert run("--ckpt", ckpt, "--prompt=Hé", "--max_new_tokens=999", "--temperature=0") == 0
+    ids = uncached(tiny(), [256, *make("bytes", None).encode("Hé")], 44)
+    assert 257 not in ids and max(ids) < 258  # if the weights ever change: choose others here
+    text, last, _ = capsys.readouterr().out.rsplit("\n", 2)
+    assert text.endswith("\nHé" + make("bytes", None).decode(ids) + "\n")
+    assert last.startswith("44 new tokens in") and "ended where the context ends, at 48" in last
+
+
+def test_several_texts_are_saved_with_the_run(tmp_path, capsys):
+    write_checkpoint(tmp_path / "checkpoints" / "step_12", tiny())
+    (tmp_path / "run.json").write_text("{}")
+    for _ in range(2):
+        assert run("--ckpt", tmp_path / "checkpoints/step_12", "--num_samples=3", "--save",
+                   "--prompt=ab", "--max_new_tokens=5") == 0
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and rows[:3] == rows[3:] and rows[0]["step"] == 12
+    assert len({row["completion"] for row in rows}) == 3
+    assert f"ab{rows[1]['completion']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, words, says", [
+    ('{"prompt": "a"}\n{"text": "b", "n": 1}\n', (), "F.jsonl:2 has no text in a column"),
+    ('{"prompt": "a"}\n{"prompt": "b', (), "F.jsonl:2 is not a JSON object"),
+    (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', (), "F.jsonl:2 is not a JSON object"),
+    ("[1]\n", (), "F.jsonl:1 is not a JSON object"),
+    ("", (), "F.jsonl:1 is not a JSON object"),
+    ('{"prompt": "ok"}\n{"prompt": "' + "x" * 47 + '"}\n', (), "F.jsonl:2: the prompt has 48 tokens"),
+    (None, (), "no file"),
+    ('{"prompt": "a"}\n', ("--prompt=b",), "without --prompt"),
+    ('{"prompt": "a"}\n', ("--ckpt=nowhere",), "no folder nowhere"),
+    ('{"prompt": "a"}\n', ("--out=nowhere/G.jsonl",), "folder that exists"),
+    ('{"prompt": "a"}\n', ("--stop=[1]",), "cannot use"),
+    ('{"prompt": "a"}\n', ("extra",), "cannot use 'extra'"),
+])
+def test_bad_input(ckpt, tmp_path, monkeypatch, content, words, says):
+    source = tmp_path / "F.jsonl"
+    if content is not None:
+        source.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as problem:
+        run(f"--ckpt={ckpt}", f"--prompts={source}", f"--out={tmp_path / 'G.jsonl'}", *words)
+    assert says in str(problem.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["F.jsonl"] * (content is not None)

@@ -1,0 +1,100 @@
+"""Config files are parsed and checked, never run."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import settings
+from settings import UserError, parse
+
+COMMANDS = ("train.py", "prepare.py", "sample.py", "eval.py", "export.py", "report.py")
+
+
+def write(tmp_path, text, name="c.py"):
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+def test_precedence_and_provenance(tmp_path):
+    write(tmp_path, "n_layer = 3\nlearning_rate = 1e-3\nseed = 7\n", "parent.py")
+    child = write(tmp_path, '"""Doc."""\nbase = "parent.py"\n_k = 4\nmax_steps = _k * 10 - 2**3\n'
+                            "learning_rate = 1\nmin_lr = learning_rate / 4\n")
+    found = parse([child, "--seed", "9", "--tie_embeddings", "--sources=a.txt,b.jsonl"], "")
+    c = found.config
+    assert (c.n_layer, c.learning_rate, c.min_lr, c.seed) == (3, 1.0, 0.25, 9)
+    assert (c.max_steps, c.tie_embeddings, c.sources) == (32, True, ["a.txt", "b.jsonl"])
+    assert c.out_dir == "out/c" and found.base.endswith("parent.py")
+    assert found.changed == {"max_steps": 32, "learning_rate": 1.0, "min_lr": 0.25}
+    assert found.overrides == {"seed": 9, "tie_embeddings": True, "sources": ["a.txt", "b.jsonl"]}
+
+
+BAD_FILES = [
+    ("import os\nos.system('touch harmed')", "configs are not run"),
+    ("n_layer = __import__('os').system('touch harmed')", "parsed, not run"),
+    ("n_layer = open('harmed', 'w').write('x')", "parsed, not run"),
+    ("n_layer = [x for x in (1, 2)][0]", "parsed, not run"),
+    ("n_layer = 10 ** 10 ** 10", "parsed, not run"),
+    ("n_layer = 1 / 0", "division by zero"),
+    ("n_layers = 3", "did you mean n_layer"),
+    ("n_layer = 2.5", "takes int"),
+    ("n_layer = '2'", "takes int"),
+    ("n_layer = True", "takes int"),
+    ("learning_rate = -1.0", "at least 0"),
+    ("block_size = 0", "at least 1"),
+    ("schedule = 'cosin'", "did you mean cosine"),
+    ("n_layer = 2 +", "not a config file"),
+    ("base = 'nothing.py'", "no config file"),
+    ("base = 'c.py'", "comes back to itself"),
+    ("n_layer, n_head = 1, 2", "key = value"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES)
+def test_bad_config_files(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message.replace("(", "\\(")) as error:
+        parse([write(tmp_path, text)], "")
+    assert "c.py" in str(error.value) or "nothing.py" in str(error.value)
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize(("word", "message"), [
+    ("--n_layer=x", "not a whole number"), ("--n_layer=1.5", "not a whole number"),
+    ("--learning_rate=fast", "not a number"), ("--tie_embeddings=maybe", "not true or false"),
+    ("--compile=yes", "is one of"), ("--n_layer", "needs a value"), ("--beta1=1.5", "at most 1"),
+    ("--sources=[1", "not a Python literal"), ("--nlayer=3", "did you mean n_layer"),
+    ("--learning_rate=nan", "must be"), ("--max_steps=inf", "not a whole number")])
+def test_bad_command_lines(tmp_path, word, message):
+    with pytest.raises(UserError, match=message):
+        parse([write(tmp_path, "n_layer = 1"), word], "")
+
+
+def test_numbers_of_the_command_line():
+    config = parse(["--max_steps=1e4", "--global_batch_tokens=65_536", "--compile=true"], "").config
+    assert config.max_steps == 10000 and type(config.max_steps) is int
+    assert config.global_batch_tokens == 65536 and config.compile == "true"
+
+
+def test_every_shipped_config_is_sound():
+    for path in sorted((ROOT / "config").glob("*.py")):
+        parse([str(path)], "")
+    base = parse([str(ROOT / "config/llama100m.py")], "").config
+    assert (base.n_layer, base.d_model, base.d_ff, base.block_size) == (16, 768, 2048, 1024)
+    assert base.global_batch_tokens == 524288 and base.tokenizer == "mistral"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_in_under_a_second_without_torch(command, tmp_path):
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / command), "--help"],
+                          capture_output=True, text=True, cwd=tmp_path)
+    seconds = time.perf_counter() - begin
+    assert done.returncode == 0 and done.stdout.splitlines()[0]
+    assert "| torch" not in done.stderr and seconds < 5  # 5: other tests may be running
+    if command in ("train.py", "prepare.py"):
+        for item in settings.fields(settings.Settings):
+            assert f"--{item.name}=" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,140 @@
+"""The token format and the batch stream."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import documents, write_data_set
+
+import shards
+import tokenizer
+from settings import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_data_set(tmp_path / "toy", {"train": documents(40), "val": documents(3)}, 3)
+    return tmp_path / "toy"
+
+
+def all_tokens(folder) -> np.ndarray:
+    """Every training token, read with struct and numpy alone."""
+    parts = []
+    for path in sorted(folder.glob("train-*.bin")):
+        raw = path.read_bytes()
+        assert raw[:8] == b"plnllama" and raw[8:16] == b"\x01\0\0\0\x02\0\0\0"
+        parts.append(np.frombuffer(raw, "<u2", int.from_bytes(raw[16:24], "little"), 64))
+    return np.concatenate(parts)
+
+
+def test_documents_come_back_with_their_boundaries(folder):
+    words = tokenizer.Tokenizer.load(folder)
+    split = shards.open_split(folder, "train")
+    tokens = all_tokens(folder)
+    assert np.array_equal(split.read(0, split.tokens), tokens)
+    texts = [words.decode(ids) for ids in np.split(tokens, np.where(tokens == words.bos)[0][1:])]
+    expected = [d for i in range(3) for d in documents(40)[i::3]]
+    assert texts == expected
+    starts = np.fromfile(folder / "train-00001.idx", "<u8")
+    assert all(split.shard(1)[int(s)] == words.bos for s in starts)
+    assert len(starts) == len(documents(40)[1::3])
+
+
+@pytest.mark.parametrize("T", [7, 64, 1000])
+def test_each_window_once_an_epoch_for_any_number_of_ranks(folder, T):
+    split = shards.open_split(folder, "train")
+    rows = shards.Rows(split, T, seed=5)
+    tokens = all_tokens(folder)
+    assert rows.windows == (len(tokens) - 1) // T
+    assert rows.tail == len(tokens) - 1 - rows.windows * T
+    for epoch in (0, 1):
+        order = rows.window_of(epoch * rows.windows, rows.windows)
+        assert sorted(order) == list(range(rows.windows))
+    assert not np.array_equal(rows.window_of(0, rows.windows),
+                              rows.window_of(rows.windows, rows.windows)) or rows.windows < 4
+    some = rows.rows(3, 10)
+    for window, row in zip(rows.window_of(3, 10), some, strict=True):
+        assert np.array_equal(row, tokens[window * T:window * T + T + 1])
+    for size in (1, 2, 3, 8):
+        together = np.empty_like(some)
+        for rank in range(size):
+            together[rank::size] = rows.rows(3, 10)[rank::size]
+        assert np.array_equal(together, some)
+
+
+def test_rows_are_a_function_of_seed_and_position(folder):
+    split = shards.open_split(folder, "train")
+    a, b = (shards.Rows(split, 16, seed) for seed in (1, 2))
+    assert np.array_equal(a.window_of(5, 9)[3:], a.window_of(8, 6))
+    assert not np.array_equal(a.window_of(0, 50), b.window_of(0, 50))
+    assert set(shards.Rows(split, 16, 1, limit=2).window_of(0, 9)) == {0, 1}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 63, 64, 65, 1000])
+def test_permutation_is_one(size):
+    order = shards.permute(np.arange(size), size, ("key", 1))
+    assert sorted(order) == list(range(size))
+
+
+def test_permutation_shuffles_evenly():
+    """Over many keys, each position goes everywhere about equally often."""
+    hits = np.zeros((20, 20))
+    for key in range(2000):
+        hits[np.arange(20), shards.permute(np.arange(20), 20, (key, 0))] += 1
+    chi_square = ((hits - 100) ** 2 / 100).sum()
+    assert chi_square < 361 + 6 * (2 * 361) ** 0.5  # 19 x 19 degrees of freedom
+
+
+def test_no_row_can_be_made(folder):
+    with pytest.raises(UserError, match="fewer than one row"):
+        shards.Rows(shards.open_split(folder, "val"), 10_000, 0)
+
+
+def test_every_byte_is_verified(folder, tmp_path):
+    assert shards.verify(folder) == (0, [])
+    rng = np.random.default_rng(0)
+    names = sorted(p.name for p in folder.iterdir())
+    for trial in range(60):
+        copy = tmp_path / f"copy{trial}"
+        shutil.copytree(folder, copy)
+        name = names[trial % len(names)]
+        content = bytearray((copy / name).read_bytes())
+        place = int(rng.integers(len(content) if trial % 2 else min(40, len(content))))
+        content[place] ^= 1 << int(rng.integers(8))
+        (copy / name).write_bytes(content)
+        code, problems = shards.verify(copy)
+        assert code == 1 and problems, (name, place)
+        shutil.rmtree(copy)
+    (folder / "train-00099.bin").write_bytes(b"foreign")
+    assert shards.verify(folder)[0] == 1
+    assert shards.verify(tmp_path)[0] == 2
+
+
+def manifest_with(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    shards.write_manifest(folder, {k: v for k, v in manifest.items() if k != "format"})
+
+
+def test_training_refuses_what_is_not_whole(folder):
+    cases = [(lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}}), "leaves"),
+             (lambda m: m["files"].update({"absent": {"size": 1, "sha256": ""}}), "missing"),
+             (lambda m: m.pop("splits"), "not a plainllama manifest")]
+    original = (folder / "manifest.json").read_bytes()
+    for change, message in cases:
+        manifest_with(folder, change)
+        with pytest.raises(UserError, match=message):
+            shards.read_manifest(folder)
+        (folder / "manifest.json").write_bytes(original)
+    manifest_with(folder, lambda m: m["files"]["train-00000.bin"].update(largest_id=300))
+    with pytest.raises(UserError, match="holds id 300"):
+        shards.open_split(folder, "train")
+    (folder / "manifest.json").write_bytes(original)
+    with pytest.raises(UserError, match=r"manifest\.sha256"):
+        shards.read_manifest(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="unfinished"):
+        shards.read_manifest(folder)
+    with pytest.raises(UserError, match="no data set"):
+        shards.read_manifest(folder / "nothing")

@@ -1,0 +1,217 @@
+"""The loop: exact resume, equality over ranks and accumulation, honest numbers, stopping."""
+
+import hashlib
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics, run_script
+from safetensors.torch import load_file
+
+import settings
+import train
+
+
+def run(*words: str) -> int:
+    """train.py in this process."""
+    return train.main(settings.parse(list(words), "", train.Flags))
+
+
+def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run_folder / "checkpoints" / f"step_{step}" / "model.safetensors")
+
+
+def digest(run_folder: Path, step: int) -> str:
+    folder = run_folder / "checkpoints" / f"step_{step}"
+    files = [folder / "model.safetensors", *sorted(folder.glob("training/optimizer-*"))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+DIE_TRAINING = """
+import optim, os, signal
+real, count = optim.step, [0]
+def step(*args):
+    count[0] += 1
+    if count[0] == 25: os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+optim.step = step
+"""
+DIE_SAVING = """
+import checkpoint, os, signal
+real = checkpoint.os.rename
+def rename(a, b):
+    if str(b).endswith('step_20'): os.kill(os.getpid(), signal.SIGKILL)
+    return real(a, b)
+checkpoint.os.rename = rename
+"""
+
+
+@pytest.mark.parametrize(("fault", "resumes_at"), [(DIE_TRAINING, 20), (DIE_SAVING, 10)])
+def test_killed_and_resumed_equals_never_killed_to_the_bit(home, fault, resumes_at):
+    whole = run_script("train.py", "toy.py", "--out_dir=out/whole", cwd=home)
+    assert whole.returncode == 0, whole.stderr
+    killed = run_script("train.py", "toy.py", "--out_dir=out/killed", cwd=home, code=fault)
+    assert killed.returncode == -signal.SIGKILL
+    again = run_script("train.py", "toy.py", "--out_dir=out/killed", cwd=home)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from out/killed/checkpoints/step_{resumes_at}" in again.stdout
+    assert digest(home / "out/whole", 40) == digest(home / "out/killed", 40)
+    a, b = metrics(home / "out/whole"), metrics(home / "out/killed")
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    assert [r.get("loss") for r in a] == [r.get("loss") for r in b]
+    assert not list((home / "out/killed/checkpoints").glob("*.tmp"))
+
+
+def test_same_course_on_two_ranks_ddp_and_fsdp(home):
+    assert run("toy.py", "--out_dir=out/one", "--max_steps=20") == 0
+    for mode in ("ddp", "fsdp"):
+        done = run_script("train.py", "toy.py", f"--out_dir=out/{mode}", "--max_steps=20",
+                          f"--parallel={mode}", "--micro_batch=2", cwd=home, processes=2)
+        assert done.returncode == 0, done.stderr
+    one = metrics(home / "out/one")
+    for mode in ("ddp", "fsdp"):
+        other = metrics(home / "out" / mode)
+        assert [r["step"] for r in one] == [r["step"] for r in other]
+        for a, b in zip(one, other, strict=True):
+            for name in ("loss", "grad_norm", "val_loss", "val_bpb"):
+                if name in a:
+                    assert b[name] == pytest.approx(a[name], rel=1e-5), (mode, name, a["step"])
+        for name, value in weights(home / "out/one", 20).items():
+            assert (weights(home / "out" / mode, 20)[name] - value).abs().max() < 1e-4, name
+    # a sharded checkpoint goes on in one process
+    assert run("toy.py", "--out_dir=out/fsdp", "--max_steps=25", "--extend") == 0
+    assert run("toy.py", "--out_dir=out/one", "--max_steps=25", "--extend") == 0
+    for name, value in weights(home / "out/one", 25).items():
+        assert (weights(home / "out/fsdp", 25)[name] - value).abs().max() < 1e-4, name
+
+
+def test_accumulation_does_not_change_the_course(home):
+    for micro in (1, 3, 8):  # 3 does not divide the 8 rows of a step
+        assert run("toy.py", f"--out_dir=out/m{micro}", f"--micro_batch={micro}",
+                   "--max_steps=15") == 0
+    for micro in (1, 3):
+        for name, value in weights(home / "out/m8", 15).items():
+            assert (weights(home / f"out/m{micro}", 15)[name] - value).abs().max() < 1e-5, name
+
+
+def test_metrics_are_the_contract(home):
+    assert run("toy.py", "--out_dir=out/a", "--log_interval=3") == 0
+    rows = metrics(home / "out/a")
+    training, evaluations = ([r for r in rows if name in r] for name in ("loss", "val_loss"))
+    assert [r["step"] for r in training] == [1, *range(3, 40, 3), 40]
+    assert [r["step"] for r in evaluations] == [0, 20, 40]
+    for row in training:
+        assert row["tokens"] == row["step"] * 8 * 32
+        assert row["mfu"] is None and row["tokens_per_second"] > 0 and row["grad_norm"] > 0
+        config = settings.parse(["toy.py"], "").config
+        import optim
+        assert row["lr"] == optim.lr(row["step"] - 1, config)
+    assert abs(evaluations[0]["val_loss"] - math.log(258)) < 0.1
+    assert evaluations[-1]["val_loss"] < 3
+    status = json.loads((home / "out/a/status.json").read_text())
+    assert status == {"state": "done", "step": 40}
+    assert run("toy.py", "--out_dir=out/a") == 0  # already complete
+    assert metrics(home / "out/a") == rows
+    described = json.loads((home / "out/a/run.json").read_text())
+    assert described["config"]["d_model"] == 32 and described["overrides"]["log_interval"] == 3
+
+
+def test_non_finite_gradients_never_reach_the_weights(home, monkeypatch):
+    from model import LLaMA
+
+    assert run("toy.py", "--out_dir=out/a", "--max_steps=10") == 0
+    calls, real = [0], LLaMA.forward
+
+    def forward(self, ids, targets=None, cache=None):
+        loss = real(self, ids, targets, cache)
+        calls[0] += self.training
+        return loss * float("nan") if self.training and calls[0] == 5 else loss
+
+    monkeypatch.setattr(LLaMA, "forward", forward)
+    assert run("toy.py", "--out_dir=out/b", "--max_steps=10") == 0  # 2 micro-batches a step: step 3
+    rows = {r["step"]: r for r in metrics(home / "out/b") if "loss" in r}
+    assert rows[3]["grad_norm"] is None and rows[4]["loss"] > 0
+    for value in weights(home / "out/b", 10).values():
+        assert value.isfinite().all()
+    monkeypatch.setattr(LLaMA, "forward", lambda *a: real(*a) * float("nan"))
+    with pytest.raises(settings.UserError, match="in a row"):
+        run("toy.py", "--out_dir=out/c")
+
+
+def test_time_limit_and_signal_stop_with_a_whole_checkpoint(home, monkeypatch):
+    assert run("toy.py", "--out_dir=out/a", "--max_minutes=1e-9") == train.STOPPED
+    status = json.loads((home / "out/a/status.json").read_text())
+    assert status["state"] == "stopped" and 0 < status["step"] < 5
+    assert run("toy.py", "--out_dir=out/a") == 0
+    assert run("toy.py", "--out_dir=out/b") == 0
+    assert digest(home / "out/a", 40) == digest(home / "out/b", 40)
+    code = """
+import optim, os, signal
+real, count = optim.step, [0]
+def step(*args):
+    count[0] += 1
+    if count[0] == 7: os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+optim.step = step
+"""
+    stopped = run_script("train.py", "toy.py", "--out_dir=out/c", cwd=home, code=code)
+    assert stopped.returncode == 75, stopped.stderr
+    assert json.loads((home / "out/c/status.json").read_text())["state"] == "stopped"
+
+
+BAD = [
+    (["--d_model=36"], "head width"),
+    (["--n_head=5"], "does not divide"),
+    (["--global_batch_tokens=100"], "multiple of block_size"),
+    (["--dataset=nothing"], "no data set data/nothing"),
+    (["--block_size=100000", "--global_batch_tokens=100000"], "fewer than one row"),
+    (["--vocab_size=100"], "smaller than the 258 entries"),
+    (["--attention=xformers"], "xformers needs a CUDA device"),
+    (["--resume=must"], "no whole checkpoint"),
+    (["--init_from=nowhere"], "no folder nowhere"),
+    (["--learning_rat=1"], "did you mean learning_rate"),
+    (["--learning_rate=-1"], "must be at least 0"),
+    (["--max_steps=many"], "not a whole number"),
+    (["--parallel=fsdp"], "torchrun"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_bad_input_is_one_clear_line(home, words, message):
+    with pytest.raises(settings.UserError, match=message):
+        run("toy.py", *words)
+    assert not (home / "out").exists()
+
+
+def test_bad_input_exits_with_2_before_torch_is_loaded(home):
+    for words in (["toy.py", "--n_layers=2"], ["missing.py"], ["toy.py", "--n_head=5"]):
+        done = run_script("train.py", *words, cwd=home)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (home / "out").exists()
+
+
+def test_resume_refuses_what_would_make_it_another_run(home):
+    assert run("toy.py", "--out_dir=out/a", "--max_steps=10") == 0
+    for words, message in ((["--seed=1"], "seed=1337, now it is 1"),
+                           (["--n_layer=3"], "n_layer"),
+                           (["--max_steps=20"], "--extend"),
+                           (["--resume=never"], "another out_dir")):
+        with pytest.raises(settings.UserError, match=message):
+            run("toy.py", "--out_dir=out/a", *words)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(home, capsys):
+    assert run("toy.py", "--out_dir=out/a", "--max_steps=20") == 0
+    target = home / "out/a/checkpoints/step_20/model.safetensors"
+    content = bytearray(target.read_bytes())
+    content[len(content) // 2] ^= 1
+    target.write_bytes(content)
+    before = digest(home / "out/a", 20)
+    assert run("toy.py", "--out_dir=out/a", "--max_steps=20") == 0
+    out = capsys.readouterr().out
+    assert "step_20 is damaged (model.safetensors does not match" in out
+    assert "resuming from out/a/checkpoints/step_10" in out
+    assert digest(home / "out/a", 20) != before

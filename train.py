@@ -1,0 +1,381 @@
+"""Train a LLaMA: python train.py [config/x.py] [--key=value ...]
+
+On several GPUs or nodes: torchrun --nproc_per_node=8 train.py config/x.py. A run goes on from its
+newest whole checkpoint when it is started again. Exit codes: 0 done, 2 the input, 75 stopped early
+with a whole checkpoint (start me again), 143 on a second signal.
+"""
+
+from dataclasses import asdict, dataclass
+
+import settings
+from settings import Settings, UserError
+
+
+@dataclass
+class Flags:
+    """Options that are not part of a run's config."""
+
+    extend: bool = settings.key(False, "on resume, accept another batch size, length or schedule")
+
+
+if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
+    COMMAND = settings.command(__doc__, Flags)
+
+import gc
+import math
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import attention
+import checkpoint
+import log
+import optim
+import parallel
+import shards
+import tokenizer
+from eval import evaluate
+from model import IGNORE, LLaMA, ModelConfig, flops_per_token
+from parallel import World
+
+STOPPED = 75  # EX_TEMPFAIL: start me again
+PATIENCE = 10  # updates in a row with non-finite gradients after which a run gives up
+# On resume these must be as they were, or the run would be another one ...
+FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
+         "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
+         "tie_embeddings", "overfit_rows")
+# ... and these change the course of the optimisation, so they need --extend.
+COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule",
+          "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
+
+
+def main(command: settings.CommandLine) -> int:
+    """Join the other ranks and train; the exit code."""
+    config = command.config
+    if problem := attention.refusal(config.attention, parallel.pick_device(config.device)):
+        raise UserError(problem)
+    manifest = shards.read_manifest(Path("data") / config.dataset)
+    world = parallel.start(config.device, config.parallel)
+    try:
+        run = Run(command, manifest, world)
+        return run.loop() if run.step < config.max_steps else 0
+    finally:
+        world.close()
+
+
+class Run:
+    """One training run: set up by the constructor, trained by loop()."""
+
+    def __init__(self, command: settings.CommandLine, manifest: dict, world: World):
+        config = self.config = command.config
+        self.world, self.folder = world, Path(config.out_dir)
+        self.data, block = Path("data") / config.dataset, config.block_size
+        self.data_hash = (self.data / "manifest.sha256").read_text().strip()
+        self.rows = shards.Rows(shards.Split(self.data, "train", manifest), block, config.seed,
+                                config.overfit_rows)
+        self.validation = shards.Rows(shards.Split(self.data, "val", manifest), block, config.seed)
+        self.byte_info = tokenizer.byte_info(self.data)
+        config.vocab_size = vocabulary(config, manifest)
+
+        # where to start, decided by rank 0 for all
+        source = world.agree(starting_point(self.folder, config) if world.rank == 0 else None)
+        state = checkpoint.read_state(source) if source else {}
+        if state:
+            check_resume(state, config, self.data_hash, command.flags.extend, source)
+        self.step = self.first_step = state.get("step", 0)
+        self.first_row = state.get("rows", 0)
+        if not source and config.init_from:
+            source = world.agree(checkpoint.find(config.init_from) if world.rank == 0 else None)
+            check_tokenizer(source, manifest)
+        if self.step >= config.max_steps:
+            print(f"{self.folder} is already complete: step {self.step} of {config.max_steps}")
+            return
+        if world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = log.lock(self.folder)  # held until the process ends
+
+        # model and optimizer
+        self.dtype = pick_dtype(config.dtype, world.device)
+        with torch.device("meta"):
+            self.model = LLaMA(model_config(config))
+        world.place(self.model, self.dtype)
+        if source:
+            checkpoint.load_weights(source, self.model, world)
+        else:
+            world.initialise(self.model, config.seed)
+        self.optimizer = optim.make(self.model, config)
+        if state:
+            checkpoint.load_optimizer(source, self.model, self.optimizer, world)
+        on_gpu = world.device.type == "cuda"
+        self.compiled = config.compile == "true" or (config.compile == "auto" and on_gpu)
+        if self.compiled:
+            self.model.compile()  # in place: names in the state dict stay as they are
+        self.module = world.wrap(self.model)
+
+        # the batch: `batch_rows` per step, cut into equal micro-batches on every rank
+        self.batch_rows = config.global_batch_tokens // block
+        share = -(-self.batch_rows // world.size)
+        same_split = state.get("world_size") == world.size  # another split gives other bits
+        self.micro = config.micro_batch or (state["micro_batch"] if same_split else
+                                            pick_micro_batch(share, block, world.device))
+        self.accumulate = -(-share // self.micro)
+
+        counts = self.model.parameter_counts()
+        self.flops = flops_per_token(self.model.config, block)
+        self.peak = log.peak_flops(world.device)
+        self.log = log.Log(self.folder, self.step, active=world.rank == 0)
+        if world.rank == 0 and not state:
+            data = {"name": config.dataset, "tokenizer": manifest["tokenizer"],
+                    "vocab_size": config.vocab_size, "manifest_sha256": self.data_hash,
+                    **{f"{split}_{of}": manifest["splits"][split].get(of)
+                       for split in ("train", "val") for of in ("tokens", "bytes")}}
+            settings.to_json(self.folder / "run.json", log.describe(
+                command, world.device, world.size, data, counts))
+        epochs = config.max_steps * self.batch_rows / self.rows.windows
+        self.log.say(f"model: {counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M without "
+                     f"embeddings; {world.device.type}, {str(self.dtype)[6:]}, "
+                     f"{'compiled' if self.compiled else 'eager'}, {world.mode}")
+        self.log.say(f"batch: global {self.batch_rows * block:,} tok = {world.size} "
+                     f"{world.device.type} x {self.micro} x {block} x {self.accumulate} "
+                     "(ranks x micro-batch x context x accumulation)")
+        self.log.say(f"data: {self.rows.windows:,} rows of {block} tokens in {config.dataset}, "
+                     f"{self.rows.tail} tokens left out; {epochs:.2f} epochs in "
+                     f"{config.max_steps} steps")
+        if state:
+            self.log.say(f"resuming from {source}")
+        self.stop = StopFlag(config.max_minutes)
+        self.clock = log.Clock()
+        self.skipped = 0  # updates in a row that were not made
+
+    def loop(self) -> int:
+        """Train from the first or resumed step to the last; the exit code."""
+        config = self.config
+        self.log.status("running", self.step)
+        self.model.train()
+        gc.collect()
+        gc.freeze()  # the collector need not walk the model again and again
+        if self.step == 0:
+            self.measure()
+        self.clock.start(self.step)
+        stopping, saved, unread = False, self.step if self.first_step else -1, None
+        with ThreadPoolExecutor(1) as reader:
+            upcoming = reader.submit(self.batch, self.step)
+            while self.step < config.max_steps and not stopping:
+                with self.clock.apart("data_seconds", training=True):
+                    batch = upcoming.result()
+                upcoming = reader.submit(self.batch, self.step + 1)
+                rate = optim.lr(self.step, config)
+                stats = self.update(batch, rate)
+                self.step += 1
+                # an update's numbers are read while the device works on the next one
+                if unread:
+                    stopping = self.settle(*unread)
+                unread = (self.step, stats, rate)
+                last = self.step == config.max_steps
+                evaluating = last or self.step % config.eval_interval == 0
+                saving = last or stopping or self.step % config.save_interval == 0
+                if evaluating or saving:
+                    stopping, unread = self.settle(*unread) or stopping, None
+                if evaluating:
+                    self.measure()
+                if (saving or stopping) and self.save():
+                    saved = self.step
+        if saved != self.step:
+            self.log.status("failed", self.step)
+            return settings.complain(f"no checkpoint could be written at step {self.step}", 1)
+        state = "done" if self.step == config.max_steps else "stopped"
+        self.log.status(state, self.step)
+        self.log.close()
+        self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
+        return 0 if state == "done" else STOPPED
+
+    def update(self, batch: list[tuple[Tensor, Tensor]], rate: float) -> Tensor:
+        """One optimizer update; [summed loss in nats, squared gradient norm, ranks that want to
+        stop], on the device, the same on all ranks."""
+        world, targets = self.world, self.batch_rows * self.config.block_size
+        nll = torch.zeros((), device=world.device)
+        for i, (x, y) in enumerate(batch):
+            x, y = (t.to(world.device, non_blocking=True) for t in (x, y))
+            with world.accumulating(self.module, last=i == len(batch) - 1):
+                loss = self.module(x, y)
+                # gradients are averaged over ranks: times their number this is the gradient of the
+                # mean over all targets of the step
+                (loss * (world.size / targets)).backward()
+            nll += loss.detach()
+        wish = torch.full_like(nll, float(self.stop.asked()))
+        stats = world.sum(torch.stack([nll, world.square_norm(self.model), wish]))
+        norm = stats[1].sqrt() + 0 * stats[0]  # not finite if the loss is not
+        optim.step(self.optimizer, rate, norm, self.config.grad_clip)
+        self.optimizer.zero_grad(set_to_none=True)
+        return stats
+
+    def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """This rank's micro-batches (ids, targets), (micro, T) each: a function of the step."""
+        first = self.first_row + (step - self.first_step) * self.batch_rows
+        windows = self.rows.window_of(first, self.batch_rows)[self.world.rank::self.world.size]
+        ids = np.zeros((self.accumulate * self.micro, self.config.block_size + 1), np.int64)
+        if len(windows):
+            ids[:len(windows)] = self.rows.read_windows(windows)
+        x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+        y[len(windows):] = IGNORE  # fills up the last micro-batch and counts nothing
+        if self.world.device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()
+        return list(zip(x.split(self.micro), y.split(self.micro), strict=True))
+
+    def settle(self, step: int, stats: Tensor, rate: float) -> bool:
+        """Read, count and log the numbers of the update that made `step`; whether to stop."""
+        nll, square_norm, wishes = stats.tolist()
+        targets = self.batch_rows * self.config.block_size
+        loss, norm = nll / targets, math.sqrt(square_norm) if square_norm >= 0 else math.nan
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped = 0
+        else:
+            self.skipped += 1
+            first = self.first_row + (step - 1 - self.first_step) * self.batch_rows
+            self.log.say(f"step {step}: loss or gradient is not finite, no update; rows {first} to "
+                         f"{first + self.batch_rows - 1}")
+            if self.skipped == PATIENCE:
+                self.log.status("failed", step)
+                raise UserError(f"{PATIENCE} updates in a row were not finite; the last checkpoint "
+                                "is good: lower learning_rate and start again")
+        if step % self.config.log_interval == 0 or step in (self.first_step + 1,
+                                                            self.config.max_steps):
+            speed, spent = self.clock.read(step, targets)
+            mfu = speed * self.flops / (self.peak * self.world.size) if self.peak else None
+            row = {"step": step, "tokens": step * targets, "loss": loss, "lr": rate,
+                   "grad_norm": norm, "tokens_per_second": speed, "mfu": mfu,
+                   "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
+            self.log.row({name: value if value is None or math.isfinite(value) else None
+                          for name, value in (row | spent).items()})
+            left = log.duration((self.config.max_steps - step) * targets / speed)
+            self.log.say(f"step {step}/{self.config.max_steps}: loss {loss:.4f}, lr {rate:.2e}, "
+                         f"grad norm {norm:.2f}, {speed:,.0f} tok/s, "
+                         f"MFU {f'{mfu:.1%}' if mfu else 'n/a'}, {left} left")
+        return wishes > 0
+
+    def measure(self) -> None:
+        """Evaluate on the first eval_tokens of the validation split and write the row."""
+        with self.clock.apart("eval_seconds"):
+            self.model.eval()
+            scores = evaluate(self.module, self.validation, self.byte_info,
+                              self.config.eval_tokens, self.micro, self.world)
+            self.model.train()
+            self.world.reshard(self.model)
+        tokens = self.step * self.batch_rows * self.config.block_size
+        self.log.row({"step": self.step, "tokens": tokens, "val_loss": scores["val_loss"],
+                      "val_bpb": scores["val_bpb"], "time": time.time()})
+        self.log.say(f"step {self.step}: validation loss {scores['val_loss']:.4f} nats/token, "
+                     f"{scores['val_bpb']:.4f} bits/byte")
+
+    def save(self) -> bool:
+        """Write a checkpoint; False if that failed, which is said, and training goes on."""
+        rows = self.first_row + (self.step - self.first_step) * self.batch_rows
+        state = {"step": self.step, "rows": rows, "seed": self.config.seed,
+                 "data_hash": self.data_hash, "micro_batch": self.micro,
+                 "dtype": str(self.dtype)[6:], "compile": self.compiled,
+                 "attention": self.config.attention, "threads": torch.get_num_threads(),
+                 "world_size": self.world.size, "versions": {"torch": torch.__version__},
+                 "config": asdict(self.config)}
+        with self.clock.apart("save_seconds"):
+            try:
+                checkpoint.save(self.folder, self.step, self.model, self.optimizer, state,
+                                self.data / "tokenizer.json", self.world)
+            except OSError as error:
+                self.log.say(f"WARNING: no checkpoint at step {self.step}: {error}; going on")
+                return False
+            if self.world.rank == 0:
+                checkpoint.prune(self.folder, self.config.keep_last, self.config.keep_every)
+        return True
+
+
+def vocabulary(config: Settings, manifest: dict) -> int:
+    """Entries of the embedding: the config's if it says, else the tokenizer's."""
+    entries = manifest["tokenizer"]["vocab_size"]
+    if config.vocab_size and config.vocab_size < entries:
+        raise UserError(f"vocab_size {config.vocab_size} is smaller than the {entries} entries of "
+                        f"the tokenizer of data set {config.dataset}; leave it 0")
+    return config.vocab_size or entries
+
+
+def model_config(config: Settings) -> ModelConfig:
+    """The architecture that a config asks for."""
+    names = set(ModelConfig.__dataclass_fields__) & set(Settings.__dataclass_fields__)
+    return ModelConfig(**{name: getattr(config, name) for name in names})
+
+
+def starting_point(run: Path, config: Settings) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start."""
+    there = checkpoint.steps_of(run)
+    if config.resume == "never" and there:
+        raise UserError(f"resume=never, but {run} holds a run at {there[0].name}; choose another "
+                        "out_dir or remove the folder")
+    good = checkpoint.newest_good(run) if there else None
+    if config.resume == "must" and good is None:
+        raise UserError(f"resume=must, but {run} holds no whole checkpoint")
+    if there and good is None:
+        raise UserError(f"every checkpoint in {run} is damaged; choose another out_dir")
+    return good
+
+
+def check_resume(state: dict, config: Settings, data_hash: str, extend: bool, source: Path) -> None:
+    """Refuse to go on from `source` with a config that is not that run's."""
+    old, new = state["config"], asdict(config)
+    for keys, remedy in ((FIXED, "choose another out_dir"), (COURSE, "say --extend to accept it")):
+        for name in keys:
+            if old.get(name) != new[name] and not (keys is COURSE and extend):
+                raise UserError(f"{source} was trained with {name}={old.get(name)}, now it is "
+                                f"{new[name]}; {remedy}")
+    if state["data_hash"] != data_hash:
+        raise UserError(f"{source} was trained on another data/{config.dataset} (its manifest has "
+                        "another hash); choose another out_dir")
+
+
+def check_tokenizer(source: Path, manifest: dict) -> None:
+    """Refuse to start from a model whose token ids mean something else than the data set's."""
+    path = source / "tokenizer.json"
+    if path.is_file() and checkpoint.sha256(path) != manifest["tokenizer"]["sha256"]:
+        raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
+                        f"--tokenizer={path}")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bf16 where the hardware has it (emulation does not count), else fp32."""
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        name = "bf16" if native else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def pick_micro_batch(share: int, block: int, device: torch.device) -> int:
+    """Rows per forward pass: enough tokens to keep the device busy, at most a rank's share."""
+    return max(1, min((16384 if device.type == "cuda" else 4096) // block, share))
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGINT, SIGUSR1 or the time limit; a second signal ends the process."""
+
+    def __init__(self, minutes: float):
+        self.signalled = False
+        self.deadline = time.monotonic() + minutes * 60 if minutes else math.inf
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        """First: finish the step and save. Second: leave at once; the last commit stands."""
+        if self.signalled:
+            os._exit(143)
+        self.signalled = True
+
+    def asked(self) -> bool:
+        """Whether this rank wants to stop."""
+        return self.signalled or time.monotonic() > self.deadline
+
+
+if __name__ == "__main__":
+    settings.run(main, COMMAND)
