@@ -36,7 +36,6 @@ import difflib
 import json
 import math
 import os
-import urllib.error
 import urllib.request
 from functools import cache, partial
 from pathlib import Path
@@ -66,7 +65,6 @@ TINY_MMLU: dict = {
 }
 
 
-
 class Unavailable(Exception):
     """A task whose library or data cannot be had here; the other scores still come."""
 
@@ -77,12 +75,12 @@ def main(command) -> int:
         raise UserError(f"unexpected argument {command.files[0]}; name the model with --ckpt=")
     world = parallel.start(command.flags.device, "auto")
     try:
-        return score(command.flags, "tasks" in command.overrides, world)
+        return measure(command.flags, "tasks" in command.overrides, world)
     finally:
         world.close()
 
 
-def score(flags: Flags, named: bool, world: World) -> int:
+def measure(flags: Flags, named: bool, world: World) -> int:
     """The whole command; `named`: the user asked for these tasks. The exit code."""
     say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
     folder = checkpoint.find(flags.ckpt, quiet=world.rank > 0)
@@ -98,18 +96,18 @@ def score(flags: Flags, named: bool, world: World) -> int:
 
     model = checkpoint.load_model(folder, world.device, pick_dtype(flags.dtype, world.device))
     batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
-    result: dict = {"tasks": {}}
-    if run:
+    result: dict = {}
+    if run:  # tokens: targets trained on, as in metrics.jsonl
         state = checkpoint.read_state(folder)
-        result |= {"step": state["step"], "tokens": state["rows"] * block_size}
+        result = {"step": state["step"], "tokens": state["rows"] * block_size}
     if rows:
-        tokens = flags.eval_tokens or run_config(run).get("eval_tokens") or 1 << 20
-        v = evaluate(model, rows, byte_info(folder), tokens, max(1, batch_tokens // block_size),
-                     world)
-        result |= {"val_loss": v["val_loss"], "val_bpb": v["val_bpb"], "ppl": v["ppl"],
-                   "val_tokens": v["tokens"], "val_bytes": v["bytes"]}
-        say(table(f"{rows.split.folder}, {v['tokens']:,} tokens, {v['bytes']:,} bytes", {
-            "nats/token": v["val_loss"], "bits/byte": v["val_bpb"], "perplexity": v["ppl"]}))
+        tokens = flags.eval_tokens or config_of(run).get("eval_tokens") or 1 << 20
+        micro_batch = max(1, batch_tokens // block_size)
+        found = evaluate(model, rows, byte_info(folder), tokens, micro_batch, world)
+        shown = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
+        result |= {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
+        say(table(f"validation, {found['tokens']:,} tokens, {found['bytes']:,} bytes", shown))
+    result["tasks"] = {}
     record(run, result, world)
     scorer = Scorer(model, tokenizer, batch_tokens, world)
     for job in jobs.values():
@@ -158,21 +156,22 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
 
 def validation(flags: Flags, folder: Path, run: Path | None, block_size: int,
                say) -> shards.Rows | None:
-    """The windows of the validation split, or None after saying what is missing."""
-    name = flags.data or run_config(run).get("dataset") or "NAME"
-    places = [Path("data") / name, *([Path(name)] if flags.data else []),
-              *([run.parent.parent / "data" / name] if run else [])]
-    data = next((place for place in places if place.is_dir()), None)
+    """The windows of the validation split; None, which is said, if no data set was named and the
+    run's is not here."""
+    name = flags.data or config_of(run).get("dataset", "")
+    places = [Path(name), Path("data") / name] if flags.data else [Path("data") / name]
+    places += [run.parent.parent / "data" / name] if run else []
+    data = next((place for place in places if name and place.is_dir()), None)
+    if data is None and flags.data:
+        raise UserError(f"no data set {name}; name a folder that prepare.py wrote")
     if data is None:
-        problem = f"no data set {name}, named by --data=FOLDER or lying in data/"
-        if flags.data:
-            raise UserError(problem)
-        say(f"no bits per byte: {problem}")
+        say(f"no bits per byte: {f'no data set data/{name}' if name else 'the model has no run'}; "
+            "name a data set with --data=FOLDER")
         return None
     rows = shards.Rows(shards.open_split(data, "val"), block_size, seed=0)
     if Tokenizer.load(data).sha256 != Tokenizer.load(folder).sha256:
-        raise UserError(f"{data} was made with another tokenizer than that of {folder} (the sha256 "
-                        "of tokenizer.json differ); name a data set made with it: --data=FOLDER")
+        raise UserError(f"{data} was made with another tokenizer than {folder} (the sha256 of "
+                        "tokenizer.json differs); name one that fits with --data=FOLDER")
     known = checkpoint.read_state(folder).get("data_hash") if run else None
     if not flags.data and known != (data / "manifest.sha256").read_text().strip():
         say(f"note: {data} is not as it was when this run was trained on it")
@@ -350,31 +349,30 @@ def local_item(row: dict, shots: list[Item] | None) -> Item:
     kind = ("context", "continuation") if "context" in row else ("question", "choices", "answer")
     for name in kind:
         if not isinstance(row.get(name), {"choices": list, "answer": str | int}.get(name, str)):
-            raise UserError(f"field '{name}' is missing or of the wrong type; rows have question, "
+            raise UserError(f"field '{name}' is missing or of the wrong type; a row has question, "
                             "choices, answer or context, continuation")
     if "context" in row:
         context, continuation = row["context"], row["continuation"]
         glued = not context or context[-1].isspace() or continuation[:1].isspace()
         return Item(context, [continuation if glued else f" {continuation}"], 0)
-    subject, choices, right = row.get("subject", ""), row["choices"], row["answer"]
+    subject, choices, right = str(row.get("subject") or ""), row["choices"], row["answer"]
     letters = LETTERS[:len(choices)]
     if isinstance(right, str):
         right = LETTERS.find(right.strip().upper()) if len(right.strip()) == 1 else -1
     if not 0 <= right < len(letters):
         raise UserError(f"'answer' is {row['answer']!r}, not a letter or an index (from 0) of one "
                         f"of the {len(choices)} choices")
-    asked = [row["question"].strip(), *(f"{letter}. {choice}" for letter, choice in
-             zip(letters, choices, strict=False)), "Answer:"]
-    prompt, answers = "\n".join(asked), [f" {letter}" for letter in letters]
-    if shots is None or not (shots or subject):
-        return Item(prompt, answers, right, subject)
-    fitting = [shot for shot in shots if not subject or shot.subject in (subject, "")]
-    if shots and not fitting:
-        raise UserError(f"--shots has no example of the subject {subject}")
-    about = f" about {subject.replace('_', ' ')}" if subject else ""
-    head = f"The following are multiple choice questions (with answers){about}.\n\n"
-    worked = [f"{shot.context}{shot.choices[shot.right]}\n\n" for shot in fitting[:SHOTS]]
-    return Item(head + "".join(worked) + prompt, answers, right, subject)
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=False)]
+    prompt = "\n".join([row["question"].strip(), *lines, "Answer:"])
+    if shots or (subject and shots is not None):
+        fitting = [shot for shot in shots if not subject or shot.subject in (subject, "")]
+        if shots and not fitting:
+            raise UserError(f"--shots has no example of the subject {subject}")
+        about = f" about {subject.replace('_', ' ')}" if subject else ""
+        worked = [f"{shot.context}{shot.choices[shot.right]}\n\n" for shot in fitting[:SHOTS]]
+        prompt = "".join([f"The following are multiple choice questions (with answers){about}.",
+                          "\n\n", *worked, prompt])
+    return Item(prompt, [f" {letter}" for letter in letters], right, subject)
 
 
 def score_local(name: str, items: list[Item], scorer: Scorer) -> dict:
@@ -383,14 +381,14 @@ def score_local(name: str, items: list[Item], scorer: Scorer) -> dict:
     pairs = [scorer.pair(item.context, choice) for item in items for choice in item.choices]
     values = iter(scorer.score(pairs))
     rows = [[next(values) for _ in item.choices] for item in items]
-    right = [row.index(max(row)) == item.right if len(row) > 1 else row[0][1]
-             for item, row in zip(items, rows, strict=True)]
-    n, acc = len(items), sum(right) / len(items)
-    chance = {} if len(rows[0]) == 1 else {"chance": sum(1 / len(row) for row in rows) / n}
-    return {name: {"acc": acc, "acc_stderr": math.sqrt(acc * (1 - acc) / max(n - 1, 1)), **chance,
-                   "loglikelihood": sum(row[item.right][0] for item, row in
-                                        zip(items, rows, strict=True)) / n,
-                   "n": n, "truncated": len(scorer.truncated)}}
+    right = np.array([row.index(max(row)) == item.right if len(row) > 1 else row[0][1]
+                      for item, row in zip(items, rows, strict=True)])
+    likely = [row[item.right][0] for item, row in zip(items, rows, strict=True)]
+    chance = {"chance": float(np.mean([1 / len(row) for row in rows]))}
+    return {name: {"acc": float(right.mean()), **(chance if len(rows[0]) > 1 else {}),
+                   "acc_stderr": float(right.std() / math.sqrt(max(len(right) - 1, 1))),
+                   "loglikelihood": float(np.mean(likely)), "n": len(items),
+                   "truncated": len(scorer.truncated)}}
 
 
 @cache
@@ -402,10 +400,9 @@ def task_manager(defaults: bool):
         try:
             hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
             urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=5).close()
-        except urllib.error.HTTPError:
-            pass  # it answers
-        except (OSError, ValueError):
-            os.environ["HF_HUB_OFFLINE"] = "1"
+        except (OSError, ValueError) as error:
+            if not hasattr(error, "code"):  # an HTTP error is an answer
+                os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ |= {"TQDM_DISABLE": "1", "LMEVAL_LOG_LEVEL": "ERROR"}
     from lm_eval.tasks import TaskManager
 
@@ -414,7 +411,7 @@ def task_manager(defaults: bool):
 
 def load_task(name: str) -> list:
     """The task objects of a name, their data downloaded."""
-    tiny = name == "tinyMMLU"
+    tiny = name == TINY_MMLU["task"]
     try:
         manager = task_manager(defaults=not tiny)
         if tiny or name in manager.all_tasks:
@@ -424,9 +421,8 @@ def load_task(name: str) -> list:
         raise Unavailable(f"{error}; pip install lm-eval datasets") from None
     except Exception as error:  # whatever the library, its plug-ins or the network raise
         source = f"data set {TINY_MMLU['dataset_path']}" if tiny else "its data"
-        why = " ".join(str(error).split())[:120]
-        raise Unavailable(f"{source} cannot be had from huggingface.co or its cache ({why}); run "
-                          "it once with a network") from None
+        raise Unavailable(f"{source} cannot be had from huggingface.co or its cache, run it once "
+                          f"with a network ({' '.join(str(error).split())[:160]})") from None
     near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 4, 0.5))
     raise UserError(f"no task {name}; {f'near it: {near}; ' if near else ''}`lm-eval ls tasks` "
                     "lists all, a file of your own is local:FILE.jsonl")
@@ -446,7 +442,7 @@ def score_harness(name: str, tasks: list, limit: int, scorer: Scorer) -> dict:
         samples = output["samples"].get(task, [])
         if output["configs"].get(task, {}).get("output_type") == "multiple_choice" and samples:
             scores[task]["chance"] = sum(1 / len(s["resps"]) for s in samples) / len(samples)
-        scores[task]["n"] = len(samples) or values.get("sample_count")
+        scores[task]["n"] = len(samples) or values.get("sample_len")
     if name in scores or len(scores) == 1:  # prompts are counted over the members of a group
         scores[name if name in scores else next(iter(scores))]["truncated"] = len(scorer.truncated)
     return scores
@@ -455,17 +451,15 @@ def score_harness(name: str, tasks: list, limit: int, scorer: Scorer) -> dict:
 # ---- what is shown and kept
 
 def table(title: str, metrics: dict) -> str:
-    """Lines of metric, value, 95 % interval (1.96 standard errors), chance."""
-    lines = [f"{title}:"]
-    if metrics.get("truncated"):
-        lines[0] = f"{title} ({metrics['truncated']} too long for the context, cut at the left):"
+    """A title and lines of metric, value, 95 % interval (1.96 standard errors), chance level."""
+    cut = metrics.get("truncated")
+    lines = [title + (f", {cut} too long for the context and cut at the left" if cut else "")]
     for name, value in metrics.items():
         if name not in ("n", "truncated", "chance") and "_stderr" not in name:
-            metric, *filtered = name.partition(",")
-            error = metrics.get("".join([f"{metric}_stderr", *filtered]))
-            chance = metrics.get("chance") if metric.startswith("acc") else None
+            metric, comma, filtered = name.partition(",")
+            error, chance = metrics.get(f"{metric}_stderr{comma}{filtered}"), metrics.get("chance")
             lines.append(f"  {name:<14}{value:9.4f}" + (f" ± {1.96 * error:.4f}" if error else "")
-                         + (f"   chance {chance:.4f}" if chance else ""))
+                         + (f"   chance {chance:.4f}" if chance and metric[:3] == "acc" else ""))
     return "\n".join(lines)
 
 
@@ -476,17 +470,14 @@ def record(run: Path | None, result: dict, world: World) -> None:
         path.parent.mkdir(exist_ok=True)
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
+        except (OSError, ValueError):  # none yet, or damaged
             old = {}
         settings.to_json(path, old | result | {"tasks": old.get("tasks", {}) | result["tasks"]})
 
 
-def run_config(run: Path | None) -> dict:
+def config_of(run: Path | None) -> dict:
     """The config in run.json; {} without a run."""
-    try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))["config"] if run else {}
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{run}/run.json is damaged: {error!r}") from None
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))["config"] if run else {}
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -202,12 +202,13 @@ class LLaMA(nn.Module):
         self.compute_dtype = torch.float32  # of activations and matmuls; weights stay fp32
         self.model = Decoder(config)
         self.lm_head = Linear(config.d_model, config.vocab_size)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_rope("cpu")
 
     def reset_rope(self, device) -> None:
-        """(Re)compute the rotary tables: they are not saved, and moving off `meta` loses them."""
+        """(Re)compute what moving off `meta` loses: the rotary tables, which are not saved, and
+        the tie of the embeddings."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
         positions = torch.arange(self.config.block_size, dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, rope_frequencies(self.config)).repeat(1, 2)
         self.register_buffer("rope_cos", angles.cos().to(device), persistent=False)

@@ -6,6 +6,7 @@ torchrun starts W processes (ranks). ddp keeps the whole model on each and adds 
 
 import contextlib
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -56,6 +57,7 @@ class World:
         if self.mode == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # renamed in torch 2.13
             ids = [self.device.index] if self.device.type == "cuda" else None
             return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
                                            broadcast_buffers=False)

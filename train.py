@@ -26,6 +26,7 @@ import math
 import os
 import signal
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -163,7 +164,10 @@ class Run:
         if self.step == 0:
             self.measure()
         self.clock.start(self.step)
-        stopping, saved, unread = False, self.step if self.first_step else -1, None
+        stopping, saved = False, self.step if self.first_step else -1
+        # the numbers of an update are read while a GPU works on the next one; a CPU does not wait
+        unread: deque[tuple[int, Tensor, float]] = deque()
+        lag = 0 if self.world.device.type == "cpu" else 1
         with ThreadPoolExecutor(1) as reader:
             upcoming = reader.submit(self.batch, self.step)
             while self.step < config.max_steps and not stopping:
@@ -173,15 +177,12 @@ class Run:
                 rate = optim.lr(self.step, config)
                 stats = self.update(batch, rate)
                 self.step += 1
-                # an update's numbers are read while the device works on the next one
-                if unread:
-                    stopping = self.settle(*unread)
-                unread = (self.step, stats, rate)
+                unread.append((self.step, stats, rate))
                 last = self.step == config.max_steps
                 evaluating = last or self.step % config.eval_interval == 0
-                saving = last or stopping or self.step % config.save_interval == 0
-                if evaluating or saving:
-                    stopping, unread = self.settle(*unread) or stopping, None
+                saving = last or self.step % config.save_interval == 0
+                while len(unread) > (0 if evaluating or saving or stopping else lag):
+                    stopping = self.settle(*unread.popleft()) or stopping
                 if evaluating:
                     self.measure()
                 if (saving or stopping) and self.save():

@@ -24,7 +24,7 @@ from parallel import World
 from settings import UserError
 from tokenizer import Tokenizer, byte_info
 
-BLOCK = 384
+BLOCK = 592
 SUBJECTS = ("high_school_sums", "colours", "animals")
 
 
@@ -32,8 +32,8 @@ SUBJECTS = ("high_school_sums", "colours", "animals")
 def home(tmp_path_factory) -> Path:
     """A folder with data/toy and a run out/toy that has one checkpoint."""
     home = tmp_path_factory.mktemp("home")
-    texts = [text + "Ünïcödé ✓ \n" for text in documents(60)]
-    write_data_set(home / "data" / "toy", {"train": texts[40:], "val": texts[:40]})
+    texts = [text + "Ünïcödé ✓ \n" for text in documents(80)]
+    write_data_set(home / "data" / "toy", {"train": texts[60:], "val": texts[:60]})
     model = LLaMA(ModelConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64,
                               vocab_size=258, block_size=BLOCK))
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_local_task_equals_lm_eval_on_the_checkpoint(scorer, items, hf):
 
 def test_pairs_of_many_shapes_equal_lm_eval(scorer, hf):
     pairs = [("", "abc"), ("one ", "two three"), ("one", " two three"), ("one", " two threX"),
-             ("x" * 500, " a long continuation"), ("é", "ö"), ("a\n", "b"), ("q", "y" * 384)]
+             ("x" * 700, " a long continuation"), ("é", "ö"), ("a\n", "b"), ("q", "y" * BLOCK)]
     items = [Item(context, [continuation], 0) for context, continuation in pairs]
     theirs = hf.loglikelihood(requests(items), disable_tqdm=True)
     for batch_tokens in (1, 700, 10**6):
@@ -256,7 +256,7 @@ def test_every_kind_of_request_equals_lm_eval(scorer, hf, tmp_path):
 def test_tiny_mmlu_through_lm_eval(scorer, items, hf, tmp_path, monkeypatch):
     from lm_eval import simple_evaluate
 
-    rows = [{"input_formatted": item.context, "answer": item.right} for item in items[:40]]
+    rows = [{"input_formatted": item.context, "answer": item.right} for item in items[:12]]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(scoring, "TINY_MMLU", scoring.TINY_MMLU | {
         "dataset_path": "json", "dataset_kwargs": {
@@ -264,7 +264,7 @@ def test_tiny_mmlu_through_lm_eval(scorer, items, hf, tmp_path, monkeypatch):
     tasks = scoring.load_task("tinyMMLU")
     scorer.truncated.clear()
     ours = scoring.score_harness("tinyMMLU", tasks, 0, scorer)["tinyMMLU"]
-    local = score_local("x", items[:40], scorer)["x"]
+    local = score_local("x", items[:12], scorer)["x"]
     theirs = simple_evaluate(hf, tasks=tasks, bootstrap_iters=1,
                              task_manager=scoring.task_manager(False))["results"]["tinyMMLU"]
     assert ours == pytest.approx({key: value for key, value in local.items()
@@ -319,7 +319,7 @@ def test_without_a_network_the_default_gives_the_other_scores(here):
     kept = json.loads((here / "out" / "toy" / "eval" / "step_30.json").read_text())
     assert kept == result and result["tasks"] == {}
     assert (result["step"], result["tokens"], result["val_tokens"]) == (30, 120 * BLOCK, 5 * BLOCK)
-    assert result["val_bpb"] > 0 and "bits/byte" in done.stdout
+    assert result["val_bpb"] > 0 and "val_bpb" in done.stdout
 
 
 def test_a_named_task_without_data_is_an_error_and_the_others_are_kept(here, questions, capsys):
@@ -334,7 +334,7 @@ def test_a_named_task_without_data_is_an_error_and_the_others_are_kept(here, que
     (here / "words.jsonl").write_text('{"context": "def", "continuation": "add"}')
     (here / "data").rename(here / "elsewhere")  # no data set: said, and the tasks go on
     assert main("--tasks=local:words.jsonl") == 0
-    assert "no bits per byte: no data set toy" in capsys.readouterr().out
+    assert "no bits per byte: no data set data/toy" in capsys.readouterr().out
     both = json.loads(path.read_text())
     assert set(both["tasks"]) == {task, "local:words.jsonl"} and both["val_bpb"] == first["val_bpb"]
     assert "chance" not in both["tasks"]["local:words.jsonl"]
@@ -344,7 +344,7 @@ def test_a_model_folder_without_a_run(here, folder, capsys):
     shutil.copytree(folder, here / "model")
     assert main("--ckpt=model", "--tasks=") == 0
     assert "no bits per byte" in capsys.readouterr().out
-    assert main("--ckpt=model", "--tasks=", "--data=toy", "--eval_tokens=800", "--json") == 0
+    assert main("--ckpt=model", "--tasks=", "--data=toy", "--eval_tokens=1200", "--json") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["val_tokens"] == 2 * BLOCK and "step" not in result
     assert not list(here.glob("model/eval*"))

@@ -181,6 +181,19 @@ def test_slices_and_columns(name, tmp_path, monkeypatch):
                 sources={"path": "c.parquet", "column": "body"}), LINES)
 
 
+@pytest.mark.parametrize("width", [63, 64, 65])
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_a_cut_at_or_beside_a_line_end_loses_nothing(width, packed, tmp_path):
+    lines = [f"{i:0{width - 13}}" for i in range(4096)]  # 13: the bytes of {"text": ""} and newline
+    data = "".join(f'{{"text": "{t}"}}\n' for t in lines).encode()
+    assert len(data) == 4096 * width
+    path = tmp_path / f"a.jsonl{packed}"
+    path.write_bytes(gzip.compress(data) if packed else data)
+    _, parts = prepare.survey([{"path": str(path)}], [])
+    assert packed or len(parts) >= 4
+    assert list(prepare.documents([p for part in parts for p in part], {})) == lines
+
+
 def test_standard_input(tmp_path):
     words = ("--sources=-", "--tokenizer=bytes", "--block_size=64", "--val_fraction=0.1")
     run(tmp_path, *words, "--dataset=lines", stdin=jsonl(LINES))
@@ -260,6 +273,10 @@ def test_killed_and_restarted_writes_the_same_bytes(reference):
         os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice
         process.wait()
         interrupted += not (folder / "manifest.json").exists()
+        with pytest.raises(ProcessLookupError):
+            for _ in range(1000):
+                os.killpg(process.pid, 0)
+                time.sleep(0.01)
     assert interrupted == 2
     with pytest.raises(UserError, match="unfinished"):
         shards.read_manifest(folder)

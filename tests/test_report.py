@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html import unescape
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def write(path: Path, value) -> None:
 
 def build(*folders: Path, **flags: str) -> tuple[str, dict, str]:
     """The page, the data embedded in it, and the Markdown."""
-    assert report.main([*map(str, folders), *(f"--{k}={v}" for k, v in flags.items())]) == 0
+    assert run_main([*map(str, folders), *(f"--{k}={v}" for k, v in flags.items())]) == 0
     page = Path(flags.get("out", folders[0] / "report.html"))
     text = page.read_text(encoding="utf-8")
     found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
@@ -63,10 +64,14 @@ def build(*folders: Path, **flags: str) -> tuple[str, dict, str]:
     return text, json.loads(found[0]), page.with_suffix(".md").read_text(encoding="utf-8")
 
 
+def run_main(argv: list[str]) -> int:
+    return report.main(settings.parse(argv, "", report.Flags, takes="files"))
+
+
 def cells(text: str) -> list[list[str]]:
     """The rows of every table of a page."""
     rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
-    return [[unescape(c) for c in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in rows]
+    return [[unescape(c) for c in re.findall(r"<td>(.*?)</td>", row)] for row in rows]
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -85,39 +90,40 @@ def test_embedded_data_is_metrics_jsonl(tmp_path):
     run = make_run(tmp_path / "run")
     _, data, _ = build(run)
     assert data["runs"][0]["metrics"] == metrics_of(run)
-    assert data["runs"][0]["name"] == "run" and data["groups"] == []
+    assert data["runs"][0]["info"] == json.loads((run / "run.json").read_text())
+    assert data["runs"][0]["name"] == f"{tmp_path.name}/run"
 
 
 def test_summary_recomputed(tmp_path):
     run = make_run(tmp_path / "run")
     write(run / "status.json", {"state": "done", "step": 100})
-    page, data, markdown = build(run)
+    page, _, markdown = build(run)
     last = [row for row in metrics_of(run) if "val_loss" in row][-1]
-    # 10 s per row: nine gaps of which one is a restart, whose row and the first count by speed
-    seconds = 10 * 512 / 512.0 * 2 + 8 * 10
-    summary = data["runs"][0]["summary"]
-    assert summary["seconds"] == pytest.approx(seconds) and summary["restarts"] == [60]
-    assert summary["val_loss"] == last["val_loss"] and summary["tokens"] == 51200
-    said = (f"1.235M parameters, trained on 51.2k tokens in {seconds / 60:.1f} minutes on 2 x "
-            f"<fast> CPU: validation loss {last['val_loss']:.4f} nats per token, "
-            f"{last['val_bpb']:.4f} bits per byte")
-    assert said in unescape(page) and "done, restarts: 1." in page
-    assert said.replace("<fast>", r"\<fast\>") in markdown
+    # 100 steps of 512 tokens at 512 tokens per second; the hours in which nothing ran don't count
+    said = (f"1.235M parameters, done at step 100 of 100, after 51.2k tokens and 0:01:40 of "
+            f"training on 2 x <fast> CPU: validation loss {last['val_loss']:.4g} nats per token, "
+            f"{last['val_bpb']:.4g} bits per byte.")
+    assert said in unescape(page) and said.replace("<fast>", r"\<fast\>") in markdown
 
 
 def test_differences_from_the_parent(tmp_path):
     page, _, markdown = build(make_run(tmp_path / "run"))
-    rows = [row for row in cells(page) if row[-1] in ("config file", "command line", "at start")]
-    assert rows == [["vocab_size", "0", "259", "at start"],
-                    ["max_steps", "4768", "100", "command line"],
-                    ["learning_rate", "0.001", "0.002", "config file"],
-                    ["device", "auto", "cpu", "at start"]]
-    assert "| learning_rate | 0.001 | 0.002 | config file |" in markdown
+    table = page.split("What was run")[1].split("</table>")[0]
+    assert cells(table) == [["", "parent", f"{tmp_path.name}/run"], ["vocab_size", "0", "259"],
+                            ["max_steps", "4768", "100"], ["learning_rate", "0.001", "0.002"],
+                            ["device", "auto", "cpu"]]
+    assert "| learning_rate | 0.001 | 0.002 |" in markdown
+
+
+def test_differences_of_several_runs(tmp_path):
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", n_layer=5)
+    rows = cells(build(one, two)[0])
+    assert ["n_layer", "4", "4", "5"] in rows and ["device", "auto", "cpu", "cpu"] in rows
 
 
 def test_data_and_environment(tmp_path):
     rows = cells(build(make_run(tmp_path / "run"))[0])
-    for row in (["manifest_sha256", "f" * 64], ["tokenizer kind", "bytes"],
+    for row in (["data manifest_sha256", "f" * 64], ["data tokenizer kind", "bytes"],
                 ["git commit", "abc123"], ["git dirty", "true"],
                 ["versions torch", "2.11.0"], ["device threads", "4"],
                 ["started", "2026-01-01 00:00 UTC"]):
@@ -128,7 +134,7 @@ def test_parent_that_is_gone(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "parent.py").unlink()
     page, _, _ = build(run)
-    assert "parent.py cannot be read" in page and ["n_layer", "16", "4", "at start"] in cells(page)
+    assert "parent.py cannot be read" in page and ["n_layer", "16", "4"] in cells(page)
 
 
 def test_text_of_the_model_is_escaped(tmp_path):
@@ -136,9 +142,9 @@ def test_text_of_the_model_is_escaped(tmp_path):
     write(run / "samples.jsonl", {"step": 100, "prompt": NASTY, "completion": NASTY * 3})
     page, data, markdown = build(run)
     assert page.count("<script") == 1 and page.count("</script") == 1 and "alert" in page
-    assert "<title>a &lt;b&gt; run</title>" in page
+    assert "/a &lt;b&gt; run</title>" in page
     assert data["runs"][0]["samples"][0]["prompt"] == NASTY
-    assert "````\n</script>" in markdown  # a fence longer than any in the text
+    assert not re.search(r"(?<!\\)</?script", markdown) and "alert" in markdown
     assert not re.search(r"(src|href)=|url\(|@import", page)
 
 
@@ -150,66 +156,103 @@ def test_scores_baselines_and_chance(tmp_path):
                           "exact,strict": 0.1, "exact_stderr,strict": 0.01}}})
     write(run / "eval" / "baselines.json", {"unigram_bpb": 4.0, "fivegram_bpb": 0.5})
     page, _, markdown = build(run)
-    assert ["arc, acc", "0.5000 ± 0.0196", "0.25"] in cells(page)
-    assert ["arc, exact,strict", "0.1000 ± 0.0196", "–"] in cells(page)
-    assert ["arc, n", "99", "–"] in cells(page)
+    who = f"{tmp_path.name}/run"
+    assert [f"{who}, step 100", "arc acc", "0.5000 ± 0.0196", "0.25"] in cells(page)
+    assert [f"{who}, step 100", "arc exact,strict", "0.1000 ± 0.0196", "–"] in cells(page)
+    assert [f"{who}, step 100", "validation bits per byte", "1.2500", "–"] in cells(page)
     mine = metrics_of(run)[-1]["val_bpb"]
-    assert (f"run is {1 - mine / 4:.1%} below unigram and "
-            f"{mine / 0.5 - 1:.1%} above fivegram") in page
-    order = [row[0] for row in cells(page) if row[-1].startswith("━")]
-    assert order == ["fivegram", "run", "unigram"] and "0.5000 ± 0.0196" in markdown
+    at = cells(page).index(["", "bits per byte", "below unigram"])
+    assert cells(page)[at + 1:at + 4] == [
+        ["fivegram", "0.5000", "87.5%"], [who, f"{mine:.4f}", f"{1 - mine / 4:.1%}"],
+        ["unigram", "4.0000", "0.0%"]]
+    assert "0.5000 ± 0.0196" in markdown
 
 
 def test_seeds_are_a_mean_and_a_band(tmp_path):
-    runs = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2, 3)]
-    page, data, _ = build(*runs)
-    assert [group["runs"] for group in data["groups"]] == [["seed1", "seed2", "seed3"]]
-    drawn = data["groups"][0]["curves"]["loss"]
-    table = np.array([[row["loss"] for row in metrics_of(run) if "loss" in row] for run in runs])
-    assert drawn["x"] == list(range(10, 101, 10))
-    np.testing.assert_allclose(drawn["mean"], table.mean(0), rtol=1e-15)
-    np.testing.assert_array_equal(drawn["low"], table.min(0))
-    np.testing.assert_array_equal(drawn["high"], table.max(0))
-    final = [metrics_of(run)[-1]["val_loss"] for run in runs]
-    assert f"validation loss {np.mean(final):.4f} ± {np.std(final, ddof=1):.4f}" in page
+    folders = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2, 3)]
+    groups = report.grouped([report.load(folder) for folder in folders])
+    assert len(groups) == 1
+    table = np.array([[row["loss"] for row in metrics_of(run) if "loss" in row] for run in folders])
+    steps, mean, low, high = np.array(report.curve(groups[0], "loss")).T
+    assert list(steps) == list(range(10, 101, 10))
+    np.testing.assert_allclose(mean, table.mean(0), rtol=1e-15)
+    np.testing.assert_array_equal(low, table.min(0))
+    np.testing.assert_array_equal(high, table.max(0))
+    page, data, _ = build(*folders)
     assert page.count("<polygon") == 3  # training and validation loss, bits per byte
+    assert page.count("seed1 and 2 other seeds (mean, range)") == 6
+    assert [run["metrics"] for run in data["runs"]] == [metrics_of(run) for run in folders]
 
 
 def test_a_group_ends_where_its_shortest_run_ends(tmp_path):
-    runs = [make_run(tmp_path / "long", seed=1), make_run(tmp_path / "short", seed=2)]
-    rows = metrics_of(runs[1])
-    (runs[1] / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:5]))
-    assert build(*runs)[1]["groups"][0]["curves"]["loss"]["x"] == [10, 20, 30, 40]
+    folders = [make_run(tmp_path / "long", seed=1), make_run(tmp_path / "short", seed=2)]
+    rows = metrics_of(folders[1])
+    (folders[1] / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:5]))
+    runs = [report.load(folder) for folder in folders]
+    assert [row[0] for row in report.curve(runs, "loss")] == [10, 20, 30, 40]
 
 
 def test_runs_that_differ_are_drawn_apart(tmp_path):
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", global_batch_tokens=1024)
-    page, data, _ = build(one, two, out=str(tmp_path / "both.html"))
-    assert [run["name"] for run in data["runs"]] == ["one", "two"] and data["groups"] == []
-    assert page.count("●&nbsp;two") == page.count("●&nbsp;one") > 1 and "<polygon" not in page
-    assert ">tokens</text>" in page  # the batches differ: equal steps are not equal work
-    assert ">step</text>" in build(one, two, x="step")[0]
-    assert (tmp_path / "both_loss.svg").exists()
+    page, data, _ = build(one, two, out=str(tmp_path / "new" / "both.html"))
+    names = [run["name"] for run in data["runs"]]
+    assert names == [f"{tmp_path.name}/one", f"{tmp_path.name}/two"] and "<polygon" not in page
+    for name in names:
+        assert page.count(f"</tspan> {name}</text>") == 6
+    assert (tmp_path / "new" / "both_loss.svg").exists()
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     one, two = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", n_layer=5)
-    assert [run["name"] for run in build(one, two)[1]["runs"]] == [str(one), str(two)]
+    assert [run["name"] for run in build(one, two)[1]["runs"]] == ["a/run", "b/run"]
+
+
+def test_samples_of_the_first_the_middle_and_the_last_step(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [{"step": step, "prompt": "def ", "completion": f"at{step}"} for step in range(7)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    page, _, markdown = build(run)
+    for said in (page, markdown):
+        assert re.findall("<pre>(.*?)</pre>", said) == ["def at0"] * 2 + ["def at3"] * 2 + [
+            "def at6"] * 2
+
+
+def test_pictures_stand_alone(tmp_path):
+    run = make_run(tmp_path / "run")
+    page, _, markdown = build(run)
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown)
+    assert len(pictures) == page.count("<svg") == 6
+    for name in pictures:
+        svg = (run / name).read_text()
+        assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+        assert report.STYLE in svg and svg.replace(f"<style>{report.STYLE}</style>", "") in page
 
 
 def test_a_curve_is_drawn_where_the_numbers_are():
-    svg = report.draw([([0, 50, 100], [0.0, 5.0, 10.0], [0.0, 5.0, 10.0], [0.0, 5.0, 10.0])],
-                      False, "step", [])
-    points = re.search(r'<polyline points="([^"]*)"', svg)
+    rows = [(step, value, value, value) for step, value in ((0, 0.0), (60, 5.0), (100, 10.0))]
+    svg = report.draw("t", [], [("red", "lr", rows)], log=False)
+    points = re.search(r'<path d="M([0-9., ]*)h0"', svg)
     assert points
     at = np.array([[float(v) for v in point.split(",")] for point in points[1].split()])
-    np.testing.assert_allclose(at[:, 0], [0, 500, 1000], atol=0.1)
-    np.testing.assert_allclose(at[:, 1], 1000 * (1 - np.array([0, 5, 10]) / 10.5), atol=0.1)
+    assert re.findall(r'x="([0-9.]*)" y="[0-9]*">(?:0|60|100)<', svg) == [
+        f"{x:.1f}" for x in at[:, 0]]  # the labels below them
+    assert at[0, 0] == report.LEFT and at[2, 0] == report.RIGHT
+    np.testing.assert_allclose(at[:, 1], 36 + report.HEIGHT * (1 - np.array([0, 5, 10]) / 10.5),
+                               atol=0.05)
+
+
+def test_a_logarithmic_curve_is_drawn_where_the_numbers_are():
+    rows = [(step, value, value, value) for step, value in ((0, 1.0), (1, 10.0), (2, 100.0))]
+    svg = report.draw("t", [], [("red", "loss", rows)], log=True)
+    heights = [float(y) for y in re.findall(r",([0-9.]+)", svg.split('<path d="M')[1])]
+    grid = [float(y) for y in re.findall(r'class="rule" d="M60 ([0-9.]+)H', svg)]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
+    assert set(heights) <= set(grid)  # 1, 10 and 100 have a line each
 
 
 @pytest.mark.parametrize(("low", "high", "log"), [
     (0, 1e-9, False), (2.9, 3.1, True), (1, 9, True), (1e-4, 1e5, True), (0, 7e5, False),
-    (100, 101, False), (1, 8.9, True)])
+    (100, 101, False), (1, 8.9, True), (2.1, 8.9, True), (4, 125, True)])
 def test_ticks_are_few_and_inside(low, high, log):
     marks = report.ticks(low, high, log)
     assert 2 <= len(marks) <= 10 and marks == sorted(marks)
@@ -217,7 +260,7 @@ def test_ticks_are_few_and_inside(low, high, log):
 
 
 @pytest.mark.parametrize(("value", "text"), [
-    (0, "0"), (6e-4, "6e-4"), (1e-10, "1e-10"), (0.25, "0.25"), (9999, "9999"), (20000, "20k"),
+    (None, "–"), (0, "0"), (6e-4, "0.0006"), (1e-10, "1e-10"), (0.25, "0.25"), (20000, "20k"),
     (124_085_760, "124.1M"), (999_999_999, "1B"), (1.5e12, "1.5T"), (-3e6, "-3M")])
 def test_short_numbers(value, text):
     assert report.short(value) == text
@@ -229,34 +272,33 @@ def test_a_truncated_last_line_is_a_run_at_work(tmp_path):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 110, "lo')
     page, data, _ = build(run)
-    assert data["runs"][0]["metrics"] == whole and "Note:" not in page
+    assert data["runs"][0]["metrics"] == whole and "step 100 of 100" in page
 
 
-def test_damage_is_noted(tmp_path):
+@pytest.mark.parametrize(("name", "text"), [
+    ("metrics.jsonl", '{"step": 1}\n\0\0{\n{"step": 2}\n'), ("run.json", "{"), ("run.json", "[]"),
+    ("status.json", "{"), ("eval/step_5.json", "5"), ("samples.jsonl", "oops\n")])
+def test_damage_is_named(tmp_path, name, text):
     run = make_run(tmp_path / "run")
-    lines = (run / "metrics.jsonl").read_text().split("\n")
-    (run / "metrics.jsonl").write_text("\n".join([*lines[:3], "\0\0{", *lines[3:]]))
-    (run / "status.json").write_text("{")
-    (run / "eval" / "step_5.json").write_text("[]")
-    page, data, _ = build(run)
-    assert len(data["runs"][0]["metrics"]) == len(lines) - 1
-    for name in ("metrics.jsonl: 1 damaged line(s) left out, the first is 4",
-                 "status.json is damaged", "step_5.json is damaged"):
-        assert name in page
+    (run / name).write_text(text)
+    with pytest.raises(settings.UserError, match=f"{name}.* is damaged"):
+        build(run)
 
 
 def test_values_that_are_not_numbers_are_not_drawn(tmp_path):
     run = make_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 110, "tokens": 1, "loss": NaN, "grad_norm": Infinity, "lr": null}\n')
-    assert "nan" not in build(run)[0].split("<figure", 1)[1].split("</div>")[0].lower()
+    drawn = re.findall("<svg.*?</svg>", build(run)[0], re.DOTALL)
+    assert len(drawn) == 6 and not re.search(r"\bnan\b|\binf\b", "".join(drawn).lower())
 
 
 def test_barely_begun(tmp_path):
     run = make_run(tmp_path / "run", steps=10)
     write(run / "metrics.jsonl", {"step": 0, "tokens": 0, "val_loss": 5.0, "val_bpb": 1.0})
-    write(run / "run.json", {"config": {}})
-    assert "validation loss 5 nats" in build(run)[0]
+    page = build(run)[0]
+    assert "begun at step 0 of 10, after 0 tokens and 0:00:00" in page
+    assert "validation loss 5 nats" in page and "No samples yet" in page
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -264,6 +306,7 @@ def test_bad_input_is_one_line(tmp_path):
     assert "nowhere" in fails(tmp_path / "nowhere") and "run" in fails(tmp_path / "nowhere")
     assert "--ouut; did you mean" in fails(run, "--ouut=x")
     assert "eval is not a run" in fails(run / "eval")
+    assert "must end in .html" in fails(run, "--out=page.md")
     (run / "metrics.jsonl").write_text("")
     assert "no rows yet" in fails(run)
     (run / "run.json").write_text('{"config"')
@@ -275,7 +318,7 @@ def test_newest_run_is_the_default(tmp_path, monkeypatch, capsys):
         run = make_run(tmp_path / "out" / name)
         os.utime(run / "metrics.jsonl", (1e9 - age, 1e9 - age))
     monkeypatch.chdir(tmp_path)
-    assert report.main([]) == 0
+    assert run_main([]) == 0
     assert "newest run, out/new" in capsys.readouterr().out
     assert (tmp_path / "out" / "new" / "report.html").exists()
 
@@ -285,4 +328,4 @@ def test_help_is_quick_and_torch_is_not_loaded():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parent)
     done = subprocess.run([sys.executable, report.__file__, "--help"], capture_output=True,
                           text=True, check=True, timeout=10)
-    assert "--x=" in done.stdout and "--out=" in done.stdout
+    assert "--out=" in done.stdout

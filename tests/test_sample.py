@@ -1,4 +1,4 @@
-"""sample.py: the cache, batches, the sampling distributions against their definition, the command."""
+"""sample.py: the cache, batches, the distributions against their definition, the command."""
 
 import json
 import subprocess
@@ -19,8 +19,17 @@ TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=26
 GREEDY = sample.Flags(temperature=0.0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small lose time on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny(seed=0, scale=6.0, **changes) -> LLaMA:
-    """A model whose matrices are large enough that attention matters; 258 of 264 entries are used."""
+    """A model whose matrices are so large that attention matters; it uses 258 of 264 entries."""
     model = LLaMA(ModelConfig(**{**TINY, **changes}))
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -165,7 +174,7 @@ def test_frequencies_are_the_softmax(options):
     flags = sample.Flags(**options)
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
     want = sample.allowed(logits, flags).softmax(-1)[0]
-    n = 40_000
+    n = 400_000
     draws = torch.rand(n, generator=torch.Generator().manual_seed(4))
     got = sample.choose(logits.expand(n, -1), flags, torch.zeros(n, 12, dtype=torch.bool), draws)
     counts = got.bincount(minlength=12)
@@ -237,6 +246,15 @@ def run(*words) -> int:
     return sample.main(parse([str(word) for word in words], "", sample.Flags, "files"))
 
 
+@pytest.mark.parametrize("script", ["sample.py", "export.py"])
+def test_help_and_a_misspelt_key_need_no_torch(script):
+    for word, code, says in (("--help", 0, "--ckpt="), ("--ckpd=x", 2, "did you mean ckpt?")):
+        done = subprocess.run([sys.executable, "-X", "importtime", ROOT / script, word],
+                              capture_output=True, text=True)
+        assert done.returncode == code and says in done.stdout + done.stderr
+        assert "torch" not in done.stderr.replace("ckpd", "")
+
+
 def test_prompts_to_file(ckpt, tmp_path):
     source, out = tmp_path / "F.jsonl", tmp_path / "G.jsonl"
     rows = [{"id": i, "prompt": "word " * (i * 5 % 7), "half": "\ud800é"} for i in range(9)]
@@ -274,7 +292,7 @@ def test_one_text_and_the_end_of_the_context(ckpt, capsys):
     ids = uncached(tiny(), [256, *make("bytes", None).encode("Hé")], 44)
     assert 257 not in ids and max(ids) < 258  # if the weights ever change: choose others here
     text, last, _ = capsys.readouterr().out.rsplit("\n", 2)
-    assert text.endswith("\nHé" + make("bytes", None).decode(ids) + "\n")
+    assert text.endswith("\nHé" + make("bytes", None).decode(ids))
     assert last.startswith("44 new tokens in") and "ended where the context ends, at 48" in last
 
 
@@ -296,7 +314,7 @@ def test_several_texts_are_saved_with_the_run(tmp_path, capsys):
     (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', (), "F.jsonl:2 is not a JSON object"),
     ("[1]\n", (), "F.jsonl:1 is not a JSON object"),
     ("", (), "F.jsonl:1 is not a JSON object"),
-    ('{"prompt": "ok"}\n{"prompt": "' + "x" * 47 + '"}\n', (), "F.jsonl:2: the prompt has 48 tokens"),
+    ('{"prompt": "ok"}\n{"prompt": "' + "x" * 47 + '"}\n', (), "F.jsonl:2: the prompt has 48"),
     (None, (), "no file"),
     ('{"prompt": "a"}\n', ("--prompt=b",), "without --prompt"),
     ('{"prompt": "a"}\n', ("--ckpt=nowhere",), "no folder nowhere"),

@@ -1,0 +1,331 @@
+"""Sources -> files -> parts -> documents: what prepare.py reads, cut so that workers can share it.
+
+Everything here is a function of the sources alone, so that the same bytes come out for any number
+of workers and after any interruption.
+"""
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from settings import UserError
+
+KINDS = r".*\.(txt|jsonl|parquet|(txt|jsonl)\.(gz|xz|zst))"
+PACKED = {".gz": 3, ".xz": 4, ".zst": 3}  # bytes of text in a packed byte: a guess, for the plan
+PART = 64 << 20  # bytes of text that a worker takes at a time
+SPOOLED: list = []  # standard input as files, kept until the program ends
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive records of one file."""
+
+    path: str  # on this machine
+    label: str  # in messages and in the manifest: the same on every machine
+    kind: str  # txt, jsonl or parquet
+    column: str
+    size: int  # bytes of text, roughly
+    start: int = 0  # first byte (jsonl) or the row group (parquet)
+    stop: int = sys.maxsize
+    skip: int = 0  # records left out at its start
+    take: int = sys.maxsize
+
+
+# ---- sources -> files -> parts
+
+def described(sources: object) -> list[dict]:
+    """The sources as dicts with a `path`."""
+    items = sources if isinstance(sources, list | tuple) else [sources]
+    found: list = [{"path": item} if isinstance(item, str) else item for item in items]
+    for item in found:
+        keys = {"path": str, "column": str, "slice": str, "max_documents": int}
+        if not (isinstance(item, dict) and item.get("path")
+                and all(type(value) is keys.get(key) for key, value in item.items())
+                and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))):
+            raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
+                            "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
+    return found
+
+
+def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
+    """What the manifest says of a source beside its files, and the files (label, path) in order."""
+    if path.startswith("hf:"):
+        return hub_files(path, known)
+    if path == "-":
+        spool = tempfile.NamedTemporaryFile(prefix="stdin-")  # noqa: SIM115
+        shutil.copyfileobj(sys.stdin.buffer, spool)
+        spool.flush()
+        SPOOLED.append(spool)
+        return {}, [("-", Path(spool.name))]
+    if path == "embedded":
+        roots = [Path(str(spec.origin)).parent for name in ("mpmath", "networkx", "sympy")
+                 if (spec := importlib.util.find_spec(name))]
+        found = [(p.relative_to(root.parent).as_posix(), p) for root in roots
+                 for p in root.rglob("*.py")]
+        return {}, sorted((label, p) for label, p in found
+                          if not {"tests", "benchmarks"} & set(label.split("/")))
+    folder = os.path.isdir(path)
+    pattern = os.path.join(glob.escape(path), "**") if folder else path
+    matches = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
+    matches = [p for p in matches if os.path.isfile(p) and (not folder or re.fullmatch(KINDS, p))]
+    root = path if folder else os.path.commonpath(map(os.path.dirname, matches or ["."]))
+    found = [(os.path.relpath(p, root or "."), Path(p)) for p in matches]
+    if not found:
+        raise UserError(f"sources: {path} is no file, and no glob or folder that holds a .txt, "
+                        ".jsonl or .parquet file")
+    return {}, sorted(found)
+
+
+def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
+    """The files of hf:NAME[@REVISION][:SPLIT], downloaded into the hub's cache; no script is run.
+
+    `known`, an earlier run's record, pins revision and files: a restart reads the same bytes, and
+    needs no network for what is in the cache.
+    """
+    match = re.fullmatch(r"hf:([^@:]+)(?:@([^:]+))?(?::([^:]+))?", path)
+    if not match:
+        raise UserError(f"sources: {path!r} is not hf:NAME[@REVISION][:SPLIT]")
+    name, revision, split = match[1], known.get("revision", match[2]), match[3] or "train"
+    try:
+        import huggingface_hub as hub
+
+        if not known:
+            import datasets
+
+            # asked first because it fails at once, where `datasets` retries for half a minute
+            revision = hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha
+            splits = datasets.load_dataset_builder(name, revision=revision).config.data_files or {}
+            if split not in splits:
+                raise UserError(f"{path}: no split {split!r}; there are {', '.join(splits)}")
+            known = {"files": [str(url).partition(f"@{revision}/")[2] for url in splits[split]]}
+        found: list = []
+        for file in sorted(known["files"]):
+            print(f"{path}: file {len(found) + 1} of {len(known['files'])}, {file}", flush=True)
+            found.append((file, Path(hub.hf_hub_download(
+                name, file, repo_type="dataset", revision=revision, etag_timeout=20))))
+        return {"revision": revision}, found
+    except ImportError as error:
+        raise UserError(f"{path}: {error}; pip install 'plainllama[data]'") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever the two libraries and the network raise
+        raise UserError(f"{path} is not to be had from the hub ({type(error).__name__}: "
+                        f"{str(error)[:300]}); a local copy of its .parquet, .jsonl or .txt files "
+                        "will do: --sources=PATH") from None
+
+
+def survey(sources: list[dict], known: list[dict]) -> tuple[list[dict], list[list[Piece]]]:
+    """What the manifest says of the sources, and all their records cut into parts.
+
+    Both are functions of the sources alone. Raises UserError for what cannot be read.
+    """
+    records: list[dict] = []
+    pieces: list[Piece] = []
+    for i, source in enumerate(sources):
+        record, files = files_of(source["path"], known[i] if known else {})
+        prints = {label: fingerprint(path) for label, path in files}
+        if source["path"] == "embedded":  # a thousand names, as one
+            digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
+            prints = {f"{len(files)} files": digest}
+        records.append({"path": source["path"], **record, "files": prints})
+        if not any(path.stat().st_size for _, path in files):
+            raise UserError(f"sources: {source['path']} is empty")
+        cut = (p for label, path in files for p in pieces_of(label, path, source))
+        pieces += sliced(cut, source)
+    target = min(PART, max(64 << 10, size_of(pieces) // 12))  # small corpora have several too
+    parts: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        size += piece.size
+        if size > target and parts[-1]:
+            parts.append([])
+            size = piece.size
+        parts[-1].append(piece)
+    return records, parts
+
+
+def size_of(pieces: list[Piece]) -> int:
+    """Bytes of text, roughly."""
+    return sum(piece.size for piece in pieces)
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of a file's size and ends: tells at once that a source is not what it was."""
+    size, end = path.stat().st_size, 64 << 10
+    with open(path, "rb") as file:
+        ends = file.read(end)
+        file.seek(max(0, size - end))
+        ends += file.read(end)
+    return hashlib.blake2b(b"%d" % size + ends, digest_size=8).hexdigest()
+
+
+def pieces_of(label: str, path: Path, source: dict) -> Iterator[Piece]:
+    """A file in the smallest pieces worth a worker's while."""
+    column, size = source.get("column", "text"), path.stat().st_size
+    match = re.fullmatch(KINDS, path.name)
+    if match:
+        kind = match[2] or match[1]
+    elif label == "-":
+        kind = "jsonl" if path.open("rb").read(1 << 16).lstrip().startswith(b"{") else "txt"
+    elif source["path"] == "embedded":
+        kind = "txt"
+    else:
+        raise UserError(f"{path}: unknown kind of file; known are .txt, .jsonl, .parquet, and the "
+                        "first two with .gz, .xz or .zst")
+    piece = Piece(str(path), label, kind, column, size * PACKED.get(path.suffix, 1))
+    if kind == "parquet":
+        yield from (replace(piece, size=size, start=i)
+                    for i, size in enumerate(row_groups(path, column)))
+    elif kind == "jsonl" and path.suffix != ".zst":
+        # a packed file has few pieces, because each is reached by unpacking what is before it
+        packed = path.suffix in PACKED
+        step = max(64 << 10, piece.size // 4 if packed else min(PART, piece.size // 12))
+        for start in range(0, piece.size, step):
+            stop = min(piece.size, start + step)
+            end = sys.maxsize if packed and stop == piece.size else stop  # the size is a guess
+            yield replace(piece, size=stop - start, start=start, stop=end)
+    else:
+        yield piece
+
+
+def row_groups(path: Path, column: str) -> list[int]:
+    """Text bytes of each row group of a parquet file."""
+    try:
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(path)
+    except ImportError as error:
+        raise UserError(f"{path}: {error}; pip install 'plainllama[data]'") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short: {error}") from None
+    if column not in file.schema_arrow.names:
+        raise UserError(f"{path} has no column {column!r}; it has "
+                        f"{', '.join(file.schema_arrow.names)}: {{'path': ..., 'column': ...}}")
+    kind = str(file.schema_arrow.field(column).type)
+    if not re.search("string|binary", kind) or "<" in kind.removeprefix("dictionary<values="):
+        raise UserError(f"{path}: column {column!r} is {kind}, not text")
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    return [chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column]
+
+
+def sliced(pieces: Iterable[Piece], source: dict) -> Iterator[Piece]:
+    """The pieces with only the records that `slice` and `max_documents` leave."""
+    first, stop = (int(n) if n else None for n in source.get("slice", ":").split(":"))
+    first, seen = first or 0, 0
+    stop = min(stop or sys.maxsize, first + source.get("max_documents", sys.maxsize))
+    for piece in pieces:
+        if stop < sys.maxsize or first > seen:
+            n = sum(1 for _ in itertools.islice(records_of(piece), max(0, stop - seen)))
+            piece = replace(piece, skip=min(n, max(0, first - seen)), take=n)
+            seen += n
+        if piece.skip < piece.take:
+            yield piece
+
+
+# ---- parts -> documents
+
+def records_of(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
+    """The raw records of a piece, each with the row or byte at which it begins."""
+    try:
+        with contextlib.ExitStack() as stack:
+            if piece.kind == "parquet":
+                records = rows_of(piece)
+            else:
+                file = stack.enter_context(opened(piece.path))
+                records = iter([(0, file.read())]) if piece.kind == "txt" else lines_of(file, piece)
+            yield from itertools.islice(records, piece.skip, piece.take)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{piece.path} is damaged or cut short: {error}") from None
+
+
+def rows_of(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
+    """The rows of a row group; as bytes, so that invalid utf-8 costs no other row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20)
+    first = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+    batches = file.iter_batches(128, [piece.start], [piece.column])
+    values = (batch.column(0).cast(pa.large_binary()).to_pylist() for batch in batches)
+    return enumerate(itertools.chain.from_iterable(values), first)
+
+
+def lines_of(file, piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """The lines whose first byte lies in the piece; blank ones are no records."""
+    if piece.start:
+        file.seek(piece.start - 1)
+        file.readline()
+    at = file.tell() if piece.start else 0
+    while at < piece.stop and (line := file.readline()):
+        if not line.isspace():
+            yield at, line
+        at += len(line)
+
+
+def opened(path: str):
+    """A file's bytes, unpacked."""
+    if path.endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    if path.endswith(".xz"):
+        return lzma.open(path)
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+
+
+def text_of(piece: Piece, raw: bytes | None) -> tuple[str, str]:
+    """(text, ''), or ('', the rule by which the record is dropped)."""
+    try:
+        text = (raw or b"").decode("utf-8" if piece.kind == "parquet" else "utf-8-sig")
+        if piece.kind == "jsonl":
+            record = json.loads(text)
+            if not isinstance(record, dict):
+                return "", "broken line"
+            if piece.column not in record:
+                return "", f"no column {piece.column!r}, only {', '.join(record)[:200]}"
+            text = record[piece.column]
+        if raw is None or not isinstance(text, str):
+            return "", "text is not a string"
+        text.encode()  # half a surrogate pair, escaped in JSON, has no utf-8
+    except UnicodeError:
+        return "", "invalid utf-8"
+    except (ValueError, RecursionError):
+        return "", "broken line"
+    return text, "" if text else "empty"
+
+
+def documents(pieces: Iterable[Piece], dropped: dict) -> Iterator[str]:
+    """The texts of the pieces; what is dropped is counted by rule, and the first of each named."""
+    for piece in pieces:
+        for at, raw in records_of(piece):
+            text, rule = text_of(piece, raw)
+            if not rule:
+                yield text
+                continue
+            if rule not in dropped:
+                where = {"txt": "", "jsonl": ":{}", "parquet": " row {}"}[piece.kind]
+                number = 1 + (line_of(piece, at) if piece.kind == "jsonl" else at)
+                dropped[rule] = {"count": 0, "first": piece.label + where.format(number)}
+            dropped[rule]["count"] += 1
+
+
+def line_of(piece: Piece, at: int) -> int:
+    """Lines before byte `at` of the piece's file."""
+    with opened(piece.path) as file:
+        return sum(file.read(min(1 << 20, at - i)).count(b"\n") for i in range(0, at, 1 << 20))
