@@ -157,8 +157,8 @@ def card(model: LLaMA, folder: Path, flags) -> str:
         "data set": data.get("name"), "sources": config.get("sources"),
         "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
         "steps": step, "tokens trained on": f"{step * config.get('global_batch_tokens', 0):,}",
-        "device": f"{device.get('count')} x {device.get('name')}",
-        "commit": f"{git.get('commit')}{' (edited)' * bool(git.get('dirty'))}",
+        "device": f"{device.get('count')} x {device.get('name')}" if device else None,
+        "commit": f"{git['commit']}{' (edited)' * bool(git.get('dirty'))}" if git else None,
         "command": shlex.join(["python", "train.py", info.get("config_file") or "", *words])}
     found = read(run / "eval" / f"step_{step}.json") if run else {}
     scores = {"validation loss, nats per token": found.get("val_loss"),

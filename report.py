@@ -56,7 +56,7 @@ body {{ margin: auto; max-width: 85rem; padding: 1rem; overflow-wrap: break-word
 h2 {{ margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--rule) }}
 p, pre {{ max-width: 50rem }} pre {{ white-space: pre-wrap }} div {{ overflow-x: auto }}
 svg {{ width: min(100%, 27rem); margin: .3rem 0 }} tr:first-child {{ font-weight: bold }}
-table {{ border-collapse: collapse; font-size: .9rem }}
+table {{ border-collapse: collapse; font-size: .9rem; margin: 1rem 0 }}
 td {{ vertical-align: top; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid var(--rule) }}
 </style></head><body>
 {body}
@@ -337,10 +337,12 @@ def baselines(runs: list) -> list:
     """The models beside those that only count, whoever wins: blocks."""
     counted = {name.removesuffix("_bpb"): value for run in runs
                for name, value in run.baselines.items() if name.endswith("_bpb")}
-    mine = {run.name: run.last("val_bpb") for run in runs}
-    order = sorted((of, name) for name, of in (mine | counted).items() if is_number(of))
+    if not counted:
+        return []
+    every = {run.name: run.last("val_bpb") for run in runs} | counted
+    order = sorted((of, name) for name, of in every.items() if is_number(of))
     rows = [[name, f"{of:.4f}", f"{1 - of / order[-1][0]:.1%}"] for of, name in order]
-    return [table(["", "bits per byte", f"below {order[-1][1]}"], rows)] * bool(counted and order)
+    return [table(["", "bits per byte", f"below {order[-1][1]}"], rows)]
 
 
 def samples(runs: list) -> list:

@@ -1,13 +1,13 @@
 """What one GPU does with this code: python bench/gpu.py [--minutes=9] [--text F ...]
 
-Six stages, each in a process of its own: the environment; the CUDA tests; training throughput and
-MFU of config/llama100m.py's model beside transformers' LlamaForCausalLM; peak memory by
-micro-batch; decoding; and, for the minutes that are left, a training run on the given text with
-samples, scores and a report. Rows are added to OUT/results.jsonl as soon as they are measured and
-shown in OUT/results.md, so that a kill loses nothing. OUT/run_* is the run, a few MB without its
-checkpoints, which lie in out/bench/. A stage that fails, or for which no time is left, says so.
+Stages, each in a process of its own: the environment; the CUDA tests; training throughput and MFU
+of config/llama100m.py's model beside transformers' LlamaForCausalLM; peak memory by micro-batch;
+decoding; and, for the minutes that are left, a training run on the given text with samples, scores
+and a report. Rows are added to OUT/results.jsonl as soon as they are measured and shown in
+OUT/results.md: a kill loses nothing. OUT/run_* is the run, a few MB; its checkpoints lie in
+out/bench/. A stage that fails, or for which no time is left, says so and the next one begins.
 
---rehearse does all of it with tiny sizes on the CPU. Exit codes: 0, 1 if a stage failed, 2 input.
+--rehearse does all of it with tiny sizes on the CPU. Exit codes: 0; 1 a stage failed; 2 the input.
 """
 # ruff: noqa: E402
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import settings
-from settings import Settings, UserError, key
+from settings import UserError, key
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Flags:
 
     minutes: float = key(9.0, "end within this time", low=0.1)
     out: str = key("bench/results", "the folder for the results")
-    text: object = key("", "text for the run: .txt, .jsonl, also .gz or .xz (none: embedded)")
+    text: object = key("", "text for the run: .txt or .jsonl, also .gz or .xz (none: embedded)")
     tokenizer: str = key("auto", "of the run; auto: mistral, gpt2 or bpe:16384, as can be had")
     only: str = key("", "some of tests,step,memory,decode,train (empty: all)")
     rehearse: bool = key(False, "tiny sizes on the CPU")
@@ -37,530 +37,400 @@ class Flags:
 if __name__ == "__main__":  # --help and a misspelt option are answered before torch is loaded
     COMMAND = settings.command(__doc__, Flags, takes="files")
 
-import contextlib
 import hashlib
 import json
-import math
 import multiprocessing
 import os
-import platform
-import re
-import signal
-import statistics
 import subprocess
 import time
-from itertools import islice
+import traceback
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import checkpoint
 import log
 import optim
 import sample
-import tokenizer
 import train
+from checkpoint import hf_config
 from model import IGNORE, Linear, LLaMA, flops_per_token
 from parallel import World
 
-CONFIG = str(ROOT / "config/llama100m.py")
-TINY = ("--n_layer=2", "--n_head=2", "--d_model=32", "--d_ff=64", "--block_size=64",
-        "--global_batch_tokens=512")
-BATCH = "--global_batch_tokens=65536"  # of the run: minutes need many small steps, not few big ones
 PROMPTS = ("", "The history of", "In the year 1905", "Water is", "def ")
+PACKAGES = ("torch", "transformers", "triton", "xformers", "numpy", "tokenizers")
+NVIDIA_SMI = ("nvidia-smi --format=csv,noheader --query-gpu="
+              "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu")
+RATIOS = (("ours compiled", "transformers compiled"), ("ours eager", "transformers eager"),
+          ("ours compiled", "ours eager"))
 
 
-@dataclass(frozen=True)
 class Bench:
-    """What all stages share: sizes, time and the file of results."""
+    """What the stages share: sizes, time and the file of results."""
 
-    name: str  # of this run of the script: when it began
-    out: Path
-    deadline: float  # unix time
-    rehearse: bool
-    text: tuple
-    tokenizer: str
-
-    @property
-    def device(self) -> torch.device:
-        """Where to measure."""
-        return torch.device("cpu" if self.rehearse else "cuda")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the matmuls: what train.py takes on this device."""
-        return train.pick_dtype("auto", self.device)
-
-    @property
-    def micro_batches(self) -> tuple:
-        """Rows per pass that are tried."""
-        return (1, 2) if self.rehearse else (4, 8, 16, 32, 64)
-
-    def config(self) -> Settings:
-        """The config of the model that is measured."""
-        words = [*TINY, "--vocab_size=258"] if self.rehearse else ["--vocab_size=32000"]
-        return settings.parse([CONFIG, *words], "").config
-
-    def left(self) -> float:
-        """Seconds that are left."""
-        return self.deadline - time.time()
+    def __init__(self, flags: Any, text: list[str]):
+        self.flags, self.text, self.tiny = flags, text, flags.rehearse
+        self.name = time.strftime("%Y%m%d-%H%M%S")  # of this use of the script
+        self.deadline = self.stage_ends = time.time() + 60 * flags.minutes
+        self.out = Path(flags.out).absolute()
+        self.config_file = str(ROOT / f"config/bench_{'tiny' if self.tiny else 'gpu'}.py")
+        self.config = settings.parse([self.config_file], "").config
+        self.config.vocab_size = self.config.vocab_size or 32000  # Mistral's
+        self.shape = train.model_config(self.config)
+        self.world = World(0, 1, "cpu" if self.tiny else "cuda")
 
     def record(self, table: str, **fields) -> None:
-        """Add a row to results.jsonl, show it, and write results.md anew."""
-        row = {"run": self.name, "table": table, **fields}
+        """Add a row to results.jsonl, print it, and write results.md anew."""
         with open(self.out / "results.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        cells = (f"{name} {shown(name, value)}" for name, value in fields.items())
-        print(f"[{table}] {', '.join(cells)}", flush=True)
-        names = dict.fromkeys(row["run"] for row in rows_of(self.out))
-        text = "\n\n".join(markdown(self.out, name) for name in names)
-        (self.out / "results.md").write_text(text + "\n", encoding="utf-8")
+            file.write(json.dumps({"table": table, "run": self.name, **fields}) + "\n")
+        print(f"{table}: " + ", ".join(f"{k} {shown(k, v)}" for k, v in fields.items()), flush=True)
+        (self.out / "results.md").write_text(markdown(self.rows(everyone=True)), encoding="utf-8")
 
-    def mine(self, table: str) -> list[dict]:
-        """The rows that this run of the script has written to a table."""
-        return [row for row in rows_of(self.out, self.name) if row["table"] == table]
+    def rows(self, table: str = "", everyone: bool = False) -> list[dict]:
+        """The rows of a table or of all, of this use of the script or of every one."""
+        rows = map(json.loads, (self.out / "results.jsonl").read_text().splitlines())
+        return [row for row in rows
+                if table in ("", row["table"]) and (everyone or row["run"] == self.name)]
 
-
-# ---- results
-
-def rows_of(out: Path, name: str = "") -> list[dict]:
-    """The rows of results.jsonl, of one run of the script or of all."""
-    if not (out / "results.jsonl").exists():
-        return []
-    lines = (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if name in ("", row["run"])]
+    def script(self, *words: str, ok: tuple = (0,), **env: str) -> str:
+        """Run python with these words; what it prints is added to commands.log and given back."""
+        with open(self.out / "commands.log", "a+b") as file:
+            start = file.tell()
+            done = subprocess.run([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT,
+                                  timeout=self.stage_ends - time.time(), env={**os.environ, **env})
+            file.seek(start)
+            said = file.read().decode(errors="replace")
+        if done.returncode not in ok:
+            raise RuntimeError(f"{words[0]} ended with {done.returncode}: {said[-300:]}")
+        return said
 
 
 def shown(name: str, value: Any) -> str:
     """A value as the tables show it."""
     if isinstance(value, list):
         return ", ".join(shown(name, one) for one in value)
-    if value is None or isinstance(value, str | bool):
-        return "n/a" if value is None else " ".join(str(value).split()).replace("|", "\\|")
+    if not isinstance(value, int | float):
+        return "n/a" if value is None else " ".join(str(value).split()).replace("|", "/")
     if name.endswith("_bytes"):
-        return f"{value / 2**30:.2f} GiB"
-    if name == "mfu":
-        return f"{value:.1%}"
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value / 2**30:.3f} GiB"
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.4g}"
 
 
-def markdown(out: Path, name: str) -> str:
-    """The tables of one run of the script."""
-    rows = rows_of(out, name)
-    parts = [f"## {name}"]
+def markdown(rows: list[dict]) -> str:
+    """Rows as one table for each kind of row."""
+    text = ""
     for table in dict.fromkeys(row["table"] for row in rows):
-        mine = [{k: v for k, v in row.items() if k not in ("run", "table")}
-                for row in rows if row["table"] == table]
-        heads = list(dict.fromkeys(k for row in mine for k in row))
-        if len(mine) == 1 and len(heads) > 6:  # a single long row is easier to read upright
-            mine, heads = [{table: k, "": shown(k, v)} for k, v in mine[0].items()], [table, ""]
-        lines = [heads, ["---"] * len(heads),
-                 *([shown(k, row[k]) if k in row else "" for k in heads] for row in mine)]
-        parts.append(f"### {table}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(parts)
+        mine = [row for row in rows if row["table"] == table]
+        heads = [k for k in dict.fromkeys(k for row in mine for k in row) if k != "table"]
+        cells = [[shown(k, row[k]) if k in row else "" for k in heads] for row in mine]
+        lines = [f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *cells]]
+        text += "\n".join([f"## {table}\n", *lines]) + "\n\n"
+    return text
 
 
-# ---- stages
+# ---- the machine
 
 def environment(bench: Bench) -> None:
     """The machine and the versions."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    if not bench.rehearse and not torch.cuda.is_available():
-        raise UserError(f"torch {torch.__version__} sees no CUDA device; --rehearse runs tiny "
-                        "sizes on the CPU")
-    versions: dict = {}
-    for package in ("transformers", "triton", "xformers", "numpy", "tokenizers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    name, memory = platform.processor() or platform.machine(), None
-    asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-    smi = "not read"
-    if not bench.rehearse:
-        name = torch.cuda.get_device_name()
-        memory = torch.cuda.get_device_properties(0).total_memory
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            smi = subprocess.run(["nvidia-smi", f"--query-gpu={asked}", "--format=csv"], timeout=20,
-                                 capture_output=True, text=True, check=True).stdout.strip()
-    bench.record("environment", device=name, memory_bytes=memory, cores=os.cpu_count(),
-                 torch=torch.__version__, cuda=torch.version.cuda, nvidia_smi=smi,
-                 python=platform.python_version(), **versions,
-                 code=log.git_state().get("commit", "not a git checkout"),
-                 edited=log.git_state().get("dirty"), rehearsal=bench.rehearse)
+    if not (bench.tiny or torch.cuda.is_available()):
+        raise UserError("torch sees no CUDA device; --rehearse runs tiny sizes on the CPU")
+    found = {one.name.lower(): one.version for one in distributions()}
+    card = None if bench.tiny else torch.cuda.get_device_properties(0)
+    bench.record("environment", device=card.name if card else "CPU, a rehearsal",
+                 memory_bytes=card.total_memory if card else None, cores=os.cpu_count(),
+                 versions=[f"{name} {found.get(name, '(none)')}" for name in PACKAGES],
+                 cuda=torch.version.cuda, git=log.git_state().get("commit"),
+                 nvidia_smi=subprocess.getoutput(NVIDIA_SMI) if card else None)
 
 
 def tests(bench: Bench) -> None:
     """The tests that only a GPU can run."""
-    if not (ROOT / "tests/test_cuda.py").exists():
-        raise FileNotFoundError("tests/test_cuda.py is not here")
-    visible = "" if bench.rehearse else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "", "tests/test_cuda.py", "-q", "-rfEs", "-p",
-         "no:cacheprovider"], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": visible})
-    (bench.out / "tests.log").write_text(done.stdout, encoding="utf-8")
-    lines = done.stdout.strip().splitlines() or ["no output"]
-    named = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    bench.record("tests", summary=lines[-1].strip("= "), exit_code=done.returncode, notes=named)
-    if done.returncode:
-        raise RuntimeError(f"tests/test_cuda.py: {lines[-1]}; see tests.log")
+    visible = "" if bench.tiny else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    said = bench.script("-m", "pytest", "-m", "", "-q", "-rfEs", "-p", "no:cacheprovider",
+                        f"--rootdir={ROOT}", str(ROOT / "tests/test_cuda.py"), ok=(0, 1),
+                        CUDA_VISIBLE_DEVICES=visible).splitlines()
+    named = [line for line in said if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
+    bench.record("tests", summary=said[-1], notes=named)
+    if "failed" in said[-1] or "error" in said[-1]:
+        raise RuntimeError(f"{said[-1]}; see commands.log")
+
+
+# ---- the two implementations
+
+def our_model(bench: Bench) -> LLaMA:
+    """The model with its first weights, as train.py makes it."""
+    with torch.device("meta"):
+        model = LLaMA(bench.shape)
+    bench.world.place(model, train.pick_dtype("auto", bench.world.device))
+    bench.world.initialise(model, bench.config.seed)
+    return model
+
+
+def their_model(bench: Bench) -> Any:
+    """transformers' LlamaForCausalLM with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model: Any = LlamaForCausalLM(LlamaConfig(**hf_config(bench.shape, None, None)))
+    model.load_state_dict(our_model(bench).state_dict())
+    return model.to(bench.world.device)
+
+
+MODELS = {"ours": our_model, "transformers": their_model}
+
+
+def present(bench: Bench, table: str) -> list[str]:
+    """The implementations that can be measured here; of another the table says so."""
+    if find_spec("transformers"):
+        return list(MODELS)
+    bench.record(table, arm="transformers", note="not measured: it is not installed")
+    return ["ours"]
 
 
 class Contender:
-    """One implementation in training: fp32 weights, matmuls in bench.dtype, fused AdamW."""
+    """One implementation in training: fp32 weights, bf16 matmuls where native, fused AdamW."""
 
     def __init__(self, bench: Bench, name: str):
-        self.name, self.bench, self.world = name, bench, World(0, 1, bench.device.type)
-        self.config = bench.config()
-        before = allocated(bench)
-        self.model: Any = (our_model if name == "ours" else their_model)(bench)
-        self.optimizer = optim.make(self.model, self.config)  # the same for both
-        self.own = allocated(bench) - before
-        # a rehearsal has no time for inductor: dynamo traces the model and runs it as it is
-        self.compiled = torch.compile(self.model, backend="eager" if bench.rehearse else "inductor")
-        self.loss = math.nan
+        self.name, self.bench, before = name, bench, torch.cuda.memory_allocated()
+        self.model = MODELS[name](bench)
+        self.optimizer = optim.make(self.model, bench.config)  # the same for both
+        self.own = torch.cuda.memory_allocated() - before  # bytes of weights and moments
+        backend = "eager" if bench.tiny else "inductor"  # inductor takes longer than a rehearsal
+        self.forward = {False: self.model, True: torch.compile(self.model, backend=backend)}
 
-    def update(self, compiled: bool, x: Tensor) -> Tensor:
+    def update(self, compiled: bool, x: torch.Tensor) -> torch.Tensor:
         """One training step on rows x (B, T), T - 1 targets each; the mean loss."""
-        run = self.compiled if compiled else self.model
+        run, config = self.forward[compiled], self.bench.config
         if self.name == "ours":
             y = torch.cat((x[:, 1:], torch.full_like(x[:, :1], IGNORE)), 1)
-            loss = run(x, y) / (y != IGNORE).sum()
-        else:  # what its users get with fp32 weights: autocast
-            with torch.autocast(x.device.type, self.bench.dtype,
-                                enabled=self.bench.dtype != torch.float32):
+            loss = run(x, y) / (y.numel() - len(y))
+        else:  # autocast is what keeps fp32 weights there
+            dtype = train.pick_dtype("auto", x.device)
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
                 loss = run(input_ids=x, labels=x, use_cache=False).loss
         loss.backward()
-        norm = self.world.square_norm(self.model).sqrt()
-        optim.step(self.optimizer, self.config.min_lr, norm, self.config.grad_clip)
+        norm = self.bench.world.square_norm(self.model).sqrt()
+        optim.step(self.optimizer, config.min_lr, norm, config.grad_clip)
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def speed(self, compiled: bool, micro: int, steps: int) -> float:
-        """Tokens per second of `steps` updates; data waits on the device."""
-        generator = torch.Generator().manual_seed(steps)
-        size = micro, self.config.block_size
-        batches = [torch.randint(self.config.vocab_size, size, generator=generator)
-                   .to(self.bench.device) for _ in range(min(steps, 4))]
-        wait(self.bench)
+        """Tokens per second of `steps` updates on ids that lie on the device. Keeps the last loss
+        and the most bytes of tensors, as if this implementation were alone on the device."""
+        config, device = self.bench.config, self.bench.world.device
+        x = torch.randint(config.vocab_size, (4, micro, config.block_size), device=device)
+        others = torch.cuda.memory_allocated() - self.own
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
         begin = time.perf_counter()
         for i in range(steps):
-            loss = self.update(compiled, batches[i % len(batches)])
-        wait(self.bench)
-        self.loss = loss.item()
-        return steps * micro * size[1] / (time.perf_counter() - begin)
-
-    def peak(self, compiled: bool, micro: int) -> int | None:
-        """Most bytes of tensors in two updates, as if this implementation were alone."""
-        if self.bench.device.type != "cuda":
-            return None
-        others = allocated(self.bench) - self.own
-        torch.cuda.reset_peak_memory_stats()
-        self.speed(compiled, micro, 2)
-        return log.peak_memory(self.bench.device) - others
+            loss = self.update(compiled, x[i % 4])
+        self.loss = loss.item()  # comes when all that was asked of the device is done
+        seconds = time.perf_counter() - begin
+        self.peak = torch.cuda.max_memory_allocated() - others or None
+        return steps * x[0].numel() / seconds
 
 
-def step(bench: Bench) -> None:
-    """Training throughput, MFU and memory: ours and transformers', eager and compiled."""
-    contenders, arms = [Contender(bench, "ours")], {}
-    try:
-        contenders.append(Contender(bench, "transformers"))
-    except ImportError as error:
-        bench.record("step", arm="transformers", note=f"not measured: {error}")
-    for one in contenders:
-        best = (0.0, 0)
-        for micro in bench.micro_batches:
-            try:
-                one.speed(False, micro, 1)
-                speed = one.speed(False, micro, 5)
-                bench.record("micro-batches, eager", arm=one.name, micro_batch=micro,
-                             tokens_per_second=speed, peak_bytes=one.peak(False, micro))
-                best = max(best, (speed, micro))
-            except torch.OutOfMemoryError:
-                bench.record("micro-batches, eager", arm=one.name, micro_batch=micro,
-                             note="out of memory")
-                break
+# ---- training steps and decoding
+
+def sweep(one: Contender, table: str, powers: range) -> int:
+    """Record speed and peak memory, eager, by micro-batch while memory lasts; the fastest one."""
+    best = (0.0, 0)
+    for micro in (2**power for power in powers):
+        try:
+            one.speed(False, micro, 1)
+            best = max(best, (speed := one.speed(False, micro, 4), micro))
+        except torch.OutOfMemoryError:
+            one.bench.record(table, arm=one.name, micro_batch=micro, note="out of memory")
+            break
+        one.bench.record(table, arm=one.name, micro_batch=micro, tokens_per_second=speed,
+                         peak_bytes=one.peak, weights_and_moments_bytes=one.own or None)
+    return best[1]
+
+
+def step(bench: Bench, names: tuple = ()) -> None:
+    """Training throughput, MFU and memory, eager and compiled, at each one's best micro-batch."""
+    arms: dict = {}
+    for name in names or present(bench, "step"):
+        one = Contender(bench, name)
+        micro = sweep(one, "micro-batches, eager", range(3, 7))
         for compiled in (False, True):
-            name = f"{one.name} {'compiled' if compiled else 'eager'}"
-            begin = time.perf_counter()
+            arm, begin = f"{name} {'compiled' if compiled else 'eager'}", time.perf_counter()
             try:
-                one.speed(compiled, best[1], 1)
-                first = time.perf_counter() - begin
-                speed = one.speed(compiled, best[1], 3)
-                about = {"micro_batch": best[1], "first_step_seconds": first,
-                         "peak_bytes": one.peak(compiled, best[1])}
-            except Exception as error:  # no compiler, no memory: the others are measured all the same
-                bench.record("step", arm=name, note=f"not measured: {error!r:.300}")
+                one.speed(compiled, micro, 1)
+                first, speed = time.perf_counter() - begin, one.speed(compiled, micro, 3)
+            except Exception as error:  # no compiler, no memory: the others are measured
+                bench.record("step", arm=arm, note=f"not measured: {error!r:.300}")
                 continue
-            seconds = 0.1 if bench.rehearse else 1.5
-            steps = max(2, round(seconds * speed / best[1] / one.config.block_size))
-            arms[name] = (one, compiled, steps, about, [])
+            turn = (0.05 if bench.tiny else 1.5) * speed / micro / bench.config.block_size
+            arms[arm] = (one, (compiled, micro, max(2, round(turn))), [], {
+                "micro_batch": micro, "peak_bytes": one.peak, "first_step_seconds": first})
     for _ in range(5):  # A B C D A B C D ...: what drifts, drifts for all
-        for one, compiled, steps, about, speeds in arms.values():
-            speeds.append(one.speed(compiled, about["micro_batch"], steps))
-    peak, config = log.peak_flops(bench.device), bench.config()
-    flops = flops_per_token(train.model_config(config), config.block_size)
-    medians = {name: statistics.median(speeds) for name, (*_, speeds) in arms.items()}
-    for name, (one, _, _, about, speeds) in arms.items():
-        bench.record("step", arm=name, tokens_per_second=medians[name],
-                     mfu=medians[name] * flops / peak if peak else None, **about,
+        for one, arguments, speeds, _ in arms.values():
+            speeds.append(one.speed(*arguments))
+    peak = log.peak_flops(bench.world.device)
+    flops = flops_per_token(bench.shape, bench.config.block_size)
+    for arm, (one, _, speeds, about) in arms.items():
+        mfu = median(speeds) * flops / peak if peak else None
+        bench.record("step", arm=arm, tokens_per_second=median(speeds), mfu=mfu, **about,
                      rounds_tokens_per_second=speeds, last_loss=one.loss)
-    for a, b in (("ours compiled", "transformers compiled"), ("ours eager", "transformers eager"),
-                 ("ours compiled", "ours eager")):
+    for a, b in RATIOS:
         if a in arms and b in arms:
-            each = [x / y for x, y in zip(arms[a][-1], arms[b][-1], strict=True)]
-            bench.record("ratios of tokens per second", ratio=f"{a} / {b}",
-                         of_medians=medians[a] / medians[b], lowest=min(each), highest=max(each))
+            each = sorted(x / y for x, y in zip(arms[a][2], arms[b][2], strict=True))
+            bench.record("ratios of tokens per second", ratio=f"{a} / {b}", median=median(each),
+                         lowest=each[0], highest=each[-1])
 
 
 def memory(bench: Bench) -> None:
-    """Peak memory of a training step of ours, eager, for every micro-batch that fits."""
-    ours = Contender(bench, "ours")
-    for power in range(2 if bench.rehearse else 9):
-        try:
-            ours.speed(False, 2 ** power, 1)
-            bench.record("memory, eager", micro_batch=2 ** power, peak_bytes=ours.peak(
-                False, 2 ** power), weights_and_moments_bytes=ours.own if ours.own else None)
-        except torch.OutOfMemoryError:
-            bench.record("memory, eager", micro_batch=2 ** power, note="out of memory")
-            break
+    """Peak memory of a training step of ours by micro-batch, up to what does not fit."""
+    sweep(Contender(bench, "ours"), "memory, eager", range(9))
 
 
 def decode(bench: Bench) -> None:
-    """Greedy decoding, tokens per second: sample.generate beside transformers' generate."""
-    config, dtype, new = bench.config(), bench.dtype, 16 if bench.rehearse else 128
-    ours = our_model(bench).eval()
-    for module in ours.modules():
-        if isinstance(module, Linear):  # as sample.py loads a checkpoint
-            module.weight.data = module.weight.data.to(dtype)
-    greedy, theirs = sample.Flags(temperature=0.0), None
-    try:
-        theirs = their_model(bench).to(dtype).eval()
-    except ImportError as error:
-        bench.record("decode", arm="transformers", note=f"not measured: {error}")
+    """Greedy decoding: sample.generate beside transformers' generate."""
+    new, device, greedy = 16 if bench.tiny else 128, bench.world.device, sample.Flags(temperature=0)
+    models: dict = {name: MODELS[name](bench).eval() for name in present(bench, "decode")}
+    for model in models.values():  # ours: the matrices alone, as sample.py loads a checkpoint
+        for part in [m for m in model.modules() if isinstance(m, Linear)] or [model]:
+            part.to(train.pick_dtype("auto", device))
     for batch in (1, 16):
-        generator = torch.Generator().manual_seed(batch)
-        ids = torch.randint(config.vocab_size, (batch, config.block_size // 4), generator=generator)
-        there, prompts = ids.to(bench.device), ids.tolist()
-
-        def run(arm: str, there=there, prompts=prompts) -> float:
-            wait(bench)
+        ids = torch.randint(bench.config.vocab_size, (batch, 32), device=device)
+        speeds: dict = {name: [] for name in models}
+        for name, model in [*models.items()] * 4:
             begin = time.perf_counter()
-            if arm == "ours":
-                made = sum(len(ids) for ids, _ in sample.generate(
-                    ours, prompts, new, greedy, list(range(len(prompts)))))
+            if name == "ours":
+                made = sample.generate(model, ids.tolist(), new, greedy, [0] * batch)
+                count = sum(len(text) for text, _ in made)
             else:
-                made = theirs.generate(
-                    there, attention_mask=torch.ones_like(there), max_new_tokens=new,
-                    min_new_tokens=new, do_sample=False, pad_token_id=0)[:, there.shape[1]:].numel()
-            wait(bench)
-            return made / (time.perf_counter() - begin)
+                made = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
+                                      do_sample=False, min_new_tokens=new, max_new_tokens=new)
+                count = sum(len(text) - 32 for text in made.tolist())
+            speeds[name].append(count / (time.perf_counter() - begin))
+        for name, (_, *rounds) in speeds.items():  # the first one warms up
+            bench.record("decode", arm=name, batch=batch, prompt_tokens=32, new_tokens=new,
+                         tokens_per_second=median(rounds), rounds_tokens_per_second=rounds)
 
-        arms = ["ours", "transformers"] if theirs else ["ours"]
-        speeds: dict = {arm: [] for arm in arms}
-        for turn in range(4):
-            for arm in arms:
-                speeds[arm] += [run(arm)] if turn else [run(arm)][:0]  # the first is a warm-up
-        for arm in arms:
-            bench.record("decode", arm=arm, batch=batch, prompt_tokens=ids.shape[1], new_tokens=new,
-                         tokens_per_second=statistics.median(speeds[arm]), dtype=str(dtype)[6:],
-                         rounds_tokens_per_second=speeds[arm])
+
+# ---- the run
+
+def prepared(bench: Bench) -> tuple[str, str]:
+    """(name, tokenizer) of a data set of the text, with the first tokenizer that can be had."""
+    sources, kind = bench.text or bench.config.sources, bench.flags.tokenizer
+    auto = ["bytes"] if bench.tiny else ["mistral", "gpt2", "bpe:16384"]
+    for kind in auto if kind == "auto" else [kind]:
+        name = f"bench_{hashlib.sha256(repr((sources, kind)).encode()).hexdigest()[:8]}"
+        said = bench.script(str(ROOT / "prepare.py"), bench.config_file, f"--dataset={name}",
+                            f"--sources={sources!r}", f"--tokenizer={kind}", ok=(0, 2))
+        if "error: " not in said:
+            return name, kind
+    raise RuntimeError(f"prepare.py: {said[-300:]}")
 
 
 def training(bench: Bench) -> None:
-    """The run: as many steps as fit, so that the learning rate's cosine ends with the time."""
-    folder, keep = bench.out / f"run_{bench.name}", Path(f"out/bench/{bench.name}").absolute()
+    """As many steps as fit, so that the cosine of the learning rate ends with the time."""
+    folder, keep = bench.out / f"run_{bench.name}", Path("out/bench", bench.name).absolute()
     folder.mkdir()
     (keep / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints").symlink_to(keep / "checkpoints")  # OUT stays small, also when killed
-    speed, micro, compiled = measured_speed(bench)
-    sources: list = list(bench.text) or ["embedded"]
-    if bench.rehearse and not bench.text:
-        sources = [{"path": "embedded", "max_documents": 40}]
-    words = offline_tokenizer() if bench.tokenizer == "auto" else bench.tokenizer
-    words = "bytes" if bench.rehearse and bench.tokenizer == "auto" else words
-    recipe = repr((sources, words)).encode()
-    about = [CONFIG, *(TINY if bench.rehearse else [BATCH]),
-             f"--dataset=bench_{hashlib.sha256(recipe).hexdigest()[:8]}"]
-    script(folder, "prepare.py", *about, f"--sources={sources!r}", f"--tokenizer={words}")
-
-    begin = 10 if bench.rehearse else 60  # seconds until the first step: imports, compilation
-    after = 20 if bench.rehearse else 60  # for the last checkpoint, samples, scores and the report
-    seconds = bench.left() - begin - after
-    config = settings.parse(about, "").config
-    steps = int(0.95 * seconds * speed / config.global_batch_tokens)
-    steps = min(steps, 20) if bench.rehearse else steps
+    dataset, kind = prepared(bench)
+    if not bench.rows("step"):
+        step(bench, ("ours",))  # how fast will it be?
+        torch.cuda.empty_cache()
+    speed, micro, arm = max((row["tokens_per_second"], row["micro_batch"], row["arm"])
+                            for row in bench.rows("step") if "mfu" in row and "ours" in row["arm"])
+    reserve = 15 if bench.tiny else 60  # before the first step, and again after the last
+    seconds = bench.deadline - time.time() - 2 * reserve
+    steps = int(0.95 * seconds * speed / bench.config.global_batch_tokens)
+    steps = min(steps, 20) if bench.tiny else steps
     if steps < 10:
-        raise TimeoutError(f"{bench.left():.0f} s are left: too few for a run")
-    start = time.perf_counter()
-    script(folder, "train.py", *about, f"--out_dir={folder}", f"--max_steps={steps}",
-           f"--warmup_steps={steps // 20}", f"--micro_batch={micro}", f"--compile={compiled}",
-           f"--max_minutes={(seconds + begin) / 60}", f"--log_interval={max(1, steps // 100)}",
-           f"--eval_interval={max(1, steps // 8)}", f"--save_interval={steps}",
-           f"--eval_tokens={1024 if bench.rehearse else 1 << 19}", "--keep_last=1",
-           f"--device={bench.device.type}", ok=(0, train.STOPPED))
-    seconds = time.perf_counter() - start
-    prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS)
-    (keep / "prompts.jsonl").write_text(prompts)
-    there = (f"--ckpt={folder}", f"--device={bench.device.type}")
-    script(folder, "sample.py", *there, f"--prompts={keep}/prompts.jsonl", "--top_p=0.95", "--save",
-           f"--out={keep}/samples.jsonl", f"--max_new_tokens={16 if bench.rehearse else 200}")
-    script(folder, "eval.py", *there, "--tasks=")
-    script(folder, "report.py", str(folder))
+        raise TimeoutError(f"{seconds:.0f} s are left for training: too few")
+    begin = time.perf_counter()
+    bench.script(str(ROOT / "train.py"), bench.config_file, f"--dataset={dataset}",
+                 f"--out_dir={folder}", f"--max_steps={steps}", f"--warmup_steps={steps // 20}",
+                 f"--max_minutes={(seconds + reserve) / 60}", f"--micro_batch={micro}",
+                 f"--log_interval={1 + steps // 100}", f"--eval_interval={1 + steps // 8}",
+                 f"--save_interval={steps}", *["--compile=false"] * ("eager" in arm),
+                 ok=(0, train.STOPPED))
+    minutes = (time.perf_counter() - begin) / 60
+    (keep / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in PROMPTS))
+    where = [f"--ckpt={folder}", f"--device={bench.world.device.type}"]
+    bench.script(str(ROOT / "sample.py"), *where, f"--prompts={keep}/prompts.jsonl", "--save",
+                 f"--out={keep}/samples.jsonl", f"--max_new_tokens={16 if bench.tiny else 200}")
+    bench.script(str(ROOT / "eval.py"), *where, "--tasks=")
+    bench.script(str(ROOT / "report.py"), str(folder))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = {name: value for row in metrics for name, value in row.items()}
-    speeds = [row["tokens_per_second"] for row in metrics if "loss" in row][1:]  # without start-up
-    score = json.loads(next((folder / "eval").glob("*.json")).read_text())
-    run = json.loads((folder / "run.json").read_text())
-    status = json.loads((folder / "status.json").read_text())
-    bench.record("train", state=status["state"], step=last["step"], planned_steps=steps,
-                 tokens=last["tokens"], epochs=last["tokens"] / run["data"]["train_tokens"],
-                 train_minutes=seconds / 60, val_loss=score["val_loss"], val_bpb=score["val_bpb"],
-                 last_loss=last["loss"], tokens_per_second=statistics.median(speeds),
-                 mfu=last["mfu"], peak_bytes=last["peak_memory_bytes"],
-                 parameters=run["parameters"]["total"], tokenizer=words,
-                 text=[Path(str(s)).name for s in sources], folder=folder.name)
-
-
-# ---- helpers of the stages
-
-def wait(bench: Bench) -> None:
-    """Until the device has done all that was asked of it."""
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def allocated(bench: Bench) -> int:
-    """Bytes of tensors on the device now."""
-    return torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
-
-
-def our_model(bench: Bench) -> LLaMA:
-    """The model with its first weights, as train.py makes it."""
-    world = World(0, 1, bench.device.type)
-    with torch.device("meta"):
-        model = LLaMA(train.model_config(bench.config()))
-    world.place(model, bench.dtype)
-    world.initialise(model, 1337)
-    return model
-
-
-def their_model(bench: Bench):
-    """transformers' LlamaForCausalLM with the same architecture and weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    ours = our_model(bench)
-    config = LlamaConfig(**checkpoint.hf_config(ours.config, None, None))
-    config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config).to(bench.device)
-    model.load_state_dict(ours.state_dict())
-    return model
-
-
-def measured_speed(bench: Bench) -> tuple[float, int, str]:
-    """(tokens per second, micro-batch, --compile) of the run to come: the step stage's or new."""
-    found = [row for row in bench.mine("step") if row["arm"][:4] == "ours" and "mfu" in row]
-    if not found:
-        ours, micro = Contender(bench, "ours"), 2 if bench.rehearse else 16
-        ours.speed(not bench.rehearse, micro, 2)  # compiles
-        return ours.speed(not bench.rehearse, micro, 10), micro, "auto"
-    best = max(found, key=lambda row: row["tokens_per_second"])
-    compiled = best["arm"] == "ours compiled" and not bench.rehearse
-    return best["tokens_per_second"], best["micro_batch"], str(compiled).lower()
-
-
-def offline_tokenizer() -> str:
-    """The first of mistral and gpt2 that is on this machine, else one trained on the text."""
-    for name in ("mistral", "gpt2"):
-        with contextlib.suppress(UserError):
-            tokenizer.make(name)
-            return name
-    return "bpe:16384"
-
-
-def script(folder: Path, name: str, *words: str, ok: tuple = (0,)) -> None:
-    """Run a command of the project; what it prints goes to the run's commands.log."""
-    with open(folder / "commands.log", "ab") as file:
-        done = subprocess.run([sys.executable, str(ROOT / name), *words], stdout=file,
-                              stderr=subprocess.STDOUT)
-    if done.returncode not in ok:
-        lines = (folder / "commands.log").read_text(errors="replace").strip().splitlines()
-        raise RuntimeError(f"{name} ended with {done.returncode}: {lines[-1]}")
+    run, status, score = (json.loads(next(folder.glob(name)).read_text())
+                          for name in ("run.json", "status.json", "eval/step_*.json"))
+    last = {name: value for row in [*metrics, score, status] for name, value in row.items()}
+    wanted = ("state", "step", "tokens", "val_loss", "val_bpb", "mfu", "peak_memory_bytes")
+    bench.record("train", **{name: last[name] for name in wanted}, planned_steps=steps,
+                 tokens_per_second=median(row["tokens_per_second"] for row in metrics[1:]
+                                          if "loss" in row), minutes=minutes, tokenizer=kind,
+                 epochs=last["tokens"] / run["data"]["train_tokens"], folder=folder.name,
+                 text=[os.path.basename(path) for path in bench.text] or "embedded")
 
 
 # ---- the command
 
 # name: (function, share of the time that it may take, seconds under which it does not begin)
-STAGES = {"tests": (tests, 0.25, 30), "step": (step, 0.35, 60), "memory": (memory, 0.1, 20),
-          "decode": (decode, 0.15, 30), "train": (training, 1.0, 150)}
+STAGES = {"environment": (environment, 0.1, 0), "tests": (tests, 0.25, 30),
+          "step": (step, 0.35, 60), "memory": (memory, 0.1, 20), "decode": (decode, 0.15, 30),
+          "train": (training, 1.0, 200)}
 
 
-def inside(function, bench: Bench, problems) -> None:
-    """A stage in its own process: what goes wrong is put into the queue."""
-    os.setsid()  # its scripts can then be ended with it
+def inside(bench: Bench, name: str, function) -> None:
+    """A stage in its own process, which records how it ended."""
+    begin, state, why = time.perf_counter(), "done", ""
     try:
         function(bench)
     except Exception as error:
-        problems.put(f"{type(error).__name__}: {error}")
-        if not isinstance(error, UserError | TimeoutError):
-            import traceback
-
-            traceback.print_exc()
-        os._exit(1)
-
-
-def conduct(bench: Bench, name: str, function, limit: float) -> str:
-    """Run a stage for at most `limit` seconds and record how it ended: done, failed or stopped."""
-    context = multiprocessing.get_context("fork")  # torch is loaded once; no one has touched CUDA
-    problems = context.SimpleQueue()
-    process = context.Process(target=inside, args=(function, bench, problems))
-    begin = time.perf_counter()
-    process.start()
-    try:
-        process.join(limit)
-        state = "stopped" if process.is_alive() else "failed" if process.exitcode else "done"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    why = (f"its {limit:.0f} s were over" if state == "stopped" else
-           "" if state == "done" else problems.get() if not problems.empty() else
-           f"the process ended with {process.exitcode}")
+        state, why = "failed", f"{type(error).__name__}: {error}"
+        traceback.print_exc()
     bench.record("stages", stage=name, state=state, seconds=time.perf_counter() - begin, why=why)
-    return state
+
+
+def conduct(bench: Bench, name: str, function, limit: float) -> None:
+    """Run a stage for at most `limit` seconds. torch is loaded once; the parent avoids CUDA."""
+    bench.stage_ends = time.time() + limit
+    process = multiprocessing.get_context("fork").Process(
+        target=inside, args=(bench, name, function), daemon=True)  # it ends with us
+    process.start()
+    process.join(limit + 2)  # its scripts were ended by then
+    if process.exitcode != 0:
+        why = f"exit code {process.exitcode} (None: its {limit:.0f} s were over)"
+        bench.record("stages", stage=name, state="stopped", why=why)
+        process.kill()
 
 
 def main(command: settings.CommandLine) -> int:
     """Run the stages in order; the exit code."""
     flags: Any = command.flags
-    given = flags.text if isinstance(flags.text, list) else [flags.text]
-    text = tuple(os.path.abspath(path) for path in [*given, *command.files] if path)
-    names = flags.only.split(",") if flags.only else list(STAGES)
+    given = flags.text if isinstance(flags.text, list) else [flags.text] * bool(flags.text)
+    text = [os.path.abspath(path) for path in (*given, *command.files)]
+    names = ["environment", *(flags.only.split(",") if flags.only else STAGES)]
     if missing := [path for path in text if not os.path.isfile(path)]:
         raise UserError(f"--text: no file {missing[0]}")
-    if unknown := [name for name in names if name not in STAGES]:
-        raise UserError(f"--only: no stage {unknown[0]}; there are {','.join(STAGES)}")
-    out = Path(flags.out).absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    name, seconds = time.strftime("%Y%m%d-%H%M%S"), flags.minutes * 60
-    bench = Bench(name, out, time.time() + seconds, flags.rehearse, text, flags.tokenizer)
-    os.environ.update(HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage is ended with us
-    states = [conduct(bench, "environment", environment, 60)]
-    if states != ["done"]:
-        return 2
+    if unknown := set(names) - set(STAGES):
+        raise UserError(f"--only: no stage {unknown.pop()}; there are {', '.join(STAGES)}")
+    bench = Bench(flags, text)
+    bench.out.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if bench.tiny:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     for name, (function, share, least) in STAGES.items():
-        if name not in names:
-            continue
-        if bench.left() < (5 if bench.rehearse else least):
-            bench.record("stages", stage=name, state="skipped",
-                         why=f"{bench.left():.0f} s are left, it needs {least}")
-            continue
-        states.append(conduct(bench, name, function, min(share * seconds, bench.left() - 2)))
-    print("\n" + markdown(out, bench.name) + f"\n\n-> {out}/results.md", flush=True)
-    return 1 if {"failed", "stopped"} & set(states) else 0
+        left = bench.deadline - time.time() - 3
+        if name in names and left < least * (0.1 if bench.tiny else 1):
+            why = f"{left:.0f} s are left, it needs {least}"
+            bench.record("stages", stage=name, state="skipped", why=why)
+        elif name in names:
+            conduct(bench, name, function, min(share * 60 * flags.minutes, left))
+        if bench.rows("stages")[0]["state"] != "done":
+            return 2  # there is no GPU
+    print("\n" + markdown(bench.rows()) + f"-> {bench.out}/results.md", flush=True)
+    return int(any(row["state"] in ("failed", "stopped") for row in bench.rows("stages")))
 
 
 if __name__ == "__main__":

@@ -293,6 +293,14 @@ def test_values_that_are_not_numbers_are_not_drawn(tmp_path):
     assert len(drawn) == 6 and not re.search(r"\bnan\b|\binf\b", "".join(drawn).lower())
 
 
+def test_no_evaluation_yet(tmp_path):
+    run = make_run(tmp_path / "run")
+    write(run / "metrics.jsonl", {"step": 1, "tokens": 512, "loss": 5.0, "tokens_per_second": 512})
+    page = build(run)[0]
+    assert "validation loss – nats" in page and "No scores yet" in page
+    assert page.count("<svg") == 2  # loss and tokens per second, a point each
+
+
 def test_barely_begun(tmp_path):
     run = make_run(tmp_path / "run", steps=10)
     write(run / "metrics.jsonl", {"step": 0, "tokens": 0, "val_loss": 5.0, "val_bpb": 1.0})
