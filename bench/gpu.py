@@ -28,7 +28,7 @@ class Flags:
 
     minutes: float = key(9.0, "end within this time", low=0.1)
     out: str = key("bench/results", "the folder for the results")
-    text: object = key("", "text for the run: .txt or .jsonl, also .gz or .xz (none: embedded)")
+    text: str = key("", "text for the run: .txt or .jsonl, also .gz or .xz (none: embedded)")
     tokenizer: str = key("auto", "of the run; auto: mistral, gpt2 or bpe:16384, as can be had")
     only: str = key("", "some of tests,step,memory,decode,train (empty: all)")
     rehearse: bool = key(False, "tiny sizes on the CPU")
@@ -63,8 +63,6 @@ PROMPTS = ("", "The history of", "In the year 1905", "Water is", "def ")
 PACKAGES = ("torch", "transformers", "triton", "xformers", "numpy", "tokenizers")
 NVIDIA_SMI = ("nvidia-smi --format=csv,noheader --query-gpu="
               "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu")
-RATIOS = (("ours compiled", "transformers compiled"), ("ours eager", "transformers eager"),
-          ("ours compiled", "ours eager"))
 
 
 class Bench:
@@ -135,7 +133,7 @@ def markdown(rows: list[dict]) -> str:
 def environment(bench: Bench) -> None:
     """The machine and the versions."""
     if not (bench.tiny or torch.cuda.is_available()):
-        raise UserError("torch sees no CUDA device; --rehearse runs tiny sizes on the CPU")
+        raise UserError("torch sees no CUDA device; --rehearse goes through it all on the CPU")
     found = {one.name.lower(): one.version for one in distributions()}
     card = None if bench.tiny else torch.cuda.get_device_properties(0)
     bench.record("environment", device=card.name if card else "CPU, a rehearsal",
@@ -148,11 +146,12 @@ def environment(bench: Bench) -> None:
 def tests(bench: Bench) -> None:
     """The tests that only a GPU can run."""
     visible = "" if bench.tiny else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    said = bench.script("-m", "pytest", "-m", "", "-q", "-rfEs", "-p", "no:cacheprovider",
-                        f"--rootdir={ROOT}", str(ROOT / "tests/test_cuda.py"), ok=(0, 1),
+    said = bench.script("-m", "pytest", "-m", "", "-rfEs", "-p", "no:cacheprovider",
+                        str(ROOT / "tests/test_cuda.py"), ok=(0, 1),
                         CUDA_VISIBLE_DEVICES=visible).splitlines()
-    named = [line for line in said if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    bench.record("tests", summary=said[-1], notes=named)
+    named = [line.split(": ", 1)[-1] if line.startswith("SKIPPED") else line for line in said
+             if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
+    bench.record("tests", summary=said[-1], notes=list(dict.fromkeys(named)))
     if "failed" in said[-1] or "error" in said[-1]:
         raise RuntimeError(f"{said[-1]}; see commands.log")
 
@@ -196,8 +195,7 @@ class Contender:
         self.model = MODELS[name](bench)
         self.optimizer = optim.make(self.model, bench.config)  # the same for both
         self.own = torch.cuda.memory_allocated() - before  # bytes of weights and moments
-        backend = "eager" if bench.tiny else "inductor"  # inductor takes longer than a rehearsal
-        self.forward = {False: self.model, True: torch.compile(self.model, backend=backend)}
+        self.forward = {False: self.model}  # compiled?: what to call
 
     def update(self, compiled: bool, x: torch.Tensor) -> torch.Tensor:
         """One training step on rows x (B, T), T - 1 targets each; the mean loss."""
@@ -256,6 +254,8 @@ def step(bench: Bench, names: tuple = ()) -> None:
     for name in names or present(bench, "step"):
         one = Contender(bench, name)
         micro = sweep(one, "micro-batches, eager", range(3, 7))
+        backend = "eager" if bench.tiny else "inductor"  # inductor takes longer than a rehearsal
+        one.forward[True] = torch.compile(one.model, backend=backend)
         for compiled in (False, True):
             arm, begin = f"{name} {'compiled' if compiled else 'eager'}", time.perf_counter()
             try:
@@ -276,7 +276,8 @@ def step(bench: Bench, names: tuple = ()) -> None:
         mfu = median(speeds) * flops / peak if peak else None
         bench.record("step", arm=arm, tokens_per_second=median(speeds), mfu=mfu, **about,
                      rounds_tokens_per_second=speeds, last_loss=one.loss)
-    for a, b in RATIOS:
+    for a, b in (("ours compiled", "transformers compiled"), ("ours eager", "transformers eager"),
+                 ("ours compiled", "ours eager")):
         if a in arms and b in arms:
             each = sorted(x / y for x, y in zip(arms[a][2], arms[b][2], strict=True))
             bench.record("ratios of tokens per second", ratio=f"{a} / {b}", median=median(each),
@@ -317,9 +318,10 @@ def decode(bench: Bench) -> None:
 
 def prepared(bench: Bench) -> tuple[str, str]:
     """(name, tokenizer) of a data set of the text, with the first tokenizer that can be had."""
-    sources, kind = bench.text or bench.config.sources, bench.flags.tokenizer
-    auto = ["bytes"] if bench.tiny else ["mistral", "gpt2", "bpe:16384"]
-    for kind in auto if kind == "auto" else [kind]:
+    sources, kinds = bench.text or bench.config.sources, [bench.flags.tokenizer]
+    if kinds == ["auto"]:
+        kinds = ["bytes"] if bench.tiny else ["mistral", "gpt2", "bpe:16384"]
+    for kind in kinds:
         name = f"bench_{hashlib.sha256(repr((sources, kind)).encode()).hexdigest()[:8]}"
         said = bench.script(str(ROOT / "prepare.py"), bench.config_file, f"--dataset={name}",
                             f"--sources={sources!r}", f"--tokenizer={kind}", ok=(0, 2))
@@ -335,11 +337,11 @@ def training(bench: Bench) -> None:
     (keep / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints").symlink_to(keep / "checkpoints")  # OUT stays small, also when killed
     dataset, kind = prepared(bench)
-    if not bench.rows("step"):
+    if not any("mfu" in row for row in bench.rows("step")):
         step(bench, ("ours",))  # how fast will it be?
         torch.cuda.empty_cache()
-    speed, micro, arm = max((row["tokens_per_second"], row["micro_batch"], row["arm"])
-                            for row in bench.rows("step") if "mfu" in row and "ours" in row["arm"])
+    speed, micro, arm = max((row["tokens_per_second"], row["micro_batch"], row["arm"]) for row in
+                            bench.rows("step") if "mfu" in row and row["arm"].startswith("ours"))
     reserve = 15 if bench.tiny else 60  # before the first step, and again after the last
     seconds = bench.deadline - time.time() - 2 * reserve
     steps = int(0.95 * seconds * speed / bench.config.global_batch_tokens)
@@ -385,6 +387,8 @@ def inside(bench: Bench, name: str, function) -> None:
     begin, state, why = time.perf_counter(), "done", ""
     try:
         function(bench)
+    except (UserError, TimeoutError) as error:
+        state, why = "failed", str(error)
     except Exception as error:
         state, why = "failed", f"{type(error).__name__}: {error}"
         traceback.print_exc()
@@ -395,20 +399,20 @@ def conduct(bench: Bench, name: str, function, limit: float) -> None:
     """Run a stage for at most `limit` seconds. torch is loaded once; the parent avoids CUDA."""
     bench.stage_ends = time.time() + limit
     process = multiprocessing.get_context("fork").Process(
-        target=inside, args=(bench, name, function), daemon=True)  # it ends with us
+        target=inside, args=(bench, name, function))
     process.start()
     process.join(limit + 2)  # its scripts were ended by then
     if process.exitcode != 0:
-        why = f"exit code {process.exitcode} (None: its {limit:.0f} s were over)"
-        bench.record("stages", stage=name, state="stopped", why=why)
+        over = f"its {limit:.0f} s were over" if process.exitcode is None else ""
         process.kill()
+        bench.record("stages", stage=name, state="stopped",
+                     why=over or f"its process ended with {process.exitcode}")
 
 
 def main(command: settings.CommandLine) -> int:
     """Run the stages in order; the exit code."""
     flags: Any = command.flags
-    given = flags.text if isinstance(flags.text, list) else [flags.text] * bool(flags.text)
-    text = [os.path.abspath(path) for path in (*given, *command.files)]
+    text = [os.path.abspath(path) for path in (flags.text, *command.files) if path]
     names = ["environment", *(flags.only.split(",") if flags.only else STAGES)]
     if missing := [path for path in text if not os.path.isfile(path)]:
         raise UserError(f"--text: no file {missing[0]}")
@@ -428,7 +432,7 @@ def main(command: settings.CommandLine) -> int:
         elif name in names:
             conduct(bench, name, function, min(share * 60 * flags.minutes, left))
         if bench.rows("stages")[0]["state"] != "done":
-            return 2  # there is no GPU
+            raise UserError(bench.rows("stages")[0]["why"])
     print("\n" + markdown(bench.rows()) + f"-> {bench.out}/results.md", flush=True)
     return int(any(row["state"] in ("failed", "stopped") for row in bench.rows("stages")))
 

@@ -180,6 +180,9 @@ def test_seeds_are_a_mean_and_a_band(tmp_path):
     np.testing.assert_array_equal(high, table.max(0))
     page, data, _ = build(*folders)
     assert page.count("<polygon") == 3  # training and validation loss, bits per byte
+    svg = page.split("<svg")[1]  # along the highest from the left, back along the lowest
+    corners = [float(p.split(",")[0]) for p in svg.split('points="')[1].split('"')[0].split()]
+    assert len(corners) == 2 * len(steps) and corners == corners[::-1]
     assert page.count("seed1 and 2 other seeds (mean, range)") == 6
     assert [run["metrics"] for run in data["runs"]] == [metrics_of(run) for run in folders]
 
@@ -299,6 +302,11 @@ def test_no_evaluation_yet(tmp_path):
     page = build(run)[0]
     assert "validation loss – nats" in page and "No scores yet" in page
     assert page.count("<svg") == 2  # loss and tokens per second, a point each
+
+
+def test_memory_is_drawn_in_gib(tmp_path):
+    chart = build(make_run(tmp_path / "run"))[0].split("peak memory, GiB")[-1].split("</svg>")[0]
+    assert ">1</text>" in chart and "B</text>" not in chart  # 2**30 bytes in every row
 
 
 def test_barely_begun(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import tokenizer as room
+import vocabulary
 from settings import UserError
 
 PROSE = [f"The {a} {b} of {n} rivers runs {c}ly past, isn't it?\n\tx_{n} = [{n}, {n * n}]  # {b}\n"
@@ -177,8 +178,8 @@ def test_gpt2_from_tiktokens_cache_and_damage(gpt2_cache, tmp_path, monkeypatch)
     def unreachable(name):
         raise OSError("no network in a test")
 
-    monkeypatch.setattr(room, "_download", unreachable)
-    monkeypatch.setattr(room, "VOCAB_BPE", (room.VOCAB_BPE[0], "no-such-package", "x"))
+    monkeypatch.setattr(vocabulary, "download", unreachable)
+    monkeypatch.setattr(vocabulary, "VOCAB_BPE", (vocabulary.VOCAB_BPE[0], "no-such-package", "x"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
     assert room.make("gpt2").sha256 == room.CONVERTED["gpt2"]
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
@@ -187,7 +188,7 @@ def test_gpt2_from_tiktokens_cache_and_damage(gpt2_cache, tmp_path, monkeypatch)
     (tmp_path / "vocab.bpe").write_bytes(b"damaged")
     with pytest.raises(UserError, match="wrong sha256"):
         room.make("gpt2", search=[tmp_path])
-    monkeypatch.setattr(room, "_download", lambda name: b"an error page")
+    monkeypatch.setattr(vocabulary, "download", lambda name: b"an error page")
     with pytest.raises(UserError, match="the download has the wrong sha256"):
         room.make("gpt2")
 
@@ -197,8 +198,8 @@ def test_mistral_is_found_in_the_data_set(mistral_model, made, tmp_path, monkeyp
         raise OSError("no network in a test")
 
     tok, folder = made("mistral")
-    monkeypatch.setattr(room, "_download", unreachable)
-    monkeypatch.setattr(room, "MISTRAL", (room.MISTRAL[0], "no-such-package", "x"))
+    monkeypatch.setattr(vocabulary, "download", unreachable)
+    monkeypatch.setattr(vocabulary, "MISTRAL", (vocabulary.MISTRAL[0], "no-such-package", "x"))
     assert room.make("mistral", search=[tmp_path, folder]).json_bytes == tok.json_bytes
     (tmp_path / "tokenizer.model").write_bytes(mistral_model.read_bytes())
     assert room.make("mistral", search=[tmp_path]).json_bytes == tok.json_bytes

@@ -1,0 +1,178 @@
+"""What only a GPU can show: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_cuda.py -q"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TOY, run_script, write_data_set
+from conftest import documents as some_documents
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import log
+import optim
+import sample
+import settings
+from attention import attend
+from model import LLaMA, ModelConfig
+from parallel import World
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no CUDA device is visible; the suite hides them unless CUDA_VISIBLE_DEVICES says which")
+CONFIG = ModelConfig(n_layer=4, n_head=8, n_kv_head=4, d_model=512, d_ff=1024, vocab_size=4096,
+                     block_size=512)
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]  # never the whole T x T matrix
+
+
+def build(dtype: torch.dtype, factor: float = 1.0) -> LLaMA:
+    """A model on the GPU, its matrices multiplied by `factor` so that attention matters."""
+    world = World(0, 1, "cuda")
+    with torch.device("meta"):
+        model = LLaMA(CONFIG)
+    world.place(model, dtype)
+    world.initialise(model, 0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(factor if p.dim() > 1 else 1.0)
+    return model
+
+
+def ids(rows: int = 4, length: int = 513) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(CONFIG.vocab_size, (rows, length), generator=generator).cuda()
+
+
+def mean_loss(model: LLaMA, x: torch.Tensor) -> torch.Tensor:
+    return model(x[:, :-1], x[:, 1:]) / x[:, 1:].numel()
+
+
+def heads(n: int, dtype=torch.bfloat16, grad: bool = False) -> torch.Tensor:
+    return torch.randn(2, n, 512, 64, device="cuda", dtype=dtype, requires_grad=grad)
+
+
+def update(model: LLaMA, optimizer, x: torch.Tensor, rate: float = 1e-3) -> float:
+    loss = mean_loss(model, x)
+    loss.backward()
+    optim.step(optimizer, rate, World(0, 1, "cuda").square_norm(model).sqrt(), 1.0)
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def test_cuda_computes_what_the_cpu_computes():
+    model, x = build(torch.float32, 3.0), ids(2, 128)
+    there = model(x)
+    model.to("cpu")
+    here = model(x.cpu())
+    assert (there.cpu() - here).abs().max() <= 1e-4 * here.abs().max()
+
+
+@torch.no_grad()
+def test_bf16_logits_stay_close_to_fp32():
+    exact, rounded, x = build(torch.float32, 3.0), build(torch.bfloat16, 3.0), ids()
+    a, b = exact(x[:, :-1]), rounded(x[:, :-1])
+    assert b.dtype == torch.bfloat16
+    assert F.cosine_similarity(a.flatten(), b.float().flatten(), dim=0) > 0.999
+    assert mean_loss(rounded, x).item() == pytest.approx(mean_loss(exact, x).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("kv", [8, 2])
+def test_sdpa_can_run_fused_and_equals_the_reference(kv):
+    q, k, v = heads(8), heads(kv), heads(kv)
+    with sdpa_kernel(FUSED):  # an error if neither kernel takes these inputs
+        fused = attend(q, k, v, "sdpa")
+    exact = attend(q.float(), k.float(), v.float(), "reference")
+    assert (fused.float() - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_a_flash_kernel_is_the_one_that_runs():
+    from torch.profiler import ProfilerActivity, profile
+
+    model, x = build(torch.bfloat16), ids()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        mean_loss(model, x).backward()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events() if event.device_type.name == "CUDA"]
+    if not names:
+        pytest.skip("the profiler sees no kernels on this machine")
+    flash = [name for name in names if "flash" in name.lower() or "cudnn" in name.lower()]
+    backward = [name for name in flash if "bwd" in name.lower() or "bprop" in name.lower()]
+    assert len(flash) > len(backward) >= CONFIG.n_layer, sorted(set(names))
+
+
+def test_eager_and_compiled_agree_in_fp32():
+    eager, compiled, x = build(torch.float32, 3.0), build(torch.float32, 3.0), ids()
+    compiled.compile()
+    losses = [mean_loss(model, x) for model in (eager, compiled)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    others = dict(compiled.named_parameters())
+    for name, p in eager.named_parameters():
+        assert (p.grad - others[name].grad).norm() <= 1e-3 * p.grad.norm(), name
+
+
+def test_training_in_bf16_lowers_the_loss_and_counts_its_memory():
+    torch.cuda.reset_peak_memory_stats()
+    model, x = build(torch.bfloat16), ids()
+    optimizer = optim.make(model, settings.Settings())
+    losses = [update(model, optimizer, x) for _ in range(6)]
+    assert losses[0] == pytest.approx(math.log(CONFIG.vocab_size), abs=0.1)
+    assert losses[1] < losses[0] and losses[-1] < losses[0] - 0.2
+    weights = sum(p.numel() for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert log.peak_memory(torch.device("cuda")) >= 16 * weights  # weights, gradients, moments
+
+
+def test_the_fused_optimizer_clips_and_skips_on_the_gpu():
+    model = build(torch.float32)
+    optimizer = optim.make(model, settings.Settings())
+    before = [p.detach().clone() for p in model.parameters()]
+    mean_loss(model, ids()).backward()
+    optim.step(optimizer, 1e-3, torch.tensor(math.nan, device="cuda"), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(not state["exp_avg"].any() for state in optimizer.state.values())
+    grads = [p.grad.clone() for p in model.parameters()]
+    optim.step(optimizer, 1e-3, torch.tensor(4.0, device="cuda"), 1.0)  # divides gradients by 4
+    for grad, p in zip(grads, model.parameters(), strict=True):
+        first = optimizer.state[p]["exp_avg"]  # (1 - beta1) * clipped gradient
+        assert torch.allclose(first, 0.1 * grad / 4, rtol=1e-4, atol=1e-9)
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_xformers_equals_sdpa():
+    pytest.importorskip("xformers.ops")
+    inputs = [heads(n, grad=True) for n in (8, 4, 4)]
+    outcomes = []
+    for backend in ("sdpa", "xformers"):
+        y = attend(*inputs, backend)
+        outcomes.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+    for a, b in zip(*outcomes, strict=True):
+        assert (a.float() - b.float()).norm() < 2e-2 * a.float().norm()
+
+
+def test_greedy_texts_with_a_cache_are_those_without():
+    model, prompts = build(torch.float32, 3.0).eval(), [[5, 6, 7], [8] * 20]
+    made = sample.generate(model, prompts, 12, sample.Flags(temperature=0.0), [0, 0])
+    for prompt, (new, ended) in zip(prompts, made, strict=True):
+        text = torch.tensor([prompt + new]).cuda()
+        with torch.no_grad():
+            likeliest = model(text)[0, len(prompt) - 1:-1].argmax(-1)
+        assert ended == "length" and likeliest.tolist() == new
+
+
+def test_stopped_and_resumed_equals_never_stopped(tmp_path):
+    texts = some_documents(60)
+    write_data_set(tmp_path / "data" / "toy", {"train": texts, "val": texts[5:9]})
+    (tmp_path / "toy.py").write_text(TOY)
+    words = ("train.py", "toy.py", "--device=cuda", "--dtype=fp32", "--compile=false")
+    assert run_script(*words, "--out_dir=out/whole", cwd=tmp_path).returncode == 0
+    stopped = run_script(*words, "--out_dir=out/parts", "--max_minutes=1e-9", cwd=tmp_path)
+    assert stopped.returncode == 75, stopped.stderr
+    resumed = run_script(*words, "--out_dir=out/parts", cwd=tmp_path)
+    assert resumed.returncode == 0 and "resuming from" in resumed.stdout, resumed.stderr
+    whole, parts = (load_file(tmp_path / "out" / name / "checkpoints/step_40/model.safetensors")
+                    for name in ("whole", "parts"))
+    for name, value in whole.items():
+        assert (parts[name] - value).norm() <= 1e-3 * value.norm(), name
