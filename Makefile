@@ -12,7 +12,7 @@ RUN = out/quickstart
 demo: $(VENV)/.core
 	$(PY) prepare.py $(CONFIG)
 	$(PY) train.py $(CONFIG)
-	$(PY) sample.py --ckpt $(RUN) --prompt 'def ' --num_samples 3 --max_new_tokens 120
+	$(PY) sample.py --ckpt $(RUN) --prompt 'def ' --num_samples 3 --max_new_tokens 120 --temperature 0.8 --save
 	$(PY) eval.py --ckpt $(RUN) --tasks=
 	$(PY) report.py $(RUN)
 	@echo
@@ -28,7 +28,7 @@ test-all: $(VENV)/.test
 	$(PY) -m pytest -m ''
 
 bench: $(VENV)/.test
-	$(PY) bench/gpu.py --rehearse
+	$(PY) bench/gpu.py --rehearse --out out/bench-rehearsal
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

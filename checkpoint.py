@@ -24,7 +24,7 @@ from torch import Tensor
 from model import LLaMA, ModelConfig
 from parallel import World
 from settings import UserError
-from tokenizer import boundaries, write_hf_files
+from tokenizer import boundaries, byte_info, write_hf_files
 
 FORMAT = 1
 # ModelConfig's name -> Hugging Face's
@@ -159,10 +159,14 @@ def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -
     """The model of a checkpoint or other Hugging Face LLaMA folder, in eval mode, its matmuls in
     `dtype`."""
     config = model_config(folder)
+    if (folder / "tokenizer.json").is_file() and (
+            entries := len(byte_info(folder).lengths)) > config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer has {entries} entries, the model's embedding "
+                        f"only {config.vocab_size}; they do not belong together")
     with torch.device("meta"):
         model = LLaMA(config)
     model.to_empty(device=device)
-    model.reset_rope(device)
+    model.reset_derived(device)
     load_weights(folder, model, World())
     model.compute_dtype = dtype
     return model.eval()

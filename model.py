@@ -202,9 +202,9 @@ class LLaMA(nn.Module):
         self.compute_dtype = torch.float32  # of activations and matmuls; weights stay fp32
         self.model = Decoder(config)
         self.lm_head = Linear(config.d_model, config.vocab_size)
-        self.reset_rope("cpu")
+        self.reset_derived("cpu")
 
-    def reset_rope(self, device) -> None:
+    def reset_derived(self, device) -> None:
         """(Re)compute what moving off `meta` loses: the rotary tables, which are not saved, and
         the tie of the embeddings."""
         if self.config.tie_embeddings:

@@ -41,7 +41,7 @@ class World:
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy)
         model.to_empty(device=self.device)
-        model.reset_rope(self.device)
+        model.reset_derived(self.device)
         model.compute_dtype = dtype
 
     def initialise(self, model: LLaMA, seed: int) -> None:
@@ -159,3 +159,11 @@ def pick_device(device: str) -> str:
         raise UserError(f"device={device} is not available to this torch ({torch.__version__}); "
                         f"there is: {', '.join(n for n, there in present.items() if there)}")
     return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bf16 where the hardware has it (emulation does not count), else fp32."""
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        name = "bf16" if native else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -38,7 +38,7 @@ class Flags:
     batch: int = key(16, "texts that are generated side by side", low=1)
     save: bool = key(False, "add the texts to the run's samples.jsonl, which report.py shows")
     device: str = key("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = key("auto", "matmuls (auto: bf16 on CUDA)", ("auto", "fp32", "bf16", "fp16"))
+    dtype: str = key("auto", "matmuls (auto: bf16 where it is native)", ("auto", "fp32", "bf16"))
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
@@ -203,13 +203,8 @@ def complete(model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]], max_n
 def load(ckpt: str, device: str, dtype: str) -> tuple[LLaMA, Tokenizer, Path]:
     """The model and tokenizer of --ckpt, and the checkpoint's folder."""
     folder, device = checkpoint.find(ckpt), parallel.pick_device(device)
-    tokenizer, entries = Tokenizer.load(folder), checkpoint.model_config(folder).vocab_size
-    if tokenizer.vocab_size > entries:
-        raise UserError(f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, the model's "
-                        f"embedding only {entries}; they do not belong together")
-    if dtype == "auto":
-        dtype = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    tokenizer = Tokenizer.load(folder)
+    kind = parallel.pick_dtype(dtype, torch.device(device))
     model = checkpoint.load_model(folder, device, kind)
     for module in model.modules():
         if isinstance(module, Linear):  # cast once, not at every token: the same numbers

@@ -102,7 +102,7 @@ class Run:
             self.lock = log.lock(self.folder)  # held until the process ends
 
         # model and optimizer
-        self.dtype = pick_dtype(config.dtype, world.device)
+        self.dtype = parallel.pick_dtype(config.dtype, world.device)
         with torch.device("meta"):
             self.model = LLaMA(model_config(config))
         world.place(self.model, self.dtype)
@@ -343,14 +343,6 @@ def check_tokenizer(source: Path, manifest: dict) -> None:
     if path.is_file() and checkpoint.sha256(path) != manifest["tokenizer"]["sha256"]:
         raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
                         f"--tokenizer={path}")
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bf16 where the hardware has it (emulation does not count), else fp32."""
-    if name == "auto":
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        name = "bf16" if native else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def pick_micro_batch(share: int, block: int, device: torch.device) -> int:

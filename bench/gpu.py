@@ -53,6 +53,7 @@ import torch
 
 import log
 import optim
+import parallel
 import sample
 import train
 from checkpoint import hf_config
@@ -162,7 +163,7 @@ def our_model(bench: Bench) -> LLaMA:
     """The model with its first weights, as train.py makes it."""
     with torch.device("meta"):
         model = LLaMA(bench.shape)
-    bench.world.place(model, train.pick_dtype("auto", bench.world.device))
+    bench.world.place(model, parallel.pick_dtype("auto", bench.world.device))
     bench.world.initialise(model, bench.config.seed)
     return model
 
@@ -204,7 +205,7 @@ class Contender:
             y = torch.cat((x[:, 1:], torch.full_like(x[:, :1], IGNORE)), 1)
             loss = run(x, y) / (y.numel() - len(y))
         else:  # autocast is what keeps fp32 weights there
-            dtype = train.pick_dtype("auto", x.device)
+            dtype = parallel.pick_dtype("auto", x.device)
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
                 loss = run(input_ids=x, labels=x, use_cache=False).loss
         loss.backward()
@@ -251,6 +252,7 @@ def sweep(one: Contender, table: str, powers: range) -> int:
 def step(bench: Bench, names: tuple = ()) -> None:
     """Training throughput, MFU and memory, eager and compiled, at each one's best micro-batch."""
     arms: dict = {}
+    dtype = str(parallel.pick_dtype("auto", bench.world.device))[6:]
     for name in names or present(bench, "step"):
         one = Contender(bench, name)
         micro = sweep(one, "micro-batches, eager", range(3, 7))
@@ -266,7 +268,9 @@ def step(bench: Bench, names: tuple = ()) -> None:
                 continue
             turn = (0.05 if bench.tiny else 1.5) * speed / micro / bench.config.block_size
             arms[arm] = (one, (compiled, micro, max(2, round(turn))), [], {
-                "micro_batch": micro, "peak_bytes": one.peak, "first_step_seconds": first})
+                "micro_batch": micro, "peak_bytes": one.peak, "first_step_seconds": first,
+                "matmuls": dtype + " by autocast" * (name != "ours" and dtype != "float32"),
+                "compiler": f"dynamo, {backend}" if compiled else None})
     for _ in range(5):  # A B C D A B C D ...: what drifts, drifts for all
         for one, arguments, speeds, _ in arms.values():
             speeds.append(one.speed(*arguments))
@@ -295,7 +299,7 @@ def decode(bench: Bench) -> None:
     models: dict = {name: MODELS[name](bench).eval() for name in present(bench, "decode")}
     for model in models.values():  # ours: the matrices alone, as sample.py loads a checkpoint
         for part in [m for m in model.modules() if isinstance(m, Linear)] or [model]:
-            part.to(train.pick_dtype("auto", device))
+            part.to(parallel.pick_dtype("auto", device))
     for batch in (1, 16):
         ids = torch.randint(bench.config.vocab_size, (batch, 32), device=device)
         speeds: dict = {name: [] for name in models}

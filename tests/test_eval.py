@@ -18,10 +18,12 @@ import eval as scoring
 import optim
 import settings
 import shards
-from eval import Item, Scorer, evaluate, local_item, read_local, score_local
+import tasks
+from eval import evaluate
 from model import LLaMA, ModelConfig, initial_weight
 from parallel import World
 from settings import UserError
+from tasks import Item, Scorer, local_item, read_local, score_local
 from tokenizer import Tokenizer, byte_info
 
 BLOCK = 592
@@ -244,7 +246,7 @@ def test_every_kind_of_request_equals_lm_eval(scorer, hf, tmp_path):
 
     text = "def add_1(a, b):\n    return a + b\n" * 40
     rolling = [Instance("loglikelihood_rolling", {}, (t,), 0) for t in (text, "short")]
-    ours = scoring.harness(scorer)
+    ours = tasks.harness(scorer)
     theirs = hf.loglikelihood_rolling(rolling, disable_tqdm=True)
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs, abs=2e-3)
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
@@ -258,20 +260,20 @@ def test_tiny_mmlu_through_lm_eval(scorer, items, hf, tmp_path, monkeypatch):
 
     rows = [{"input_formatted": item.context, "answer": item.right} for item in items[:12]]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(scoring, "TINY_MMLU", scoring.TINY_MMLU | {
+    monkeypatch.setattr(tasks, "TINY_MMLU", tasks.TINY_MMLU | {
         "dataset_path": "json", "dataset_kwargs": {
             "data_files": {"test": str(tmp_path / "t.jsonl")}, "cache_dir": str(tmp_path)}})
-    tasks = scoring.load_task("tinyMMLU")
+    loaded = tasks.load_task("tinyMMLU")
     scorer.truncated.clear()
-    ours = scoring.score_harness("tinyMMLU", tasks, 0, scorer)["tinyMMLU"]
+    ours = tasks.score_harness("tinyMMLU", loaded, 0, scorer)["tinyMMLU"]
     local = score_local("x", items[:12], scorer)["x"]
-    theirs = simple_evaluate(hf, tasks=tasks, bootstrap_iters=1,
-                             task_manager=scoring.task_manager(False))["results"]["tinyMMLU"]
+    theirs = simple_evaluate(hf, tasks=loaded, bootstrap_iters=1,
+                             task_manager=tasks.task_manager(False))["results"]["tinyMMLU"]
     assert ours == pytest.approx({key: value for key, value in local.items()
                                   if key != "loglikelihood"})
     assert ours["acc"] == theirs["acc,none"]
     assert ours["acc_stderr"] == pytest.approx(theirs["acc_stderr,none"])
-    assert scoring.score_harness("tinyMMLU", tasks, 7, scorer)["tinyMMLU"]["n"] == 7
+    assert tasks.score_harness("tinyMMLU", loaded, 7, scorer)["tinyMMLU"]["n"] == 7
 
 
 # ---- prompts and files

@@ -42,7 +42,8 @@ def random_config(seed: int) -> ModelConfig:
     scaling = ["none", "linear", "llama3"][seed % 3]
     return ModelConfig(
         n_layer=pick.choice([1, 2, 3]), n_head=4, n_kv_head=kv,
-        d_model=4 * pick.choice([8, 16, 24]), d_ff=pick.choice([48, 160]), vocab_size=pick.choice([65, 300]), block_size=700,
+        d_model=4 * pick.choice([8, 16, 24]), d_ff=pick.choice([48, 160]),
+        vocab_size=pick.choice([65, 300]), block_size=700,
         rope_theta=pick.choice([1e4, 5e5]), rope_scaling=scaling,
         rope_factor=1.0 if scaling == "none" else pick.choice([2.0, 4.0]),
         rope_original=256 if scaling == "llama3" else 0, norm_eps=pick.choice([1e-5, 1e-6]),
