@@ -178,13 +178,8 @@ def boundaries(spec_json: dict) -> tuple[str | None, str | None]:
     return (named[0], None) if len(named) == 1 else (None, None)
 
 
-def token_bytes(path: Path | str) -> np.ndarray:
-    """int32 per id: utf-8 bytes it decodes to inside a text (0 for special tokens)."""
-    return byte_info(path).lengths
-
-
 def byte_info(path: Path | str) -> ByteInfo:
-    """What target_bytes and decoded_bytes need of a tokenizer.json (a file or its folder)."""
+    """What decoded_bytes needs of a tokenizer.json (a file or its folder)."""
     spec, _ = _read(path)
     entries, bos = _entries(spec), boundaries(spec)[0]
     decoders = {step["type"]: step for step in _steps(spec["decoder"])}
@@ -206,15 +201,11 @@ def byte_info(path: Path | str) -> ByteInfo:
     return ByteInfo(lengths, prefix, next(i for i, (piece, _) in entries.items() if piece == bos))
 
 
-def target_bytes(ids: np.ndarray, info: ByteInfo) -> np.ndarray:
-    """Decoded utf-8 bytes of every target ids[..., 1:]; ids[..., :1] is only context."""
-    target = ids[..., 1:]
-    return info.lengths[target] - info.prefix[target] * (ids[..., :-1] == info.bos)
-
-
 def decoded_bytes(ids: np.ndarray, info: ByteInfo) -> int:
-    """Utf-8 bytes that the targets ids[..., 1:] decode to."""
-    return int(target_bytes(ids, info).sum(dtype=np.int64))
+    """Utf-8 bytes that the targets ids[..., 1:] decode to; ids[..., :1] is only context."""
+    target = ids[..., 1:]
+    found = info.lengths[target] - info.prefix[target] * (ids[..., :-1] == info.bos)
+    return int(found.sum(dtype=np.int64))
 
 
 def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: int) -> None:

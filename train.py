@@ -216,10 +216,14 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return stats
 
+    def rows_at(self, step: int) -> int:
+        """Rows that the run has consumed when `step` updates are done."""
+        return self.first_row + (step - self.first_step) * self.batch_rows
+
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This rank's micro-batches (ids, targets), (micro, T) each: a function of the step."""
-        first = self.first_row + (step - self.first_step) * self.batch_rows
-        windows = self.rows.window_of(first, self.batch_rows)[self.world.rank::self.world.size]
+        windows = self.rows.window_of(self.rows_at(step), self.batch_rows)
+        windows = windows[self.world.rank::self.world.size]
         ids = np.zeros((self.accumulate * self.micro, self.config.block_size + 1), np.int64)
         if len(windows):
             ids[:len(windows)] = self.rows.read_windows(windows)
@@ -238,9 +242,8 @@ class Run:
             self.skipped = 0
         else:
             self.skipped += 1
-            first = self.first_row + (step - 1 - self.first_step) * self.batch_rows
-            self.log.say(f"step {step}: loss or gradient is not finite, no update; rows {first} to "
-                         f"{first + self.batch_rows - 1}")
+            self.log.say(f"step {step}: loss or gradient is not finite, no update; rows "
+                         f"{self.rows_at(step - 1)} to {self.rows_at(step) - 1}")
             if self.skipped == PATIENCE:
                 self.log.status("failed", step)
                 raise UserError(f"{PATIENCE} updates in a row were not finite; the last checkpoint "
@@ -249,8 +252,9 @@ class Run:
                                                             self.config.max_steps):
             speed, spent = self.clock.read(step, targets)
             mfu = speed * self.flops / (self.peak * self.world.size) if self.peak else None
-            row = {"step": step, "tokens": step * targets, "loss": loss, "lr": rate,
-                   "grad_norm": norm, "tokens_per_second": speed, "mfu": mfu,
+            row = {"step": step, "tokens": self.rows_at(step) * self.config.block_size,
+                   "loss": loss, "lr": rate, "grad_norm": norm,
+                   "tokens_per_second": speed, "mfu": mfu,
                    "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
             self.log.row({name: value if value is None or math.isfinite(value) else None
                           for name, value in (row | spent).items()})
@@ -268,7 +272,7 @@ class Run:
                               self.config.eval_tokens, self.micro, self.world)
             self.model.train()
             self.world.reshard(self.model)
-        tokens = self.step * self.batch_rows * self.config.block_size
+        tokens = self.rows_at(self.step) * self.config.block_size
         self.log.row({"step": self.step, "tokens": tokens, "val_loss": scores["val_loss"],
                       "val_bpb": scores["val_bpb"], "time": time.time()})
         self.log.say(f"step {self.step}: validation loss {scores['val_loss']:.4f} nats/token, "
@@ -276,8 +280,7 @@ class Run:
 
     def save(self) -> bool:
         """Write a checkpoint; False if that failed, which is said, and training goes on."""
-        rows = self.first_row + (self.step - self.first_step) * self.batch_rows
-        state = {"step": self.step, "rows": rows, "seed": self.config.seed,
+        state = {"step": self.step, "rows": self.rows_at(self.step), "seed": self.config.seed,
                  "data_hash": self.data_hash, "micro_batch": self.micro,
                  "dtype": str(self.dtype)[6:], "compile": self.compiled,
                  "attention": self.config.attention, "threads": torch.get_num_threads(),

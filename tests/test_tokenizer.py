@@ -296,7 +296,7 @@ def test_transformers_reads_the_same(made, kind, tmp_path):
 def test_bytes_of_targets(made, kind):
     tok, folder = made(kind)
     info = room.byte_info(folder)
-    lengths = room.token_bytes(folder / "tokenizer.json")
+    lengths = room.byte_info(folder / "tokenizer.json").lengths  # the file, or its folder
     assert lengths.dtype == np.int32 and len(lengths) == tok.vocab_size
     assert lengths[tok.bos] == 0 and not any(lengths[i] for i in tok.stop_ids)
     texts = [t for t in NASTY if kind not in LOSSY or "\ufffd" not in t]
@@ -323,7 +323,7 @@ def test_bytes_of_targets(made, kind):
     assert parts == room.decoded_bytes(stream, info) == sum(
         len(tok.decode(d).encode()) for d in documents)
     rows = stream[:len(stream) // 8 * 8].reshape(8, -1).astype(np.int64)
-    assert room.target_bytes(rows, info).shape == (8, rows.shape[1] - 1)
+    assert room.decoded_bytes(rows, info) == sum(room.decoded_bytes(row, info) for row in rows)
 
 
 # ---- boundaries, training, errors

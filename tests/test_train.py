@@ -81,7 +81,10 @@ def test_same_course_on_two_ranks_ddp_and_fsdp(home):
                     assert b[name] == pytest.approx(a[name], rel=1e-5), (mode, name, a["step"])
         for name, value in weights(home / "out/one", 20).items():
             assert (weights(home / "out" / mode, 20)[name] - value).abs().max() < 1e-4, name
-    # a sharded checkpoint goes on in one process
+    # a sharded checkpoint goes on in one process, with another batch too
+    assert run("toy.py", "--out_dir=out/ddp", "--max_steps=22", "--extend",
+               "--global_batch_tokens=128") == 0
+    assert metrics(home / "out/ddp")[-1]["tokens"] == 20 * 256 + 2 * 128
     assert run("toy.py", "--out_dir=out/fsdp", "--max_steps=25", "--extend") == 0
     assert run("toy.py", "--out_dir=out/one", "--max_steps=25", "--extend") == 0
     for name, value in weights(home / "out/one", 25).items():
