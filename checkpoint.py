@@ -53,7 +53,7 @@ def hf_config(config: ModelConfig, bos: int | None, eos: int | None) -> dict:
             "torch_dtype": "float32", "dtype": "float32"}
 
 
-def model_config(folder: Path, attention: str = "sdpa") -> ModelConfig:
+def model_config(folder: Path) -> ModelConfig:
     """The architecture of a Hugging Face LLaMA folder (config.json), or UserError."""
     path = folder / "config.json"
     try:
@@ -65,7 +65,7 @@ def model_config(folder: Path, attention: str = "sdpa") -> ModelConfig:
                  if theirs in hf and ours not in ("kv_heads", "head_dim")}
         config = ModelConfig(
             **found, n_kv_head=hf.get("num_key_value_heads") or 0, rope_theta=rope["rope_theta"],
-            rope_scaling="none" if kind == "default" else kind, attention=attention,
+            rope_scaling="none" if kind == "default" else kind,
             rope_factor=rope.get("factor", 1.0),
             rope_original=rope.get("original_max_position_embeddings", 0) or 0,
             rope_low=rope.get("low_freq_factor", 1.0), rope_high=rope.get("high_freq_factor", 4.0))
@@ -152,7 +152,8 @@ def find(path: str, quiet: bool = False) -> Path:
 def run_of(checkpoint: Path) -> Path | None:
     """The run that a checkpoint lies in, or None for a model folder from elsewhere."""
     run = checkpoint.absolute().parent.parent
-    return run if (run / "run.json").is_file() else None
+    in_run = checkpoint.absolute().parent.name == "checkpoints" and (run / "run.json").is_file()
+    return run if in_run else None
 
 
 def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> LLaMA:
@@ -212,7 +213,7 @@ def save(run: Path, step: int, model: LLaMA, optimizer: torch.optim.Optimizer, s
     try:
         if world.rank == 0:
             for old in run.glob("checkpoints/*.tmp"):
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=old != folder)
             (folder / "training").mkdir(parents=True)
             check_space(folder, model)
     except OSError as error:
@@ -262,13 +263,22 @@ def commit(folder: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def set_aside(run: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which were found damaged, to step_N.damaged."""
+    for folder in steps_of(run):
+        if int(folder.name[5:]) > step:
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+
+
 def prune(run: Path, keep_last: int, keep_every: int) -> None:
     """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`."""
     for folder in steps_of(run)[keep_last:]:
         if not (keep_every and int(folder.name[5:]) % keep_every == 0):
             doomed = folder.with_name(folder.name + ".tmp")  # half deleted, it must not look whole
             os.rename(folder, doomed)
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # what is left goes at the next save
 
 
 def gather_weights(model: LLaMA, world: World) -> dict[str, Tensor]:

@@ -80,6 +80,11 @@ def measure(flags: Flags, named: bool, world: World) -> int:
         flags.dtype, world.device))
     batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
     result: dict = {}
+    special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
+               if getattr(flags, name) != getattr(Flags, name)]
+    keep = None if special else run  # RUN/eval holds what all runs can be compared by
+    if run and special:
+        say(f"not recorded in {run}/eval, because of {' '.join(special)}")
     if run:  # tokens: targets trained on, as in metrics.jsonl
         state = checkpoint.read_state(folder)
         result = {"step": state["step"], "tokens": state["rows"] * block_size}
@@ -91,13 +96,13 @@ def measure(flags: Flags, named: bool, world: World) -> int:
         result |= {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
         say(table(f"validation, {found['tokens']:,} tokens, {found['bytes']:,} bytes", shown))
     result["tasks"] = {}
-    record(run, result, world)
+    record(keep, result, world)
     scorer = tasks.Scorer(model, tokenizer, batch_tokens, world)
     for job in jobs.values():
         scorer.truncated.clear()
         scores = job(scorer)
         result["tasks"] |= scores
-        record(run, result, world)  # after each task: what is finished is kept
+        record(keep, result, world)  # after each task: what is finished is kept
         for task, metrics in scores.items():
             say(table(f"{task}, {metrics['n']} prompts", metrics))
     if flags.json:
@@ -129,7 +134,7 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         y[len(mine):] = IGNORE
         losses.append(model(x.to(world.device), y.to(world.device)))
-    nll = torch.stack(losses).to("cpu", torch.float64).sum()  # read once: passes are not held up
+    nll = torch.stack(losses).cpu().double().sum()  # read once: passes are not held up
     sums = world.sum(torch.stack([nll, torch.tensor(n_bytes, dtype=torch.float64)])).tolist()
     targets = count * rows.block_size
     loss = sums[0] / targets

@@ -153,10 +153,11 @@ def card(model: LLaMA, folder: Path, flags) -> str:
     step, config, data = state.get("step", 0), info.get("config") or {}, info.get("data") or {}
     device, git = info.get("device") or {}, info.get("git") or {}
     words = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
+    tokens = state.get("rows", 0) * config.get("block_size", 0)
     facts = {
         "data set": data.get("name"), "sources": config.get("sources"),
         "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
-        "steps": step, "tokens trained on": f"{step * config.get('global_batch_tokens', 0):,}",
+        "steps": step, "tokens trained on": f"{tokens:,}",
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,
         "commit": f"{git['commit']}{' (edited)' * bool(git.get('dirty'))}" if git else None,
         "command": shlex.join(["python", "train.py", info.get("config_file") or "", *words])}

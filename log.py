@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -15,17 +16,21 @@ import torch
 
 from settings import CommandLine, UserError, to_json
 
-# dense bf16 peaks in FLOP/s by a part of the device's name; an unknown device has no MFU
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
-         "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# dense bf16 peaks in FLOP/s by the device's whole name; any other device has no MFU
+PEAKS = {
+    "NVIDIA B200": 2250e12, "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12, "NVIDIA A10G": 70e12, "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 FLOP/s, or None if it is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return PEAKS.get(torch.cuda.get_device_name(device))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -38,9 +43,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe(command: CommandLine, device: torch.device, size: int, data: dict,
+def describe(run: Path, command: CommandLine, device: torch.device, size: int, data: dict,
              parameters: tuple[int, int]) -> dict:
-    """run.json: everything that is needed to say what this run is."""
+    """run.json: everything that is needed to say what this run is, as of its last start."""
+    try:
+        started = json.loads((run / "run.json").read_text(encoding="utf-8"))["started"]
+    except (OSError, ValueError, KeyError):
+        started = time.time()
     packages = ("torch", "numpy", "safetensors", "tokenizers")
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -54,7 +63,7 @@ def describe(command: CommandLine, device: torch.device, size: int, data: dict,
             "versions": versions, "git": git_state(),
             "device": {"type": device.type, "name": name or platform.machine(), "count": size,
                        "threads": torch.get_num_threads()},
-            "data": data, "started": time.time(),
+            "data": data, "started": started,
             "parameters": {"total": parameters[0], "non_embedding": parameters[1]}}
 
 
@@ -78,19 +87,22 @@ class Log:
         if not active:
             return
         path = run / "metrics.jsonl"
-        cut(path, step)
+        cut(path, step if step else -1)  # a run killed before its first checkpoint begins anew
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run), purge_step=step + 1 if step else None)
+            self.board = SummaryWriter(str(run), purge_step=step + 1 if step else 0)
         except ImportError:
             print("tensorboard is not installed: metrics go to metrics.jsonl only", flush=True)
 
     def row(self, row: dict) -> None:
-        """Write one row of metrics.jsonl and the same numbers to TensorBoard."""
+        """Write one row of metrics.jsonl and the same numbers to TensorBoard; a number that is not
+        finite becomes null."""
         if not self.file:
             return
+        row = {name: value if value is None or math.isfinite(value) else None
+               for name, value in row.items()}
         self.file.write(json.dumps(row) + "\n")
         if self.board:
             for name, value in row.items():
@@ -103,9 +115,9 @@ class Log:
             print(text, flush=True)
 
     def status(self, state: str, step: int) -> None:
-        """status.json: running, done, stopped (start me again) or failed."""
+        """Write status.json, once for all ranks."""
         if self.active:
-            to_json(self.run / "status.json", {"state": state, "step": step})
+            write_status(self.run, state, step)
 
     def close(self) -> None:
         """Flush everything."""
@@ -142,6 +154,11 @@ class Clock:
         rate, spent = (step - self.step) * tokens_per_step / max(seconds, 1e-9), self.spent
         self.start(step)
         return rate, spent
+
+
+def write_status(run: Path, state: str, step: int) -> None:
+    """status.json; state: running, done, stopped (start me again) or failed."""
+    to_json(run / "status.json", {"state": state, "step": step})
 
 
 def cut(path: Path, step: int) -> None:

@@ -126,12 +126,10 @@ class World:
             dist.destroy_process_group()
 
 
-def start(device: str, mode: str, threads: int = 0) -> World:
+def start(device: str, mode: str) -> World:
     """Join the ranks that torchrun started, or be alone. `device`, `mode` as in the config."""
     device = pick_device(device)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if threads:
-        torch.set_num_threads(threads)
     if size == 1 and mode == "auto":
         return World(0, 1, device, "one")
     if "RANK" not in os.environ:

@@ -42,7 +42,7 @@ class Settings:
         "text: a path, glob, -, hf:NAME[@REV][:split], embedded, a dict, or a list of these",
     )
     tokenizer: str = key("mistral", "mistral, gpt2, bytes, bpe:4096 (trained on the text), a path")
-    val_fraction: float = key(0.005, "share of documents held out for validation", low=0, high=0.5)
+    val_fraction: float = key(0.005, "share of documents held out", low=1e-9, high=0.5)
     workers: int = key(0, "processes of prepare.py (0: one per core)", low=0)
     # model
     n_layer: int = key(16, "transformer blocks", low=1)
@@ -64,13 +64,13 @@ class Settings:
     init_from: str = key("", "start from the weights of this checkpoint, run or model folder")
     resume: str = key("auto", "go on from out_dir's newest checkpoint", ("auto", "must", "never"))
     seed: int = key(1337, "seeds weights and data order", low=0)
-    max_steps: int = key(4768, "optimizer updates", low=1)
+    max_steps: int = key(2300, "optimizer updates", low=1)
     global_batch_tokens: int = key(524288, "tokens per optimizer update, over all devices", low=1)
     micro_batch: int = key(0, "rows per forward pass and device (0: chosen)", low=0)
     learning_rate: float = key(6e-4, "peak learning rate", low=0)
     min_lr: float = key(6e-5, "learning rate at the end", low=0)
     schedule: str = key("cosine", "shape of the learning rate", ("cosine", "wsd", "linear"))
-    warmup_steps: int = key(500, "steps of linear warm-up", low=0)
+    warmup_steps: int = key(200, "steps of linear warm-up", low=0)
     weight_decay: float = key(0.1, "AdamW decay, on matrices only", low=0)
     beta1: float = key(0.9, "AdamW first moment", low=0, high=1)
     beta2: float = key(0.95, "AdamW second moment", low=0, high=1)
@@ -83,9 +83,9 @@ class Settings:
     max_minutes: float = key(0.0, "stop with a checkpoint after this long (0: never)", low=0)
     # cadence
     log_interval: int = key(10, "steps between lines of metrics", low=1)
-    eval_interval: int = key(250, "steps between evaluations", low=1)
+    eval_interval: int = key(100, "steps between evaluations", low=1)
     eval_tokens: int = key(1048576, "validation tokens per evaluation", low=1)
-    save_interval: int = key(250, "steps between checkpoints", low=1)
+    save_interval: int = key(100, "steps between checkpoints", low=1)
     keep_last: int = key(2, "newest checkpoints that are kept", low=1)
     keep_every: int = key(0, "also keep every checkpoint at a multiple of this step", low=0)
 
@@ -115,12 +115,12 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
     known = {f.name: f for f in (fields(flags) if flags else ())}
     if takes == "config":
         known |= {f.name: f for f in fields(Settings)}
-    if "--help" in argv or "-h" in argv:
-        print(help_text(doc, known))
-        raise SystemExit(0)
     files, given = [], {}
     words = iter(argv)
     for word in words:
+        if word in ("--help", "-h"):
+            print(help_text(doc, known))
+            raise SystemExit(0)
         if not word.startswith("--"):
             files.append(word)
             continue

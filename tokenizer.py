@@ -165,6 +165,11 @@ class ByteInfo(NamedTuple):
     bos: int
 
 
+def sha256_of(path: Path | str) -> str:
+    """Hash of a tokenizer.json as we use it, completed with what a document needs."""
+    return vocabulary.sha256(_read(path)[1])
+
+
 def boundaries(spec_json: dict) -> tuple[str | None, str | None]:
     """(begin, end) token of a parsed tokenizer.json: two, one in front, or none."""
     special = [entry["content"] for entry in spec_json.get("added_tokens") or []

@@ -65,7 +65,16 @@ def main(command: settings.CommandLine) -> int:
     world = parallel.start(config.device, config.parallel)
     try:
         run = Run(command, manifest, world)
-        return run.loop() if run.step < config.max_steps else 0
+        if run.step >= config.max_steps:
+            if world.rank == 0:
+                print(f"{run.folder} is already complete: step {run.step} of {config.max_steps}")
+                log.write_status(run.folder, "done", run.step)
+            return 0
+        try:
+            return run.loop()
+        except BaseException:
+            run.log.status("failed", run.step)
+            raise
     finally:
         world.close()
 
@@ -85,6 +94,8 @@ class Run:
         config.vocab_size = vocabulary(config, manifest)
 
         # where to start, decided by rank 0 for all
+        if world.rank == 0 and self.folder.is_dir():
+            self.lock = log.lock(self.folder)  # held until the process ends
         source = world.agree(starting_point(self.folder, config) if world.rank == 0 else None)
         state = checkpoint.read_state(source) if source else {}
         if state:
@@ -93,13 +104,14 @@ class Run:
         self.first_row = state.get("rows", 0)
         if not source and config.init_from:
             source = world.agree(checkpoint.find(config.init_from) if world.rank == 0 else None)
-            check_tokenizer(source, manifest)
+            check_source(source, model_config(config), manifest)
         if self.step >= config.max_steps:
-            print(f"{self.folder} is already complete: step {self.step} of {config.max_steps}")
-            return
-        if world.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = log.lock(self.folder)  # held until the process ends
+            return  # complete: main says so
+        if world.rank == 0 and not self.folder.is_dir():
+            self.folder.mkdir(parents=True)
+            self.lock = log.lock(self.folder)
+        if world.rank == 0 and state:
+            checkpoint.set_aside(self.folder, self.step)
 
         # model and optimizer
         self.dtype = parallel.pick_dtype(config.dtype, world.device)
@@ -123,21 +135,27 @@ class Run:
         self.batch_rows = config.global_batch_tokens // block
         share = -(-self.batch_rows // world.size)
         same_split = state.get("world_size") == world.size  # another split gives other bits
-        self.micro = config.micro_batch or (state["micro_batch"] if same_split else
-                                            pick_micro_batch(share, block, world.device))
+        self.micro = min(share, config.micro_batch or (
+            state["micro_batch"] if same_split else pick_micro_batch(share, block, world.device)))
         self.accumulate = -(-share // self.micro)
+        if world.mode == "ddp":
+            # DDP regroups gradients after its first backward, and so adds them in another order:
+            # that happens here, at every start, so that a resumed run has the same bits
+            ids = torch.zeros(self.micro, block, dtype=torch.long, device=world.device)
+            self.module(ids, ids).backward()
+            self.optimizer.zero_grad(set_to_none=True)
 
         counts = self.model.parameter_counts()
         self.flops = flops_per_token(self.model.config, block)
         self.peak = log.peak_flops(world.device)
         self.log = log.Log(self.folder, self.step, active=world.rank == 0)
-        if world.rank == 0 and not state:
+        if world.rank == 0:
             data = {"name": config.dataset, "tokenizer": manifest["tokenizer"],
                     "vocab_size": config.vocab_size, "manifest_sha256": self.data_hash,
                     **{f"{split}_{of}": manifest["splits"][split].get(of)
                        for split in ("train", "val") for of in ("tokens", "bytes")}}
             settings.to_json(self.folder / "run.json", log.describe(
-                command, world.device, world.size, data, counts))
+                self.folder, command, world.device, world.size, data, counts))
         epochs = config.max_steps * self.batch_rows / self.rows.windows
         self.log.say(f"model: {counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M without "
                      f"embeddings; {world.device.type}, {str(self.dtype)[6:]}, "
@@ -245,7 +263,6 @@ class Run:
             self.log.say(f"step {step}: loss or gradient is not finite, no update; rows "
                          f"{self.rows_at(step - 1)} to {self.rows_at(step) - 1}")
             if self.skipped == PATIENCE:
-                self.log.status("failed", step)
                 raise UserError(f"{PATIENCE} updates in a row were not finite; the last checkpoint "
                                 "is good: lower learning_rate and start again")
         if step % self.config.log_interval == 0 or step in (self.first_step + 1,
@@ -256,8 +273,7 @@ class Run:
                    "loss": loss, "lr": rate, "grad_norm": norm,
                    "tokens_per_second": speed, "mfu": mfu,
                    "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
-            self.log.row({name: value if value is None or math.isfinite(value) else None
-                          for name, value in (row | spent).items()})
+            self.log.row(row | spent)
             left = log.duration((self.config.max_steps - step) * targets / speed)
             self.log.say(f"step {step}/{self.config.max_steps}: loss {loss:.4f}, lr {rate:.2e}, "
                          f"grad norm {norm:.2f}, {speed:,.0f} tok/s, "
@@ -340,37 +356,47 @@ def check_resume(state: dict, config: Settings, data_hash: str, extend: bool, so
                         "another hash); choose another out_dir")
 
 
-def check_tokenizer(source: Path, manifest: dict) -> None:
-    """Refuse to start from a model whose token ids mean something else than the data set's."""
+def check_source(source: Path, config: ModelConfig, manifest: dict) -> None:
+    """Refuse to start from a model that computes something else, or whose token ids mean something
+    else than the data set's. Context and RoPE scaling may differ: that is how context grows."""
+    theirs = checkpoint.model_config(source)
+    for name in ("n_layer", "n_head", "kv_heads", "d_model", "d_ff", "vocab_size", "rope_theta",
+                 "norm_eps", "tie_embeddings"):
+        if getattr(theirs, name) != getattr(config, name):
+            key = {"kv_heads": "n_kv_head"}.get(name, name)
+            raise UserError(f"init_from: {source} has {key}={getattr(theirs, name)}, the config "
+                            f"{getattr(config, name)}; say --{key}={getattr(theirs, name)}")
     path = source / "tokenizer.json"
-    if path.is_file() and checkpoint.sha256(path) != manifest["tokenizer"]["sha256"]:
+    if path.is_file() and tokenizer.sha256_of(path) != manifest["tokenizer"]["sha256"]:
         raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
                         f"--tokenizer={path}")
 
 
 def pick_micro_batch(share: int, block: int, device: torch.device) -> int:
     """Rows per forward pass: enough tokens to keep the device busy, at most a rank's share."""
-    return max(1, min((16384 if device.type == "cuda" else 4096) // block, share))
+    most = max(1, (16384 if device.type == "cuda" else 4096) // block)
+    return -(-share // -(-share // most))  # equal micro-batches, as few as can be
 
 
 class StopFlag:
     """Set by SIGTERM, SIGINT, SIGUSR1 or the time limit; a second signal ends the process."""
 
     def __init__(self, minutes: float):
-        self.signalled = False
+        self.signalled = 0.0  # when
         self.deadline = time.monotonic() + minutes * 60 if minutes else math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame) -> None:
-        """First: finish the step and save. Second: leave at once; the last commit stands."""
-        if self.signalled:
+        """First: finish the step and save. Second: leave at once; the last commit stands. Copies
+        of the first, as schedulers and launchers send them, come within a second."""
+        if self.signalled and time.monotonic() - self.signalled > 1:
             os._exit(143)
-        self.signalled = True
+        self.signalled = self.signalled or time.monotonic()
 
     def asked(self) -> bool:
         """Whether this rank wants to stop."""
-        return self.signalled or time.monotonic() > self.deadline
+        return self.signalled > 0 or time.monotonic() > self.deadline
 
 
 if __name__ == "__main__":

@@ -323,6 +323,7 @@ def decode(bench: Bench) -> None:
 def prepared(bench: Bench) -> tuple[str, str]:
     """(name, tokenizer) of a data set of the text, with the first tokenizer that can be had."""
     sources, kinds = bench.text or bench.config.sources, [bench.flags.tokenizer]
+    sources = [sources] if isinstance(sources, str) else sources
     if kinds == ["auto"]:
         kinds = ["bytes"] if bench.tiny else ["mistral", "gpt2", "bpe:16384"]
     for kind in kinds:

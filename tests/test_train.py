@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -89,6 +90,17 @@ def test_same_course_on_two_ranks_ddp_and_fsdp(home):
     assert run("toy.py", "--out_dir=out/one", "--max_steps=25", "--extend") == 0
     for name, value in weights(home / "out/one", 25).items():
         assert (weights(home / "out/fsdp", 25)[name] - value).abs().max() < 1e-4, name
+
+
+def test_resume_is_exact_on_three_ranks_too(home):
+    """With three terms the order of a sum matters: DDP must not change it between starts."""
+    words = ["train.py", "toy.py", "--out_dir=out/a", "--max_steps=14", "--save_interval=7"]
+    assert run_script(*words, cwd=home, processes=3).returncode == 0
+    whole = digest(home / "out/a", 14)
+    shutil.rmtree(home / "out/a/checkpoints/step_14")
+    again = run_script(*words, cwd=home, processes=3)
+    assert again.returncode == 0 and "resuming from out/a/checkpoints/step_7" in again.stdout
+    assert digest(home / "out/a", 14) == whole
 
 
 def test_accumulation_does_not_change_the_course(home):
@@ -206,6 +218,17 @@ def test_resume_refuses_what_would_make_it_another_run(home):
             run("toy.py", "--out_dir=out/a", *words)
 
 
+def test_init_from_refuses_another_architecture(home):
+    assert run("toy.py", "--out_dir=out/a", "--max_steps=2") == 0
+    for word in ("--n_head=2", "--rope_theta=5e5", "--tie_embeddings", "--n_kv_head=4"):
+        with pytest.raises(settings.UserError, match="init_from"):
+            run("toy.py", "--out_dir=out/b", "--init_from=out/a", word)
+    assert not (home / "out/b").exists()
+    assert run("toy.py", "--out_dir=out/b", "--init_from=out/a", "--block_size=64",
+               "--rope_scaling=linear", "--rope_factor=2", "--max_steps=2") == 0
+    assert metrics(home / "out/b")[0]["val_loss"] < metrics(home / "out/a")[0]["val_loss"]
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(home, capsys):
     assert run("toy.py", "--out_dir=out/a", "--max_steps=20") == 0
     target = home / "out/a/checkpoints/step_20/model.safetensors"
@@ -218,3 +241,4 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(home, capsys):
     assert "step_20 is damaged (model.safetensors does not match" in out
     assert "resuming from out/a/checkpoints/step_10" in out
     assert digest(home / "out/a", 20) != before
+    assert (home / "out/a/checkpoints/step_20.damaged").is_dir()  # and is not counted by keep_last
