@@ -255,6 +255,8 @@ def commit(folder: Path, final: Path) -> None:
     entries = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)}
                for p in files}
     write_json(folder / "checksums.json", {"format": FORMAT, "files": entries})
+    for path in files:  # safetensors writes files that only their owner can read
+        shutil.copymode(folder / "checksums.json", path)
     for path in [*files, folder / "checksums.json", folder / "training", folder]:
         sync(path)
     if final.exists():  # a damaged one, or the run was started again from an earlier step

@@ -21,7 +21,7 @@ class Flags:
     ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs (the newest)")
     to: str = key("", "the folder to write; it must be new or empty")
     dtype: str = key("fp32", "of the weights in the folder", ("fp32", "bf16"))
-    license: str = key("apache-2.0", "what the model card says; the data may ask for another")
+    license: str = key("", "for the model card, such as apache-2.0")
     push: str = key("", "user/name on the hub to upload to (after `hf auth login`)")
 
 
@@ -67,8 +67,7 @@ ids = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts
 TEXTS = [SAMPLE, "", " ", "Once upon a time", "  two  spaces ", "\n\n\tif x == 1:\n\t\treturn",
          "naïve café 北京 😀👩‍👩‍👧 ½", "<s>[INST] text that spells specials </s><|endoftext|>"]
 CARD = """---
-license: {license}
-library_name: transformers
+{license_line}library_name: transformers
 pipeline_tag: text-generation
 tags: [llama, plainllama]
 ---
@@ -103,6 +102,7 @@ def write_weights(model: LLaMA, folder: Path, dtype: torch.dtype, limit: int) ->
         where |= dict.fromkeys(shard, f"model{one_of}.safetensors")
         save_file({name: weight.to(dtype).contiguous() for name, weight in shard.items()},
                   folder / f"model{one_of}.safetensors", {"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / f"model{one_of}.safetensors")
     if len(shards) > 1:
         total = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
         checkpoint.write_json(folder / "model.safetensors.index.json",
@@ -153,9 +153,10 @@ def card(model: LLaMA, folder: Path, flags) -> str:
     step, config, data = state.get("step", 0), info.get("config") or {}, info.get("data") or {}
     device, git = info.get("device") or {}, info.get("git") or {}
     words = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
+    sources = [source["path"] for source in data.get("sources") or []]
     tokens = state.get("rows", 0) * config.get("block_size", 0)
     facts = {
-        "data set": data.get("name"), "sources": config.get("sources"),
+        "data set": data.get("name"), "sources": ", ".join(sources) or None,
         "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
         "steps": step, "tokens trained on": f"{tokens:,}",
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,
@@ -170,8 +171,9 @@ def card(model: LLaMA, folder: Path, flags) -> str:
                 error = metrics.get(f"{name}_stderr")
                 interval = f" ± {1.96 * error:.4f} (95 %)" if isinstance(error, float) else ""
                 scores[f"{task}, {name}"] = f"{value:.4f}{interval}"
-    text = CARD.format(license=flags.license, name=flags.push or Path(flags.to).name, total=total,
-                       inner=inner, dtype=flags.dtype)
+    text = CARD.format(license=flags.license or "not stated", total=total, inner=inner,
+                       license_line=f"license: {flags.license}\n" * bool(flags.license),
+                       name=flags.push or Path(flags.to).name, dtype=flags.dtype)
     for title, table in (("Training", facts if info else {}), ("Scores", scores),
                          ("Architecture", vars(model.config))):
         lines = [f"| {name} | {value} |" for name, value in table.items() if value is not None]

@@ -225,7 +225,8 @@ def main(command: settings.CommandLine) -> int:
         for path in new:  # nothing was begun: leave nothing behind
             with contextlib.suppress(OSError):
                 path.rmdir()
-    named = [f"--dataset={config.dataset}"] if "dataset" in command.overrides else []
+    named = [f"--dataset={config.dataset}", f"--out_dir=out/{config.dataset}"] if (
+        "dataset" in command.overrides) else []
     print(" ".join(["next: python train.py", *command.files, *named]))
     return 0
 
@@ -268,7 +269,8 @@ def prepare(config: Settings, folder: Path) -> None:
                 if not finished_part(folder, i)}
         workers = min(config.workers or os.cpu_count() or 1, len(jobs))
         print(f"{folder}: {len(parts)} parts, {len(parts) - len(jobs)} of them done; {workers} "
-              f"workers; tokenizer {config.tokenizer} ({tokenizer.engine})", flush=True)
+              f"workers; tokenizer {config.tokenizer}, {tokenizer.vocab_size:,} entries "
+              f"({tokenizer.engine})", flush=True)
         if jobs:
             run_workers(folder, jobs, workers)
         state = merged(folder, len(parts), config, tokenizer, {"recipe": recipe, "source": found})

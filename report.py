@@ -321,7 +321,8 @@ def scores(runs: list) -> list:
         for task, metrics in {"validation": own, **one.get("tasks", {})}.items():
             for name, value in metrics.items():
                 metric, comma, filtered = name.partition(",")  # lm-eval: acc,strict-match
-                if not is_number(value) or metric in ("chance", "n") or "_stderr" in metric:
+                if (not is_number(value) or metric in ("chance", "n", "truncated")
+                        or "_stderr" in metric):
                     continue
                 error = metrics.get(f"{metric}_stderr{comma}{filtered}")
                 interval = f" ± {1.96 * error:.4f}" if is_number(error) else ""

@@ -82,7 +82,8 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def read_manifest(folder: Path) -> dict:
     """The manifest of a complete data set whose files have the sizes it names, or UserError."""
     if not folder.is_dir():
-        raise UserError(f"no data set {folder}; make it with: python prepare.py CONFIG")
+        raise UserError(f"no data set {folder}; make it with: python prepare.py CONFIG "
+                        f"--dataset={folder.name} (--sources=YOUR.txt for text of your own)")
     path = folder / "manifest.json"
     if not path.is_file():
         unfinished = any(folder.glob("*.bin")) or any(folder.glob("*.tmp"))

@@ -152,6 +152,7 @@ class Run:
         if world.rank == 0:
             data = {"name": config.dataset, "tokenizer": manifest["tokenizer"],
                     "vocab_size": config.vocab_size, "manifest_sha256": self.data_hash,
+                    "sources": manifest["recipe"].get("sources"),
                     **{f"{split}_{of}": manifest["splits"][split].get(of)
                        for split in ("train", "val") for of in ("tokens", "bytes")}}
             settings.to_json(self.folder / "run.json", log.describe(

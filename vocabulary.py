@@ -58,7 +58,8 @@ def special(piece: str, i: int) -> dict:
 
 
 def train(size: int, texts: Iterable[str]) -> dict:
-    """A byte-level BPE of `size` entries, of which the last two are the boundaries."""
+    """A byte-level BPE of `size` entries, of which the last two are the boundaries; of fewer, if
+    the text is so small that nothing is left to merge."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Engine
 
@@ -70,9 +71,6 @@ def train(size: int, texts: Iterable[str]) -> dict:
                                   show_progress=False)
     engine.train_from_iterator((valid(text) for text in texts), trainer)
     spec = json.loads(engine.to_str())
-    if len(spec["model"]["vocab"]) != size - 2:
-        raise UserError(f"tokenizer bpe:{size}: the text yields only "
-                        f"{len(spec['model']['vocab']) + 2} entries; give more text or a smaller N")
     return layout(spec["model"], spec["pre_tokenizer"], BYTE_LEVEL)
 
 

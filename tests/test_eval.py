@@ -4,9 +4,7 @@ import json
 import math
 import random
 import shutil
-import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -101,15 +99,8 @@ def items(questions) -> list[Item]:
 @pytest.fixture(scope="module")
 def hf(folder):
     """lm-eval's `--model hf` on the checkpoint's folder."""
+    from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            import accelerate  # noqa: F401
-        except ImportError:  # imported by lm-eval, and called for several GPUs only
-            for name in ("accelerate", "accelerate.utils"):
-                patch.setitem(sys.modules, name, MagicMock())
-        from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
                 tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu", batch_size=16)

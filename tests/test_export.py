@@ -42,10 +42,10 @@ def write_run(folder: Path, **changes) -> Path:
     tokenizer.save(step)
     checkpoint.write_json(step / "config.json",
                           checkpoint.hf_config(model.config, tokenizer.bos, tokenizer.eos))
-    checkpoint.write_json(step / "training" / "state.json", {"step": 7})
+    checkpoint.write_json(step / "training" / "state.json", {"step": 7, "rows": 70})
     save_file(dict(model.named_parameters()), step / "model.safetensors", {"format": "pt"})
     checkpoint.write_json(folder / "run.json", {
-        "config": {"global_batch_tokens": 1000, "sources": "embedded"}, "data": {"name": "code"},
+        "config": {"block_size": 100}, "data": {"name": "code", "sources": [{"path": "a.txt"}]},
         "config_file": "config/quickstart.py", "overrides": {"max_steps": 7}})
     checkpoint.write_json(folder / "eval" / "step_7.json", {
         "step": 7, "tokens": 7000, "val_loss": 1.5, "val_bpb": 2.25,
@@ -107,7 +107,8 @@ def test_shards_with_an_index(tmp_path, unchecked, monkeypatch):
 def test_a_whole_export(tmp_path, capsys):
     pytest.importorskip("transformers")
     write_run(tmp_path / "run", **VARIANTS["linear"])
-    words = "--ckpt", tmp_path / "run", "--to", tmp_path / "models" / "hub", "--dtype=bf16"
+    words = ("--ckpt", tmp_path / "run", "--to", tmp_path / "models" / "hub", "--dtype=bf16",
+             "--license=apache-2.0")
     assert run(*words) == 0
     assert "largest difference of logits" in capsys.readouterr().out
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["hub"]

@@ -430,7 +430,7 @@ def test_bad_sources_are_one_line_and_leave_nothing(case, tmp_path, monkeypatch)
 
 def test_bad_tokenizer_and_exit_code(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
-    for words in (("--tokenizer=mistrel",), ("--tokenizer=bpe:900000",), ("--dataset=../x",),
+    for words in (("--tokenizer=mistrel",), ("--tokenizer=bpe:100",), ("--dataset=../x",),
                   ("--workerz=2",), ("--sources=gone",)):
         _, error = run(tmp_path, "--sources=a.jsonl", *words, code=2)
         assert error.startswith("error: ") and error.count("\n") == 1, error

@@ -152,13 +152,14 @@ def test_scores_baselines_and_chance(tmp_path):
     run = make_run(tmp_path / "run")
     write(run / "eval" / "step_100.json", {
         "step": 100, "tokens": 51200, "val_loss": 1.5, "val_bpb": 1.25,
-        "tasks": {"arc": {"acc": 0.5, "acc_stderr": 0.01, "chance": 0.25, "n": 99,
+        "tasks": {"arc": {"acc": 0.5, "acc_stderr": 0.01, "chance": 0.25, "n": 99, "truncated": 3,
                           "exact,strict": 0.1, "exact_stderr,strict": 0.01}}})
     write(run / "eval" / "baselines.json", {"unigram_bpb": 4.0, "fivegram_bpb": 0.5})
     page, _, markdown = build(run)
     who = f"{tmp_path.name}/run"
     assert [f"{who}, step 100", "arc acc", "0.5000 ± 0.0196", "0.25"] in cells(page)
     assert [f"{who}, step 100", "arc exact,strict", "0.1000 ± 0.0196", "–"] in cells(page)
+    assert not {"arc n", "arc truncated", "arc chance"} & {row[1] for row in cells(page) if row[1:]}
     assert [f"{who}, step 100", "validation bits per byte", "1.2500", "–"] in cells(page)
     mine = metrics_of(run)[-1]["val_bpb"]
     at = cells(page).index(["", "bits per byte", "below unigram"])
