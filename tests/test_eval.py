@@ -317,12 +317,14 @@ def test_without_a_network_the_default_gives_the_other_scores(here):
 
 def test_a_named_task_without_data_is_an_error_and_the_others_are_kept(here, questions, capsys):
     task = f"local:{questions[0]}"
-    assert main(f"--tasks=tinyMMLU,{task}", f"--shots={questions[1]}", "--limit=9", "--json") == 2
+    path = here / "out" / "toy" / "eval" / "step_30.json"
+    assert main("--tasks=", "--limit=9") == 0  # not what runs are compared by: not kept
+    assert "not recorded" in capsys.readouterr().out and not path.exists()
+    assert main(f"--tasks=tinyMMLU,{task}", f"--shots={questions[1]}", "--json") == 2
     shown = capsys.readouterr().out
     assert shown.count("no tinyMMLU: ") == 1 and "chance 0.2500" in shown and " ± " in shown
-    path = here / "out" / "toy" / "eval" / "step_30.json"
     first = json.loads(path.read_text())
-    assert first["tasks"][task]["n"] == 9 and first == json.loads(shown.splitlines()[-1])
+    assert first["tasks"][task]["n"] == 100 and first == json.loads(shown.splitlines()[-1])
 
     (here / "words.jsonl").write_text('{"context": "def", "continuation": "add"}')
     (here / "data").rename(here / "elsewhere")  # no data set: said, and the tasks go on

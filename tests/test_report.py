@@ -110,7 +110,7 @@ def test_differences_from_the_parent(tmp_path):
     page, _, markdown = build(make_run(tmp_path / "run"))
     table = page.split("What was run")[1].split("</table>")[0]
     assert cells(table) == [["", "parent", f"{tmp_path.name}/run"], ["vocab_size", "0", "259"],
-                            ["max_steps", "4768", "100"], ["learning_rate", "0.001", "0.002"],
+                            ["max_steps", "2300", "100"], ["learning_rate", "0.001", "0.002"],
                             ["device", "auto", "cpu"]]
     assert "| learning_rate | 0.001 | 0.002 |" in markdown
 
