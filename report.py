@@ -35,7 +35,7 @@ CHARTS = (
     ("peak memory, GiB", ("peak_memory_bytes",), 2**-30, False),
 )
 COLORS = ("#3b7dd8", "#e07020", "#1f9d6b", "#b355c0", "#a58300", "#e0455f")  # on white and on black
-LEFT, RIGHT, HEIGHT = 60, 472, 200  # of the box in a chart in which the curves lie
+LEFT, RIGHT, HEIGHT = 60, 458, 200  # of the box in a chart in which the curves lie
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1e21; --soft: #666b73; --rule: #ddd }
 @media (prefers-color-scheme: dark) {
