@@ -88,6 +88,15 @@ def home(data_home, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch with one thread for the tests of a module."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run_script(*words: str, cwd: Path, processes: int = 0, code: str = "", timeout: int = 120,
                env: dict | None = None) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; `processes` > 0 goes through torchrun; `code`

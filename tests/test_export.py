@@ -13,21 +13,13 @@ from model import LLaMA, ModelConfig, initial_weight
 from settings import UserError, parse
 from tokenizer import make
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=264, block_size=48)
 VARIANTS = {
     "gqa": {}, "tied": {"tie_embeddings": True, "n_kv_head": 0},
     "linear": {"rope_scaling": "linear", "rope_factor": 4.0, "rope_theta": 5e5},
     "llama3": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 16},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small lose time on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_run(folder: Path, **changes) -> Path:

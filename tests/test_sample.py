@@ -15,17 +15,9 @@ from settings import UserError, parse
 from tokenizer import make
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=264, block_size=48)
 GREEDY = sample.Flags(temperature=0.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small lose time on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(seed=0, scale=6.0, **changes) -> LLaMA:
