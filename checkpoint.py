@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import LLaMA, ModelConfig
+from optim import Optimizer
 from parallel import World
 from settings import UserError
 from tokenizer import boundaries, byte_info, write_hf_files
@@ -203,7 +204,7 @@ def load_weights(folder: Path, model: LLaMA, world: World) -> None:
             local.copy_(value[offset:offset + local.shape[0]])
 
 
-def save(run: Path, step: int, model: LLaMA, optimizer: torch.optim.Optimizer, state: dict,
+def save(run: Path, step: int, model: LLaMA, optimizer: Optimizer, state: dict,
          tokenizer_json: Path, world: World) -> Path:
     """Write checkpoints/step_N; collective. Raises OSError on every rank if any rank cannot write;
     then nothing new is visible and earlier checkpoints are as they were."""
@@ -293,12 +294,12 @@ def gather_weights(model: LLaMA, world: World) -> dict[str, Tensor]:
     return weights
 
 
-def save_optimizer(path: Path, model: LLaMA, optimizer: torch.optim.Optimizer,
+def save_optimizer(path: Path, model: LLaMA, optimizer: Optimizer,
                    world: World) -> None:
     """This rank's slices of the optimizer's state, each with its first row and the full shape."""
     tensors, places = {}, {}
     for name, parameter in model.named_parameters():
-        if parameter not in optimizer.state:  # (the state is a defaultdict: it would say nothing)
+        if parameter not in optimizer.state:
             raise RuntimeError(f"the optimizer knows no {name}: it is not the model's parameter")
         for kind, value in optimizer.state[parameter].items():
             local, offset = world.piece(value) if value.dim() else (value.reshape(1), 0)
@@ -308,7 +309,7 @@ def save_optimizer(path: Path, model: LLaMA, optimizer: torch.optim.Optimizer,
     save_file(tensors, path, {"places": json.dumps(places)})
 
 
-def load_optimizer(folder: Path, model: LLaMA, optimizer: torch.optim.Optimizer,
+def load_optimizer(folder: Path, model: LLaMA, optimizer: Optimizer,
                    world: World) -> None:
     """Fill the optimizer's state, which exists already, from slices written by any world size."""
     pieces: dict[str, list] = {}

@@ -4,7 +4,9 @@ Bits per byte and perplexity of the validation split, then tasks: tinyMMLU (the 
 that lm-eval knows by name, or local:FILE.jsonl. A local file holds rows of one kind: `question,
 choices, answer` (answer an index or a letter, prompt as MMLU's, five worked examples of the same
 `subject` in front with --shots=FILE.jsonl), or `context, continuation`. The scores also go to
-RUN/eval/step_N.json. Exit codes: 0 done; 2 the input, or a named task whose data cannot be had.
+RUN/eval/step_N.json. --baselines also scores, on the same windows, what counting reaches: a unigram
+and a 5-gram model (RUN/eval/baselines.json). Exit codes: 0 done; 2 the input, or a named task whose
+data cannot be had.
 """
 
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ class Flags:
     data: str = settings.key("", "data set for bits per byte (default: the run's)")
     eval_tokens: int = settings.key(0, "validation tokens (0: as in the run)", low=0)
     batch_tokens: int = settings.key(0, "tokens per forward pass (0: by the device)", low=0)
+    baselines: bool = settings.key(False, "also score a unigram and a 5-gram model")
     device: str = settings.key("auto", "where to score", ("auto", "cpu", "cuda", "mps"))
     dtype: str = settings.key("auto", "precision of the matmuls", ("auto", "fp32", "bf16"))
     json: bool = settings.key(False, "the result as JSON in the last line")
@@ -44,6 +47,7 @@ from torch import nn
 import checkpoint
 import parallel
 import shards
+from log import Progress
 from model import IGNORE
 from parallel import World
 from tokenizer import ByteInfo, Tokenizer, byte_info, decoded_bytes
@@ -95,6 +99,8 @@ def measure(flags: Flags, named: bool, world: World) -> int:
         shown = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
         result |= {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
         say(table(f"validation, {found['tokens']:,} tokens, {found['bytes']:,} bytes", shown))
+        if flags.baselines and run and world.rank == 0:
+            compare(rows, state["rows"], found, run, say)
     result["tasks"] = {}
     record(keep, result, world)
     scorer = tasks.Scorer(model, tokenizer, batch_tokens, world)
@@ -125,6 +131,7 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
     """
     count = max(1, min(tokens // rows.block_size, rows.windows))
     losses, n_bytes = [], 0
+    progress = Progress("validation", count, "rows", world.rank == 0)
     for first in range(0, count, micro_batch * world.size):
         mine = range(first + world.rank, min(first + micro_batch * world.size, count), world.size)
         ids = np.zeros((micro_batch, rows.block_size + 1), np.int64)
@@ -134,12 +141,35 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         y[len(mine):] = IGNORE
         losses.append(model(x.to(world.device), y.to(world.device)))
+        progress.add(min(micro_batch * world.size, count - first))
+    progress.close()
     nll = torch.stack(losses).cpu().double().sum()  # read once: passes are not held up
     sums = world.sum(torch.stack([nll, torch.tensor(n_bytes, dtype=torch.float64)])).tolist()
     targets = count * rows.block_size
     loss = sums[0] / targets
     return {"val_loss": loss, "val_bpb": sums[0] / math.log(2) / max(sums[1], 1),
             "tokens": targets, "bytes": int(sums[1]), "ppl": math.exp(min(loss, 700))}
+
+
+def compare(rows: shards.Rows, shown: int, found: dict, run: Path, say) -> None:
+    """Score what counting reaches beside the model's result `found`: RUN/eval/baselines.json.
+
+    `rows`: the validation windows; `shown`: rows of the training split that the run has consumed.
+    """
+    import ngram
+
+    config, split = config_of(run), rows.split
+    train = shards.Rows(shards.Split(split.folder, "train", split.manifest), rows.block_size,
+                        config["seed"], config["overfit_rows"])
+    scored = rows.read_windows(range(found["tokens"] // rows.block_size)).astype(np.int64)
+    table = ngram.baselines(train, shown, scored, found["bytes"],
+                            split.manifest["tokenizer"]["vocab_size"])
+    (run / "eval").mkdir(exist_ok=True)
+    settings.to_json(run / "eval" / "baselines.json", table)
+    least = table["unigram_bpb"]
+    for name, bpb in {"unigram": least, "5-gram": table["5-gram_bpb"],
+                      "this model": found["val_bpb"]}.items():
+        say(f"  {name:<14}{bpb:9.4f} bits per byte, {1 - bpb / least:6.1%} below unigram")
 
 
 def validation(flags: Flags, folder: Path, run: Path | None, block_size: int,

@@ -1,6 +1,7 @@
 """What a run writes about itself: run.json, status.json, metrics.jsonl, TensorBoard, the screen."""
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import math
@@ -11,10 +12,12 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from settings import CommandLine, UserError, to_json
+
+if TYPE_CHECKING:  # prepare.py's workers need none of it
+    import torch
 
 # dense bf16 peaks in FLOP/s by the device's whole name; any other device has no MFU
 PEAKS = {
@@ -26,16 +29,20 @@ PEAKS = {
 }
 
 
-def peak_flops(device: torch.device) -> float | None:
+def peak_flops(device: "torch.device") -> float | None:
     """The device's dense bf16 FLOP/s, or None if it is not in the table."""
     if device.type != "cuda":
         return None
+    import torch
+
     return PEAKS.get(torch.cuda.get_device_name(device))
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_memory(device: "torch.device") -> int:
     """Most bytes used so far: on the GPU by this process's tensors, else resident in RAM."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     import resource
 
@@ -43,9 +50,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe(run: Path, command: CommandLine, device: torch.device, size: int, data: dict,
+def describe(run: Path, command: CommandLine, device: "torch.device", size: int, data: dict,
              parameters: tuple[int, int]) -> dict:
     """run.json: everything that is needed to say what this run is, as of its last start."""
+    import torch
+
     try:
         started = json.loads((run / "run.json").read_text(encoding="utf-8"))["started"]
     except (OSError, ValueError, KeyError):
@@ -80,34 +89,50 @@ def git_state() -> dict:
 
 
 class Log:
-    """The metrics of a run, on rank 0; on other ranks every call does nothing."""
+    """The metrics of a run, on rank 0; on other ranks every call does nothing.
+
+    A disk that is full costs rows of metrics and a warning, not the run.
+    """
 
     def __init__(self, run: Path, step: int, active: bool):
-        self.run, self.active, self.board, self.file = run, active, None, None
+        self.run, self.active, self.board, self.warned = run, active, None, False
         if not active:
             return
-        path = run / "metrics.jsonl"
-        cut(path, step if step else -1)  # a run killed before its first checkpoint begins anew
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut(run / name, step if step else -1)  # killed before its first checkpoint: begins anew
         try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(run), purge_step=step + 1 if step else 0)
+            self.board = Board(run, step)
         except ImportError:
             print("tensorboard is not installed: metrics go to metrics.jsonl only", flush=True)
 
     def row(self, row: dict) -> None:
         """Write one row of metrics.jsonl and the same numbers to TensorBoard; a number that is not
         finite becomes null."""
-        if not self.file:
-            return
         row = {name: value if value is None or math.isfinite(value) else None
                for name, value in row.items()}
-        self.file.write(json.dumps(row) + "\n")
+        self.line("metrics.jsonl", row)
         if self.board:
-            for name, value in row.items():
-                if name not in ("step", "time") and isinstance(value, int | float):
-                    self.board.add_scalar(name, value, row["step"])
+            try:
+                self.board.add(row)
+            except OSError as error:
+                self.board = None
+                self.say(f"WARNING: no more TensorBoard events: {error}; metrics.jsonl goes on")
+
+    def line(self, name: str, row: dict) -> None:
+        """Append a row to a .jsonl file of the run: all of it or, with one warning, nothing."""
+        if not self.active:
+            return
+        data = (json.dumps(row) + "\n").encode()
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(open(self.run / name, "ab", buffering=0))
+                if (written := file.write(data)) != len(data):
+                    file.truncate(file.tell() - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+            except OSError as error:
+                if not self.warned:
+                    self.say(f"WARNING: rows of {name} are lost: {error}; training goes on")
+                self.warned = True
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -117,14 +142,41 @@ class Log:
     def status(self, state: str, step: int) -> None:
         """Write status.json, once for all ranks."""
         if self.active:
-            write_status(self.run, state, step)
+            try:
+                write_status(self.run, state, step)
+            except OSError as error:
+                self.say(f"WARNING: status.json is not up to date: {error}")
 
-    def close(self) -> None:
-        """Flush everything."""
-        if self.file:
-            self.file.close()
-        if self.board:
-            self.board.close()
+
+class Board:
+    """TensorBoard's event file, in step with metrics.jsonl. (SummaryWriter writes in a thread, which
+    a full disk ends with a traceback.)"""
+
+    def __init__(self, run: Path, step: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{os.getpid()}"
+        self.event, self.summary = Event, Summary
+        self.file = open(run / name, "wb")  # noqa: SIM115
+        self.records = RecordWriter(self.file)
+        self.write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # events of an earlier start from this step on are void
+        self.write(Event(wall_time=time.time(), step=step + 1 if step else 0,
+                         session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, row: dict) -> None:
+        """The numbers of a row of metrics.jsonl."""
+        values = [self.summary.Value(tag=name, simple_value=value) for name, value in row.items()
+                  if name not in ("step", "time") and isinstance(value, int | float)]
+        self.write(self.event(wall_time=time.time(), step=row["step"],
+                              summary=self.summary(value=values)))
+
+    def write(self, event) -> None:
+        """One record, on its way to the disk at once."""
+        self.records.write(event.SerializeToString())
+        self.records.flush()
 
 
 class Clock:
@@ -156,23 +208,51 @@ class Clock:
         return rate, spent
 
 
+class Progress:
+    """How far a stage is: one line that is rewritten on a terminal, elsewhere a line at times."""
+
+    def __init__(self, what: str, total: int, unit: str, active: bool = True):
+        self.what, self.total, self.unit, self.active = what, total, unit, active
+        self.terminal, self.done = sys.stdout.isatty(), 0
+        self.began = self.shown = time.monotonic()
+
+    def add(self, n: int) -> None:
+        """`n` more are done."""
+        self.done += n
+        now = time.monotonic()
+        if self.active and now - self.shown >= (0.2 if self.terminal else 10):
+            self.shown, rate = now, self.done / (now - self.began)
+            self.line(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a "
+                      f"second, {duration((self.total - self.done) / max(rate, 1e-9))} left")
+
+    def line(self, text: str) -> None:
+        """Show `text` as the state of things."""
+        print(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n",
+              flush=True)
+
+    def close(self) -> None:
+        """Leave the line to what is printed next."""
+        if self.active and self.terminal:
+            print("\r\033[K", end="", flush=True)
+
+
 def write_status(run: Path, state: str, step: int) -> None:
     """status.json; state: running, done, stopped (start me again) or failed."""
     to_json(run / "status.json", {"state": state, "step": step})
 
 
 def cut(path: Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl after `step`: the resumed run writes them again."""
+    """Drop the rows of a .jsonl file after `step`: the resumed run writes them again."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a killed run may be half a line
-    temporary = path.with_name("metrics.jsonl.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
 

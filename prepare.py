@@ -113,7 +113,8 @@ def placed(texts: Iterable[str], below: int, fraction: float) -> Iterator[tuple[
 def start_worker(folder: Path, counters) -> None:
     """What a worker process does first."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, ...
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=die_with_parent, daemon=True).start()
     WORKER.update(tokenizer=Tokenizer.load(folder), counters=counters)
 
@@ -174,8 +175,11 @@ def run_workers(folder: Path, jobs: dict[int, tuple], workers: int) -> None:
     counters, began, shown = context.Array("q", 3), time.monotonic(), 0.0
     sizes = [size_of(job[0]) for job in jobs.values()]
     with ProcessPoolExecutor(workers, context, start_worker, (folder, counters)) as pool:
+        # ... also when it comes while workers start, who inherit that it waits
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         waiting = {pool.submit(make_part, folder, i, job) for i, job in jobs.items()}
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             while waiting:
                 done, waiting = wait(waiting, 0.25, FIRST_COMPLETED)
                 for future in done:
@@ -194,6 +198,8 @@ def run_workers(folder: Path, jobs: dict[int, tuple], workers: int) -> None:
                       end="" if waiting and sys.stdout.isatty() else "\n", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()  # at once: what they hold is made again
             raise
 
 
@@ -259,6 +265,8 @@ def prepare(config: Settings, folder: Path) -> None:
                             f"another name (--dataset=NAME) or remove {folder}")
     if not complete:
         below = hash_below(parts, config.val_fraction)
+        if config.tokenizer.startswith("bpe:") and not (folder / "tokenizer.json").exists():
+            print(f"{folder}: training the tokenizer {config.tokenizer}", flush=True)
         tokenizer = (Tokenizer.load(folder) if (folder / "tokenizer.json").exists()
                      else make(config.tokenizer, lambda: bpe_sample(parts), [folder]))
         notes.mkdir(exist_ok=True)

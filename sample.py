@@ -57,6 +57,7 @@ from torch import Tensor
 
 import checkpoint
 import parallel
+from log import Progress
 from model import KVCache, Linear, LLaMA
 from tokenizer import Tokenizer
 
@@ -293,6 +294,7 @@ def main(command) -> int:
     print(f.prompt * stream, end="", flush=True)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     start, tokens, cut = time.perf_counter(), 0, 0
+    progress = Progress("sampling", len(rows), "texts", active=not stream)
     for first in range(0, len(order), f.batch):
         batch = order[first:first + f.batch]
         texts = complete(model, tokenizer, [prompts[i] for i in batch], f.max_new_tokens, f,
@@ -301,17 +303,19 @@ def main(command) -> int:
             rows[i] = rows[i] | {"completion": text, "stop": ended}
             tokens += new
             cut += ended == "length" and len(prompts[i]) + new == block
-        if f.out:
-            print(f"{first + len(batch)} of {len(rows)} texts", flush=True)
+        progress.add(len(batch))
+    progress.close()
     seconds = time.perf_counter() - start
     if f.out:
         write_rows(partial, "wb", rows)
         os.replace(partial, out)
     for number, row in enumerate(rows if not f.out and not stream else (), 1):
         print(f"--- {number} of {len(rows)} ({row['stop']})\n{row['prompt']}{row['completion']}")
-    if f.save and run:
-        step = int(folder.name.removeprefix("step_"))
-        write_rows(run / "samples.jsonl", "ab", [{"step": step, **row} for row in rows])
+    if f.save and run:  # a text that is there is not added again
+        file, step = run / "samples.jsonl", int(folder.name.removeprefix("step_"))
+        there = read_rows(file) if file.exists() and file.stat().st_size else []
+        new_rows = [{"step": step, **row} for row in rows]
+        write_rows(file, "ab", [row for row in new_rows if row not in there])
     print("\n" * stream + f"{tokens} new tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s"
           + f"; {cut} of {len(rows)} ended where the context ends, at {block} tokens" * bool(cut)
           + f" -> {out}" * bool(f.out))

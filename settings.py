@@ -11,12 +11,15 @@ import errno
 import json
 import operator
 import os
+import signal
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 DEFAULT_CONFIG = "config/llama100m.py"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # it is full or broken
+INTERRUPTED = "interrupted; the same command goes on from what is complete"
 
 
 class UserError(Exception):
@@ -67,6 +70,8 @@ class Settings:
     max_steps: int = key(2300, "optimizer updates", low=1)
     global_batch_tokens: int = key(524288, "tokens per optimizer update, over all devices", low=1)
     micro_batch: int = key(0, "rows per forward pass and device (0: chosen)", low=0)
+    optimizer: str = key("adamw", "muon: for the blocks' matrices, AdamW for the rest",
+                         ("adamw", "muon"))
     learning_rate: float = key(6e-4, "peak learning rate", low=0)
     min_lr: float = key(6e-5, "learning rate at the end", low=0)
     schedule: str = key("cosine", "shape of the learning rate", ("cosine", "wsd", "linear"))
@@ -85,6 +90,8 @@ class Settings:
     log_interval: int = key(10, "steps between lines of metrics", low=1)
     eval_interval: int = key(100, "steps between evaluations", low=1)
     eval_tokens: int = key(1048576, "validation tokens per evaluation", low=1)
+    sample_tokens: int = key(64, "tokens of the text that an evaluation samples (0: none)", low=0)
+    sample_prompt: str = key("", "what that text begins with")
     save_interval: int = key(100, "steps between checkpoints", low=1)
     keep_last: int = key(2, "newest checkpoints that are kept", low=1)
     keep_every: int = key(0, "also keep every checkpoint at a multiple of this step", low=0)
@@ -158,8 +165,10 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
 def command(doc: str | None, flags: type | None = None, takes: str = "config") -> CommandLine:
     """parse() of this process's arguments; what the user can mend is one line and exit code 2.
 
-    Commands call it before their heavy imports, so that --help and a misspelt key answer at once.
+    Commands call it before their heavy imports, so that --help and a misspelt key answer at once,
+    and so that Ctrl-C during those imports is one line too (run() takes over from there).
     """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(complain(INTERRUPTED, 1)))
     try:
         return parse(sys.argv[1:], doc, flags, takes)
     except UserError as error:
@@ -340,20 +349,21 @@ def to_json(path, value) -> None:
 def run(main, *args) -> None:
     """Run a command and leave with its exit code; what the user can mend is one line on stderr."""
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main(*args)
     except UserError as error:
         code = complain(str(error), 2)
     except KeyboardInterrupt:
-        code = complain("interrupted; the same command goes on from what is complete", 1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # we are leaving: no more of it
+        code = complain(INTERRUPTED, 1)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM,
-                               errno.EFBIG):
+        if error.errno not in DISK and not error.filename:
             raise
         code = complain(f"{error.strerror}: {error.filename or 'while writing'}; nothing that was "
-                        "complete is lost", 2 if error.errno in (errno.EACCES, errno.EPERM) else 1)
+                        "complete is lost", 1 if error.errno in DISK else 2)
     raise SystemExit(code or 0)
 
 

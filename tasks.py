@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from log import Progress
 from model import LLaMA
 from parallel import World
 from settings import UserError
@@ -83,6 +84,7 @@ class Scorer:
             batches.append(order[:size])
             order = order[size:]
         results = torch.zeros(len(pairs), 2, dtype=torch.float64)
+        progress = Progress("scoring", len(groups), "prompts", self.world.rank == 0)
         for batch in batches[self.world.rank::self.world.size]:
             batch_ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # 0 is never seen
             for row, read in zip(batch_ids, batch, strict=True):
@@ -99,6 +101,8 @@ class Scorer:
                     last = scored[-len(target):]
                     results[i, 0] = last.gather(1, target[:, None]).sum().item()
                     results[i, 1] = float((last.argmax(-1) == target).all())
+            progress.add(min(len(batch) * self.world.size, len(groups) - progress.done))
+        progress.close()
         return [(value, greedy > 0) for value, greedy in self.world.sum(results).tolist()]
 
 

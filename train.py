@@ -39,6 +39,7 @@ import checkpoint
 import log
 import optim
 import parallel
+import sample
 import shards
 import tokenizer
 from eval import evaluate
@@ -50,7 +51,7 @@ PATIENCE = 10  # updates in a row with non-finite gradients after which a run gi
 # On resume these must be as they were, or the run would be another one ...
 FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
          "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
-         "tie_embeddings", "overfit_rows")
+         "tie_embeddings", "overfit_rows", "optimizer")
 # ... and these change the course of the optimisation, so they need --extend.
 COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule",
           "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
@@ -61,6 +62,8 @@ def main(command: settings.CommandLine) -> int:
     config = command.config
     if problem := attention.refusal(config.attention, parallel.pick_device(config.device)):
         raise UserError(problem)
+    if Path(config.out_dir).exists() and not Path(config.out_dir).is_dir():
+        raise UserError(f"out_dir {config.out_dir} is a file; name a folder")
     manifest = shards.read_manifest(Path("data") / config.dataset)
     world = parallel.start(config.device, config.parallel)
     try:
@@ -91,6 +94,7 @@ class Run:
                                 config.overfit_rows)
         self.validation = shards.Rows(shards.Split(self.data, "val", manifest), block, config.seed)
         self.byte_info = tokenizer.byte_info(self.data)
+        self.tokenizer, self.prompt = prompt(config, self.data)
         config.vocab_size = vocabulary(config, manifest)
 
         # where to start, decided by rank 0 for all
@@ -122,7 +126,7 @@ class Run:
             checkpoint.load_weights(source, self.model, world)
         else:
             world.initialise(self.model, config.seed)
-        self.optimizer = optim.make(self.model, config)
+        self.optimizer = optim.make(self.model, config, world)
         if state:
             checkpoint.load_optimizer(source, self.model, self.optimizer, world)
         on_gpu = world.device.type == "cuda"
@@ -143,7 +147,7 @@ class Run:
             # that happens here, at every start, so that a resumed run has the same bits
             ids = torch.zeros(self.micro, block, dtype=torch.long, device=world.device)
             self.module(ids, ids).backward()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
 
         counts = self.model.parameter_counts()
         self.flops = flops_per_token(self.model.config, block)
@@ -211,7 +215,6 @@ class Run:
             return settings.complain(f"no checkpoint could be written at step {self.step}", 1)
         state = "done" if self.step == config.max_steps else "stopped"
         self.log.status(state, self.step)
-        self.log.close()
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
         return 0 if state == "done" else STOPPED
 
@@ -232,7 +235,7 @@ class Run:
         stats = world.sum(torch.stack([nll, world.square_norm(self.model), wish]))
         norm = stats[1].sqrt() + 0 * stats[0]  # not finite if the loss is not
         optim.step(self.optimizer, rate, norm, self.config.grad_clip)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return stats
 
     def rows_at(self, step: int) -> int:
@@ -294,6 +297,20 @@ class Run:
                       "val_bpb": scores["val_bpb"], "time": time.time()})
         self.log.say(f"step {self.step}: validation loss {scores['val_loss']:.4f} nats/token, "
                      f"{scores['val_bpb']:.4f} bits/byte")
+        if self.tokenizer and self.world.rank == 0 and self.world.mode != "fsdp":
+            with self.clock.apart("sample_seconds"):
+                self.sample(self.tokenizer)
+
+    def sample(self, words: tokenizer.Tokenizer) -> None:
+        """Add a text to samples.jsonl. On rank 0 alone, so not where the model is sharded."""
+        self.model.eval()
+        ended, text, _ = sample.complete(
+            self.model, words, [self.prompt], self.config.sample_tokens, sample.Flags(),
+            [sample.row_seed(self.config.seed, 0)], [])[0]
+        self.model.train()
+        self.log.line("samples.jsonl", {"step": self.step, "prompt": self.config.sample_prompt,
+                                        "completion": text, "stop": ended})
+        self.log.say(f"step {self.step}: sample {self.config.sample_prompt + text!r:.100}")
 
     def save(self) -> bool:
         """Write a checkpoint; False if that failed, which is said, and training goes on."""
@@ -322,6 +339,23 @@ def vocabulary(config: Settings, manifest: dict) -> int:
         raise UserError(f"vocab_size {config.vocab_size} is smaller than the {entries} entries of "
                         f"the tokenizer of data set {config.dataset}; leave it 0")
     return config.vocab_size or entries
+
+
+def prompt(config: Settings, data: Path) -> tuple[tokenizer.Tokenizer | None, list[int]]:
+    """What evaluations sample with: the tokenizer and the ids to go on from; (None, []) if they do
+    not."""
+    if not config.sample_tokens:
+        return None, []
+    try:
+        words = tokenizer.Tokenizer.load(data)
+    except ImportError as error:  # training itself does not need the library
+        print(f"no samples along the run: {error}", flush=True)
+        return None, []
+    ids = [words.bos, *words.encode(config.sample_prompt)]
+    if len(ids) >= config.block_size:
+        raise UserError(f"sample_prompt has {len(ids)} tokens, and the context of "
+                        f"{config.block_size} must hold it and at least one more; shorten it")
+    return words, ids
 
 
 def model_config(config: Settings) -> ModelConfig:

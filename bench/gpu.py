@@ -211,7 +211,7 @@ class Contender:
         loss.backward()
         norm = self.bench.world.square_norm(self.model).sqrt()
         optim.step(self.optimizer, config.min_lr, norm, config.grad_clip)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return loss.detach()
 
     def speed(self, compiled: bool, micro: int, steps: int) -> float:

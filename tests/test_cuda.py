@@ -56,7 +56,7 @@ def update(model: LLaMA, optimizer, x: torch.Tensor, rate: float = 1e-3) -> floa
     loss = mean_loss(model, x)
     loss.backward()
     optim.step(optimizer, rate, World(0, 1, "cuda").square_norm(model).sqrt(), 1.0)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return loss.item()
 
 

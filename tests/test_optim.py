@@ -41,11 +41,11 @@ def tiny():
 def test_groups_partition_the_parameters_and_decay_matrices_only():
     model = tiny()
     optimizer = optim.make(model, config())
-    decayed, plain = (group["params"] for group in optimizer.param_groups)
+    decayed, plain = (group["params"] for group in optimizer.adamw.param_groups)
     assert {id(p) for p in decayed} | {id(p) for p in plain} == {id(p) for p in model.parameters()}
     assert len(decayed) + len(plain) == len(list(model.parameters()))
     assert all(p.dim() == 2 for p in decayed) and all(p.dim() == 1 for p in plain)
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    assert [g["weight_decay"] for g in optimizer.adamw.param_groups] == [0.1, 0.0]
 
 
 def reference_adamw(w, grads, rates, decay, clip, betas=(0.9, 0.95), eps=1e-8):
@@ -92,3 +92,61 @@ def test_a_non_finite_norm_changes_nothing(bad):
         after = [s for p in model.parameters() for s in optimizer.state[p].values()]
         assert same == bool(skipped)
         assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True)) == same
+
+
+# ---- Muon
+
+def test_orthogonal_keeps_singular_vectors_and_levels_singular_values():
+    torch.manual_seed(1)
+    matrices = torch.randn(3, 8, 20) * torch.logspace(0, 1, 8)[:, None]
+    found = optim.orthogonal(matrices)
+    for x, y in zip(matrices.double(), found.double(), strict=True):
+        u, _, vt = torch.linalg.svd(x, full_matrices=False)
+        inside = u.T @ y @ vt.T  # diagonal, if the singular vectors are those of x
+        assert (inside - inside.diag().diag()).abs().max() < 1e-4
+        assert inside.diag().min() > 0.6 and inside.diag().max() < 1.3
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
+    model = tiny()
+    optimizer = optim.make(model, config(optimizer="muon"))
+    inside = {id(p) for n, p in model.named_parameters() if "proj" in n}
+    assert {id(p) for p in optimizer.muon.state} == inside and len(inside) == 14
+    everything = [id(p) for p in model.parameters()]
+    adamw = [id(p) for g in optimizer.adamw.param_groups for p in g["params"]]
+    assert sorted([*inside, *adamw]) == sorted(everything)
+    assert {id(p) for p in optimizer.state} == set(everything)
+
+
+def test_update_is_muon():
+    """Against torch.optim.Muon, which iterates in bf16: its directions are good to some percent."""
+    torch.manual_seed(2)
+    model = tiny()
+    mine = model.model.layers[0].mlp.down_proj.weight  # tall: 16 x 32
+    theirs = torch.nn.Parameter(mine.detach().clone())
+    optimizer = optim.make(model, config(optimizer="muon"))
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.95, nesterov=True,
+                                 adjust_lr_fn="match_rms_adamw")
+    for clip in (1e9, 1e9, 0.5):
+        model.zero_grad()
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        theirs.grad = mine.grad * min(1, clip / 4)
+        before, expected = mine.detach().clone(), theirs.detach().clone()
+        optim.step(optimizer, 0.1, torch.tensor(4.0), clip)
+        reference.step()
+        change, wanted = mine - before, theirs - expected
+        assert (change - wanted).norm() < 0.03 * wanted.norm()
+        theirs.data.copy_(mine.data)
+
+
+def test_a_non_finite_norm_leaves_muon_as_it_was():
+    model = tiny()
+    optimizer = optim.make(model, config(optimizer="muon"))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    state = [s.clone() for p in model.parameters()
+             for s in (p.detach(), *optimizer.state[p].values())]
+    assert optim.step(optimizer, 0.1, torch.tensor(float("nan")), 1.0)
+    after = [s for p in model.parameters() for s in (p.detach(), *optimizer.state[p].values())]
+    assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))

@@ -295,7 +295,7 @@ def test_several_texts_are_saved_with_the_run(tmp_path, capsys):
         assert run("--ckpt", tmp_path / "checkpoints/step_12", "--num_samples=3", "--save",
                    "--prompt=ab", "--max_new_tokens=5") == 0
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 and rows[:3] == rows[3:] and rows[0]["step"] == 12
+    assert len(rows) == 3 and rows[0]["step"] == 12  # the second time nothing was new
     assert len({row["completion"] for row in rows}) == 3
     assert f"ab{rows[1]['completion']}" in capsys.readouterr().out
 

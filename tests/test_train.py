@@ -92,6 +92,40 @@ def test_same_course_on_two_ranks_ddp_and_fsdp(home):
         assert (weights(home / "out/fsdp", 25)[name] - value).abs().max() < 1e-4, name
 
 
+def test_muon_shards_and_resumes_like_adamw(home):
+    words = ["toy.py", "--optimizer=muon", "--save_interval=6", "--micro_batch=4"]
+    assert run(*words, "--out_dir=out/one", "--max_steps=12") == 0
+    done = run_script("train.py", *words, "--out_dir=out/fsdp", "--max_steps=12",
+                      "--parallel=fsdp", cwd=home, processes=2)
+    assert done.returncode == 0, done.stderr
+    for name, value in weights(home / "out/one", 12).items():
+        assert (weights(home / "out/fsdp", 12)[name] - value).abs().max() < 1e-4, name
+    whole = digest(home / "out/one", 12)
+    shutil.rmtree(home / "out/one/checkpoints/step_12")
+    assert run(*words, "--out_dir=out/one", "--max_steps=12") == 0
+    assert digest(home / "out/one", 12) == whole
+    with pytest.raises(settings.UserError, match="optimizer=muon, now it is adamw"):
+        run("toy.py", "--out_dir=out/one")
+
+
+def test_samples_along_the_run(home):
+    words = ["toy.py", "--out_dir=out/a", "--sample_prompt=def ", "--sample_tokens=9"]
+    assert run(*words) == 0
+    file = home / "out/a/samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 20, 40]
+    assert all(row["prompt"] == "def " and row["stop"] in ("length", "eos") for row in rows)
+    assert rows[0]["completion"] != rows[2]["completion"]
+    for step in (40, 30, 20):
+        shutil.rmtree(home / f"out/a/checkpoints/step_{step}")
+    assert run(*words) == 0  # from step 10: the later texts are cut, and come again
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows
+    with pytest.raises(settings.UserError, match="sample_prompt has 41 tokens"):
+        run("toy.py", "--out_dir=out/b", "--sample_prompt=" + "x" * 40)
+    assert run("toy.py", "--out_dir=out/b", "--max_steps=2", "--sample_tokens=0") == 0
+    assert not (home / "out/b/samples.jsonl").exists()
+
+
 def test_resume_is_exact_on_three_ranks_too(home):
     """With three terms the order of a sum matters: DDP must not change it between starts."""
     words = ["train.py", "toy.py", "--out_dir=out/a", "--max_steps=14", "--save_interval=7"]
@@ -126,6 +160,11 @@ def test_metrics_are_the_contract(home):
         assert row["lr"] == optim.lr(row["step"] - 1, config)
     assert abs(evaluations[0]["val_loss"] - math.log(258)) < 0.1
     assert evaluations[-1]["val_loss"] < 3
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    board = EventAccumulator(str(home / "out/a")).Reload()
+    for name in ("loss", "grad_norm", "val_bpb"):
+        assert [(e.step, e.value) for e in board.Scalars(name)] == [
+            (r["step"], pytest.approx(r[name], rel=1e-6)) for r in rows if name in r]
     status = json.loads((home / "out/a/status.json").read_text())
     assert status == {"state": "done", "step": 40}
     assert run("toy.py", "--out_dir=out/a") == 0  # already complete

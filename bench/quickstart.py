@@ -1,0 +1,95 @@
+"""What the demo's model is worth: python bench/quickstart.py [--ckpt out/quickstart] [--seed N]
+
+Prints its bits per byte beside those of a unigram and a 5-gram model (eval.py --baselines writes
+them), how many of 20 samples are Python as far as Python's own tokenizer goes, and how many hold a
+run of 50 tokens that stands in the training text.
+"""
+
+import io
+import json
+import sys
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoint
+import sample
+import settings
+import shards
+from tokenizer import Tokenizer
+
+SAMPLES, COPY = 20, 50
+PROMPT, LENGTH, HOW = "def ", 200, sample.Flags(temperature=0.7, top_p=0.95)  # as in the Makefile
+STOP = ["\n\n\n"]
+
+
+@dataclass
+class Flags:
+    """Options of bench/quickstart.py."""
+
+    ckpt: str = settings.key("out/quickstart", "a run of config/quickstart.py")
+    seed: int = settings.key(1, "seeds the samples", low=0)
+
+
+def tokenizes(text: str) -> bool:
+    """Whether Python's tokenizer takes `text` without its last line, which may be half a line."""
+    whole = text.rpartition("\n")[0]
+    try:
+        return all(token.type != tokenize.ERRORTOKEN
+                   for token in tokenize.generate_tokens(io.StringIO(whole + "\n").readline))
+    except (tokenize.TokenError, SyntaxError):
+        return False
+
+
+def hashes(ids: np.ndarray, length: int) -> np.ndarray:
+    """A 64-bit hash of every run of `length` ids."""
+    factors = np.random.default_rng(0).integers(1, 2**63, length, np.uint64) * 2 + 1
+    ends = max(0, len(ids) - length + 1)
+    total = np.zeros(ends, np.uint64)
+    for i, factor in enumerate(factors):
+        total += (ids[i:i + ends].astype(np.uint64) + np.uint64(7)) * factor
+    return total
+
+
+def copied(texts: list[str], words: Tokenizer, split: shards.Split, length: int) -> int:
+    """How many of the texts hold a run of `length` tokens of the split."""
+    mine = [hashes(np.array(words.encode(text)), length) for text in texts]
+    known = np.concatenate([hashes(split.shard(i), length) for i in range(len(split.names))])
+    return sum(bool(np.isin(one, known).any()) for one in mine)
+
+
+def main(command) -> int:
+    """Print the table."""
+    flags = command.flags
+    model, words, folder = sample.load(flags.ckpt, "cpu", "auto")
+    run = checkpoint.run_of(folder)
+    if run is None or not (run / "eval" / "baselines.json").is_file():
+        raise settings.UserError(f"{folder}: no baselines beside it; first: python eval.py "
+                                 f"--ckpt {flags.ckpt} --tasks= --baselines")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    table = json.loads((run / "eval" / "baselines.json").read_text())
+    last = next(row for row in reversed(rows) if "val_bpb" in row)
+    scores = {"unigram": table["unigram_bpb"], "5-gram": table["5-gram_bpb"],
+              "model": last["val_bpb"]}
+    begin = [words.bos]
+    found = sample.complete(model, words, [begin + words.encode(PROMPT)] * SAMPLES, LENGTH, HOW,
+                            [sample.row_seed(flags.seed, i) for i in range(SAMPLES)], STOP)
+    texts = [PROMPT + completion for _, completion, _ in found]
+    data = Path("data") / json.loads((run / "run.json").read_text())["config"]["dataset"]
+    clones = copied(texts, words, shards.open_split(data, "train"), COPY)
+    for text in texts:
+        print(f"--- {'Python' if tokenizes(text) else 'NOT Python'}\n{text}")
+    print("---")
+    for name, bpb in scores.items():
+        below = 1 - bpb / scores["unigram"]
+        print(f"{name:<8} {bpb:.4f} bits per byte, {below:6.1%} below unigram")
+    print(f"samples  {sum(map(tokenizes, texts))} of {SAMPLES} are Python to its tokenizer, "
+          f"{clones} hold {COPY} tokens of the training text in a row")
+    return 0
+
+
+if __name__ == "__main__":
+    settings.run(main, settings.command(__doc__, Flags, takes="files"))
