@@ -66,14 +66,24 @@ def describe(run: Path, command: CommandLine, device: "torch.device", size: int,
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"format": 1, "config": asdict(command.config), "config_file": command.config_file,
             "base": command.base, "changed": command.changed, "overrides": command.overrides,
             "versions": versions, "git": git_state(),
-            "device": {"type": device.type, "name": name or platform.machine(), "count": size,
+            "device": {"type": device.type, "name": name, "count": size,
                        "threads": torch.get_num_threads()},
             "data": data, "started": started,
             "parameters": {"total": parameters[0], "non_embedding": parameters[1]}}
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux tells it, elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), "") or platform.processor() or platform.machine()
 
 
 def git_state() -> dict:

@@ -14,6 +14,7 @@ which `metrics` are the rows of metrics.jsonl and `info` is run.json.
 import json
 import math
 import re
+import shlex
 import statistics
 import time
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ p, pre {{ max-width: 50rem }} pre {{ white-space: pre-wrap }} div {{ overflow-x:
 svg {{ width: min(100%, 27rem); margin: .3rem 0 }} tr:first-child {{ font-weight: bold }}
 table {{ border-collapse: collapse; font-size: .9rem; margin: 1rem 0 }}
 td {{ vertical-align: top; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid var(--rule) }}
+@media (max-width: 40rem) {{ td {{ padding-right: .5rem; overflow-wrap: anywhere }} }}
 </style></head><body>
 {body}
 <script type="application/json" id="data">{data}</script></body></html>
@@ -308,9 +310,22 @@ def differences(runs: list) -> list:
     configs = [parent, *(run.info["config"] for run in runs)]
     names = [name for name in runs[0].info["config"] if name != "out_dir"
              and any(config.get(name) != parent.get(name) for config in configs)]
-    return [text(f"{len(names)} keys differ from the parent config, {base or 'the defaults'}."),
+    return [*(text(again(run)) for run in runs),
+            text(f"{len(names)} keys differ from the parent config, {base or 'the defaults'}."),
             side_by_side(["parent", *(run.name for run in runs)],
                          [{name: config.get(name) for name in names} for config in configs])]
+
+
+def again(run: Run) -> str:
+    """The command that made a run."""
+    given = {"out_dir": run.info["config"]["out_dir"], **run.info.get("overrides", {})}
+    if given["out_dir"] == f"out/{Path(run.info['config_file']).stem}":
+        del given["out_dir"]
+    words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+             for name, value in given.items()]
+    ranks = run.info["device"]["count"]
+    return (f"{run.name} was made by: train.py {shlex.join([run.info['config_file'], *words])}"
+            + (f" on {ranks} ranks of torchrun" if ranks > 1 else ""))
 
 
 def scores(runs: list) -> list:
