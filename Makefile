@@ -6,18 +6,20 @@ PY := $(VENV)/bin/python
 INSTALL = python3 -m venv $(VENV) && $(PY) -m pip install -q --no-compile -c constraints.txt -e
 CONFIG = config/quickstart.py
 RUN = out/quickstart
+# methods as sympy has many, each up to the empty line behind it
+SAMPLES = --prompt '    def _eval_' --stop '["\n\n"]' --temperature 0.7 --top_p 0.95
 
 .PHONY: demo test test-all bench lint clean
 
 demo: $(VENV)/.core
 	$(PY) prepare.py $(CONFIG)
 	$(PY) train.py $(CONFIG)
-	$(PY) sample.py --ckpt $(RUN) --prompt 'def ' --num_samples 3 --max_new_tokens 120 --temperature 0.8 --save
-	$(PY) eval.py --ckpt $(RUN) --tasks=
+	$(PY) sample.py --ckpt $(RUN) $(SAMPLES) --num_samples 6 --save
+	$(PY) eval.py --ckpt $(RUN) --tasks= --baselines
 	$(PY) report.py $(RUN)
 	@echo
 	@echo 'Look at   $(RUN)/report.html'
-	@echo 'Then try  $(PY) sample.py --ckpt $(RUN) --prompt "class "'
+	@echo 'Then try  $(PY) sample.py --ckpt $(RUN) --prompt "class Matrix"'
 	@echo 'Own text  $(PY) prepare.py $(CONFIG) --dataset=mine --sources=my.txt'
 	@echo '          $(PY) train.py $(CONFIG) --dataset=mine --out_dir=out/mine'
 
@@ -27,8 +29,11 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(PY) -m pytest -m ''
 
-bench: $(VENV)/.test
-	$(PY) bench/gpu.py --rehearse --out out/bench-rehearsal
+bench: $(VENV)/.test $(RUN)/eval/baselines.json
+	$(PY) bench/all.py
+
+$(RUN)/eval/baselines.json:
+	$(MAKE) demo
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -84,6 +84,9 @@ def measure(flags: Flags, named: bool, world: World) -> int:
         flags.dtype, world.device))
     batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
     result: dict = {}
+    if flags.baselines and not (run and rows):
+        raise UserError("--baselines counts in the rows that a run has seen: name a run whose data "
+                        "set is here")
     special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
                if getattr(flags, name) != getattr(Flags, name)]
     keep = None if special else run  # RUN/eval holds what all runs can be compared by
@@ -160,7 +163,7 @@ def compare(rows: shards.Rows, shown: int, found: dict, run: Path, say) -> None:
 
     config, split = config_of(run), rows.split
     train = shards.Rows(shards.Split(split.folder, "train", split.manifest), rows.block_size,
-                        config["seed"], config["overfit_rows"])
+                        config["seed"], config.get("overfit_rows", 0))
     scored = rows.read_windows(range(found["tokens"] // rows.block_size)).astype(np.int64)
     table = ngram.baselines(train, shown, scored, found["bytes"],
                             split.manifest["tokenizer"]["vocab_size"])

@@ -7,6 +7,7 @@ run of 50 tokens that stands in the training text.
 
 import io
 import json
+import statistics
 import sys
 import tokenize
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ import shards
 from tokenizer import Tokenizer
 
 SAMPLES, COPY = 20, 50
-PROMPT, LENGTH, HOW = "def ", 200, sample.Flags(temperature=0.7, top_p=0.95)  # as in the Makefile
-STOP = ["\n\n\n"]
+# as in the Makefile
+PROMPT, STOP, HOW = "    def _eval_", ["\n\n"], sample.Flags(temperature=0.7, top_p=0.95)
 
 
 @dataclass
@@ -57,8 +58,10 @@ def hashes(ids: np.ndarray, length: int) -> np.ndarray:
 def copied(texts: list[str], words: Tokenizer, split: shards.Split, length: int) -> int:
     """How many of the texts hold a run of `length` tokens of the split."""
     mine = [hashes(np.array(words.encode(text)), length) for text in texts]
-    known = np.concatenate([hashes(split.shard(i), length) for i in range(len(split.names))])
-    return sum(bool(np.isin(one, known).any()) for one in mine)
+    wanted = np.unique(np.concatenate(mine))
+    known = [wanted[np.isin(wanted, hashes(split.shard(i), length))]
+             for i in range(len(split.names))]
+    return sum(bool(np.isin(one, np.concatenate(known)).any()) for one in mine)
 
 
 def main(command) -> int:
@@ -75,7 +78,8 @@ def main(command) -> int:
     scores = {"unigram": table["unigram_bpb"], "5-gram": table["5-gram_bpb"],
               "model": last["val_bpb"]}
     begin = [words.bos]
-    found = sample.complete(model, words, [begin + words.encode(PROMPT)] * SAMPLES, LENGTH, HOW,
+    found = sample.complete(model, words, [begin + words.encode(PROMPT)] * SAMPLES,
+                            sample.Flags.max_new_tokens, HOW,
                             [sample.row_seed(flags.seed, i) for i in range(SAMPLES)], STOP)
     texts = [PROMPT + completion for _, completion, _ in found]
     data = Path("data") / json.loads((run / "run.json").read_text())["config"]["dataset"]
@@ -83,11 +87,16 @@ def main(command) -> int:
     for text in texts:
         print(f"--- {'Python' if tokenizes(text) else 'NOT Python'}\n{text}")
     print("---")
-    for name, bpb in scores.items():
-        below = 1 - bpb / scores["unigram"]
-        print(f"{name:<8} {bpb:.4f} bits per byte, {below:6.1%} below unigram")
-    print(f"samples  {sum(map(tokenizes, texts))} of {SAMPLES} are Python to its tokenizer, "
-          f"{clones} hold {COPY} tokens of the training text in a row")
+    timed = [row["tokens_per_second"] for row in rows if "loss" in row]
+    python = sum(map(tokenizes, texts))
+    for name, bpb in list(scores.items())[:2]:
+        print(f"| bits per byte, beside a {name} model | {scores['model']:.4f} | {bpb:.4f} | "
+              f"{scores['model'] / bpb:.3f} |")
+    print(f"| samples that are Python to its tokenizer | {python} | {SAMPLES} | "
+          f"{python / SAMPLES:.2f} |")
+    print(f"| samples with {COPY} tokens of the training text in a row | {clones} | {SAMPLES} | "
+          f"{clones / SAMPLES:.2f} |")
+    print(f"| training, tokens per second (median) | {statistics.median(timed):,.0f} | | |")
     return 0
 
 

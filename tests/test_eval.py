@@ -13,6 +13,7 @@ from conftest import documents, run_script, write_data_set
 
 import checkpoint
 import eval as scoring
+import ngram
 import optim
 import settings
 import shards
@@ -42,7 +43,8 @@ def home(tmp_path_factory) -> Path:
             p.copy_(value if p.dim() == 1 else value * 6)
     run = home / "out" / "toy"
     run.mkdir(parents=True)
-    settings.to_json(run / "run.json", {"config": {"dataset": "toy", "eval_tokens": 5 * BLOCK}})
+    settings.to_json(run / "run.json", {"config": {
+        "dataset": "toy", "eval_tokens": 5 * BLOCK, "seed": 3}})
     digest = (home / "data" / "toy" / "manifest.sha256").read_text().strip()
     checkpoint.save(run, 30, model, optim.make(model, settings.Settings()),
                     {"step": 30, "rows": 120, "data_hash": digest},
@@ -333,6 +335,19 @@ def test_a_named_task_without_data_is_an_error_and_the_others_are_kept(here, que
     both = json.loads(path.read_text())
     assert set(both["tasks"]) == {task, "local:words.jsonl"} and both["val_bpb"] == first["val_bpb"]
     assert "chance" not in both["tasks"]["local:words.jsonl"]
+
+
+def test_baselines_stand_beside_the_model(here, rows, folder, capsys):
+    assert main("--tasks=", "--baselines") == 0
+    found = json.loads((here / "out/toy/eval/baselines.json").read_text())
+    train = shards.Rows(shards.open_split(here / "data/toy", "train"), BLOCK, 3)
+    scored = rows.read_windows(range(5)).astype(np.int64)
+    n_bytes = json.loads((here / "out/toy/eval/step_30.json").read_text())["val_bytes"]
+    assert found == pytest.approx(ngram.baselines(train, 120, scored, n_bytes, 258))
+    assert "5-gram" in capsys.readouterr().out
+    shutil.copytree(folder, here / "model")
+    with pytest.raises(settings.UserError, match="--baselines"):
+        main("--ckpt=model", "--tasks=", "--baselines")
 
 
 def test_a_model_folder_without_a_run(here, folder, capsys):

@@ -1,0 +1,109 @@
+"""Every command of the README is run as it stands there, in its order, on configs made small."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, documents
+from hub_stub import Hub
+
+SMALL = """
+n_layer = 1
+n_head = 2
+d_model = 32
+d_ff = 48
+block_size = 32
+global_batch_tokens = 16 * 32
+max_steps = 6
+eval_interval = 3
+eval_tokens = 64
+save_interval = 3
+sample_tokens = 5
+warmup_steps = 2
+"""
+# What a README may say and a test cannot do, with the reason.
+LEFT_OUT = {"make": "test_the_makefile says what make runs; `make test` is what runs this",
+            "python -m pip install": "no network", "python3 -m venv": "there is one",
+            "torchrun --nnodes": "needs several machines",
+            "git clone": "no network", "python bench/": "minutes; bench/ has its own tests",
+            "python train.py config/llama100m_": "needs the run before it at full size",
+            "tensorboard": "a server"}
+SLOW = r"torchrun|python (export|eval)\.py|python prepare\.py$|.*--sources=hf:"
+
+
+def commands() -> list[str]:
+    """The commands in the README's blocks (indented lines), without comments, in their order."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line.strip().split("  #")[0].strip() for line in text.split("\n")
+             if line.startswith("    ")]
+    return [line for line in lines if re.match(r"(make|python3?|torchrun|git|tensorboard) ", line)]
+
+
+def place(folder: Path) -> dict:
+    """A checkout whose configs are small, with a user's own text beside it; an environment."""
+    for path in ROOT.glob("*.py"):
+        (folder / path.name).symlink_to(path)
+    (folder / "config").mkdir()
+    for path in (ROOT / "config").glob("*.py"):
+        small = SMALL if not re.search(r"^base = ", path.read_text(), re.MULTILINE) else ""
+        (folder / "config" / path.name).write_text(path.read_text() + small)
+    quick = folder / "config/quickstart.py"
+    quick.write_text(quick.read_text() + "sources = [{'path': 'embedded', 'max_documents': 25}]\n"
+                     "tokenizer = 'bpe:400'\n")
+    large = folder / "config/llama100m.py"
+    large.write_text(large.read_text() + "tokenizer = 'bpe:400'\nval_fraction = 0.1\n")
+    (folder / "my.txt").write_text("\n".join(documents(300)))
+    question = '{"question": "What is 1 + 1?", "choices": ["1", "2"], "answer": 1}\n'
+    (folder / "questions.jsonl").write_text(question * 3)
+    (folder / "bin").mkdir()
+    for name, words in (("python", sys.executable), ("torchrun", f"{sys.executable} -m "
+                                                     "torch.distributed.run")):
+        script = folder / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        script.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+
+
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_command_of_the_readme(tmp_path, full):
+    """`full` adds those that take long to load: torchrun, the hub's libraries, transformers."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    env, sink = place(tmp_path), pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": documents(400)}), sink)
+    files = {"data/train-00000-of-00001.parquet": sink.getvalue().to_pybytes()}
+    ran = []
+    with Hub({"ashaba1in/small_openwebtext": files}) as hub:
+        for line in commands():
+            if any(line.startswith(words) for words in LEFT_OUT):
+                continue
+            if not full and re.match(SLOW, line):
+                continue
+            # two processes where the README has a machine's eight
+            words = shlex.split(line.replace("--nproc_per_node=8", "--nproc_per_node=2"))
+            done = subprocess.run(words, cwd=tmp_path, env={**env, "HF_ENDPOINT": hub.url},
+                                  capture_output=True, text=True, timeout=180)
+            assert done.returncode == 0, (line, done.stdout[-2000:], done.stderr[-2000:])
+            ran.append(line)
+    for four in () if not full else ("python prepare.py", "torchrun --nproc_per_node=8 train.py config/llama100m.py",
+                 "python sample.py --ckpt out/", "python eval.py"):
+        assert four in ran
+    assert len(ran) >= (12 if full else 7)
+
+
+def test_the_makefile():
+    """make demo is the README's commands; files that the README names are there."""
+    text, make = ((ROOT / name).read_text() for name in ("README.md", "Makefile"))
+    demo = make.split("\ndemo:")[1].split("\n\n")[0]
+    for script in re.findall(r"\$\(PY\) (\w+\.py)", demo):
+        assert f"python {script}" in text
+    for _, link in re.findall(r"\[([^]]*)\]\(([^)]+)\)", text):
+        assert "://" in link or (ROOT / link).exists(), link
+    for config in re.findall(r"config/\w+\.py|`(\w+\.py)`", text):
+        assert not config or (ROOT / config).exists() or (ROOT / "config" / config).exists(), config
