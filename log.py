@@ -109,7 +109,7 @@ class Log:
         if not active:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
-            cut(run / name, step if step else -1)  # killed before its first checkpoint: begins anew
+            cut(run / name, step or -1)  # killed before its first checkpoint, it begins anew
         try:
             self.board = Board(run, step)
         except ImportError:
@@ -159,8 +159,8 @@ class Log:
 
 
 class Board:
-    """TensorBoard's event file, in step with metrics.jsonl. (SummaryWriter writes in a thread, which
-    a full disk ends with a traceback.)"""
+    """TensorBoard's event file, in step with metrics.jsonl. (SummaryWriter writes in a thread,
+    which a full disk ends with a traceback.)"""
 
     def __init__(self, run: Path, step: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog

@@ -28,6 +28,7 @@ from settings import UserError
 KINDS = r".*\.(txt|jsonl|parquet|(txt|jsonl)\.(gz|xz|zst))"
 PACKED = {".gz": 3, ".xz": 4, ".zst": 3}  # bytes of text in a packed byte: a guess, for the plan
 PART = 64 << 20  # bytes of text that a worker takes at a time
+INSTALL = "python -m pip install -c constraints.txt -e '.[data]'"
 SPOOLED: list = []  # standard input as files, kept until the program ends
 
 
@@ -120,7 +121,7 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
                 name, file, repo_type="dataset", revision=revision, etag_timeout=20))))
         return {"revision": revision}, found
     except ImportError as error:
-        raise UserError(f"{path}: {error}; pip install 'plainllama[data]'") from None
+        raise UserError(f"{path}: {error}; {INSTALL}") from None
     except UserError:
         raise
     except Exception as error:  # whatever the two libraries and the network raise
@@ -210,7 +211,7 @@ def row_groups(path: Path, column: str) -> list[int]:
 
         file = pq.ParquetFile(path)
     except ImportError as error:
-        raise UserError(f"{path}: {error}; pip install 'plainllama[data]'") from None
+        raise UserError(f"{path}: {error}; {INSTALL}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short: {error}") from None
     if column not in file.schema_arrow.names:

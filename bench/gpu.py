@@ -9,7 +9,6 @@ out/bench/. A stage that fails, or for which no time is left, says so and the ne
 
 --rehearse does all of it with tiny sizes on the CPU. Exit codes: 0; 1 a stage failed; 2 the input.
 """
-# ruff: noqa: E402
 
 import sys
 from dataclasses import dataclass
