@@ -7,14 +7,14 @@ INSTALL = python3 -m venv $(VENV) && $(PY) -m pip install -q --no-compile -c con
 CONFIG = config/quickstart.py
 RUN = out/quickstart
 # methods as sympy has many, each up to the empty line behind it
-SAMPLES = --prompt '    def _eval_' --stop '["\n\n"]' --temperature 0.7 --top_p 0.95
+SAMPLES = --prompt '    def _eval_' --stop '["\n\n"]' --temperature 0.7 --num_samples 6
 
 .PHONY: demo test test-all bench lint clean
 
 demo: $(VENV)/.core
 	$(PY) prepare.py $(CONFIG)
 	$(PY) train.py $(CONFIG)
-	$(PY) sample.py --ckpt $(RUN) $(SAMPLES) --num_samples 6 --save
+	$(PY) sample.py --ckpt $(RUN) $(SAMPLES) --save
 	$(PY) eval.py --ckpt $(RUN) --tasks= --baselines
 	$(PY) report.py $(RUN)
 	@echo
@@ -29,10 +29,10 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(PY) -m pytest -m ''
 
-bench: $(VENV)/.test $(RUN)/eval/baselines.json
+bench: $(VENV)/.test $(RUN)/report.html
 	$(PY) bench/all.py
 
-$(RUN)/eval/baselines.json:
+$(RUN)/report.html:
 	$(MAKE) demo
 
 lint: $(VENV)/.dev

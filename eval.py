@@ -5,7 +5,7 @@ that lm-eval knows by name, or local:FILE.jsonl. A local file holds rows of one 
 choices, answer` (answer an index or a letter, prompt as MMLU's, five worked examples of the same
 `subject` in front with --shots=FILE.jsonl), or `context, continuation`. The scores also go to
 RUN/eval/step_N.json. --baselines also scores, on the same windows, what counting reaches: a unigram
-and a 5-gram model (RUN/eval/baselines.json). Exit codes: 0 done; 2 the input, or a named task whose
+and a 5-gram model. Exit codes: 0 done; 2 the input, or a named task whose
 data cannot be had.
 """
 
@@ -84,9 +84,9 @@ def measure(flags: Flags, named: bool, world: World) -> int:
         flags.dtype, world.device))
     batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
     result: dict = {}
-    if flags.baselines and not (run and rows):
+    if flags.baselines and (flags.data or not (run and rows)):
         raise UserError("--baselines counts in the rows that a run has seen: name a run whose data "
-                        "set is here")
+                        "set is here, without --data")
     special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
                if getattr(flags, name) != getattr(Flags, name)]
     keep = None if special else run  # RUN/eval holds what all runs can be compared by
@@ -103,7 +103,7 @@ def measure(flags: Flags, named: bool, world: World) -> int:
         result |= {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
         say(table(f"validation, {found['tokens']:,} tokens, {found['bytes']:,} bytes", shown))
         if flags.baselines and run and world.rank == 0:
-            compare(rows, state["rows"], found, run, say)
+            result["baselines"] = compare(rows, state["rows"], found, config_of(run), say)
     result["tasks"] = {}
     record(keep, result, world)
     scorer = tasks.Scorer(model, tokenizer, batch_tokens, world)
@@ -134,7 +134,8 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
     """
     count = max(1, min(tokens // rows.block_size, rows.windows))
     losses, n_bytes = [], 0
-    progress = Progress("validation", count, "rows", world.rank == 0)
+    progress = Progress("validation", count, "rows", world.rank == 0,
+                        world.device.type)
     for first in range(0, count, micro_batch * world.size):
         mine = range(first + world.rank, min(first + micro_batch * world.size, count), world.size)
         ids = np.zeros((micro_batch, rows.block_size + 1), np.int64)
@@ -154,25 +155,25 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
             "tokens": targets, "bytes": int(sums[1]), "ppl": math.exp(min(loss, 700))}
 
 
-def compare(rows: shards.Rows, shown: int, found: dict, run: Path, say) -> None:
-    """Score what counting reaches beside the model's result `found`: RUN/eval/baselines.json.
+def compare(rows: shards.Rows, shown: int, found: dict, config: dict, say) -> dict:
+    """What counting reaches beside the model's result `found`, {unigram_bpb, 5-gram_bpb, tokens}.
 
-    `rows`: the validation windows; `shown`: rows of the training split that the run has consumed.
+    `rows`: the validation windows; `shown`: rows of the training split that the run, whose config
+    this is, has consumed.
     """
     import ngram
 
-    config, split = config_of(run), rows.split
+    split = rows.split
     train = shards.Rows(shards.Split(split.folder, "train", split.manifest), rows.block_size,
                         config["seed"], config.get("overfit_rows", 0))
     scored = rows.read_windows(range(found["tokens"] // rows.block_size)).astype(np.int64)
     table = ngram.baselines(train, shown, scored, found["bytes"],
                             split.manifest["tokenizer"]["vocab_size"])
-    (run / "eval").mkdir(exist_ok=True)
-    settings.to_json(run / "eval" / "baselines.json", table)
     least = table["unigram_bpb"]
     for name, bpb in {"unigram": least, "5-gram": table["5-gram_bpb"],
                       "this model": found["val_bpb"]}.items():
         say(f"  {name:<14}{bpb:9.4f} bits per byte, {1 - bpb / least:6.1%} below unigram")
+    return table
 
 
 def validation(flags: Flags, folder: Path, run: Path | None, block_size: int,

@@ -12,12 +12,10 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from settings import CommandLine, UserError, to_json
-
-if TYPE_CHECKING:  # prepare.py's workers need none of it
-    import torch
 
 # dense bf16 peaks in FLOP/s by the device's whole name; any other device has no MFU
 PEAKS = {
@@ -29,20 +27,16 @@ PEAKS = {
 }
 
 
-def peak_flops(device: "torch.device") -> float | None:
+def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 FLOP/s, or None if it is not in the table."""
     if device.type != "cuda":
         return None
-    import torch
-
     return PEAKS.get(torch.cuda.get_device_name(device))
 
 
-def peak_memory(device: "torch.device") -> int:
+def peak_memory(device: torch.device) -> int:
     """Most bytes used so far: on the GPU by this process's tensors, else resident in RAM."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated(device)
     import resource
 
@@ -50,11 +44,9 @@ def peak_memory(device: "torch.device") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe(run: Path, command: CommandLine, device: "torch.device", size: int, data: dict,
+def describe(run: Path, command: CommandLine, device: torch.device, size: int, data: dict,
              parameters: tuple[int, int]) -> dict:
     """run.json: everything that is needed to say what this run is, as of its last start."""
-    import torch
-
     try:
         started = json.loads((run / "run.json").read_text(encoding="utf-8"))["started"]
     except (OSError, ValueError, KeyError):
@@ -105,7 +97,8 @@ class Log:
     """
 
     def __init__(self, run: Path, step: int, active: bool):
-        self.run, self.active, self.board, self.warned = run, active, None, False
+        self.run, self.active, self.board = run, active, None
+        self.warned: set[str] = set()  # files of which rows were lost
         if not active:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -113,7 +106,9 @@ class Log:
         try:
             self.board = Board(run, step)
         except ImportError:
-            print("tensorboard is not installed: metrics go to metrics.jsonl only", flush=True)
+            self.say("tensorboard is not installed: metrics go to metrics.jsonl only")
+        except OSError as error:
+            self.say(f"WARNING: no TensorBoard events: {error}")
 
     def row(self, row: dict) -> None:
         """Write one row of metrics.jsonl and the same numbers to TensorBoard; a number that is not
@@ -133,16 +128,15 @@ class Log:
         if not self.active:
             return
         data = (json.dumps(row) + "\n").encode()
-        with contextlib.ExitStack() as stack:
-            try:
-                file = stack.enter_context(open(self.run / name, "ab", buffering=0))
+        try:
+            with open(self.run / name, "ab", buffering=0) as file:
                 if (written := file.write(data)) != len(data):
                     file.truncate(file.tell() - written)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-            except OSError as error:
-                if not self.warned:
-                    self.say(f"WARNING: rows of {name} are lost: {error}; training goes on")
-                self.warned = True
+        except OSError as error:
+            if name not in self.warned:
+                self.say(f"WARNING: rows of {name} are lost: {error}; training goes on")
+            self.warned.add(name)
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -221,17 +215,20 @@ class Clock:
 class Progress:
     """How far a stage is: one line that is rewritten on a terminal, elsewhere a line at times."""
 
-    def __init__(self, what: str, total: int, unit: str, active: bool = True):
+    def __init__(self, what: str, total: int, unit: str, active: bool = True, device: str = "cpu"):
         self.what, self.total, self.unit, self.active = what, total, unit, active
+        self.device = device  # on which the work is: a GPU is waited for before a line is shown
         self.terminal, self.done = sys.stdout.isatty(), 0
         self.began = self.shown = time.monotonic()
 
     def add(self, n: int) -> None:
         """`n` more are done."""
         self.done += n
-        now = time.monotonic()
-        if self.active and now - self.shown >= (0.2 if self.terminal else 10):
-            self.shown, rate = now, self.done / (now - self.began)
+        if self.active and time.monotonic() - self.shown >= (0.2 if self.terminal else 10):
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            self.shown = time.monotonic()
+            rate = self.done / (self.shown - self.began)
             self.line(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a "
                       f"second, {duration((self.total - self.done) / max(rate, 1e-9))} left")
 
@@ -251,19 +248,23 @@ def write_status(run: Path, state: str, step: int) -> None:
     to_json(run / "status.json", {"state": state, "step": step})
 
 
+def whole_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl file, [] if there is none, without what a kill left half written."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
 def cut(path: Path, step: int) -> None:
     """Drop the rows of a .jsonl file after `step`: the resumed run writes them again."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a killed run may be half a line
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in whole_rows(path)
+                                 if row["step"] <= step), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -10,6 +10,7 @@ from settings import Settings
 
 DECAY_SHARE = 0.2  # wsd: the last fifth of the run decays (https://arxiv.org/abs/2405.18392)
 MOMENTUM = 0.95  # of Muon
+STACK = 8  # matrices that Muon works on at a time: bounds its memory, also where they are sharded
 # The coefficients of Muon's five Newton-Schulz steps, for singular values in 0..1
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -72,7 +73,8 @@ class Muon:
         shapes: dict[tuple, list] = {}  # matrices of one shape, tall ones turned, work together
         for p in parameters:
             shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
-        self.stacks = list(shapes.values())
+        self.stacks = [some[i:i + STACK] for some in shapes.values()
+                       for i in range(0, len(some), STACK)]
 
     @torch.no_grad()
     def step(self, rate: float, scale: Tensor, skipped: Tensor) -> None:

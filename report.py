@@ -83,7 +83,6 @@ class Run:
     status: dict
     samples: list
     evals: list  # eval/step_N.json, oldest first
-    baselines: dict
 
     def last(self, name: str):
         """The newest value of a metric, None if there is none."""
@@ -137,8 +136,7 @@ def load(folder: Path) -> Run:
     evals = [read_json(path) for path in (folder / "eval").glob("step_*.json")]
     return Run("/".join(folder.resolve().parts[-2:]), info, metrics,
                read_json(folder / "status.json"), read_rows(folder / "samples.jsonl"),
-               sorted(evals, key=lambda one: one.get("step", 0)),
-               read_json(folder / "eval" / "baselines.json"))
+               sorted(evals, key=lambda one: one.get("step", 0)))
 
 
 def is_number(value) -> bool:
@@ -350,15 +348,17 @@ def scores(runs: list) -> list:
 
 
 def baselines(runs: list) -> list:
-    """The models beside those that only count, whoever wins: blocks."""
-    counted = {name.removesuffix("_bpb"): value for run in runs
-               for name, value in run.baselines.items() if name.endswith("_bpb")}
-    if not counted:
-        return []
-    every = {run.name: run.last("val_bpb") for run in runs} | counted
-    order = sorted((of, name) for name, of in every.items() if is_number(of))
-    rows = [[name, f"{of:.4f}", f"{1 - of / order[-1][0]:.1%}"] for of, name in order]
-    return [table(["", "bits per byte", f"below {order[-1][1]}"], rows)]
+    """The models beside those that only count, on the same windows, whoever wins: blocks."""
+    blocks = []
+    for run in runs:
+        for one in [one for one in run.evals if one.get("baselines")][-1:]:
+            every = {name.removesuffix("_bpb"): of for name, of in one["baselines"].items()
+                     if name.endswith("_bpb")} | {run.name: one.get("val_bpb")}
+            order = sorted((of, name) for name, of in every.items() if is_number(of))
+            blocks.append(table([f"step {one['step']}", "bits per byte", f"below {order[-1][1]}"],
+                                [[name, f"{of:.4f}", f"{1 - of / order[-1][0]:.1%}"]
+                                 for of, name in order]))
+    return blocks
 
 
 def samples(runs: list) -> list:

@@ -47,7 +47,6 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -56,8 +55,8 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import log
 import parallel
-from log import Progress
 from model import KVCache, Linear, LLaMA
 from tokenizer import Tokenizer
 
@@ -280,8 +279,7 @@ def main(command) -> int:
     run, block = checkpoint.run_of(folder), model.config.block_size
     if f.save and run is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
-    begin = [] if tokenizer.bos is None else [tokenizer.bos]
-    prompts = [begin + tokenizer.encode(row["prompt"]) for row in rows]
+    prompts = [[tokenizer.bos, *tokenizer.encode(row["prompt"])] for row in rows]
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < block:
             where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
@@ -290,11 +288,10 @@ def main(command) -> int:
     stream = not f.out and f.num_samples == 1
     if f.out:
         partial.touch()  # a folder that may not be written is found out before the work
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a screen without UTF-8
     print(f.prompt * stream, end="", flush=True)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     start, tokens, cut = time.perf_counter(), 0, 0
-    progress = Progress("sampling", len(rows), "texts", active=not stream)
+    progress = log.Progress("sampling", len(rows), "texts", active=not stream)
     for first in range(0, len(order), f.batch):
         batch = order[first:first + f.batch]
         texts = complete(model, tokenizer, [prompts[i] for i in batch], f.max_new_tokens, f,
@@ -313,7 +310,7 @@ def main(command) -> int:
         print(f"--- {number} of {len(rows)} ({row['stop']})\n{row['prompt']}{row['completion']}")
     if f.save and run:  # a text that is there is not added again
         file, step = run / "samples.jsonl", int(folder.name.removeprefix("step_"))
-        there = read_rows(file) if file.exists() and file.stat().st_size else []
+        there = log.whole_rows(file)
         new_rows = [{"step": step, **row} for row in rows]
         write_rows(file, "ab", [row for row in new_rows if row not in there])
     print("\n" * stream + f"{tokens} new tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s"

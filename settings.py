@@ -8,6 +8,7 @@ base, file, command line.
 import ast
 import difflib
 import errno
+import io
 import json
 import operator
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 DEFAULT_CONFIG = "config/llama100m.py"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # it is full or broken
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 INTERRUPTED = "interrupted; the same command goes on from what is complete"
 
 
@@ -76,8 +78,8 @@ class Settings:
     min_lr: float = key(6e-5, "learning rate at the end", low=0)
     schedule: str = key("cosine", "shape of the learning rate", ("cosine", "wsd", "linear"))
     warmup_steps: int = key(200, "steps of linear warm-up", low=0)
-    weight_decay: float = key(0.1, "AdamW decay, on matrices only", low=0)
-    beta1: float = key(0.9, "AdamW first moment", low=0, high=1)
+    weight_decay: float = key(0.1, "decoupled decay, on matrices only", low=0)
+    beta1: float = key(0.9, "AdamW first moment (Muon's momentum is 0.95)", low=0, high=1)
     beta2: float = key(0.95, "AdamW second moment", low=0, high=1)
     grad_clip: float = key(1.0, "largest gradient norm (0: no clipping)", low=0)
     device: str = key("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
@@ -168,11 +170,13 @@ def command(doc: str | None, flags: type | None = None, takes: str = "config") -
     Commands call it before their heavy imports, so that --help and a misspelt key answer at once,
     and so that Ctrl-C during those imports is one line too (run() takes over from there).
     """
-    signal.signal(signal.SIGINT, lambda *_: os._exit(complain(INTERRUPTED, 1)))
     try:
-        return parse(sys.argv[1:], doc, flags, takes)
+        found = parse(sys.argv[1:], doc, flags, takes)
     except UserError as error:
         raise SystemExit(complain(str(error), 2)) from None
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: started with &
+        signal.signal(signal.SIGINT, lambda *_: os._exit(complain(INTERRUPTED, 1)))
+    return found
 
 
 def read_config(path: str, seen: tuple = ()) -> list:
@@ -348,8 +352,12 @@ def to_json(path, value) -> None:
 
 def run(main, *args) -> None:
     """Run a command and leave with its exit code; what the user can mend is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):  # a screen without UTF-8 shows ? for what it lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main(*args)
     except UserError as error:
         code = complain(str(error), 2)
@@ -360,7 +368,7 @@ def run(main, *args) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.errno not in DISK and not error.filename:
+        if error.errno not in (*DISK, *REFUSED):
             raise
         code = complain(f"{error.strerror}: {error.filename or 'while writing'}; nothing that was "
                         "complete is lost", 1 if error.errno in DISK else 2)

@@ -84,7 +84,8 @@ class Scorer:
             batches.append(order[:size])
             order = order[size:]
         results = torch.zeros(len(pairs), 2, dtype=torch.float64)
-        progress = Progress("scoring", len(groups), "prompts", self.world.rank == 0)
+        progress = Progress("scoring", len(groups), "prompts", self.world.rank == 0,
+                            self.world.device.type)
         for batch in batches[self.world.rank::self.world.size]:
             batch_ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # 0 is never seen
             for row, read in zip(batch_ids, batch, strict=True):

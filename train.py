@@ -171,6 +171,9 @@ class Run:
         self.log.say(f"data: {self.rows.windows:,} rows of {block} tokens in {config.dataset}, "
                      f"{self.rows.tail} tokens left out; {epochs:.2f} epochs in "
                      f"{config.max_steps} steps")
+        if config.sample_tokens and (world.mode == "fsdp" or not self.tokenizer):
+            self.log.say("no samples along the run: " + (
+                "the model is sharded" if self.tokenizer else "there is no `tokenizers` package"))
         if state:
             self.log.say(f"resuming from {source}")
         self.stop = StopFlag(config.max_minutes)
@@ -344,12 +347,11 @@ def vocabulary(config: Settings, manifest: dict) -> int:
 def prompt(config: Settings, data: Path) -> tuple[tokenizer.Tokenizer | None, list[int]]:
     """What evaluations sample with: the tokenizer and the ids to go on from; (None, []) if they do
     not."""
-    if not config.sample_tokens:
+    if not config.sample_tokens or config.block_size == 1:
         return None, []
     try:
         words = tokenizer.Tokenizer.load(data)
-    except ImportError as error:  # training itself does not need the library
-        print(f"no samples along the run: {error}", flush=True)
+    except ImportError:  # training itself does not need the library
         return None, []
     ids = [words.bos, *words.encode(config.sample_prompt)]
     if len(ids) >= config.block_size:
@@ -380,7 +382,7 @@ def starting_point(run: Path, config: Settings) -> Path | None:
 
 def check_resume(state: dict, config: Settings, data_hash: str, extend: bool, source: Path) -> None:
     """Refuse to go on from `source` with a config that is not that run's."""
-    old, new = state["config"], asdict(config)
+    old, new = asdict(Settings()) | state["config"], asdict(config)  # keys are added over time
     for keys, remedy in ((FIXED, "choose another out_dir"), (COURSE, "say --extend to accept it")):
         for name in keys:
             if old.get(name) != new[name] and not (keys is COURSE and extend):

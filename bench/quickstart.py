@@ -1,7 +1,7 @@
 """What the demo's model is worth: python bench/quickstart.py [--ckpt out/quickstart] [--seed N]
 
-Prints its bits per byte beside those of a unigram and a 5-gram model (eval.py --baselines writes
-them), how many of 20 samples are Python as far as Python's own tokenizer goes, and how many hold a
+Prints its bits per byte beside those of a unigram and a 5-gram model (of eval.py --baselines), how
+many of 20 samples are Python as far as Python's own tokenizer goes, and how many hold a
 run of 50 tokens that stands in the training text.
 """
 
@@ -24,7 +24,7 @@ from tokenizer import Tokenizer
 
 SAMPLES, COPY = 20, 50
 # as in the Makefile
-PROMPT, STOP, HOW = "    def _eval_", ["\n\n"], sample.Flags(temperature=0.7, top_p=0.95)
+PROMPT, STOP, HOW = "    def _eval_", ["\n\n"], sample.Flags(temperature=0.7)
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Flags:
 
 
 def tokenizes(text: str) -> bool:
-    """Whether Python's tokenizer takes `text` without its last line, which may be half a line."""
+    """Whether Python's tokenizer takes `text` without its last line, which may be half a line (a
+    text of one line alone passes)."""
     whole = text.rpartition("\n")[0]
     try:
         return all(token.type != tokenize.ERRORTOKEN
@@ -69,16 +70,13 @@ def main(command) -> int:
     flags = command.flags
     model, words, folder = sample.load(flags.ckpt, "cpu", "auto")
     run = checkpoint.run_of(folder)
-    if run is None or not (run / "eval" / "baselines.json").is_file():
+    file = run / "eval" / f"{folder.name}.json" if run else folder
+    scores = json.loads(file.read_text()) if file.is_file() else {}
+    if run is None or "baselines" not in scores:
         raise settings.UserError(f"{folder}: no baselines beside it; first: python eval.py "
                                  f"--ckpt {flags.ckpt} --tasks= --baselines")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    table = json.loads((run / "eval" / "baselines.json").read_text())
-    last = next(row for row in reversed(rows) if "val_bpb" in row)
-    scores = {"unigram": table["unigram_bpb"], "5-gram": table["5-gram_bpb"],
-              "model": last["val_bpb"]}
-    begin = [words.bos]
-    found = sample.complete(model, words, [begin + words.encode(PROMPT)] * SAMPLES,
+    found = sample.complete(model, words, [[words.bos, *words.encode(PROMPT)]] * SAMPLES,
                             sample.Flags.max_new_tokens, HOW,
                             [sample.row_seed(flags.seed, i) for i in range(SAMPLES)], STOP)
     texts = [PROMPT + completion for _, completion, _ in found]
@@ -89,12 +87,14 @@ def main(command) -> int:
     print("---")
     timed = [row["tokens_per_second"] for row in rows if "loss" in row]
     python = sum(map(tokenizes, texts))
-    for name, bpb in list(scores.items())[:2]:
-        print(f"| bits per byte, beside a {name} model | {scores['model']:.4f} | {bpb:.4f} | "
-              f"{scores['model'] / bpb:.3f} |")
+    ours = scores["val_bpb"]
+    for name in ("unigram", "5-gram"):
+        bpb = scores["baselines"][f"{name}_bpb"]
+        print(f"| bits per byte, beside a {name} model | {ours:.4f} | {bpb:.4f} | "
+              f"{ours / bpb:.3f} |")
     print(f"| samples that are Python to its tokenizer | {python} | {SAMPLES} | "
           f"{python / SAMPLES:.2f} |")
-    print(f"| samples with {COPY} tokens of the training text in a row | {clones} | {SAMPLES} | "
+    print(f"| samples with {COPY} tokens in a row of the training text | {clones} | {SAMPLES} | "
           f"{clones / SAMPLES:.2f} |")
     print(f"| training, tokens per second (median) | {statistics.median(timed):,.0f} | | |")
     return 0

@@ -64,7 +64,7 @@ TABLE = [
     ("train", ["toy.py", "--d_model=192", "--n_head=5"], "d_model 192 does not divide into n_head"),
     ("train", ["toy.py", "--d_model=36", "--n_head=4"], "head width .* must be even"),
     ("train", ["toy.py", "--n_kv_head=3"], "n_head 4 is not a multiple of n_kv_head 3"),
-    ("train", ["toy.py", "--optimizer=adam"], "is one of adamw | muon, not 'adam'"),
+    ("train", ["toy.py", "--optimizer=adam"], r"is one of adamw \| muon, not 'adam'"),
     ("train", ["toy.py", "--max_steps=2.5"], "'2.5' is not a whole number"),
     ("train", ["toy.py", "--tie_embeddings=maybe"], "'maybe' is not true or false"),
     ("train", ["toy.py", "more.py"], "expected one config file, found 2"),
@@ -81,7 +81,7 @@ TABLE = [
     ("sample", ["--top_p=2"], "top_p is 2.0, must be at least 0 and at most 1"),
     ("sample", ["--num_samples=0"], "num_samples is 0, must be at least 1"),
     ("eval", ["--task=x"], "unknown option --task; did you mean tasks"),
-    ("export", ["--ckpt=out/toy"], "--to"),
+    ("export", ["--ckpt=out/toy"], "name the folder to write with --to=DIR"),
     ("report", ["--outt=x.html"], "unknown option --outt; did you mean out"),
     # data that is not there or is something else
     ("train", ["toy.py", "--dataset=gone"], "no data set data/gone; make it with: python prepare"),
@@ -110,7 +110,7 @@ TABLE = [
     ("train", ["toy.py", "--init_from=data/toy", "--out_dir=out/new"], "no complete checkpoint"),
     ("train", ["toy.py", "--out_dir=my.txt"], "out_dir my.txt is a file; name a folder"),
     ("sample", ["--ckpt=out/toy", "--prompt=" + "x" * 40], "prompt has 41 tokens, .* of 32"),
-    ("export", ["--ckpt=out/toy", "--to=data/toy"], "data/toy"),
+    ("export", ["--ckpt=out/toy", "--to=data/toy"], "--to data/toy exists and is not empty"),
     ("report", ["data/toy"], "data/toy is not a run and holds none"),
     ("report", ["gone"], "gone is not a run"),
 ]

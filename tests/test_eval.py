@@ -339,15 +339,16 @@ def test_a_named_task_without_data_is_an_error_and_the_others_are_kept(here, que
 
 def test_baselines_stand_beside_the_model(here, rows, folder, capsys):
     assert main("--tasks=", "--baselines") == 0
-    found = json.loads((here / "out/toy/eval/baselines.json").read_text())
+    kept = json.loads((here / "out/toy/eval/step_30.json").read_text())
+    found = kept["baselines"]
     train = shards.Rows(shards.open_split(here / "data/toy", "train"), BLOCK, 3)
     scored = rows.read_windows(range(5)).astype(np.int64)
-    n_bytes = json.loads((here / "out/toy/eval/step_30.json").read_text())["val_bytes"]
-    assert found == pytest.approx(ngram.baselines(train, 120, scored, n_bytes, 258))
+    assert found == pytest.approx(ngram.baselines(train, 120, scored, kept["val_bytes"], 258))
     assert "5-gram" in capsys.readouterr().out
     shutil.copytree(folder, here / "model")
-    with pytest.raises(settings.UserError, match="--baselines"):
-        main("--ckpt=model", "--tasks=", "--baselines")
+    for words in (["--ckpt=model"], ["--data=toy"]):
+        with pytest.raises(settings.UserError, match="--baselines counts in the rows"):
+            main(*words, "--tasks=", "--baselines")
 
 
 def test_a_model_folder_without_a_run(here, folder, capsys):

@@ -118,11 +118,12 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     assert {id(p) for p in optimizer.state} == set(everything)
 
 
-def test_update_is_muon():
+@pytest.mark.parametrize("name", ["down_proj", "up_proj", "gate_proj"])  # wide, tall, tall
+def test_update_is_muon(name):
     """Against torch.optim.Muon, which iterates in bf16: its directions are good to some percent."""
     torch.manual_seed(2)
     model = tiny()
-    mine = model.model.layers[0].mlp.down_proj.weight  # tall: 16 x 32
+    mine = getattr(model.model.layers[0].mlp, name).weight
     theirs = torch.nn.Parameter(mine.detach().clone())
     optimizer = optim.make(model, config(optimizer="muon"))
     reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.95, nesterov=True,
@@ -136,7 +137,7 @@ def test_update_is_muon():
         optim.step(optimizer, 0.1, torch.tensor(4.0), clip)
         reference.step()
         change, wanted = mine - before, theirs - expected
-        assert (change - wanted).norm() < 0.03 * wanted.norm()
+        assert (change - wanted).norm() < 0.05 * wanted.norm()
         theirs.data.copy_(mine.data)
 
 

@@ -249,6 +249,11 @@ def test_bad_input_exits_with_2_before_torch_is_loaded(home):
 
 def test_resume_refuses_what_would_make_it_another_run(home):
     assert run("toy.py", "--out_dir=out/a", "--max_steps=10") == 0
+    state = home / "out/a/checkpoints/step_10/training/state.json"  # by an older plainllama, that
+    old = json.loads(state.read_text())  # knew fewer keys: they have their defaults
+    del old["config"]["optimizer"], old["config"]["sample_tokens"]
+    train.check_resume(old, settings.parse(["toy.py", "--max_steps=10"], "").config,
+                       old["data_hash"], False, state)
     for words, message in ((["--seed=1"], "seed=1337, now it is 1"),
                            (["--n_layer=3"], "n_layer"),
                            (["--max_steps=20"], "--extend"),
