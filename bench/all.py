@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import log
+import log  # noqa: E402
 
 SCRIPTS = ["quickstart.py", "step.py"]
 
