@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import attend
 
 IGNORE = -100  # a target that does not count
-LOGITS_BYTES = 512 * 2**20  # fp32 logits beyond this are made, and used up, in chunks
+LOGITS_BYTES = 512 * 2**20  # fp32 logits beyond this are made, and used up, in chunks of a quarter
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
         """The summed loss, fp32 (). `training`: keep the gradients for backward."""
         matrix = weight.to(x.dtype)
-        chunks = -(-4 * len(x) * len(weight) // LOGITS_BYTES)
+        chunks = -(-4 * len(x) * len(weight) // (LOGITS_BYTES // 4))
         size = -(-len(x) // chunks)
         loss = torch.zeros((), device=x.device)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if training else None

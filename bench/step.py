@@ -33,6 +33,7 @@ if __name__ == "__main__":
 import importlib
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -44,8 +45,8 @@ from model import flops_per_token
 from parallel import World
 
 CONTEXT, ROWS, VOCAB = 256, 8, 4096
-SIZES = {"7 M": dict(n_layer=6, n_head=4, d_model=256, d_ff=688),
-         "30 M": dict(n_layer=8, n_head=8, d_model=512, d_ff=1376)}
+SIZES: dict[str, dict] = {"7 M": dict(n_layer=6, n_head=4, d_model=256, d_ff=688),
+                          "30 M": dict(n_layer=8, n_head=8, d_model=512, d_ff=1376)}
 Arm = Callable[[], float]  # seconds of one step
 
 
@@ -93,8 +94,12 @@ def measure(size: str, flags: Flags) -> None:
             if other != "square" and other != mine and (
                     other == "ceiling" or other.split()[1] == mine.split()[1]):
                 row(f"{size}, tok/s: {mine} beside {other}", tokens / median(seconds[mine]),
-                    tokens / median(seconds[other]),
-                    f"{median(b / a for a, b in zip(seconds[mine], seconds[other], strict=True)):.2f}")
+                    tokens / median(seconds[other]), f"{ratio(seconds[mine], seconds[other]):.2f}")
+
+
+def ratio(mine: list[float], other: list[float]) -> float:
+    """How many times as fast as the other: the median of the turns."""
+    return median(b / a for a, b in zip(mine, other, strict=True))
 
 
 def row(what: str, ours: float, other: float, ratio: str) -> None:
@@ -122,7 +127,7 @@ def ceiling(c: Settings) -> Arm:
     shapes = [(c.d_model, c.d_model)] * 4 + [(c.d_model, c.d_ff)] * 2 + [(c.d_ff, c.d_model)]
     products = [(torch.randn(n, i), torch.randn(o, i), torch.randn(n, o))
                 for i, o in [*shapes, (c.d_model, VOCAB)]]
-    heads = [torch.randn(ROWS, c.n_head, CONTEXT, width, requires_grad=True) for _ in range(3)]
+    q, k, v = [torch.randn(ROWS, c.n_head, CONTEXT, width, requires_grad=True) for _ in range(3)]
     logits = torch.randn(n, VOCAB, requires_grad=True)
     targets = torch.randint(VOCAB, (n,))
     weights = [torch.nn.Parameter(torch.randn(o, i)) for i, o in [*shapes * c.n_layer,
@@ -135,15 +140,16 @@ def ceiling(c: Settings) -> Arm:
         x @ w.T, dy @ w, dy.T @ x
 
     def attention():
-        y = F.scaled_dot_product_attention(*heads, is_causal=True)
-        torch.autograd.grad(y, heads, heads[0])
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(y, (q, k, v), q)
 
     def loss():
         torch.autograd.grad(F.cross_entropy(logits, targets), logits)
 
     def step() -> float:
-        blocks = sum(timed(lambda p=p: product(*p)) for p in products[:-1]) + timed(attention)
-        ends = timed(lambda: product(*products[-1])) + timed(loss) + timed(adamw.step)
+        times = [timed(partial(product, *p)) for p in products]
+        blocks = sum(times[:-1]) + timed(attention)
+        ends = times[-1] + timed(loss) + timed(adamw.step)
         return c.n_layer * blocks + ends
     return step
 

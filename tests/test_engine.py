@@ -1,5 +1,6 @@
 """The engine: precision, chunks, documents, memory, compilation; and what a run does about them."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -107,7 +108,7 @@ def test_documents_compute_what_each_computes_alone(backend):
     assert count & (count - 1) == 0 and bounds[-1] == x.numel() and bounds.dtype == torch.int32
     expected = torch.zeros(())
     edges = sorted({*bounds.tolist()})
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in itertools.pairwise(edges):
         row, start, stop = a // 32, a % 32, (b - 1) % 32 + 1
         assert start == 0 or x[row, start] == 1
         assert not (x[row, start + 1:stop] == 1).any()
@@ -168,7 +169,7 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch):
         made, (x, y) = engine(**keys), batch()
         y[2, 5:] = IGNORE
         losses = []
-        for size in (1 << 30, 4 * 300 * 50):  # 192 tokens: four chunks
+        for size in (1 << 30, 16 * 300 * 50):  # 192 tokens: four chunks
             monkeypatch.setattr(model, "LOGITS_BYTES", size)
             losses.append((made.model(x, y).item(), gradients_of(made, x, y)))
             with torch.no_grad():
@@ -183,8 +184,8 @@ def gradients_of(made, x, y):
 
 
 def test_the_loss_in_chunks_never_has_all_logits(monkeypatch):
-    monkeypatch.setattr(model, "LOGITS_BYTES", 4 * 300 * 50)
-    made, largest = engine(), [0]
+    monkeypatch.setattr(model, "LOGITS_BYTES", 16 * 300 * 40)
+    made, largest = engine(), [0]  # 192 tokens, at most 40 at a time
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, call, kinds, args=(), kwargs=None):
@@ -195,7 +196,7 @@ def test_the_loss_in_chunks_never_has_all_logits(monkeypatch):
 
     with Watch():
         made.model(*batch()).backward()
-    assert 0 < largest[0] <= 50 * 300
+    assert 0 < largest[0] <= 40 * 300
 
 
 def test_activation_checkpointing_keeps_less_and_computes_the_same():
@@ -264,7 +265,7 @@ def test_the_largest_micro_batch_that_fits_is_found(monkeypatch):
 # ---- compilation
 
 @pytest.mark.parametrize("chunk", [
-    1 << 30, pytest.param(4 * 300 * 50, marks=pytest.mark.slow)])
+    1 << 30, pytest.param(16 * 300 * 15, marks=pytest.mark.slow)])
 def test_compiled_equals_eager_in_fp32(monkeypatch, chunk):
     """By inductor, where there is a C++ compiler."""
     monkeypatch.setattr(model, "LOGITS_BYTES", chunk)
@@ -295,7 +296,7 @@ def test_a_compiler_that_fails_costs_a_line_not_the_run(home, monkeypatch, capsy
         raise RuntimeError("no C++ compiler\nfound")
 
     monkeypatch.setattr(LLaMA, "compile", lambda self: nn.Module.compile(self, backend=broken))
-    with pytest.raises(settings.UserError, match="compile=true, but torch.compile fails here"):
+    with pytest.raises(settings.UserError, match="compile=true"):
         engine(compile="true")
     made = engine()
     made.config.compile = "auto"
