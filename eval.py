@@ -47,6 +47,7 @@ from torch import nn
 import checkpoint
 import parallel
 import shards
+from attention import bounds
 from log import Progress
 from model import IGNORE
 from parallel import World
@@ -98,7 +99,8 @@ def measure(flags: Flags, named: bool, world: World) -> int:
     if rows:
         tokens = flags.eval_tokens or config_of(run).get("eval_tokens") or 1 << 20
         micro_batch = max(1, batch_tokens // block_size)
-        found = evaluate(model, rows, byte_info(folder), tokens, micro_batch, world)
+        found = evaluate(model, rows, byte_info(folder), tokens, micro_batch, world,
+                         tokenizer.bos if config_of(run).get("doc_mask") else None)
         shown = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
         result |= {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
         say(table(f"validation, {found['tokens']:,} tokens, {found['bytes']:,} bytes", shown))
@@ -123,13 +125,14 @@ def measure(flags: Flags, named: bool, world: World) -> int:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tokens: int,
-             micro_batch: int, world: World) -> dict:
+             micro_batch: int, world: World, begin: int | None = None) -> dict:
     """{val_loss, val_bpb, tokens, bytes, ppl} of the first `tokens` // T windows, in their order.
 
     val_loss is nats per target; val_bpb is nats / ln 2 / utf-8 bytes of the decoded targets, so
     boundary tokens count above the line only. Independent of micro_batch (rows per pass) and of the
     number of ranks: rank r takes every W-th window, and rows whose targets are ignored fill up the
-    last passes, so that all passes have one shape and all ranks do as many. Calls only
+    last passes, so that all passes have one shape and all ranks do as many. `begin`: the id that
+    begins a document, if tokens see their own document only (doc_mask). Calls only
     model(ids, targets), the summed loss. Collective.
     """
     count = max(1, min(tokens // rows.block_size, rows.windows))
@@ -144,7 +147,8 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
             n_bytes += decoded_bytes(ids[:len(mine)], token_byte_info)
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         y[len(mine):] = IGNORE
-        losses.append(model(x.to(world.device), y.to(world.device)))
+        own = [] if begin is None else [None, bounds(x, begin).to(world.device)]
+        losses.append(model(x.to(world.device), y.to(world.device), *own))
         progress.add(min(micro_batch * world.size, count - first))
     progress.close()
     nll = torch.stack(losses).cpu().double().sum()  # read once: passes are not held up

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -10,8 +11,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,6 +102,7 @@ class Log:
     def __init__(self, run: Path, step: int, active: bool):
         self.run, self.active, self.board = run, active, None
         self.warned: set[str] = set()  # files of which rows were lost
+        self.service: Callable | None = None  # of the logger that the user asked for
         if not active:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -109,6 +113,19 @@ class Log:
             self.say("tensorboard is not installed: metrics go to metrics.jsonl only")
         except OSError as error:
             self.say(f"WARNING: no TensorBoard events: {error}")
+
+    def connect(self, config) -> None:
+        """Send rows to Weights & Biases too; if that fails, now or later, it is one warning."""
+        try:
+            import wandb
+
+            run = wandb.init(project="plainllama", name=self.run.name, dir=str(self.run),
+                             id=hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16],
+                             resume="allow", config=asdict(config))
+            self.service = run.log
+        except Exception as error:  # not installed, no network, no login
+            self.say(f"WARNING: logger=wandb does not work: {error!r:.200}; metrics go to the "
+                     "run's folder only")
 
     def row(self, row: dict) -> None:
         """Write one row of metrics.jsonl and the same numbers to TensorBoard; a number that is not
@@ -122,6 +139,13 @@ class Log:
             except OSError as error:
                 self.board = None
                 self.say(f"WARNING: no more TensorBoard events: {error}; metrics.jsonl goes on")
+        if self.service:
+            try:
+                self.service(row, step=row["step"])
+            except Exception as error:
+                self.service = None
+                self.say(f"WARNING: no more rows to the logger: {error!r:.200}; metrics.jsonl "
+                         "goes on")
 
     def line(self, name: str, row: dict) -> None:
         """Append a row to a .jsonl file of the run: all of it or, with one warning, nothing."""
@@ -208,8 +232,39 @@ class Clock:
         """(tokens per second of training since the last call, seconds apart by name)."""
         seconds = time.perf_counter() - self.since - self.outside
         rate, spent = (step - self.step) * tokens_per_step / max(seconds, 1e-9), self.spent
+        spent["row_seconds"] = time.perf_counter() - self.since
         self.start(step)
         return rate, spent
+
+
+def shares(spent: dict[str, float]) -> str:
+    """'data 2%, eval 10%, ': what part of the time since the last row went there, if it shows."""
+    parts = {name.removesuffix("_seconds"): seconds / max(spent["row_seconds"], 1e-9)
+             for name, seconds in spent.items() if name != "row_seconds"}
+    return "".join(f"{name} {share:.0%}, " for name, share in parts.items() if share >= 0.005)
+
+
+class Profiler:
+    """--profile: a trace of steps 4 to 6 after a start, for chrome://tracing or Perfetto."""
+
+    def __init__(self, run: Path, wanted: bool):
+        self.run, self.steps = run, 0 if wanted else 7
+        self.trace: Any = None
+
+    def step(self) -> None:
+        """After each step."""
+        self.steps += 1
+        if self.steps == 3:
+            import torch
+
+            self.trace = torch.profiler.profile()
+            self.trace.start()
+        elif self.steps == 6 and self.trace:
+            self.trace.stop()
+            path = self.run / "trace.json"
+            self.trace.export_chrome_trace(str(path))
+            print(f"trace of three steps in {path}; open it in https://ui.perfetto.dev",
+                  flush=True)
 
 
 class Progress:
@@ -266,6 +321,19 @@ def cut(path: Path, step: int) -> None:
     temporary.write_text("".join(json.dumps(row) + "\n" for row in whole_rows(path)
                                  if row["step"] <= step), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def rows_of(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl, without half a line at its end; [] if there are none."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def lock(run: Path):

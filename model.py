@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import attend
 
 IGNORE = -100  # a target that does not count
+LOGITS_BYTES = 512 * 2**20  # fp32 logits beyond this are made, and used up, in chunks of a quarter
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     attention: str = "sdpa"
+    activation_checkpointing: bool = False  # keep the input of each block, compute the rest twice
 
     @property
     def kv_heads(self) -> int:
@@ -138,7 +141,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None,
-                positions: Tensor | None, mask: Tensor | None) -> Tensor:
+                positions: Tensor | None, mask: Tensor | None,
+                documents: Tensor | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = (project(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
@@ -146,7 +150,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None and positions is not None:
             k, v = cache.write(self.layer, k, v, positions)
-        y = attend(q, k, v, self.config.attention, mask)
+        y = attend(q, k, v, self.config.attention, mask, documents)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -173,9 +177,17 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.twice = config.activation_checkpointing
 
     def forward(self, x: Tensor, *context) -> Tensor:
         """(B, T, C) -> (B, T, C); `context` is what Attention.forward takes after x."""
+        if self.twice and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, *context, use_reentrant=False,
+                              preserve_rng_state=False)  # nothing here is random
+        return self.compute(x, *context)
+
+    def compute(self, x: Tensor, *context) -> Tensor:
+        """The block itself."""
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -214,11 +226,13 @@ class LLaMA(nn.Module):
         self.register_buffer("rope_cos", angles.cos().to(device), persistent=False)
         self.register_buffer("rope_sin", angles.sin().to(device), persistent=False)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: KVCache | None = None,
+               documents: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> normalised states (B, T, C) that the output matrix reads.
 
         With a cache, the ids continue what is in it, each row from its own length on; the caller
-        advances `cache.lengths` afterwards (by less than T for rows that were padded).
+        advances `cache.lengths` afterwards (by less than T for rows that were padded). `documents`:
+        attention.bounds() of the ids, for tokens that look at their own document only.
         """
         T = ids.shape[1]
         positions = mask = None
@@ -232,16 +246,20 @@ class LLaMA(nn.Module):
                 mask = seen <= positions[:, None, :, None]
         x = self.model.embed_tokens(ids).to(self.compute_dtype)
         for block in self.model.layers:
-            x = block(x, rope, cache, positions, mask)
+            x = block(x, rope, cache, positions, mask, documents)
         return self.model.norm(x)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
+                cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V).
 
         With targets (B, T): the sum of -log p(target) in nats, fp32 (); targets of IGNORE count 0.
         """
-        logits = self.lm_head(self.hidden(ids, cache))
+        x = self.hidden(ids, cache, documents)
+        if targets is not None and 4 * targets.numel() * self.config.vocab_size > LOGITS_BYTES:
+            return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                     torch.is_grad_enabled())
+        logits = self.lm_head(x)
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(),
@@ -252,6 +270,46 @@ class LLaMA(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         ends = {id(p): p.numel() for p in (self.model.embed_tokens.weight, self.lm_head.weight)}
         return total, total - sum(ends.values())
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The loss of states (N, C) under an output matrix (V, C): a chunk's logits become loss and
+    gradients at once and are dropped, so that N x V numbers are never in memory.
+
+    d loss / d logits = softmax - one-hot. torch 2.13 has F.linear_cross_entropy for this, which
+    compiled code has to leave; this one is compiled with the rest and runs on 2.11.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
+        """The summed loss, fp32 (). `training`: keep the gradients for backward."""
+        matrix = weight.to(x.dtype)
+        chunks = -(-4 * len(x) * len(weight) // (LOGITS_BYTES // 4))
+        size = -(-len(x) // chunks)
+        loss = torch.zeros((), device=x.device)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if training else None
+        d_x = []
+        for states, wanted in zip(x.split(size), targets.split(size), strict=True):
+            logits = F.linear(states, matrix).float()
+            counts = (wanted != IGNORE)[:, None]
+            place = wanted[:, None].clamp(min=0)
+            norm = logits.logsumexp(1, keepdim=True)
+            loss = loss + ((norm - logits.gather(1, place)) * counts).sum()
+            if d_weight is not None:
+                slope = logits.sub_(norm).exp_()
+                slope.scatter_add_(1, place, torch.full_like(norm, -1.0))
+                slope = (slope * counts).to(x.dtype)
+                d_x.append(slope @ matrix)
+                d_weight += slope.T @ states
+        if d_weight is not None:
+            ctx.save_for_backward(torch.cat(d_x), d_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # type: ignore[override]
+        """Of states and matrix."""
+        d_x, d_weight = ctx.saved_tensors
+        return d_x * slope, d_weight * slope, None, None
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:

@@ -110,14 +110,36 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.to(matrices.dtype)
 
 
+class LossScale:
+    """What fp16 losses are multiplied with, so that small gradients do not round to zero; on the
+    device. Halved when an update was skipped, doubled after 2,000 that were not, and first 2^16:
+    the rule of torch.amp.GradScaler (https://arxiv.org/abs/1710.03740, section 3.2)."""
+
+    def __init__(self, device: torch.device):
+        self.value = torch.tensor(2.0**16, device=device)
+        self.good = torch.zeros((), device=device)  # updates since it last changed
+
+    def adjust(self, skipped: Tensor) -> None:
+        """After an update; `skipped` () says whether it was."""
+        full = self.good >= 1999
+        self.value.mul_(torch.where(skipped, 0.5, torch.where(full, 2.0, 1.0)))
+        self.good.copy_(torch.where(skipped | full, 0.0, self.good + 1))
+
+
 class Optimizer:
     """AdamW and, if there is one, the Muon of the matrices inside the blocks, as one."""
 
     def __init__(self, adamw: torch.optim.AdamW, muon: Muon | None):
         self.adamw, self.muon = adamw, muon
+        self.loss_scale: LossScale | None = None  # gradients are those of the loss times its value
         # parameter -> its state by name; the tensors are those that updates change in place
         self.state: dict[Tensor, dict[str, Tensor]] = {**adamw.state}
         self.state.update(muon.state if muon else {})
+
+    def scale_state(self) -> list[float] | None:
+        """Loss scale and updates since it changed, for a checkpoint; None without one."""
+        scale = self.loss_scale
+        return [scale.value.item(), scale.good.item()] if scale else None
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -128,14 +150,18 @@ class Optimizer:
 def step(optimizer: Optimizer, rate: float, norm: Tensor, clip: float) -> Tensor:
     """One update with gradients clipped to norm `clip` (0: not clipped).
 
-    `norm` is the gradient norm over all ranks, (). If it is not finite nothing changes, neither
-    weights nor moments. AdamW does both inside its fused kernel (it divides gradients by
-    `grad_scale` and does nothing where `found_inf` is 1), so the host never waits for the device.
+    `norm` is the gradient norm over all ranks, loss scale divided out, (). If it is
+    not finite nothing changes, neither weights nor moments. AdamW does both inside its fused kernel
+    (it divides gradients by `grad_scale` and does nothing where `found_inf` is 1), so the host
+    never waits for the device.
     Returns whether the update was skipped, 0. or 1., ().
     """
     skipped = ~norm.isfinite()
     scale = (norm / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
     scale = torch.where(skipped, torch.ones_like(scale), scale)
+    if optimizer.loss_scale:
+        scale = scale * optimizer.loss_scale.value
+        optimizer.loss_scale.adjust(skipped)
     adamw = optimizer.adamw
     adamw.grad_scale, adamw.found_inf = scale, skipped.float()  # type: ignore[attr-defined]
     for group in adamw.param_groups:

@@ -106,6 +106,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def least(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        if self.size == 1:
+            return value
+        box = torch.tensor([value], device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MIN)
+        return int(box.item())
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; all get the same answer."""
         if self.size == 1:
@@ -160,8 +168,12 @@ def pick_device(device: str) -> str:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bf16 where the hardware has it (emulation does not count), else fp32."""
+    """'auto' is bf16 where the GPU has it (emulation does not count), fp16 on an older one, fp32
+    elsewhere. UserError if an older GPU is asked for bf16."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     if name == "auto":
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        name = "bf16" if native else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        name = "fp32" if device.type != "cuda" else "fp16" if old else "bf16"
+    if name == "bf16" and old:
+        raise UserError(f"dtype=bf16: {torch.cuda.get_device_name(device)} only emulates it; use "
+                        "dtype=fp16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -63,7 +63,9 @@ class Settings:
     rope_original: int = key(0, "context length before the stretch (llama3)", low=0)
     norm_eps: float = key(1e-5, "epsilon of RMSNorm", low=0)
     tie_embeddings: bool = key(False, "one matrix for embedding and output")
-    attention: str = key("sdpa", "attention back end", ("sdpa", "xformers", "reference"))
+    attention: str = key("sdpa", "attention back end",
+                         ("sdpa", "varlen", "xformers", "reference"))
+    doc_mask: bool = key(False, "tokens see their own document only")
     # training
     out_dir: str = key("", "the run's folder (default: out/<config file's name>)")
     init_from: str = key("", "start from the weights of this checkpoint, run or model folder")
@@ -71,7 +73,7 @@ class Settings:
     seed: int = key(1337, "seeds weights and data order", low=0)
     max_steps: int = key(2300, "optimizer updates", low=1)
     global_batch_tokens: int = key(524288, "tokens per optimizer update, over all devices", low=1)
-    micro_batch: int = key(0, "rows per forward pass and device (0: chosen)", low=0)
+    micro_batch: int = key(0, "rows per forward pass and device (0: as many as fit)", low=0)
     optimizer: str = key("adamw", "muon: for the blocks' matrices, AdamW for the rest",
                          ("adamw", "muon"))
     learning_rate: float = key(6e-4, "peak learning rate", low=0)
@@ -83,13 +85,16 @@ class Settings:
     beta2: float = key(0.95, "AdamW second moment", low=0, high=1)
     grad_clip: float = key(1.0, "largest gradient norm (0: no clipping)", low=0)
     device: str = key("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = key("auto", "matmul precision; weights stay fp32", ("auto", "fp32", "bf16"))
+    dtype: str = key("auto", "matmul precision; weights stay fp32",
+                     ("auto", "fp32", "bf16", "fp16"))
     compile: str = key("auto", "torch.compile", ("auto", "true", "false"))
     parallel: str = key("auto", "how ranks share the work", ("auto", "ddp", "fsdp"))
+    activation_checkpointing: bool = key(False, "compute blocks twice to save memory")
     overfit_rows: int = key(0, "train on this many rows again and again (a sanity check)", low=0)
     max_minutes: float = key(0.0, "stop with a checkpoint after this long (0: never)", low=0)
     # cadence
     log_interval: int = key(10, "steps between lines of metrics", low=1)
+    logger: str = key("none", "also log to this service, over the network", ("none", "wandb"))
     eval_interval: int = key(100, "steps between evaluations", low=1)
     eval_tokens: int = key(1048576, "validation tokens per evaluation", low=1)
     sample_tokens: int = key(64, "tokens of the text that an evaluation samples (0: none)", low=0)

@@ -1,8 +1,10 @@
-"""Train a LLaMA: python train.py [config/x.py] [--key=value ...]
+"""Train a LLaMA: python train.py [config/x.py] [--check | --replay=K] [--key=value ...]
 
 On several GPUs or nodes: torchrun --nproc_per_node=8 train.py config/x.py. A run goes on from its
-newest whole checkpoint when it is started again. Exit codes: 0 done, 2 the input, 75 stopped early
-with a whole checkpoint (start me again), 143 on a second signal.
+newest whole checkpoint when it is started again. --check tries, within about a minute and without
+a trace, what a long run relies on, and says how long it will take. Exit codes: 0 done, 1 a check
+failed, 2 the input, 75 stopped early with a whole checkpoint (start me again), 143 on a second
+signal.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,6 +18,11 @@ class Flags:
     """Options that are not part of a run's config."""
 
     extend: bool = settings.key(False, "on resume, accept another batch size, length or schedule")
+    check: bool = settings.key(False, "do not train: check model, data, disk, speed, and the cost")
+    price: float = settings.key(0.0, "of an hour of one device, for the cost (--check)", low=0)
+    replay: int = settings.key(0, "do not train: print the text that made step K of metrics.jsonl",
+                               low=0)
+    profile: bool = settings.key(False, "write a trace of three steps to the run's folder")
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
@@ -35,38 +42,41 @@ import torch
 from torch import Tensor
 
 import attention
+import check
 import checkpoint
 import log
 import optim
 import parallel
+import resume
 import sample
 import shards
 import tokenizer
+from engine import Batch, Engine, model_config
 from eval import evaluate
-from model import IGNORE, LLaMA, ModelConfig, flops_per_token
+from model import IGNORE, flops_per_token
 from parallel import World
 
 STOPPED = 75  # EX_TEMPFAIL: start me again
 PATIENCE = 10  # updates in a row with non-finite gradients after which a run gives up
-# On resume these must be as they were, or the run would be another one ...
-FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
-         "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
-         "tie_embeddings", "overfit_rows", "optimizer")
-# ... and these change the course of the optimisation, so they need --extend.
-COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule",
-          "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
 
 
 def main(command: settings.CommandLine) -> int:
     """Join the other ranks and train; the exit code."""
     config = command.config
-    if problem := attention.refusal(config.attention, parallel.pick_device(config.device)):
+    device = parallel.pick_device(config.device)
+    dtype = parallel.pick_dtype(config.dtype, torch.device(device))
+    if problem := attention.refusal(config.attention, device, dtype, config.doc_mask):
         raise UserError(problem)
     if Path(config.out_dir).exists() and not Path(config.out_dir).is_dir():
         raise UserError(f"out_dir {config.out_dir} is a file; name a folder")
     manifest = shards.read_manifest(Path("data") / config.dataset)
+    if command.flags.replay:
+        return resume.replay(config, manifest, command.flags.replay)
     world = parallel.start(config.device, config.parallel)
     try:
+        if command.flags.check:
+            config.vocab_size = vocabulary(config, manifest)
+            return check.check(config, manifest, world, command.flags.price)
         run = Run(command, manifest, world)
         if run.step >= config.max_steps:
             if world.rank == 0:
@@ -79,6 +89,7 @@ def main(command: settings.CommandLine) -> int:
             run.log.status("failed", run.step)
             raise
     finally:
+        gc.enable()
         world.close()
 
 
@@ -100,15 +111,16 @@ class Run:
         # where to start, decided by rank 0 for all
         if world.rank == 0 and self.folder.is_dir():
             self.lock = log.lock(self.folder)  # held until the process ends
-        source = world.agree(starting_point(self.folder, config) if world.rank == 0 else None)
+        source = world.agree(resume.starting_point(self.folder, config) if world.rank == 0
+                             else None)
         state = checkpoint.read_state(source) if source else {}
         if state:
-            check_resume(state, config, self.data_hash, command.flags.extend, source)
+            resume.refuse_other_run(state, config, self.data_hash, command.flags.extend, source)
         self.step = self.first_step = state.get("step", 0)
         self.first_row = state.get("rows", 0)
         if not source and config.init_from:
             source = world.agree(checkpoint.find(config.init_from) if world.rank == 0 else None)
-            check_source(source, model_config(config), manifest)
+            resume.refuse_other_model(source, model_config(config), manifest)
         if self.step >= config.max_steps:
             return  # complete: main says so
         if world.rank == 0 and not self.folder.is_dir():
@@ -117,42 +129,16 @@ class Run:
         if world.rank == 0 and state:
             checkpoint.set_aside(self.folder, self.step)
 
-        # model and optimizer
-        self.dtype = parallel.pick_dtype(config.dtype, world.device)
-        with torch.device("meta"):
-            self.model = LLaMA(model_config(config))
-        world.place(self.model, self.dtype)
-        if source:
-            checkpoint.load_weights(source, self.model, world)
-        else:
-            world.initialise(self.model, config.seed)
-        self.optimizer = optim.make(self.model, config, world)
-        if state:
-            checkpoint.load_optimizer(source, self.model, self.optimizer, world)
-        on_gpu = world.device.type == "cuda"
-        self.compiled = config.compile == "true" or (config.compile == "auto" and on_gpu)
-        if self.compiled:
-            self.model.compile()  # in place: names in the state dict stay as they are
-        self.module = world.wrap(self.model)
-
-        # the batch: `batch_rows` per step, cut into equal micro-batches on every rank
-        self.batch_rows = config.global_batch_tokens // block
-        share = -(-self.batch_rows // world.size)
-        same_split = state.get("world_size") == world.size  # another split gives other bits
-        self.micro = min(share, config.micro_batch or (
-            state["micro_batch"] if same_split else pick_micro_batch(share, block, world.device)))
-        self.accumulate = -(-share // self.micro)
-        if world.mode == "ddp":
-            # DDP regroups gradients after its first backward, and so adds them in another order:
-            # that happens here, at every start, so that a resumed run has the same bits
-            ids = torch.zeros(self.micro, block, dtype=torch.long, device=world.device)
-            self.module(ids, ids).backward()
-            self.optimizer.zero_grad()
-
+        self.log = log.Log(self.folder, self.step, active=world.rank == 0)
+        if world.rank == 0 and config.logger != "none":
+            self.log.connect(config)
+        engine = self.engine = Engine(config, world, manifest["tokenizer"]["bos"], source, state,
+                                      self.log.say)
+        engine.ready()
+        self.model, self.batch_rows = engine.model, engine.batch_rows
         counts = self.model.parameter_counts()
         self.flops = flops_per_token(self.model.config, block)
         self.peak = log.peak_flops(world.device)
-        self.log = log.Log(self.folder, self.step, active=world.rank == 0)
         if world.rank == 0:
             data = {"name": config.dataset, "tokenizer": manifest["tokenizer"],
                     "vocab_size": config.vocab_size, "manifest_sha256": self.data_hash,
@@ -163,11 +149,14 @@ class Run:
                 self.folder, command, world.device, world.size, data, counts))
         epochs = config.max_steps * self.batch_rows / self.rows.windows
         self.log.say(f"model: {counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M without "
-                     f"embeddings; {world.device.type}, {str(self.dtype)[6:]}, "
-                     f"{'compiled' if self.compiled else 'eager'}, {world.mode}")
+                     f"embeddings; {world.device.type}, {str(engine.dtype)[6:]}, "
+                     f"{'compiled' if engine.compiled else 'eager'}, {world.mode}")
         self.log.say(f"batch: global {self.batch_rows * block:,} tok = {world.size} "
-                     f"{world.device.type} x {self.micro} x {block} x {self.accumulate} "
+                     f"{world.device.type} x {engine.micro} x {block} x {engine.accumulate} "
                      "(ranks x micro-batch x context x accumulation)")
+        if self.batch_rows < world.size:
+            self.log.say(f"WARNING: {self.batch_rows} rows a step for {world.size} ranks: some "
+                         "only wait; raise global_batch_tokens or take fewer ranks")
         self.log.say(f"data: {self.rows.windows:,} rows of {block} tokens in {config.dataset}, "
                      f"{self.rows.tail} tokens left out; {epochs:.2f} epochs in "
                      f"{config.max_steps} steps")
@@ -178,17 +167,19 @@ class Run:
             self.log.say(f"resuming from {source}")
         self.stop = StopFlag(config.max_minutes)
         self.clock = log.Clock()
-        self.skipped = 0  # updates in a row that were not made
+        self.profiler = log.Profiler(self.folder, command.flags.profile and world.rank == 0)
+        # updates that were not made: in a row, and since the run began
+        self.skipped, self.skipped_ever = 0, state.get("skipped", 0)
 
     def loop(self) -> int:
         """Train from the first or resumed step to the last; the exit code."""
         config = self.config
         self.log.status("running", self.step)
         self.model.train()
-        gc.collect()
-        gc.freeze()  # the collector need not walk the model again and again
         if self.step == 0:
             self.measure()
+        gc.collect()
+        gc.disable()  # it would stop one rank, and so all, at any moment; evaluations call it
         self.clock.start(self.step)
         stopping, saved = False, self.step if self.first_step else -1
         # the numbers of an update are read while a GPU works on the next one; a CPU does not wait
@@ -201,7 +192,8 @@ class Run:
                     batch = upcoming.result()
                 upcoming = reader.submit(self.batch, self.step + 1)
                 rate = optim.lr(self.step, config)
-                stats = self.update(batch, rate)
+                stats = self.engine.update(batch, rate, self.stop.asked())
+                self.profiler.step()
                 self.step += 1
                 unread.append((self.step, stats, rate))
                 last = self.step == config.max_steps
@@ -221,42 +213,23 @@ class Run:
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
         return 0 if state == "done" else STOPPED
 
-    def update(self, batch: list[tuple[Tensor, Tensor]], rate: float) -> Tensor:
-        """One optimizer update; [summed loss in nats, squared gradient norm, ranks that want to
-        stop], on the device, the same on all ranks."""
-        world, targets = self.world, self.batch_rows * self.config.block_size
-        nll = torch.zeros((), device=world.device)
-        for i, (x, y) in enumerate(batch):
-            x, y = (t.to(world.device, non_blocking=True) for t in (x, y))
-            with world.accumulating(self.module, last=i == len(batch) - 1):
-                loss = self.module(x, y)
-                # gradients are averaged over ranks: times their number this is the gradient of the
-                # mean over all targets of the step
-                (loss * (world.size / targets)).backward()
-            nll += loss.detach()
-        wish = torch.full_like(nll, float(self.stop.asked()))
-        stats = world.sum(torch.stack([nll, world.square_norm(self.model), wish]))
-        norm = stats[1].sqrt() + 0 * stats[0]  # not finite if the loss is not
-        optim.step(self.optimizer, rate, norm, self.config.grad_clip)
-        self.optimizer.zero_grad()
-        return stats
-
     def rows_at(self, step: int) -> int:
         """Rows that the run has consumed when `step` updates are done."""
         return self.first_row + (step - self.first_step) * self.batch_rows
 
-    def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """This rank's micro-batches (ids, targets), (micro, T) each: a function of the step."""
+    def batch(self, step: int) -> Batch:
+        """This rank's rows, filled up to whole micro-batches: a function of the step."""
         windows = self.rows.window_of(self.rows_at(step), self.batch_rows)
         windows = windows[self.world.rank::self.world.size]
-        ids = np.zeros((self.accumulate * self.micro, self.config.block_size + 1), np.int64)
+        ids = np.zeros((self.engine.accumulate * self.engine.micro, self.config.block_size + 1),
+                       np.int64)
         if len(windows):
             ids[:len(windows)] = self.rows.read_windows(windows)
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         y[len(windows):] = IGNORE  # fills up the last micro-batch and counts nothing
         if self.world.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
-        return list(zip(x.split(self.micro), y.split(self.micro), strict=True))
+        return x, y
 
     def settle(self, step: int, stats: Tensor, rate: float) -> bool:
         """Read, count and log the numbers of the update that made `step`; whether to stop."""
@@ -267,8 +240,10 @@ class Run:
             self.skipped = 0
         else:
             self.skipped += 1
+            self.skipped_ever += 1
             self.log.say(f"step {step}: loss or gradient is not finite, no update; rows "
-                         f"{self.rows_at(step - 1)} to {self.rows_at(step) - 1}")
+                         f"{self.rows_at(step - 1)} to {self.rows_at(step) - 1} (shown by "
+                         f"--replay={step})")
             if self.skipped == PATIENCE:
                 raise UserError(f"{PATIENCE} updates in a row were not finite; the last checkpoint "
                                 "is good: lower learning_rate and start again")
@@ -278,23 +253,25 @@ class Run:
             mfu = speed * self.flops / (self.peak * self.world.size) if self.peak else None
             row = {"step": step, "tokens": self.rows_at(step) * self.config.block_size,
                    "loss": loss, "lr": rate, "grad_norm": norm,
-                   "tokens_per_second": speed, "mfu": mfu,
+                   "tokens_per_second": speed, "mfu": mfu, "skipped": self.skipped_ever,
                    "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
             self.log.row(row | spent)
             left = log.duration((self.config.max_steps - step) * targets / speed)
             self.log.say(f"step {step}/{self.config.max_steps}: loss {loss:.4f}, lr {rate:.2e}, "
                          f"grad norm {norm:.2f}, {speed:,.0f} tok/s, "
-                         f"MFU {f'{mfu:.1%}' if mfu else 'n/a'}, {left} left")
+                         f"MFU {f'{mfu:.1%}' if mfu else 'n/a'}, {log.shares(spent)}{left} left")
         return wishes > 0
 
     def measure(self) -> None:
         """Evaluate on the first eval_tokens of the validation split and write the row."""
         with self.clock.apart("eval_seconds"):
             self.model.eval()
-            scores = evaluate(self.module, self.validation, self.byte_info,
-                              self.config.eval_tokens, self.micro, self.world)
+            scores = evaluate(self.engine.module, self.validation, self.byte_info,
+                              self.config.eval_tokens, self.engine.micro, self.world,
+                              self.engine.begin)
             self.model.train()
             self.world.reshard(self.model)
+            gc.collect()
         tokens = self.rows_at(self.step) * self.config.block_size
         self.log.row({"step": self.step, "tokens": tokens, "val_loss": scores["val_loss"],
                       "val_bpb": scores["val_bpb"], "time": time.time()})
@@ -307,9 +284,10 @@ class Run:
     def sample(self, words: tokenizer.Tokenizer) -> None:
         """Add a text to samples.jsonl. On rank 0 alone, so not where the model is sharded."""
         self.model.eval()
-        ended, text, _ = sample.complete(
-            self.model, words, [self.prompt], self.config.sample_tokens, sample.Flags(),
-            [sample.row_seed(self.config.seed, 0)], [])[0]
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            ended, text, _ = sample.complete(
+                self.model, words, [self.prompt], self.config.sample_tokens, sample.Flags(),
+                [sample.row_seed(self.config.seed, 0)], [])[0]
         self.model.train()
         self.log.line("samples.jsonl", {"step": self.step, "prompt": self.config.sample_prompt,
                                         "completion": text, "stop": ended})
@@ -318,14 +296,15 @@ class Run:
     def save(self) -> bool:
         """Write a checkpoint; False if that failed, which is said, and training goes on."""
         state = {"step": self.step, "rows": self.rows_at(self.step), "seed": self.config.seed,
-                 "data_hash": self.data_hash, "micro_batch": self.micro,
-                 "dtype": str(self.dtype)[6:], "compile": self.compiled,
+                 "data_hash": self.data_hash, "micro_batch": self.engine.micro,
+                 "dtype": str(self.engine.dtype)[6:], "compile": self.engine.compiled,
+                 "skipped": self.skipped_ever, "loss_scale": self.engine.optimizer.scale_state(),
                  "attention": self.config.attention, "threads": torch.get_num_threads(),
                  "world_size": self.world.size, "versions": {"torch": torch.__version__},
                  "config": asdict(self.config)}
         with self.clock.apart("save_seconds"):
             try:
-                checkpoint.save(self.folder, self.step, self.model, self.optimizer, state,
+                checkpoint.save(self.folder, self.step, self.model, self.engine.optimizer, state,
                                 self.data / "tokenizer.json", self.world)
             except OSError as error:
                 self.log.say(f"WARNING: no checkpoint at step {self.step}: {error}; going on")
@@ -358,61 +337,6 @@ def prompt(config: Settings, data: Path) -> tuple[tokenizer.Tokenizer | None, li
         raise UserError(f"sample_prompt has {len(ids)} tokens, and the context of "
                         f"{config.block_size} must hold it and at least one more; shorten it")
     return words, ids
-
-
-def model_config(config: Settings) -> ModelConfig:
-    """The architecture that a config asks for."""
-    names = set(ModelConfig.__dataclass_fields__) & set(Settings.__dataclass_fields__)
-    return ModelConfig(**{name: getattr(config, name) for name in names})
-
-
-def starting_point(run: Path, config: Settings) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start."""
-    there = checkpoint.steps_of(run)
-    if config.resume == "never" and there:
-        raise UserError(f"resume=never, but {run} holds a run at {there[0].name}; choose another "
-                        "out_dir or remove the folder")
-    good = checkpoint.newest_good(run) if there else None
-    if config.resume == "must" and good is None:
-        raise UserError(f"resume=must, but {run} holds no whole checkpoint")
-    if there and good is None:
-        raise UserError(f"every checkpoint in {run} is damaged; choose another out_dir")
-    return good
-
-
-def check_resume(state: dict, config: Settings, data_hash: str, extend: bool, source: Path) -> None:
-    """Refuse to go on from `source` with a config that is not that run's."""
-    old, new = asdict(Settings()) | state["config"], asdict(config)  # keys are added over time
-    for keys, remedy in ((FIXED, "choose another out_dir"), (COURSE, "say --extend to accept it")):
-        for name in keys:
-            if old.get(name) != new[name] and not (keys is COURSE and extend):
-                raise UserError(f"{source} was trained with {name}={old.get(name)}, now it is "
-                                f"{new[name]}; {remedy}")
-    if state["data_hash"] != data_hash:
-        raise UserError(f"{source} was trained on another data/{config.dataset} (its manifest has "
-                        "another hash); choose another out_dir")
-
-
-def check_source(source: Path, config: ModelConfig, manifest: dict) -> None:
-    """Refuse to start from a model that computes something else, or whose token ids mean something
-    else than the data set's. Context and RoPE scaling may differ: that is how context grows."""
-    theirs = checkpoint.model_config(source)
-    for name in ("n_layer", "n_head", "kv_heads", "d_model", "d_ff", "vocab_size", "rope_theta",
-                 "norm_eps", "tie_embeddings"):
-        if getattr(theirs, name) != getattr(config, name):
-            key = {"kv_heads": "n_kv_head"}.get(name, name)
-            raise UserError(f"init_from: {source} has {key}={getattr(theirs, name)}, the config "
-                            f"{getattr(config, name)}; say --{key}={getattr(theirs, name)}")
-    path = source / "tokenizer.json"
-    if path.is_file() and tokenizer.sha256_of(path) != manifest["tokenizer"]["sha256"]:
-        raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
-                        f"--tokenizer={path}")
-
-
-def pick_micro_batch(share: int, block: int, device: torch.device) -> int:
-    """Rows per forward pass: enough tokens to keep the device busy, at most a rank's share."""
-    most = max(1, (16384 if device.type == "cuda" else 4096) // block)
-    return -(-share // -(-share // most))  # equal micro-batches, as few as can be
 
 
 class StopFlag:

@@ -10,11 +10,13 @@ from conftest import documents as some_documents
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import attention
 import log
 import optim
 import sample
 import settings
 from attention import attend
+from engine import Engine
 from model import LLaMA, ModelConfig
 from parallel import World
 
@@ -176,3 +178,97 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
                     for name in ("whole", "parts"))
     for name, value in whole.items():
         assert (parts[name] - value).norm() <= 1e-3 * value.norm(), name
+
+
+# ---- the engine
+
+def made(**keys) -> Engine:
+    base = dict(n_layer=4, n_head=8, n_kv_head=4, d_model=512, d_ff=1024, vocab_size=4096,
+                block_size=512, global_batch_tokens=8 * 512, micro_batch=4, device="cuda",
+                compile="false", max_steps=10)
+    return Engine(settings.Settings(**(base | keys)), World(0, 1, "cuda"), begin=1)
+
+
+def pinned() -> tuple[torch.Tensor, torch.Tensor]:
+    x = ids(8).cpu()
+    x[x % 97 == 0] = 1  # documents begin
+    return x[:, :-1].contiguous().pin_memory(), x[:, 1:].contiguous().pin_memory()
+
+
+@pytest.mark.parametrize("keys", [{}, {"optimizer": "muon"}, {"dtype": "fp16"},
+                                  {"activation_checkpointing": True},
+                                  {"attention": "varlen", "doc_mask": True}])
+def test_an_update_never_waits_for_the_host(keys):
+    """Copies are asynchronous, and nothing on the device is read."""
+    engine, batch = made(**keys), pinned()
+    first = engine.update(batch, 1e-3)  # allocates
+    assert all(part.is_pinned() for part in batch[0].split(4))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stats = [engine.update(batch, 1e-3) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert stats[-1][0] < first[0]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("kv", [8, 2])
+def test_varlen_equals_the_reference(kv, documents):
+    inputs = [heads(n, grad=True) for n in (8, kv, kv)]
+    where = attention.bounds(pinned()[0][:2], 1).cuda() if documents else None
+    y = attend(*inputs, "varlen", documents=where)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    z = attend(*exact, "reference", documents=where)
+    found = [y, *torch.autograd.grad(y.float().square().sum(), inputs)]
+    wanted = [z, *torch.autograd.grad(z.square().sum(), exact)]
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.float() - b).norm() < 2e-2 * b.norm()
+
+
+def test_varlen_without_grouped_heads_is_the_same(monkeypatch):
+    q, k, v = heads(8), heads(2), heads(2)
+    grouped = attend(q, k, v, "varlen")
+    monkeypatch.setattr(attention, "VARLEN_GROUPS", False)  # as in torch 2.11
+    assert (attend(q, k, v, "varlen") - grouped).abs().max() < 1e-2
+
+
+def test_the_largest_micro_batch_fits_and_is_kept():
+    engine = made(micro_batch=0, global_batch_tokens=64 * 512)
+    assert engine.micro * engine.accumulate >= 64
+    x = ids(64).cpu()
+    engine.update((x[:, :-1].contiguous(), x[:, 1:].contiguous()), 1e-3)
+    assert torch.cuda.max_memory_allocated() < torch.cuda.get_device_properties(0).total_memory
+
+
+def test_out_of_memory_halves_the_micro_batch(capsys):
+    engine, batch = made(micro_batch=8), pinned()
+    torch.cuda.empty_cache()
+    engine.update(batch, 0.0)
+    total = torch.cuda.get_device_properties(0).total_memory
+    allowed = 0.8 * torch.cuda.max_memory_allocated() + torch.cuda.memory_allocated() * 0.2
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        engine.update(batch, 0.0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert engine.micro < 8 and "out of memory with micro-batches of 8" in capsys.readouterr().out
+
+
+def test_the_loss_in_chunks_saves_memory_and_is_the_same(monkeypatch):
+    losses, peaks = [], []
+    for size in (1 << 40, 1 << 22):
+        monkeypatch.setattr("model.LOGITS_BYTES", size)
+        engine = made(dtype="fp32")
+        torch.cuda.reset_peak_memory_stats()
+        losses.append(engine.update(pinned(), 0.0).tolist()[:2])
+        peaks.append(torch.cuda.max_memory_allocated())
+        del engine
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and peaks[1] < peaks[0]
+
+
+def test_fp16_with_its_scaler_learns():
+    engine, batch = made(dtype="fp16"), pinned()
+    losses = [engine.update(batch, 1e-3)[0].item() for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.1 * 8 * 512 and engine.optimizer.scale_state()[0] >= 1

@@ -12,6 +12,7 @@ import torch
 from conftest import metrics, run_script
 from safetensors.torch import load_file
 
+import resume
 import settings
 import train
 
@@ -252,8 +253,8 @@ def test_resume_refuses_what_would_make_it_another_run(home):
     state = home / "out/a/checkpoints/step_10/training/state.json"  # by an older plainllama, that
     old = json.loads(state.read_text())  # knew fewer keys: they have their defaults
     del old["config"]["optimizer"], old["config"]["sample_tokens"]
-    train.check_resume(old, settings.parse(["toy.py", "--max_steps=10"], "").config,
-                       old["data_hash"], False, state)
+    resume.refuse_other_run(old, settings.parse(["toy.py", "--max_steps=10"], "").config,
+                            old["data_hash"], False, state)
     for words, message in ((["--seed=1"], "seed=1337, now it is 1"),
                            (["--n_layer=3"], "n_layer"),
                            (["--max_steps=20"], "--extend"),

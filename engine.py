@@ -1,0 +1,217 @@
+"""The training engine: a model on its device, its optimizer, and one update of both.
+
+train.py drives it through a run, check.py tries it before one, bench/ measures it. A step's rows
+are cut into equal micro-batches on every rank; their number and size change speed and memory, never
+the mathematics.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import attention
+import checkpoint
+import optim
+import parallel
+from model import LLaMA, ModelConfig
+from parallel import World
+from settings import Settings, UserError
+
+Batch = tuple[Tensor, Tensor]  # ids and targets of a rank's rows, (rows, T) each, on the host
+FULL = 0.9  # share of a GPU's memory that a micro-batch which was not asked for may take
+
+
+class Engine:
+    """Model, optimizer and split of the batch of a run, as its config says.
+
+    `source`: the checkpoint whose weights to start from, None for first weights. `state`: that
+    checkpoint's state.json if its run goes on, else {}. `begin`: the id that begins a document.
+    """
+
+    def __init__(self, config: Settings, world: World, begin: int, source: Path | None = None,
+                 state: dict | None = None, say: Callable[[str], None] = print):
+        self.config, self.world, self.say = config, world, say
+        self.begin = begin if config.doc_mask else None
+        state = state or {}
+        self.dtype = parallel.pick_dtype(config.dtype, world.device)
+        with torch.device("meta"):
+            self.model = LLaMA(model_config(config))
+        world.place(self.model, self.dtype)
+        if source:
+            checkpoint.load_weights(source, self.model, world)
+        else:
+            world.initialise(self.model, config.seed)
+        self.optimizer = optim.make(self.model, config, world)
+        if self.dtype == torch.float16:
+            self.optimizer.loss_scale = optim.LossScale(world.device)
+        if source and state:
+            checkpoint.load_optimizer(source, self.model, self.optimizer, world)
+        if scale := self.optimizer.loss_scale:
+            value, good = state.get("loss_scale") or (scale.value, scale.good)
+            scale.value.fill_(value)
+            scale.good.fill_(good)
+
+        # the batch: `batch_rows` per step, cut into equal micro-batches on every rank
+        block = config.block_size
+        self.batch_rows = config.global_batch_tokens // block
+        share = -(-self.batch_rows // world.size)
+        same_split = state.get("world_size") == world.size  # another split gives other bits
+        self.micro = min(share, config.micro_batch or (
+            state["micro_batch"] if same_split else self.pick_micro_batch(share)))
+        self.accumulate = -(-share // self.micro)
+        self.module = world.wrap(self.model)
+        self.compiled = False
+
+    def ready(self) -> None:
+        """Compile if the config says so, and make DDP's first backward, once before any update."""
+        wanted = self.config.compile
+        if wanted == "true" or (wanted == "auto" and self.world.device.type == "cuda"):
+            self.compile()
+        if self.world.mode == "ddp":
+            # DDP regroups gradients after its first backward, and so adds them in another order:
+            # that happens here, at every start, so that a resumed run has the same bits
+            self.rehearse(last=True)
+
+    def compile(self) -> None:
+        """torch.compile, tried on one micro-batch; with compile=auto a failure means eager."""
+        self.model.compile()  # in place: names in the state dict stay as they are
+        problem = ""
+        try:
+            self.rehearse(last=self.world.mode == "fsdp")  # which keeps gradients not exchanged
+        except torch.OutOfMemoryError:
+            pass  # not the compiler's fault: the first update will make do
+        except Exception as error:  # no compiler, an old one, a broken cache: anything
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        self.optimizer.zero_grad()
+        self.compiled = not self.world.any(bool(problem))
+        if not self.compiled:
+            problem = problem or "it failed on another rank"
+            if self.config.compile == "true":
+                raise UserError(f"compile=true, but torch.compile fails here ({problem}); "
+                                "use compile=auto or false")
+            self.say(f"torch.compile fails here ({problem}); going on without it, slower")
+            self.model._compiled_call_impl = None  # what nn.Module.compile set
+            torch._dynamo.reset()
+
+    def rehearse(self, last: bool, rows: int = 0) -> None:
+        """Forward and backward of a micro-batch (of `rows`) whose gradients are dropped."""
+        ids = torch.zeros(rows or self.micro, self.config.block_size, dtype=torch.long)
+        module = self.model if rows else self.module
+        for x, y, documents in self.micro_batches((ids, ids), len(ids)):
+            with self.world.accumulating(module, last):
+                self.call(module, x, y, documents).backward()
+        self.optimizer.zero_grad()
+
+    def pick_micro_batch(self, share: int) -> int:
+        """Rows per forward pass: on a GPU as many as fit, elsewhere enough to keep a CPU busy; at
+        most a rank's share, and in equal micro-batches."""
+        most = max(1, 4096 // self.config.block_size)
+        if self.world.device.type == "cuda":
+            most = self.largest_that_fits(share)
+        return -(-share // -(-share // most))
+
+    def largest_that_fits(self, share: int) -> int:
+        """The most rows, up to `share`, whose forward and backward leave a tenth of the GPU's
+        memory free: by measuring few rows and reckoning on in a straight line, four times at
+        most. Collective: all ranks try the same sizes."""
+        device, peaks, rows = self.world.device, [(0, 0)], 1
+        room = FULL * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+        for _ in range(4):
+            torch.cuda.reset_peak_memory_stats(device)
+            try:
+                self.rehearse(last=True, rows=rows)
+                peak = torch.cuda.max_memory_allocated(device)
+            except torch.OutOfMemoryError:
+                peak = int(room) + 1
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            if self.world.least(int(room - peak)) < 0:
+                break
+            peaks.append((rows, peak))
+            each = max(1, (peaks[-1][1] - peaks[-2][1]) // (peaks[-1][0] - peaks[-2][0]))
+            more = 1 if rows == 1 else self.world.least(int(room - peak) // each)
+            if rows == share or more < max(1, rows // 16):
+                break
+            rows = min(share, rows + more)
+        if peaks[-1][0] == 0:
+            raise UserError(f"not even one row of {self.config.block_size} tokens fits on the GPU; "
+                            "say --activation_checkpointing, --attention=sdpa, or take a smaller "
+                            "model or block_size")
+        return peaks[-1][0]
+
+    def micro_batches(self, batch: Batch, rows: int) -> Iterator[tuple]:
+        """(ids, targets, bounds of the documents or None) on the device; nothing waits for the
+        copies if the host's memory is pinned."""
+        device = self.world.device
+        for x, y in zip(*(t.split(rows) for t in batch), strict=True):
+            documents = None
+            if self.begin is not None:
+                documents = attention.bounds(x, self.begin)
+                if device.type == "cuda":
+                    documents = documents.pin_memory().to(device, non_blocking=True)
+            yield (x.to(device, non_blocking=True), y.to(device, non_blocking=True), documents)
+
+    @staticmethod
+    def call(module: torch.nn.Module, x: Tensor, y: Tensor, documents: Tensor | None) -> Tensor:
+        """The summed loss of a micro-batch."""
+        return module(x, y) if documents is None else module(x, y, None, documents)
+
+    def update(self, batch: Batch, rate: float, stop: bool = False) -> Tensor:
+        """One optimizer update; [summed loss in nats, squared gradient norm, ranks that want to
+        stop], on the device, the same on all ranks."""
+        world = self.world
+        nll = self.gradients(batch)
+        square = world.square_norm(self.model)
+        if scale := self.optimizer.loss_scale:
+            square = square / scale.value**2
+        stats = world.sum(torch.stack([nll, square, torch.full_like(nll, float(stop))]))
+        norm = stats[1].sqrt() + 0 * stats[0]  # not finite if the loss is not
+        optim.step(self.optimizer, rate, norm, self.config.grad_clip)
+        self.optimizer.zero_grad()
+        return stats
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Add up the gradients of this rank's rows; their summed loss, (). A GPU that runs out of
+        memory gets smaller micro-batches from here on."""
+        while True:
+            try:
+                return self.accumulated(batch)
+            except torch.OutOfMemoryError as error:
+                smaller = -(-self.micro // 2)
+                if self.micro == 1 or self.world.size > 1:  # the other ranks wait in a collective
+                    raise UserError(f"out of memory with micro_batch={self.micro} on rank "
+                                    f"{self.world.rank}; start again with --micro_batch={smaller}, "
+                                    "--activation_checkpointing or a smaller model") from error
+            self.optimizer.zero_grad()
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.say(f"out of memory with micro-batches of {self.micro} rows: taking {smaller} "
+                     "from here on; the batch stays as it is")
+            self.accumulate = -(-self.batch_rows // smaller)
+            self.micro = smaller
+
+    def accumulated(self, batch: Batch) -> Tensor:
+        """Forward and backward of each micro-batch."""
+        world, targets = self.world, self.batch_rows * self.config.block_size
+        # gradients are averaged over ranks: times their number this is the gradient of the mean
+        # over all targets of the step
+        factor: float | Tensor = world.size / targets
+        if self.optimizer.loss_scale:
+            factor = self.optimizer.loss_scale.value * factor
+        nll = torch.zeros((), device=world.device)
+        left = -(-len(batch[0]) // self.micro)
+        for x, y, documents in self.micro_batches(batch, self.micro):
+            left -= 1
+            with world.accumulating(self.module, last=left == 0):
+                loss = self.call(self.module, x, y, documents)
+                (loss * factor).backward()
+            nll += loss.detach()
+        return nll
+
+
+def model_config(config: Settings) -> ModelConfig:
+    """The architecture that a config asks for."""
+    names = set(ModelConfig.__dataclass_fields__) & set(Settings.__dataclass_fields__)
+    return ModelConfig(**{name: getattr(config, name) for name in names})

@@ -1,0 +1,92 @@
+"""Where a run stands: the checkpoint to go on from, what is refused then, and any step's text."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import checkpoint
+import log
+import shards
+import tokenizer
+from model import ModelConfig
+from settings import Settings, UserError
+
+# On resume these must be as they were, or the run would be another one ...
+FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
+         "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
+         "tie_embeddings", "overfit_rows", "optimizer", "doc_mask")
+# ... and these change the course of the optimisation, so they need --extend.
+COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule",
+          "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
+
+
+# ---- may this run go on, or start from there?
+
+def starting_point(run: Path, config: Settings) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start."""
+    there = checkpoint.steps_of(run)
+    if config.resume == "never" and there:
+        raise UserError(f"resume=never, but {run} holds a run at {there[0].name}; choose another "
+                        "out_dir or remove the folder")
+    good = checkpoint.newest_good(run) if there else None
+    if config.resume == "must" and good is None:
+        raise UserError(f"resume=must, but {run} holds no whole checkpoint")
+    if there and good is None:
+        raise UserError(f"every checkpoint in {run} is damaged; choose another out_dir")
+    return good
+
+
+def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool,
+                     source: Path) -> None:
+    """Refuse to go on from `source` with a config that is not that run's."""
+    old, new = state["config"], asdict(config)
+    defaults = asdict(Settings())  # of keys that the run is older than
+    for keys, remedy in ((FIXED, "choose another out_dir"), (COURSE, "say --extend to accept it")):
+        for name in keys:
+            if old.get(name, defaults[name]) != new[name] and not (keys is COURSE and extend):
+                raise UserError(f"{source} was trained with {name}={old.get(name)}, now it is "
+                                f"{new[name]}; {remedy}")
+    if state["data_hash"] != data_hash:
+        raise UserError(f"{source} was trained on another data/{config.dataset} (its manifest has "
+                        "another hash); choose another out_dir")
+
+
+def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> None:
+    """Refuse to start from a model that computes something else, or whose token ids mean something
+    else than the data set's. Context and RoPE scaling may differ: that is how context grows."""
+    theirs = checkpoint.model_config(source)
+    for name in ("n_layer", "n_head", "kv_heads", "d_model", "d_ff", "vocab_size", "rope_theta",
+                 "norm_eps", "tie_embeddings"):
+        if getattr(theirs, name) != getattr(config, name):
+            key = {"kv_heads": "n_kv_head"}.get(name, name)
+            raise UserError(f"init_from: {source} has {key}={getattr(theirs, name)}, the config "
+                            f"{getattr(config, name)}; say --{key}={getattr(theirs, name)}")
+    path = source / "tokenizer.json"
+    if path.is_file() and tokenizer.sha256_of(path) != manifest["tokenizer"]["sha256"]:
+        raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
+                        f"--tokenizer={path}")
+
+
+def replay(config: Settings, manifest: dict, step: int) -> int:
+    """Print the text of the rows that made step `step` of metrics.jsonl; the exit code."""
+    run, data = Path(config.out_dir), Path("data") / config.dataset
+    if there := checkpoint.steps_of(run):
+        data_hash = (data / "manifest.sha256").read_text().strip()
+        refuse_other_run(checkpoint.read_state(there[0]), config, data_hash, True, there[0])
+    # the batch may have changed at a resume: steps and rows as the run has written them down
+    known = {0: 0} | {row["step"]: row["tokens"] // config.block_size for row in log.rows_of(run)}
+    last = max(s for s in known if s < step)
+    following = min((s for s in known if s >= step), default=None)
+    batch = config.global_batch_tokens // config.block_size
+    if following is not None:
+        batch = (known[following] - known[last]) // (following - last)
+    rows = shards.Rows(shards.Split(data, "train", manifest), config.block_size, config.seed,
+                       config.overfit_rows)
+    words = tokenizer.Tokenizer.load(data)
+    first = known[last] + (step - 1 - last) * batch
+    windows = rows.window_of(first, batch)
+    print(f"step {step}: rows {first} to {first + batch - 1}")
+    for row, window, ids in zip(range(first, first + batch), windows, rows.read_windows(windows),
+                                strict=True):
+        print(f"--- row {row}: window {window}, tokens {window * config.block_size} to "
+              f"{(window + 1) * config.block_size} of the train split\n{words.decode(ids)}")
+    return 0

@@ -1,0 +1,196 @@
+"""train.py --check catches a sabotaged program; --replay shows what a step was trained on."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import documents, metrics, run_script, write_data_set
+
+import attention
+import model
+import optim
+import settings
+import shards
+import tokenizer
+import train
+
+
+def check(*words: str) -> int:
+    return train.main(settings.parse(["toy.py", "--check", *words], "", train.Flags))
+
+
+def leaky_mask(monkeypatch):
+    """Each token sees the next one too."""
+    def leaky(q, k, v):
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    monkeypatch.setattr(attention, "causal", leaky)
+
+
+def no_mask(monkeypatch):
+    monkeypatch.setattr(attention, "causal", lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, enable_gqa=True))
+
+
+def frozen_layer(monkeypatch):
+    real = model.LLaMA.__init__
+
+    def init(self, config):
+        real(self, config)
+        self.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    monkeypatch.setattr(model.LLaMA, "__init__", init)
+
+
+def forgotten_layer(monkeypatch):
+    """It has gradients, and the optimizer does nothing with them."""
+    real = optim.step
+
+    def step(optimizer, *rest):
+        adamw = optimizer.adamw
+        adamw.param_groups[0]["params"][3].grad = None
+        return real(optimizer, *rest)
+    monkeypatch.setattr(optim, "step", step)
+
+
+def rope_by_neighbours(monkeypatch):
+    """Pairs of channels 2i, 2i+1, as in Meta's code, where Hugging Face's are i, i + D/2."""
+    def rotate(x, cos, sin):
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        half = x.shape[-1] // 2
+        cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
+        return x * cos + turned * sin
+    monkeypatch.setattr(model, "rotate", rotate)
+
+
+def rope_with_another_base(monkeypatch):
+    real = model.rope_frequencies
+    monkeypatch.setattr(model, "rope_frequencies", lambda c: real(c) * 1.05)
+
+
+def no_rope(monkeypatch):
+    monkeypatch.setattr(model, "rotate", lambda x, *_: x)
+
+
+def wrong_heads(monkeypatch):
+    """Query head h uses key head h mod K."""
+    real = attention.causal
+    monkeypatch.setattr(attention, "causal", lambda q, k, v: real(
+        q, *(x.repeat(1, q.shape[1] // x.shape[1], 1, 1) for x in (k, v))))
+
+
+def zero_head(monkeypatch):
+    from model import initial_weight as real
+
+    monkeypatch.setattr("parallel.initial_weight", lambda name, *rest: real(name, *rest) * (
+        name != "lm_head.weight"))
+
+
+def wide_head(monkeypatch):
+    from model import initial_weight as real
+
+    monkeypatch.setattr("parallel.initial_weight", lambda name, *rest: real(name, *rest) * (
+        40 if name == "lm_head.weight" else 1))
+
+
+def no_learning(monkeypatch):
+    monkeypatch.setattr(optim, "step", lambda optimizer, rate, *rest: torch.zeros(()))
+
+
+def lossy_checkpoint(monkeypatch):
+    import checkpoint
+
+    real = checkpoint.gather_weights
+    monkeypatch.setattr(checkpoint, "gather_weights", lambda m, w: {
+        name: value.bfloat16().float() for name, value in real(m, w).items()})
+
+
+def full_disk(monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=500_000))
+
+
+@pytest.mark.parametrize(("sabotage", "caught"), [
+    (leaky_mask, "No token sees its future: another token at 1 changes what is predicted at 0"),
+    (no_mask, "No token sees its future"),
+    (frozen_layer, "Every parameter has a gradient .* first is model.layers.1.mlp.up_proj.weight"),
+    (forgotten_layer, "Every parameter has a gradient and moves: an update leaves 1 "),
+    (rope_by_neighbours, "RoPE, attention and the rest equal the formulas in float64: logits are"),
+    (rope_with_another_base, "RoPE, attention"),
+    (no_rope, "RoPE, attention"),
+    (wrong_heads, "RoPE, attention"),
+    (zero_head, "Every parameter has a gradient and moves: none reaches 20 of 21"),
+    (wide_head, "The loss before the first step is ln V"),
+    (no_learning, "One row is learned by heart"),
+    (lossy_checkpoint, "comes back equal: what was read is not what was written"),
+    (full_disk, "A checkpoint fits on the disk"),
+])
+def test_sabotage_is_caught(home, monkeypatch, capsys, sabotage, caught):
+    sabotage(monkeypatch)
+    monkeypatch.setattr("check.forecast", lambda *_: None)  # not what is tested
+    assert check() == 1
+    failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert any(re.search(caught, line) for line in failures), failures
+    assert not (home / "out").exists()
+
+
+def test_a_wrong_tokenizer_is_caught(home, monkeypatch, capsys):
+    """Manifest, hash and number of entries fit; the ids were made by another one."""
+    (home / "data").unlink()
+    data, texts = home / "data/toy", documents(60)
+    one, other = (tokenizer.make("bpe:280", lambda t=t: t) for t in (texts, [
+        text[::-1] for text in texts]))
+    monkeypatch.setattr(tokenizer, "make", lambda _: one)
+    write_data_set(data, {"train": texts, "val": documents(9)[5:]})
+    other.save(data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["tokenizer"] |= {"vocab_size": one.vocab_size, "sha256": one.sha256}
+    assert one.vocab_size == other.vocab_size
+    manifest["files"]["tokenizer.json"] = shards.file_entry(data / "tokenizer.json")
+    for right_hash, found in ((False, "tokenizer.json is not the one that the manifest names"),
+                              (True, "30 of 30 documents, decoded and encoded again, have other")):
+        if right_hash:
+            manifest["tokenizer"]["sha256"] = tokenizer.sha256_of(data / "tokenizer.json")
+        shards.write_manifest(data, manifest)
+        assert check() == 1
+        assert f"FAIL  Data set and tokenizer agree: {found}" in capsys.readouterr().out
+
+
+def test_what_is_sound_passes_and_is_forecast(home, capsys):
+    assert check("--price=3", "--max_steps=1000000", "--rope_scaling=llama3", "--rope_factor=4",
+                 "--rope_original=16", "--tie_embeddings", "--doc_mask", "--optimizer=muon") == 0
+    out = capsys.readouterr().out
+    assert out.count("ok    ") == 8 and "FAIL" not in out and "all of it holds" in out
+    assert "MFU n/a" in out and "run          1,000,000 steps, 256,000,000 tokens" in out
+    assert float(out.split("cost")[1].split()[0].replace(",", "")) > 0
+    assert not (home / "out").exists() and not list(home.glob("plainllama-check*"))
+
+
+def test_check_on_two_ranks_that_share_the_model(home):
+    done = run_script("train.py", "toy.py", "--check", "--parallel=fsdp", cwd=home, processes=2)
+    assert done.returncode == 0 and done.stdout.count("ok    ") == 8, done.stdout + done.stderr
+    assert "2 x cpu" in done.stdout
+
+
+def test_replay_shows_the_rows_of_any_step(home, capsys):
+    assert train.main(settings.parse(["toy.py", "--max_steps=4"], "", train.Flags)) == 0
+    assert train.main(settings.parse(["toy.py", "--max_steps=7", "--global_batch_tokens=64",
+                                      "--extend"], "", train.Flags)) == 0
+    capsys.readouterr()
+    manifest = shards.read_manifest(home / "data/toy")
+    rows = shards.Rows(shards.Split(home / "data/toy", "train", manifest), 32, 1337)
+    words = tokenizer.Tokenizer.load(home / "data/toy")
+    for step, first, n in ((1, 0, 8), (4, 24, 8), (5, 32, 2), (7, 36, 2)):
+        assert train.main(settings.parse(["toy.py", f"--replay={step}",
+                                          "--global_batch_tokens=64"], "", train.Flags)) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"step {step}: rows {first} to {first + n - 1}\n")
+        for row, ids in enumerate(rows.rows(first, n), first):
+            assert f"--- row {row}: " in out and words.decode(ids) in out
+    assert metrics(home / "out/toy")[-1]["step"] == 7
+    assert np.array_equal(rows.rows(36, 2), rows.read_windows(rows.window_of(36, 2)))
+    with pytest.raises(settings.UserError, match="seed=1337, now it is 1"):
+        train.main(settings.parse(["toy.py", "--replay=1", "--seed=1"], "", train.Flags))
