@@ -1,9 +1,10 @@
 """Text <-> ids: what reads and applies a tokenizer.json.
 
-tokenizer.json is the tokenizer of a data set, a run and a checkpoint. Its ids are the truth, and
-tiktoken a faster engine for them, used once it was seen to agree. What train.py needs (boundaries,
-byte counts, Hugging Face files) is read from the JSON alone: the tokenizer libraries are imported
-only where text is encoded or decoded. vocabulary.py makes the JSON of tokenizers that have none.
+tokenizer.json is the tokenizer of a data set, a run and a checkpoint. Its ids are the truth;
+tiktoken and a cache of words are faster engines for them, used once they were seen to agree. What
+train.py needs (boundaries, byte counts, Hugging Face files) is read from the JSON alone: the
+tokenizer libraries are imported only where text is encoded or decoded. vocabulary.py makes the JSON
+of tokenizers that have none.
 """
 
 import hashlib
@@ -29,11 +30,15 @@ CONVERTED = {
 # Begin and end of a document, by the names that LLaMA-family tokenizers give them.
 PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"),
          ("<|startoftext|>", "<|endoftext|>"), ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"))
+# The pattern by which tiktoken cuts words, for each pre-tokenizer that it can stand for.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CUT = 1 << 20  # characters encoded at a time; a word that is longer is cut
+WORD = re.compile(r" *[^ \n]+|\n+| +")  # no piece of a fit vocabulary reaches over these borders
+REMEMBERED = 1 << 19, 48  # words, and characters of the longest one: about 100 MB
 # Two engines must agree on this before the faster one is used.
 SAMPLE = """def f(x):\n\tif x  >= 3.14159:\n        return {'a': [1, 22, 4444]}  # don't\r\n\n
 I'll SAY: she'd've gone…   \u00a0 naïve ŒUVRE ﬁn a\u0301 Straße\t \t x \u3000x\u200b\ufeff\x00\x7f
-Привет, мир! 你好,世界。 日本語 한국어 हिन्दी ไทย שלום ½ ² Ⅷ ٣ 12345678 🎉👩\u200d👧🏽 aaaaaaaaaaaa
+Привет, мир! 你好,世界。 日本語 한국어 हिन्दी ไทย שלום ½ ² Ⅷ ٣ 12345678 🎉👩\u200d👧🏽 aaaaaaaaaaaa  ▁▁a ▁ b▁
  <s> </s> <|endoftext|> <0x41> http://a.b/c?d=e&f=%20 --------- ''''           end \n \n  """
 
 
@@ -56,10 +61,16 @@ class Tokenizer:
         self.bos: int = ids[str(bos)]
         self.eos: int | None = ids[eos] if eos else None
         self.stop_ids: list[int] = [ids[str(eos or bos)]]
-        self._tiktoken = _tiktoken(spec)
-        if self._tiktoken and self._tiktoken.encode_ordinary(SAMPLE) != self._ids([SAMPLE])[0]:
-            self._tiktoken = None
-        self.engine = "tiktoken" if self._tiktoken else "tokenizers"
+        self.kind = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.cut_words = 0  # how many were longer than CUT so far
+        self._pieces_join = {step["type"] for step in _steps(spec["decoder"])} == {"ByteLevel"}
+        self._fast: Callable[[str, bool], Sequence[int] | np.ndarray] | None = None
+        self.engine = "tokenizers"
+        if engine := _tiktoken(spec):
+            self.engine, self._fast = "tiktoken", lambda text, _: engine.encode_ordinary(text)
+        elif _cuts_into_words(spec):
+            self.engine, self._fast = "words", Words(self._tokenizers.model, self.kind).encode
+        self.check([SAMPLE])
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -70,43 +81,115 @@ class Tokenizer:
         """Write tokenizer.json into `folder`."""
         (Path(folder) / "tokenizer.json").write_bytes(self.json_bytes)
 
+    def check(self, texts: Iterable[str]) -> bool:
+        """Whether the faster engine gives the ids of tokenizer.json; if not, it is given up."""
+        if self._fast and any(list(self._fast(text, True)) != self._ids([text])[0]
+                              for text in texts):
+            self._fast, self.engine = None, "tokenizers"
+            return False
+        return True
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without begin and end."""
-        return self._batch([text])[0]
+        return [int(i) for i in self._batch([text])[0]]
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of whole documents, each with its begin and end token."""
-        kind = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         last = [] if self.eos is None else [self.eos]
-        return [np.array([self.bos, *ids, *last], dtype=kind) for ids in self._batch(texts)]
+        out = []
+        for ids in self._batch(texts):
+            out.append(np.empty(1 + len(ids) + len(last), self.kind))
+            out[-1][0], out[-1][1:1 + len(ids)], out[-1][1 + len(ids):] = self.bos, ids, last
+        return out
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids` as from the start of a document; special tokens are left out."""
         return self._tokenizers.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def _batch(self, texts: list[str]) -> list[list[int]]:
+    def _batch(self, texts: list[str]) -> list:
+        """Ids of each text, as lists or arrays."""
         texts = [valid(text) for text in texts]
-        if self._tiktoken:
-            # the variable that keeps `tokenizers` to one thread in worker processes holds here too
-            alone = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() == "false"
-            threads = 1 if alone else os.cpu_count() or 1
-            return self._tiktoken.encode_ordinary_batch(texts, num_threads=threads)
-        return self._ids(texts)
+        if not self._fast and max(map(len, texts), default=0) <= CUT:
+            return self._ids(texts)
+        return [self._long(text) if len(text) > CUT else self._fast(text, True)  # type: ignore
+                for text in texts]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [one.ids for one in
                 self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def _long(self, text: str) -> np.ndarray:
+        """Ids of a long text, made CUT characters at a time, which bounds the memory.
+
+        It is cut before a space, where the ids are the same as without a cut, or inside a word that
+        is longer than CUT. Engines that begin a text in a way of their own take it whole.
+        """
+        out, start = [], 0
+        if not self._fast and not self._pieces_join:
+            return np.array(self._ids([text])[0], self.kind)
+        while start < len(text):
+            end = start + CUT
+            if end < len(text):
+                space = text.rfind(" ", start + 1, end)
+                while space > start + 1 and text[space - 1].isspace():
+                    space = text.rfind(" ", start + 1, space)
+                self.cut_words += space <= start + 1
+                end = space if space > start + 1 else end
+            part = text[start:end]
+            ids = self._fast(part, not start) if self._fast else self._ids([part])[0]
+            out.append(np.array(ids, self.kind))
+            start = end
+        return np.concatenate(out)
+
+
+class Words(dict):
+    """An engine for sentencepiece's BPE: each word is encoded once, and its ids remembered.
+
+    word -> its ids as bytes, which joined are the ids of a text. `model` is the merge engine of
+    `tokenizers`. Emptied when it is full, so that the memory is bounded and other text has room.
+    """
+
+    def __init__(self, model, kind: np.dtype):
+        self.model, self.kind = model, kind
+
+    def __missing__(self, word: str) -> bytes:
+        pieces = self.model.tokenize(word.replace(" ", "▁"))
+        ids = np.array([piece.id for piece in pieces], self.kind).tobytes()
+        if len(self) >= REMEMBERED[0]:
+            self.clear()
+        if len(word) <= REMEMBERED[1]:
+            self[word] = ids
+        return ids
+
+    def encode(self, text: str, first: bool) -> np.ndarray:
+        """Ids of `text`; `first`: it begins a document, so a space is put before it."""
+        text = (" " if first and text else "") + text.replace("▁", " ")
+        return np.frombuffer(b"".join(map(self.__getitem__, WORD.findall(text))), self.kind)
+
+
+def _cuts_into_words(spec: dict) -> bool:
+    """Whether Words gives the ids of a parsed tokenizer.json: no piece may reach over a border."""
+    model = spec["model"]
+    steps = [(step["type"], step.get("prepend"), step.get("pattern"), step.get("content"))
+             for step in _steps(spec["normalizer"])]
+    return (model["type"] == "BPE" and spec["pre_tokenizer"] in (None, vocabulary.SPACES)
+            and steps == [("Prepend", "▁", None, None), ("Replace", None, {"String": " "}, "▁")]
+            and all(entry["special"] for entry in spec["added_tokens"])
+            and not any("▁" in piece.lstrip("▁") or "\n" in piece or " " in piece
+                        for piece in model["vocab"]))
+
 
 def _tiktoken(spec: dict):
-    """A tiktoken engine for a GPT-2 tokenizer, or None."""
+    """A tiktoken engine for GPT-2's tokenizer or one that bpe:N made, or None."""
     try:
         import tiktoken
     except ImportError:
         return None
     model, added = spec["model"], spec["added_tokens"]
     vocab, merges = model["vocab"], model.get("merges", [])
-    if (spec["pre_tokenizer"] != BYTE_LEVEL or model["type"] != "BPE" or spec["normalizer"]
+    patterns = [p for words, p in ((BYTE_LEVEL, GPT2_SPLIT), (vocabulary.CUT_LIKE, vocabulary.SPLIT))
+                if words == spec["pre_tokenizer"]]
+    if (not patterns or model["type"] != "BPE" or spec["normalizer"]
             or not all(entry["special"] for entry in added)):
         return None
     merged = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in merges]
@@ -115,7 +198,7 @@ def _tiktoken(spec: dict):
     if merged != sorted(merged) or not BYTES.keys() >= set("".join(ordinary)):
         return None  # tiktoken joins in the order of the ids
     ranks = {bytes(BYTES[c] for c in piece): i for piece, i in ordinary.items()}
-    return tiktoken.Encoding("gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
+    return tiktoken.Encoding("words", pat_str=patterns[0], mergeable_ranks=ranks,
                              special_tokens=special)
 
 

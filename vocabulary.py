@@ -32,6 +32,13 @@ SPLIT = (r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
          r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
               "use_regex": True}
+CUT_LIKE = {"type": "Sequence", "pretokenizers": [  # what bpe:N does with SPLIT
+    {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
+    BYTE_LEVEL | {"use_regex": False}]}
+# Sentencepiece's words, cut out where no merge crosses into the next: `tokenizers` caches those.
+SPACES = {"type": "Split", "pattern": {"Regex": "▁*[^▁]+|▁+"}, "behavior": "Isolated",
+          "invert": False}
+
 
 def valid(text: str) -> str:
     """`text` with lone surrogates, which have no utf-8, replaced as JSON readers do."""
@@ -60,18 +67,15 @@ def special(piece: str, i: int) -> dict:
 def train(size: int, texts: Iterable[str]) -> dict:
     """A byte-level BPE of `size` entries, of which the last two are the boundaries; of fewer, if
     the text is so small that nothing is left to merge."""
-    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import trainers
     from tokenizers import Tokenizer as Engine
 
-    engine = Engine(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    engine = Engine.from_str(json.dumps(layout(empty, CUT_LIKE, BYTE_LEVEL)))
     trainer = trainers.BpeTrainer(vocab_size=size - 2, initial_alphabet=sorted(BYTES),
                                   show_progress=False)
     engine.train_from_iterator((valid(text) for text in texts), trainer)
-    spec = json.loads(engine.to_str())
-    return layout(spec["model"], spec["pre_tokenizer"], BYTE_LEVEL)
+    return layout(json.loads(engine.to_str())["model"], CUT_LIKE, BYTE_LEVEL)
 
 
 def gpt2(search: Sequence[Path]) -> dict:
@@ -162,9 +166,7 @@ def sentencepiece(data: bytes, where: str) -> dict:
                   "vocab": {p.piece: i for i, p in enumerate(pieces)},
                   "merges": merges({p.piece: p.score for p in pieces if p.type == p.NORMAL})}
         if not any("▁" in p.piece.lstrip("▁") for p in pieces):
-            # no merge crosses into the next word, so words are cut out first: those are cached
-            words = {"type": "Split", "pattern": {"Regex": "▁*[^▁]+|▁+"}, "behavior": "Isolated",
-                     "invert": False}
+            words = SPACES
     specials = {p.piece: i for i, p in enumerate(pieces) if p.type in (p.UNKNOWN, p.CONTROL)}
     return layout(model, words, {"type": "Sequence", "decoders": decoders}, specials,
                  {"type": "Sequence", "normalizers": steps})
