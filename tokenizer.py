@@ -7,9 +7,9 @@ tokenizer libraries are imported only where text is encoded or decoded. vocabula
 of tokenizers that have none.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -38,8 +38,8 @@ REMEMBERED = 1 << 19, 48  # words, and characters of the longest one: about 100 
 # Two engines must agree on this before the faster one is used.
 SAMPLE = """def f(x):\n\tif x  >= 3.14159:\n        return {'a': [1, 22, 4444]}  # don't\r\n\n
 I'll SAY: she'd've gone…   \u00a0 naïve ŒUVRE ﬁn a\u0301 Straße\t \t x \u3000x\u200b\ufeff\x00\x7f
-Привет, мир! 你好,世界。 日本語 한국어 हिन्दी ไทย שלום ½ ² Ⅷ ٣ 12345678 🎉👩\u200d👧🏽 aaaaaaaaaaaa  ▁▁a ▁ b▁
- <s> </s> <|endoftext|> <0x41> http://a.b/c?d=e&f=%20 --------- ''''           end \n \n  """
+Привет, мир! 你好,世界。 日本語 한국어 हिन्दी ไทย שלום ½ ² Ⅷ ٣ 12345678 🎉👩\u200d👧🏽 aaaaaaaaaaaa
+ ▁▁a ▁ b▁ <s> </s> <|endoftext|> <0x41> http://a.b/c?d=e&f=%20 --------- ''''        end \n \n  """
 
 
 class Tokenizer:
@@ -85,9 +85,13 @@ class Tokenizer:
         """Whether the faster engine gives the ids of tokenizer.json; if not, it is given up."""
         if self._fast and any(list(self._fast(text, True)) != self._ids([text])[0]
                               for text in texts):
-            self._fast, self.engine = None, "tokenizers"
+            self.give_up()
             return False
         return True
+
+    def give_up(self) -> None:
+        """Use the `tokenizers` library from now on."""
+        self._fast, self.engine = None, "tokenizers"
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without begin and end."""
@@ -187,8 +191,8 @@ def _tiktoken(spec: dict):
         return None
     model, added = spec["model"], spec["added_tokens"]
     vocab, merges = model["vocab"], model.get("merges", [])
-    patterns = [p for words, p in ((BYTE_LEVEL, GPT2_SPLIT), (vocabulary.CUT_LIKE, vocabulary.SPLIT))
-                if words == spec["pre_tokenizer"]]
+    known = ((BYTE_LEVEL, GPT2_SPLIT), (vocabulary.CUT_LIKE, vocabulary.SPLIT))
+    patterns = [pattern for words, pattern in known if words == spec["pre_tokenizer"]]
     if (not patterns or model["type"] != "BPE" or spec["normalizer"]
             or not all(entry["special"] for entry in added)):
         return None
@@ -203,18 +207,19 @@ def _tiktoken(spec: dict):
 
 
 def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
-         search: Sequence[Path] = ()) -> Tokenizer:
+         search: Sequence[Path] = (), network: bool = True) -> Tokenizer:
     """The tokenizer named by the config key `tokenizer`.
 
     `texts` gives the text that bpe:N is trained on; `search` names folders (a data set, a run) that
-    are looked into first for the files of mistral and gpt2.
+    are looked into first for the files of mistral and gpt2, which else may be downloaded.
     """
     kind, _, size = spec.partition(":")
     if spec in CONVERTED:
         for file in (Path(folder) / "tokenizer.json" for folder in search):
             if file.is_file() and vocabulary.sha256(file.read_bytes()) == CONVERTED[spec]:
                 return Tokenizer.load(file)
-        made = vocabulary.gpt2(search) if spec == "gpt2" else vocabulary.mistral(search)
+        find = vocabulary.gpt2 if spec == "gpt2" else vocabulary.mistral
+        made = find(search, network)
     elif spec == "bytes":
         model = {"type": "BPE", "vocab": BYTES, "merges": []}
         made = vocabulary.layout(model, BYTE_LEVEL, BYTE_LEVEL)
@@ -236,6 +241,15 @@ def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
                         f"{nearest(spec, ['mistral', 'gpt2', 'bytes', 'bpe:4096'])}")
     _complete(made, spec)
     return Tokenizer(made, _dump(made), spec)
+
+
+def compared(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
+    """Bytes per token on `texts`: of a tokenizer, and of gpt2 and mistral if they lie here."""
+    size, found = sum(len(valid(text).encode()) for text in texts), {"this one": tokenizer}
+    for name in CONVERTED:
+        with contextlib.suppress(UserError):
+            found[name] = make(name, network=False)
+    return {name: size / max(1, sum(map(len, one._batch(texts)))) for name, one in found.items()}
 
 
 # ---- the JSON alone: boundaries, byte counts, Hugging Face files

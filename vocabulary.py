@@ -67,8 +67,8 @@ def special(piece: str, i: int) -> dict:
 def train(size: int, texts: Iterable[str]) -> dict:
     """A byte-level BPE of `size` entries, of which the last two are the boundaries; of fewer, if
     the text is so small that nothing is left to merge."""
-    from tokenizers import trainers
     from tokenizers import Tokenizer as Engine
+    from tokenizers import trainers
 
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     engine = Engine.from_str(json.dumps(layout(empty, CUT_LIKE, BYTE_LEVEL)))
@@ -78,21 +78,22 @@ def train(size: int, texts: Iterable[str]) -> dict:
     return layout(json.loads(engine.to_str())["model"], CUT_LIKE, BYTE_LEVEL)
 
 
-def gpt2(search: Sequence[Path]) -> dict:
+def gpt2(search: Sequence[Path], network: bool = True) -> dict:
     """GPT-2's 50,257 entries; `<|endoftext|>` is its one special token."""
-    vocab = json.loads(published("encoder.json", ENCODER_JSON, search))
-    merges = published("vocab.bpe", VOCAB_BPE, search).decode().split("\n")[1:-1]
+    vocab = json.loads(published("encoder.json", ENCODER_JSON, search, network))
+    merges = published("vocab.bpe", VOCAB_BPE, search, network).decode().split("\n")[1:-1]
     end = {"<|endoftext|>": vocab.pop("<|endoftext|>")}
     model = {"type": "BPE", "vocab": vocab, "merges": [line.split(" ") for line in merges]}
     return layout(model, BYTE_LEVEL, BYTE_LEVEL, end)
 
 
-def mistral(search: Sequence[Path]) -> dict:
+def mistral(search: Sequence[Path], network: bool = True) -> dict:
     """The 32,000 entries of Mistral 7B v0.1."""
-    return sentencepiece(published("tokenizer.model", MISTRAL, search), "mistral")
+    return sentencepiece(published("tokenizer.model", MISTRAL, search, network), "mistral")
 
 
-def published(name: str, source: tuple[str, str, str], search: Sequence[Path]) -> bytes:
+def published(name: str, source: tuple[str, str, str], search: Sequence[Path],
+              network: bool = True) -> bytes:
     """A published file: from the folders, tiktoken's cache, an installed package or the network."""
     expected, package, inside = source
     places, tried = [Path(folder) / name for folder in search], ""
@@ -101,7 +102,7 @@ def published(name: str, source: tuple[str, str, str], search: Sequence[Path]) -
         places.append(Path(os.environ["TIKTOKEN_CACHE_DIR"]) / key)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         places.append(Path(str(importlib.metadata.distribution(package).locate_file(inside))))
-    for place in [*filter(Path.is_file, places), None]:
+    for place in [*filter(Path.is_file, places), *([None] if network else [])]:
         try:
             data = place.read_bytes() if place else download(name)
         except Exception as error:  # whatever a missing library or an unreachable host raises
