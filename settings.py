@@ -340,6 +340,14 @@ def check(config: Settings) -> None:
         (c.rope_scaling != "llama3" or c.rope_original > 0,
          "rope_scaling=llama3 needs rope_original, the context length before the stretch"),
     ]
+    if c.mixture is not None:
+        pairs = list(c.mixture.items()) if isinstance(c.mixture, dict) else []
+        rules += [
+            (bool(pairs) and all(isinstance(name, str) and type(weight) in (int, float)
+                                 and 0 < weight < float("inf") for name, weight in pairs),
+             f"mixture {c.mixture!r} is not {{'NAME': weight, ...}} with data sets under data/ and "
+             "weights above 0"),
+            (not c.overfit_rows, "overfit_rows takes the rows of one data set, not of a mixture")]
     for holds, message in rules:
         if not holds:
             raise UserError(message)

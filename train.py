@@ -51,7 +51,7 @@ PATIENCE = 10  # updates in a row with non-finite gradients after which a run gi
 # On resume these must be as they were, or the run would be another one ...
 FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
          "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
-         "tie_embeddings", "overfit_rows", "optimizer")
+         "tie_embeddings", "overfit_rows", "optimizer", "packing", "mixture")
 # ... and these change the course of the optimisation, so they need --extend.
 COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule",
           "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
@@ -89,9 +89,9 @@ class Run:
         config = self.config = command.config
         self.world, self.folder = world, Path(config.out_dir)
         self.data, block = Path("data") / config.dataset, config.block_size
-        self.data_hash = (self.data / "manifest.sha256").read_text().strip()
-        self.rows = shards.Rows(shards.Split(self.data, "train", manifest), block, config.seed,
-                                config.overfit_rows)
+        self.rows = shards.training_rows(self.data, manifest, config)
+        self.data_hash = shards.data_hash(self.data, config)
+        self.counted = (0, 0)  # rows, and their targets
         self.validation = shards.Rows(shards.Split(self.data, "val", manifest), block, config.seed)
         self.byte_info = tokenizer.byte_info(self.data)
         self.tokenizer, self.prompt = prompt(config, self.data)
@@ -161,15 +161,13 @@ class Run:
                        for split in ("train", "val") for of in ("tokens", "bytes")}}
             settings.to_json(self.folder / "run.json", log.describe(
                 self.folder, command, world.device, world.size, data, counts))
-        epochs = config.max_steps * self.batch_rows / self.rows.windows
         self.log.say(f"model: {counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M without "
                      f"embeddings; {world.device.type}, {str(self.dtype)[6:]}, "
                      f"{'compiled' if self.compiled else 'eager'}, {world.mode}")
         self.log.say(f"batch: global {self.batch_rows * block:,} tok = {world.size} "
                      f"{world.device.type} x {self.micro} x {block} x {self.accumulate} "
                      "(ranks x micro-batch x context x accumulation)")
-        self.log.say(f"data: {self.rows.windows:,} rows of {block} tokens in {config.dataset}, "
-                     f"{self.rows.tail} tokens left out; {epochs:.2f} epochs in "
+        self.log.say(f"data: {self.rows.summary(config.max_steps * self.batch_rows)} in "
                      f"{config.max_steps} steps")
         if state:
             self.log.say(f"resuming from {source}")
@@ -221,7 +219,7 @@ class Run:
     def update(self, batch: list[tuple[Tensor, Tensor]], rate: float) -> Tensor:
         """One optimizer update; [summed loss in nats, squared gradient norm, ranks that want to
         stop], on the device, the same on all ranks."""
-        world, targets = self.world, self.batch_rows * self.config.block_size
+        world, targets = self.world, self.targets_of(self.step)
         nll = torch.zeros((), device=world.device)
         for i, (x, y) in enumerate(batch):
             x, y = (t.to(world.device, non_blocking=True) for t in (x, y))
@@ -242,6 +240,17 @@ class Run:
         """Rows that the run has consumed when `step` updates are done."""
         return self.first_row + (step - self.first_step) * self.batch_rows
 
+    def targets_of(self, step: int) -> int:
+        """Targets of the update that follows `step`, over all ranks."""
+        return self.rows.targets(self.rows_at(step), self.batch_rows)
+
+    def tokens_at(self, step: int) -> int:
+        """Targets that the run has trained on when `step` updates are done."""
+        rows, targets = self.counted if self.counted[0] <= self.rows_at(step) else (0, 0)
+        targets += self.rows.targets(rows, self.rows_at(step) - rows)
+        self.counted = self.rows_at(step), targets
+        return targets
+
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This rank's micro-batches (ids, targets), (micro, T) each: a function of the step."""
         windows = self.rows.window_of(self.rows_at(step), self.batch_rows)
@@ -251,6 +260,8 @@ class Run:
             ids[:len(windows)] = self.rows.read_windows(windows)
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         y[len(windows):] = IGNORE  # fills up the last micro-batch and counts nothing
+        y[y == shards.PAD] = IGNORE
+        x[x == shards.PAD] = 0
         if self.world.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
         return list(zip(x.split(self.micro), y.split(self.micro), strict=True))
@@ -258,7 +269,7 @@ class Run:
     def settle(self, step: int, stats: Tensor, rate: float) -> bool:
         """Read, count and log the numbers of the update that made `step`; whether to stop."""
         nll, square_norm, wishes = stats.tolist()
-        targets = self.batch_rows * self.config.block_size
+        targets = self.targets_of(step - 1)
         loss, norm = nll / targets, math.sqrt(square_norm) if square_norm >= 0 else math.nan
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
@@ -273,7 +284,7 @@ class Run:
                                                             self.config.max_steps):
             speed, spent = self.clock.read(step, targets)
             mfu = speed * self.flops / (self.peak * self.world.size) if self.peak else None
-            row = {"step": step, "tokens": self.rows_at(step) * self.config.block_size,
+            row = {"step": step, "tokens": self.tokens_at(step),
                    "loss": loss, "lr": rate, "grad_norm": norm,
                    "tokens_per_second": speed, "mfu": mfu,
                    "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
@@ -292,7 +303,7 @@ class Run:
                               self.config.eval_tokens, self.micro, self.world)
             self.model.train()
             self.world.reshard(self.model)
-        tokens = self.rows_at(self.step) * self.config.block_size
+        tokens = self.tokens_at(self.step)
         self.log.row({"step": self.step, "tokens": tokens, "val_loss": scores["val_loss"],
                       "val_bpb": scores["val_bpb"], "time": time.time()})
         self.log.say(f"step {self.step}: validation loss {scores['val_loss']:.4f} nats/token, "
@@ -383,9 +394,10 @@ def check_resume(state: dict, config: Settings, data_hash: str, extend: bool, so
     old, new = state["config"], asdict(config)
     for keys, remedy in ((FIXED, "choose another out_dir"), (COURSE, "say --extend to accept it")):
         for name in keys:
-            if old.get(name) != new[name] and not (keys is COURSE and extend):
-                raise UserError(f"{source} was trained with {name}={old.get(name)}, now it is "
-                                f"{new[name]}; {remedy}")
+            was = old.get(name, getattr(Settings, name))  # older runs lack newer keys
+            if was != new[name] and not (keys is COURSE and extend):
+                raise UserError(f"{source} was trained with {name}={was}, now it is {new[name]}; "
+                                f"{remedy}")
     if state["data_hash"] != data_hash:
         raise UserError(f"{source} was trained on another data/{config.dataset} (its manifest has "
                         "another hash); choose another out_dir")
