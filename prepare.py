@@ -254,7 +254,8 @@ def make_part(folder: Path, number: int, job: Job) -> None:
                     writers[split] = ShardWriter(Path(own), f"{split}-{number:05}",
                                                  token_dtype(tokenizer.vocab_size))
                 writers[split].add(ids)
-                for key, count in zip(COUNTS, (1, len(ids), len(text.encode())), strict=True):
+                size = len(text) if text.isascii() else len(text.encode())
+                for key, count in zip(COUNTS, (1, len(ids), size), strict=True):
                     splits[split][key] += count
                 splits[split]["longest"] = max(splits[split]["longest"], len(ids))
             progress(number, *(sum(n[key] for n in splits.values()) - was

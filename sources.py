@@ -390,7 +390,8 @@ def text_of(piece: Piece, raw: bytes | None, first: bool) -> tuple[str, str]:
             text = record[piece.column]
         if not isinstance(text, str):
             return "", "text is not a string"
-        text.encode()  # half a surrogate pair, escaped in JSON, has no utf-8
+        if b"\\u" in raw:
+            text.encode()  # half a surrogate pair, escaped in JSON, has no utf-8
     except UnicodeError:
         return "", "invalid utf-8"
     except (ValueError, RecursionError):

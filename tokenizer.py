@@ -33,7 +33,9 @@ PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<
 # The pattern by which tiktoken cuts words, for each pre-tokenizer that it can stand for.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 CUT = 1 << 20  # characters encoded at a time; a word that is longer is cut
-WORD = re.compile(r" *[^ \n]+|\n+| +")  # no piece of a fit vocabulary reaches over these borders
+# Ways to cut words, taken if no piece reaches over the borders: the finer one has fewer to remember.
+# (Mistral's pieces keep letters and digits from all else, but for one with a superscript two.)
+WORDS = [re.compile(r" *[^\W_²]+| *(?:[^\w ]|[_²])+| +"), re.compile(r" *[^ \n]+|\n+| +")]
 REMEMBERED = 1 << 19, 48  # words, and characters of the longest one: about 100 MB
 # Two engines must agree on this before the faster one is used.
 SAMPLE = """def f(x):\n\tif x  >= 3.14159:\n        return {'a': [1, 22, 4444]}  # don't\r\n\n
@@ -67,9 +69,11 @@ class Tokenizer:
         self._fast: Callable[[str, bool], Sequence[int] | np.ndarray] | None = None
         self.engine = "tokenizers"
         if engine := _tiktoken(spec):
-            self.engine, self._fast = "tiktoken", lambda text, _: engine.encode_ordinary(text)
-        elif _cuts_into_words(spec):
-            self.engine, self._fast = "words", Words(self._tokenizers.model, self.kind).encode
+            self.engine, self._fast = "tiktoken", lambda text, _: engine.encode_to_numpy(
+                text, disallowed_special=())
+        elif pattern := _word_pattern(spec):
+            words = Words(pattern, self._tokenizers.model, self.kind)
+            self.engine, self._fast = "words", words.encode
         self.check([SAMPLE])
 
     @classmethod
@@ -153,8 +157,8 @@ class Words(dict):
     `tokenizers`. Emptied when it is full, so that the memory is bounded and other text has room.
     """
 
-    def __init__(self, model, kind: np.dtype):
-        self.model, self.kind = model, kind
+    def __init__(self, pattern: re.Pattern, model, kind: np.dtype):
+        self.find, self.model, self.kind = pattern.findall, model, kind
 
     def __missing__(self, word: str) -> bytes:
         pieces = self.model.tokenize(word.replace(" ", "▁"))
@@ -168,19 +172,21 @@ class Words(dict):
     def encode(self, text: str, first: bool) -> np.ndarray:
         """Ids of `text`; `first`: it begins a document, so a space is put before it."""
         text = (" " if first and text else "") + text.replace("▁", " ")
-        return np.frombuffer(b"".join(map(self.__getitem__, WORD.findall(text))), self.kind)
+        return np.frombuffer(b"".join(map(self.__getitem__, self.find(text))), self.kind)
 
 
-def _cuts_into_words(spec: dict) -> bool:
-    """Whether Words gives the ids of a parsed tokenizer.json: no piece may reach over a border."""
-    model = spec["model"]
+def _word_pattern(spec: dict) -> re.Pattern | None:
+    """How Words may cut text for a parsed tokenizer.json, or None if it would give other ids."""
+    model, added = spec["model"], {entry["content"] for entry in spec["added_tokens"]}
     steps = [(step["type"], step.get("prepend"), step.get("pattern"), step.get("content"))
              for step in _steps(spec["normalizer"])]
-    return (model["type"] == "BPE" and spec["pre_tokenizer"] in (None, vocabulary.SPACES)
-            and steps == [("Prepend", "▁", None, None), ("Replace", None, {"String": " "}, "▁")]
-            and all(entry["special"] for entry in spec["added_tokens"])
-            and not any("▁" in piece.lstrip("▁") or "\n" in piece or " " in piece
-                        for piece in model["vocab"]))
+    if (model["type"] != "BPE" or spec["pre_tokenizer"] not in (None, vocabulary.SPACES)
+            or steps != [("Prepend", "▁", None, None), ("Replace", None, {"String": " "}, "▁")]
+            or not all(entry["special"] for entry in spec["added_tokens"])):
+        return None
+    pieces = [piece.replace("▁", " ") for piece in model["vocab"]
+              if piece not in added and not re.fullmatch("<0x[0-9A-F]{2}>", piece)]
+    return next((pattern for pattern in WORDS if all(map(pattern.fullmatch, pieces))), None)
 
 
 def _tiktoken(spec: dict):
@@ -201,7 +207,8 @@ def _tiktoken(spec: dict):
     ordinary = {piece: i for piece, i in vocab.items() if piece not in special}
     if merged != sorted(merged) or not BYTES.keys() >= set("".join(ordinary)):
         return None  # tiktoken joins in the order of the ids
-    ranks = {bytes(BYTES[c] for c in piece): i for piece, i in ordinary.items()}
+    table = {ord(c): byte for c, byte in BYTES.items()}
+    ranks = {piece.translate(table).encode("latin-1"): i for piece, i in ordinary.items()}
     return tiktoken.Encoding("words", pat_str=patterns[0], mergeable_ranks=ranks,
                              special_tokens=special)
 
@@ -360,7 +367,8 @@ def _complete(spec: dict, where: str) -> bool:
         raise UserError(f"{where}: a {model['type']} tokenizer with decoder "
                         f"{' '.join(sorted(decoders)) or 'none'} is not supported; take a BPE or "
                         "unigram tokenizer of the LLaMA or GPT family")
-    before = json.dumps(spec)
+    small = {"vocab": 0, "merges": 0}  # these stay as they are
+    before = json.dumps({**spec, "model": model | small})
     spec |= {"truncation": None, "padding": None}
     if model["type"] == "BPE":
         model["dropout"] = None  # it would make encoding random
@@ -377,7 +385,7 @@ def _complete(spec: dict, where: str) -> bool:
             i for i, (piece, _) in _entries(spec).items() if piece == bos]}}}
     if model["type"] == "Unigram":
         _guard(spec)
-    return json.dumps(spec) != before
+    return json.dumps({**spec, "model": model | small}) != before
 
 
 def _guard(spec: dict) -> None:
