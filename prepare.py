@@ -45,6 +45,7 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before anyt
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -370,6 +371,8 @@ def prepare(config: Settings, folder: Path, part: int, of: int) -> bool:
     recipe = {key: getattr(config, key) for key in MADE} | {"sources": sources}
     complete = (folder / "manifest.json").exists()
     state = read_manifest(folder) if complete else unfinished(folder)
+    if config.dedup == "near" and not importlib.util.find_spec("rensa"):
+        raise UserError("dedup=near needs the package rensa: pip install 'plainllama[data]'")
     old = {key: getattr(Settings, key, None) for key in MADE} | state.get("recipe", recipe)
     if differs := [f"{key} was {old.get(key)!r}, is now {recipe[key]!r}" for key in recipe
                    if old.get(key) != recipe[key]] or (

@@ -33,7 +33,7 @@ PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<
 # The pattern by which tiktoken cuts words, for each pre-tokenizer that it can stand for.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 CUT = 1 << 20  # characters encoded at a time; a word that is longer is cut
-# Ways to cut words, taken if no piece reaches over the borders: the finer one has fewer to remember.
+# Ways to cut words, taken if no piece reaches over the borders: the finer has fewer to remember.
 # (Mistral's pieces keep letters and digits from all else, but for one with a superscript two.)
 WORDS = [re.compile(r" *[^\W_²]+| *(?:[^\w ]|[_²])+| +"), re.compile(r" *[^ \n]+|\n+| +")]
 REMEMBERED = 1 << 19, 48  # words, and characters of the longest one: about 100 MB

@@ -16,10 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-import numpy as np
 
 import shards
 import tokenizer
@@ -45,8 +45,8 @@ def make_set(folder: Path, tokens: int, of_file: int, document: int, fill: bool)
     files = {"tokenizer.json": shards.file_entry(folder / "tokenizer.json")}
     rng = np.random.default_rng(0)
     for i in range(tokens // of_file):
-        for split in ("train", "val")[:1 + (not i)]:
-            path = folder / f"{split}-{i:05}.bin"
+        for name in ("train", "val")[:1 + (not i)]:
+            path = folder / f"{name}-{i:05}.bin"
             with open(path, "wb") as file:
                 file.write(shards.HEADER.pack(shards.MAGIC, shards.FORMAT, 2, of_file))
                 if fill:
@@ -107,8 +107,8 @@ def speed(home: Path) -> None:
             way(trial * n)
             seconds[name].append(time.perf_counter() - began)
     rate = {name: n * T / statistics.median(times[10:]) / 1e6 for name, times in seconds.items()}
-    print(f"| rows of 1,024 from the page cache, M tokens/s on one core | {rate['rows']:.0f} "
-          f"| one memmap, random windows {rate['usual']:.0f} | {rate['rows'] / rate['usual']:.1f} |")
+    print(f"| rows of 1,024 from the page cache, M tokens/s on one core | {rate['rows']:.0f} | "
+          f"one memmap, random windows {rate['usual']:.0f} | {rate['rows'] / rate['usual']:.1f} |")
     for name in ("doc", "mixture"):
         print(f"| the same, {name} | {rate[name]:.0f} | plain rows {rate['rows']:.0f} "
               f"| {rate[name] / rate['rows']:.2f} |", flush=True)
@@ -125,8 +125,8 @@ def waiting(home: Path) -> None:
     subprocess.run([sys.executable, str(ROOT / "train.py"), str(ROOT / "config/bench_tiny.py"),
                     *words], cwd=home, check=True, capture_output=True)
     lines = (home / "out/wait/metrics.jsonl").read_text().splitlines()
-    row = [one for one in map(json.loads, lines) if one["step"] == 20 and "loss" in one][0]
-    first = [one for one in map(json.loads, lines) if one["step"] == 1 and "loss" in one][0]
+    row = next(one for one in map(json.loads, lines) if one["step"] == 20 and "loss" in one)
+    first = next(one for one in map(json.loads, lines) if one["step"] == 1 and "loss" in one)
     step = 8192 / row["tokens_per_second"]
     wait = row["data_seconds"] / (row["step"] - first["step"])
     print(f"| the loop waits for data, share of a step of {step * 1e3:.0f} ms | {wait / step:.2%} "
