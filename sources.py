@@ -192,7 +192,9 @@ def survey(sources: list[dict], known: list[dict]) -> tuple[list[dict], list[lis
         records.append({"path": source["path"], **record, "files": prints})
         if not any(path.stat().st_size for _, path in files):
             raise UserError(f"sources: {source['path']} is empty")
-        cut = (p for label, path in files for p in pieces_of(label, path, source))
+        # a packed file has few pieces, because each is reached by unpacking what is before it
+        few = min(4, max(1, 8 // len(files)))
+        cut = (p for label, path in files for p in pieces_of(label, path, source, few))
         pieces += sliced(cut, source)
     target = min(PART, max(64 << 10, size_of(pieces) // 12))  # small corpora have several too
     parts: list[list[Piece]] = [[]]
@@ -221,8 +223,8 @@ def fingerprint(path: Path) -> str:
     return hashlib.blake2b(b"%d" % size + ends, digest_size=8).hexdigest()
 
 
-def pieces_of(label: str, path: Path, source: dict) -> Iterator[Piece]:
-    """A file in the smallest pieces worth a worker's while."""
+def pieces_of(label: str, path: Path, source: dict, few: int) -> Iterator[Piece]:
+    """A file in the smallest pieces worth a worker's while; `few` of a packed one."""
     column, size = source.get("column", "text"), path.stat().st_size
     match = re.fullmatch(KINDS, path.name)
     if match:
@@ -239,9 +241,8 @@ def pieces_of(label: str, path: Path, source: dict) -> Iterator[Piece]:
         yield from (replace(piece, size=size, start=i)
                     for i, size in enumerate(row_groups(path, column)))
     elif kind == "jsonl" and path.suffix != ".zst":
-        # a packed file has few pieces, because each is reached by unpacking what is before it
         packed = path.suffix in PACKED
-        step = max(64 << 10, piece.size // 4 if packed else min(PART, piece.size // 12))
+        step = max(64 << 10, -(-piece.size // few) if packed else min(PART, piece.size // 12))
         for start in range(0, piece.size, step):
             stop = min(piece.size, start + step)
             end = sys.maxsize if packed and stop == piece.size else stop  # the size is a guess

@@ -36,7 +36,7 @@ CUT = 1 << 20  # characters encoded at a time; a word that is longer is cut
 # Ways to cut words, taken if no piece reaches over the borders: the finer has fewer to remember.
 # (Mistral's pieces keep letters and digits from all else, but for one with a superscript two.)
 WORDS = [re.compile(r" *[^\W_²]+| *(?:[^\w ]|[_²])+| +"), re.compile(r" *[^ \n]+|\n+| +")]
-REMEMBERED = 1 << 19, 48  # words, and characters of the longest one: about 100 MB
+REMEMBERED = 1 << 19  # words: about 80 MB
 # Two engines must agree on this before the faster one is used.
 SAMPLE = """def f(x):\n\tif x  >= 3.14159:\n        return {'a': [1, 22, 4444]}  # don't\r\n\n
 I'll SAY: she'd've gone…   \u00a0 naïve ŒUVRE ﬁn a\u0301 Straße\t \t x \u3000x\u200b\ufeff\x00\x7f
@@ -150,29 +150,48 @@ class Tokenizer:
         return np.concatenate(out)
 
 
-class Words(dict):
-    """An engine for sentencepiece's BPE: each word is encoded once, and its ids remembered.
-
-    word -> its ids as bytes, which joined are the ids of a text. `model` is the merge engine of
-    `tokenizers`. Emptied when it is full, so that the memory is bounded and other text has room.
+class Remembered(dict):
+    """word -> make(word), bytes, for the short words met last: the memory is bounded, new text has
+    room. (When it is full, its words become the old ones, of which those come back that are met.)
     """
 
-    def __init__(self, pattern: re.Pattern, model, kind: np.dtype):
-        self.find, self.model, self.kind = pattern.findall, model, kind
+    def __init__(self, make: Callable[[str], bytes], longest: int):
+        self.make, self.longest = make, longest
+        self.old: dict[str, bytes] = {}
 
     def __missing__(self, word: str) -> bytes:
-        pieces = self.model.tokenize(word.replace(" ", "▁"))
-        ids = np.array([piece.id for piece in pieces], self.kind).tobytes()
-        if len(self) >= REMEMBERED[0]:
-            self.clear()
-        if len(word) <= REMEMBERED[1]:
-            self[word] = ids
-        return ids
+        made = self.old.get(word) or self.make(word)
+        if len(word) <= self.longest:
+            if len(self) >= REMEMBERED:
+                self.old = dict(self)
+                self.clear()
+            self[word] = made
+        return made
+
+
+class Words:
+    """An engine for sentencepiece's BPE: a word is encoded once and its ids remembered as bytes,
+    which joined are those of a text. `model` is the merge engine of `tokenizers`."""
+
+    def __init__(self, pattern: re.Pattern, model, kind: np.dtype):
+        self.find, self.kind = pattern.findall, kind
+        self.parts = Remembered(lambda part: np.array(
+            [piece.id for piece in model.tokenize(part.replace(" ", "▁"))], kind).tobytes(), 48)
+        # what lies between two spaces, of one part or more: to split there is far quicker
+        self.words = Remembered(lambda word: self.joined(" " + word), 16)
+
+    def joined(self, text: str) -> bytes:
+        """Ids of text that is taken as it is."""
+        return b"".join(map(self.parts.__getitem__, self.find(text)))
 
     def encode(self, text: str, first: bool) -> np.ndarray:
         """Ids of `text`; `first`: it begins a document, so a space is put before it."""
         text = (" " if first and text else "") + text.replace("▁", " ")
-        return np.frombuffer(b"".join(map(self.__getitem__, self.find(text))), self.kind)
+        if text[:1] == " " and "  " not in text:
+            ids = b"".join(map(self.words.__getitem__, text[1:].split(" ")))
+        else:
+            ids = self.joined(text)
+        return np.frombuffer(ids, self.kind)
 
 
 def _word_pattern(spec: dict) -> re.Pattern | None:

@@ -15,6 +15,7 @@ FOLDER may hold gpt2/{vocab.bpe,encoder.json} and a .model of mistral; else inst
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -131,6 +132,7 @@ def measure(home: Path, kind: str, size: float, repeat: int) -> None:
     sides = ["ours", "bare", "datasets", *(["sentencepiece"] if kind == "mistral" else [])]
     text, where = str(home / "text.jsonl"), str(home / kind)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
+    busy: dict[str, list[float]] = {side: [] for side in sides}
     core = max(os.sched_getaffinity(0))
     for trial in range(repeat):
         for side in sides:
@@ -138,16 +140,25 @@ def measure(home: Path, kind: str, size: float, repeat: int) -> None:
             if side == "ours":
                 words = [str(ROOT / "prepare.py"), f"--sources={text}", f"--tokenizer={where}",
                          "--workers=1", f"--dataset={kind}{trial}"]
-            began = time.perf_counter()
+            began, used = time.perf_counter(), cpu_seconds()
             subprocess.run([sys.executable, *words], cwd=home, check=True, capture_output=True,
                            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
                            preexec_fn=lambda: os.sched_setaffinity(0, {core}))
             seconds[side].append(time.perf_counter() - began)
+            busy[side].append(cpu_seconds() - used)
     speed = {side: size / statistics.median(times) for side, times in seconds.items()}
+    print(f"{kind}: MB a second of processor time, which other programs disturb less: " + ", ".join(
+        f"{side} {size / statistics.median(times):.2f}" for side, times in busy.items()))
     for side in sides[1:]:
         shown = "its reader and engine alone" if side == "bare" else side
         print(f"| prepare {kind}, MB/s on one core | {speed['ours']:.2f} | {shown} "
               f"{speed[side]:.2f} | {speed['ours'] / speed[side]:.2f} |", flush=True)
+
+
+def cpu_seconds() -> float:
+    """Processor time of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

@@ -377,6 +377,17 @@ def test_no_argument_takes_openwebtext_from_the_hub(tmp_path):
     assert not (tmp_path / "data/x").exists()
 
 
+def test_a_download_that_breaks_off_goes_on(tmp_path):
+    files = {"data/train-00000-of-00001.parquet": parquet(LINES)}
+    with Hub({"owner/name": files}) as hub:
+        hub.breaks = 2
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "cache"}
+        run(tmp_path, "--sources=hf:owner/name", "--dataset=d", "--tokenizer=bytes",
+            "--val_fraction=0.1", "--block_size=64", env=env)
+        good(tmp_path / "data/d", LINES)
+        assert hub.breaks == 0
+
+
 # ---- bad input
 
 def bad_sources(folder):
