@@ -158,11 +158,12 @@ class Engine:
         """The summed loss of a micro-batch."""
         return module(x, y) if documents is None else module(x, y, None, documents)
 
-    def update(self, batch: Batch, rate: float, stop: bool = False) -> Tensor:
+    def update(self, batch: Batch, rate: float, stop: bool = False, targets: int = 0) -> Tensor:
         """One optimizer update; [summed loss in nats, squared gradient norm, ranks that want to
-        stop], on the device, the same on all ranks."""
+        stop], on the device, the same on all ranks. `targets`: those of the step, over all
+        ranks (0: every place of every row has one)."""
         world = self.world
-        nll = self.gradients(batch)
+        nll = self.gradients(batch, targets)
         square = world.square_norm(self.model)
         if scale := self.optimizer.loss_scale:
             square = square / scale.value**2
@@ -172,12 +173,12 @@ class Engine:
         self.optimizer.zero_grad()
         return stats
 
-    def gradients(self, batch: Batch) -> Tensor:
+    def gradients(self, batch: Batch, targets: int = 0) -> Tensor:
         """Add up the gradients of this rank's rows; their summed loss, (). A GPU that runs out of
         memory gets smaller micro-batches from here on."""
         while True:
             try:
-                return self.accumulated(batch)
+                return self.accumulated(batch, targets)
             except torch.OutOfMemoryError as error:
                 smaller = -(-self.micro // 2)
                 if self.micro == 1 or self.world.size > 1:  # the other ranks wait in a collective
@@ -192,9 +193,9 @@ class Engine:
             self.accumulate = -(-self.batch_rows // smaller)
             self.micro = smaller
 
-    def accumulated(self, batch: Batch) -> Tensor:
+    def accumulated(self, batch: Batch, targets: int) -> Tensor:
         """Forward and backward of each micro-batch."""
-        world, targets = self.world, self.batch_rows * self.config.block_size
+        world, targets = self.world, targets or self.batch_rows * self.config.block_size
         # gradients are averaged over ranks: times their number this is the gradient of the mean
         # over all targets of the step
         factor: float | Tensor = world.size / targets

@@ -168,6 +168,8 @@ def compare(rows: shards.Rows, shown: int, found: dict, config: dict, say) -> di
     import ngram
 
     split = rows.split
+    if config.get("mixture") or config.get("packing", "concat") != "concat":
+        raise UserError("--baselines counts in the rows of one data set with packing=concat")
     train = shards.Rows(shards.Split(split.folder, "train", split.manifest), rows.block_size,
                         config["seed"], config.get("overfit_rows", 0))
     scored = rows.read_windows(range(found["tokens"] // rows.block_size)).astype(np.int64)

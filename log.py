@@ -323,19 +323,6 @@ def cut(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def rows_of(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl, without half a line at its end; [] if there are none."""
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def lock(run: Path):
     """Hold the run's folder; UserError if another process does. The lock dies with its owner."""
     import fcntl

@@ -1,6 +1,8 @@
 """Turn text into a data set that can be trusted: sources -> documents -> tokens -> data/NAME/.
 
   prepare.py [CONFIG] [--key=value ...]   the sources of CONFIG, or of config/llama100m.py
+  prepare.py CONFIG --part=3/8            the third of eight shares, for a job array; the same
+                                          command without --part then makes one data set of them
   prepare.py --verify data/NAME           check every byte: exit 0 good, 1 damaged, 2 not a data set
   prepare.py --inspect data/NAME          what it holds, and how its documents begin
 
@@ -14,12 +16,15 @@ A source (--sources=A,B or `sources` in the config) is
               slice and max_documents count lines, rows or files in their order
 
 A document is held out for validation by the hash of its text. If none is, the one with the smallest
-hash is; a corpus of a single document gives its end. After an interruption the same command goes on
-with what is missing. The bytes are the same for any number of workers.
+hash is; a corpus of a single document gives its end. A document over 16 MB becomes several, cut
+before a space. Off unless asked: --min_chars and --max_chars; --dedup=exact keeps the first of
+equal documents, near also the first of those that share most runs of three words; --strict stops at
+a record that cannot be read, which else is only counted. After an interruption the same command
+goes on with what is missing. The bytes are the same for any number of workers and of shares.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import settings
 
@@ -28,6 +33,7 @@ import settings
 class Flags:
     """What prepare.py takes beside a config."""
 
+    part: str = settings.key("", "i/n: only the i-th of n shares of the work, i from 1 to n")
     verify: str = settings.key("", "check every byte of the data set in this folder")
     inspect: str = settings.key("", "show what the data set in this folder holds")
 
@@ -39,6 +45,7 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before anyt
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -49,23 +56,45 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
+
 from settings import Settings, UserError
 from shards import ShardWriter, Split, file_entry, read_manifest, token_dtype, write_manifest
 from shards import verify as check_bytes
-from sources import Piece, described, documents, size_of, survey
-from tokenizer import Tokenizer, make
+from sources import Piece, Rules, Tally, described, documents, size_of, survey
+from tokenizer import CUT, Tokenizer, compared, make
 
 BATCH = 1 << 20  # characters encoded at a time: bounds the memory
 SCAN = 16 << 20  # characters read before any work: bad input is met before anything is written
 SAMPLE = 32 << 20  # characters that bpe:N is trained on
+CHECKED = 1 << 16  # characters from each of some files on which the tokenizer's engine is verified
 COUNTS = ("documents", "tokens", "bytes")
+MADE = ("sources", "tokenizer", "val_fraction", "min_chars", "max_chars", "dedup")  # the recipe
+# Near duplicates: signatures of 32 bands of 4 hashes; two texts whose runs of three words have the
+# Jaccard similarity J meet in some band with probability 1 - (1 - J^4)^32, 0.97 for J = 0.57.
+BANDS, NEAR = 32, 0.5
 NOTES = "work.tmp"  # state.json, part-*.json and half-made shards, until the manifest is written
 WORKER: dict = {}  # a worker's tokenizer and the counters of its progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know of a part."""
+
+    pieces: list[Piece]
+    rules: Rules
+    repeated: dict[int, str]  # texts that an earlier one repeats, and by which rule
+    below: int = 0
+    fraction: float = 0.0
+
+    def texts(self, dropped: Tally, cut: Tally | None = None) -> Iterator[str]:
+        """The part's documents."""
+        return documents(self.pieces, dropped, self.rules, cut, self.repeated)
 
 
 # ---- documents -> their split
@@ -75,21 +104,24 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def hash_below(parts: list[list[Piece]], fraction: float) -> int:
-    """Documents with a hash below this are validation; -1: there is one document, its end is.
+def hash_below(jobs: list[Job], fraction: float) -> int:
+    """Documents with a hash below this are validation. If negative, the end of a text is: of each
+    text (-1), or what follows this many characters of the one document (that was cut).
 
     Reads SCAN characters, all of a smaller corpus, and goes on until both splits have a document.
     """
-    below, smallest, largest, size = int(fraction * 2**64), 2**64, -1, 0
-    dropped: dict = {}
-    for text in documents(itertools.chain.from_iterable(parts), dropped):
+    below, smallest, largest, size, count = int(fraction * 2**64), 2**64, -1, 0, 0
+    dropped = Tally()
+    for text in itertools.chain.from_iterable(job.texts(dropped) for job in jobs):
         smallest, largest = min(smallest, text_hash(text)), max(largest, text_hash(text))
-        size += len(text)
-        if size > SCAN and (not below or smallest < below <= largest):
+        size, count = size + len(text), count + 1
+        if size > SCAN and dropped.records > 1 and (not below or smallest < below <= largest):
             break
     if largest < 0:
         raise UserError("sources: no document is left; dropped: " + "; ".join(
             f"{entry['count']} {rule} (first {entry['first']})" for rule, entry in dropped.items()))
+    if below and dropped.records == 1 < count:
+        return -int(size * (1 - fraction))
     if not below or smallest < below <= largest:
         return below
     if smallest == largest:
@@ -99,24 +131,94 @@ def hash_below(parts: list[list[Piece]], fraction: float) -> int:
 
 def placed(texts: Iterable[str], below: int, fraction: float) -> Iterator[tuple[str, str]]:
     """(split, text) of every document."""
+    start = 0
     for text in texts:
         if below >= 0:
             yield "val" if text_hash(text) < below else "train", text
-        else:  # cut at the end of a line, if there is one
-            end = int(len(text) * (1 - fraction))
+            continue
+        end = int(len(text) * (1 - fraction)) if below == -1 else -below - start
+        end, start = min(max(end, 0), len(text)), start + len(text)
+        if end < len(text):  # cut at the end of a line, if there is one
             end = text.rfind("\n", 0, end) + 1 or end
-            yield from (pair for pair in (("train", text[:end]), ("val", text[end:])) if pair[1])
+        yield from (pair for pair in (("train", text[:end]), ("val", text[end:])) if pair[1])
+
+
+# ---- documents that others repeat
+
+def make_marks(folder: Path, number: int, job: Job, dedup: str) -> None:
+    """Write what tells repeated documents of a part: an array with a row for each."""
+    marks = []
+    for text in job.texts(Tally()):
+        marks.append(signature(text) if dedup == "near" else np.array([text_hash(text)], "<u8"))
+        progress(number, 1, 0, len(text.encode()))
+    kind, width = ("<u4", 4 * BANDS) if dedup == "near" else ("<u8", 1)
+    with tempfile.TemporaryDirectory(dir=folder / NOTES) as own:
+        np.save(Path(own) / "marks.npy", np.array(marks, kind).reshape(-1, width))
+        os.replace(Path(own) / "marks.npy", marks_of(folder, number))
+
+
+def marks_of(folder: Path, number: int) -> Path:
+    """The file of a part's marks."""
+    return folder / NOTES / f"marks-{number:05}.npy"
+
+
+def signature(text: str) -> np.ndarray:
+    """MinHash (4 BANDS,) of a text's runs of three words: equal in as many places as the sets of
+    runs overlap (Broder, "On the resemblance and containment of documents", 1997)."""
+    import rensa
+
+    words = re.findall(r"\w+", text.lower())
+    made = rensa.RMinHash(num_perm=4 * BANDS, seed=1)
+    made.update(list(map(" ".join, zip(words, words[1:], words[2:], strict=False))) or [text])
+    return np.array(made.digest(), "<u4")
+
+
+def repeats(marks: np.ndarray, dedup: str) -> np.ndarray:
+    """Which rows (n,) repeat an earlier one."""
+    found = np.zeros(len(marks), bool)
+    for band in range(BANDS if dedup == "near" else 1):
+        width = 4 if dedup == "near" else 1
+        words = np.ascontiguousarray(marks[:, width * band:width * (band + 1)]).view("<u8")
+        keys = (words[:, 0] * np.uint64(0x9E3779B97F4A7C15)) ^ words[:, -1]
+        order = np.argsort(keys, kind="stable")  # rows with one key in the order of the corpus
+        for back in (1, 2, 3) if dedup == "near" else (1,):  # by chance others may stand between
+            first, second = order[:-back], order[back:]
+            pairs = np.flatnonzero(keys[first] == keys[second])
+            for some in np.split(pairs, range(1 << 14, len(pairs), 1 << 14)):
+                a, b = first[some], second[some]
+                found[b[(marks[a] == marks[b]).mean(1) >= NEAR]] = True
+    return found
+
+
+def without_repeats(folder: Path, jobs: list[Job], dedup: str) -> list[Job]:
+    """The jobs of all parts, each told which of its documents an earlier one repeats."""
+    sizes = [len(np.load(marks_of(folder, i), mmap_mode="r")) for i in range(len(jobs))]
+    path = folder / NOTES / f"marks-{os.getpid()}.bin"  # all as one, on disk: the memory is bounded
+    with open(path, "wb") as file:
+        for i in range(len(jobs)):
+            one = np.load(marks_of(folder, i))
+            one.tofile(file)
+    if not sum(sizes):
+        return jobs
+    found = repeats(np.memmap(path, one.dtype, "r").reshape(-1, one.shape[1]), dedup)
+    path.unlink()
+    rule = "near duplicate" if dedup == "near" else "duplicate"
+    return [replace(job, repeated=dict.fromkeys(np.flatnonzero(part).tolist(), rule))
+            for job, part in zip(jobs, np.split(found, np.cumsum(sizes)[:-1]), strict=True)]
 
 
 # ---- documents -> tokens -> shards
 
-def start_worker(folder: Path, counters) -> None:
+def start_worker(folder: Path, engine: str, counters) -> None:
     """What a worker process does first."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, ...
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=die_with_parent, daemon=True).start()
-    WORKER.update(tokenizer=Tokenizer.load(folder), counters=counters)
+    tokenizer = Tokenizer.load(folder)
+    if engine == "tokenizers":
+        tokenizer.give_up()
+    WORKER.update(tokenizer=tokenizer, counters=counters)
 
 
 def die_with_parent() -> None:
@@ -126,34 +228,48 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def make_part(folder: Path, number: int, stream_of: tuple[list[Piece], int, float]) -> None:
+def progress(number: int, *counts: int) -> None:
+    """Add documents, tokens and bytes of a part to what is shown."""
+    counters = WORKER["counters"]
+    with counters.get_lock():
+        for i, count in enumerate(counts):
+            counters[i] += count
+        counters[len(COUNTS) + number] += counts[-1]
+
+
+def make_part(folder: Path, number: int, job: Job) -> None:
     """Write the shards of one part, and then its json, which says that the part is done."""
-    pieces, below, fraction = stream_of
-    tokenizer, counters = WORKER["tokenizer"], WORKER["counters"]
-    dropped: dict = {}
+    tokenizer: Tokenizer = WORKER["tokenizer"]
+    dropped, cut = Tally(), Tally()
     files: dict = {}
     splits = {split: dict.fromkeys((*COUNTS, "longest"), 0) for split in ("train", "val")}
+    tokenizer.cut_words = 0
     # in a folder of its own: a worker that outlives a killed run cannot write into the next one's
     with tempfile.TemporaryDirectory(prefix=f"part-{number:05}-", dir=folder / NOTES) as own:
         writers: dict[str, ShardWriter] = {}
-        for batch in batches(placed(documents(pieces, dropped), below, fraction)):
+        for batch in batches(placed(job.texts(dropped, cut), job.below, job.fraction)):
+            before = [sum(n[key] for n in splits.values()) for key in COUNTS]
             encoded = tokenizer.encode_documents([text for _, text in batch])
             for (split, text), ids in zip(batch, encoded, strict=True):
                 if split not in writers:
                     writers[split] = ShardWriter(Path(own), f"{split}-{number:05}",
                                                  token_dtype(tokenizer.vocab_size))
                 writers[split].add(ids)
-                for i, count in enumerate((1, len(ids), len(text.encode()))):
-                    splits[split][COUNTS[i]] += count
-                    with counters.get_lock():
-                        counters[i] += count
+                size = len(text) if text.isascii() else len(text.encode())
+                for key, count in zip(COUNTS, (1, len(ids), size), strict=True):
+                    splits[split][key] += count
                 splits[split]["longest"] = max(splits[split]["longest"], len(ids))
+            progress(number, *(sum(n[key] for n in splits.values()) - was
+                               for key, was in zip(COUNTS, before, strict=True)))
+        if tokenizer.cut_words:
+            cut.note(f"word over {CUT >> 20} MB", lambda: f"after {job.pieces[0].label}",
+                     tokenizer.cut_words)
         for _, writer in sorted(writers.items()):
             files |= writer.close()
         for name in files:
             os.replace(Path(own) / name, folder / name)
     settings.to_json(folder / NOTES / f"part-{number:05}.json",
-                     {"splits": splits, "dropped": dropped, "files": files})
+                     {"splits": splits, "dropped": dropped, "cut": cut, "files": files})
 
 
 def batches(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -169,31 +285,38 @@ def batches(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
         yield batch
 
 
-def run_workers(folder: Path, jobs: dict[int, tuple], workers: int) -> None:
-    """Make the parts `jobs` in processes of their own, and show how far they are."""
+def run_workers(folder: Path, engine: str, workers: int, make: Callable, jobs: dict[int, Job],
+                *args) -> None:
+    """make(folder, number, job, *args) in processes of their own, and show how far they are."""
     context = multiprocessing.get_context("spawn")
-    counters, began, shown = context.Array("q", 3), time.monotonic(), 0.0
-    sizes = [size_of(job[0]) for job in jobs.values()]
-    with ProcessPoolExecutor(workers, context, start_worker, (folder, counters)) as pool:
+    counters = context.Array("q", len(COUNTS) + max(jobs, default=0) + 1)
+    began, shown = time.monotonic(), 0.0
+    sizes = {i: size_of(job.pieces) for i, job in jobs.items()}
+    initial = (folder, engine, counters)
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    with ProcessPoolExecutor(max(workers, 1), context, start_worker, initial) as pool:
         # ... also when it comes while workers start, who inherit that it waits
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        waiting = {pool.submit(make_part, folder, i, job) for i, job in jobs.items()}
+        waiting = {pool.submit(make, folder, i, job, *args): i for i, job in jobs.items()}
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             while waiting:
-                done, waiting = wait(waiting, 0.25, FIRST_COMPLETED)
-                for future in done:
+                for future in wait(waiting, 0.25, FIRST_COMPLETED).done:
                     future.result()
+                    del waiting[future]
                 seconds = time.monotonic() - began
                 if waiting and seconds - shown < (0.2 if sys.stdout.isatty() else 5):
                     continue
-                shown, (count, tokens, size) = seconds, counters[:]
+                shown, (count, tokens, size, *of) = seconds, counters[:]
                 # sizes are guesses for packed files: the parts that wait are worth a tenth at least
-                rest = max(sum(sizes) / max(size, 1) - 1, len(waiting) / len(jobs) / 10)
+                rest = max(sum(sizes.values()) / max(size, 1) - 1, len(waiting) / len(jobs) / 10)
                 eta = "" if not size else f"  ETA {seconds * rest:.0f} s" if waiting else "  done"
+                running = [(of[i] / max(sizes[i], 1), i) for i in waiting.values() if of[i]]
+                slowest = "".join(f"  slowest: part {i}, {share:.0%}"
+                                  for share, i in sorted(running)[:1])
                 line = (f"{count:,} documents  {size / 1e6 / seconds:.1f} MB/s  "
                         f"{tokens / seconds:,.0f} tokens/s  parts {len(jobs) - len(waiting)}/"
-                        f"{len(jobs)}  {seconds:.0f} s{eta}")
+                        f"{len(jobs)}  {seconds:.0f} s{eta}{slowest}")
                 print(f"\r{line}\033[K" if sys.stdout.isatty() else line,
                       end="" if waiting and sys.stdout.isatty() else "\n", flush=True)
         except BaseException:
@@ -213,13 +336,18 @@ def main(command: settings.CommandLine) -> int:
     config = command.config
     if not re.fullmatch(r"\w[\w.+-]*", config.dataset):
         raise UserError(f"dataset {config.dataset!r} is not the name of a folder under data/")
+    share = re.fullmatch(r"(\d+)/(\d+)", look.part or "1/1")
+    if not share or not 1 <= int(share[1]) <= int(share[2]):
+        raise UserError(f"--part={look.part} is not i/n with i from 1 to n, such as 3/8")
     folder = Path("data") / config.dataset
     new = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # on the folder: it dies with its owner
-        prepare(config, folder)
+        kind = fcntl.LOCK_SH if look.part else fcntl.LOCK_EX  # parts work side by side
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)  # on the folder: it dies with its owner
+        if not prepare(config, folder, int(share[1]) - 1, int(share[2]) if look.part else 0):
+            return 0
     except BlockingIOError:
         raise UserError(f"{folder}: another prepare.py is at work in it; wait for it, or take "
                         "another --dataset name") from None
@@ -237,14 +365,15 @@ def main(command: settings.CommandLine) -> int:
     return 0
 
 
-def prepare(config: Settings, folder: Path) -> None:
-    """Make the data set, or what is missing of it."""
+def prepare(config: Settings, folder: Path, part: int, of: int) -> bool:
+    """Make the data set, or what is missing of it, or (of > 0) one share; whether it is whole."""
     sources, notes = described(config.sources), folder / NOTES
-    recipe = {"sources": sources, "tokenizer": config.tokenizer,
-              "val_fraction": config.val_fraction}
+    recipe = {key: getattr(config, key) for key in MADE} | {"sources": sources}
     complete = (folder / "manifest.json").exists()
     state = read_manifest(folder) if complete else unfinished(folder)
-    old = state.get("recipe", recipe)
+    if config.dedup == "near" and not importlib.util.find_spec("rensa"):
+        raise UserError("dedup=near needs the package rensa: pip install 'plainllama[data]'")
+    old = {key: getattr(Settings, key, None) for key in MADE} | state.get("recipe", recipe)
     if differs := [f"{key} was {old.get(key)!r}, is now {recipe[key]!r}" for key in recipe
                    if old.get(key) != recipe[key]] or (
             ["the tokenizer's file has changed"] if complete and Path(config.tokenizer).exists()
@@ -264,28 +393,69 @@ def prepare(config: Settings, folder: Path) -> None:
             raise UserError(f"{folder} was prepared when {now['path']} held something else. Take "
                             f"another name (--dataset=NAME) or remove {folder}")
     if not complete:
-        below = hash_below(parts, config.val_fraction)
-        if config.tokenizer.startswith("bpe:") and not (folder / "tokenizer.json").exists():
-            print(f"{folder}: training the tokenizer {config.tokenizer}", flush=True)
-        tokenizer = (Tokenizer.load(folder) if (folder / "tokenizer.json").exists()
-                     else make(config.tokenizer, lambda: bpe_sample(parts), [folder]))
-        notes.mkdir(exist_ok=True)
-        settings.to_json(notes / "state.json", {"recipe": recipe, "source": found})
-        tokenizer.save(notes)
-        os.replace(notes / "tokenizer.json", folder / "tokenizer.json")
-        jobs = {i: (part, below, config.val_fraction) for i, part in enumerate(parts)
-                if not finished_part(folder, i)}
-        workers = min(config.workers or os.cpu_count() or 1, len(jobs))
-        print(f"{folder}: {len(parts)} parts, {len(parts) - len(jobs)} of them done; {workers} "
-              f"workers; tokenizer {config.tokenizer}, {tokenizer.vocab_size:,} entries "
-              f"({tokenizer.engine})", flush=True)
-        if jobs:
-            run_workers(folder, jobs, workers)
-        state = merged(folder, len(parts), config, tokenizer, {"recipe": recipe, "source": found})
+        rules = Rules(config.strict, config.min_chars, config.max_chars)
+        jobs = [Job(pieces, rules, {}) for pieces in parts]
+        begun = {"recipe": recipe, "source": found}
+        below = hash_below(jobs, config.val_fraction)
+        tokenizer = start(config, folder, jobs, begun)
+        mine = [i for i in range(len(jobs)) if not of or i % of == part]
+        if config.dedup != "none":
+            unmarked = {i: jobs[i] for i in mine if not marks_of(folder, i).exists()}
+            if unmarked:
+                print(f"{folder}: looking for repeated documents", flush=True)
+                run_workers(folder, tokenizer.engine, config.workers, make_marks, unmarked,
+                            config.dedup)
+            if rest := [i for i in range(len(jobs)) if not marks_of(folder, i).exists()]:
+                print(f"{folder}: {len(rest)} parts are not yet searched for repeated documents; "
+                      "when the other shares have ended, start all of them once more")
+                return False
+            jobs = without_repeats(folder, jobs, config.dedup)
+            below = hash_below(jobs, config.val_fraction)
+        todo = {i: replace(jobs[i], below=below, fraction=config.val_fraction)
+                for i in mine if not finished_part(folder, i)}
+        print(f"{folder}: {len(mine)} parts, {len(mine) - len(todo)} of them done; "
+              f"{min(config.workers or os.cpu_count() or 1, len(todo))} workers; tokenizer "
+              f"{config.tokenizer}, {tokenizer.vocab_size:,} entries ({tokenizer.engine})",
+              flush=True)
+        if todo:
+            run_workers(folder, tokenizer.engine, config.workers, make_part, todo)
+        if of:
+            print(f"{folder}: share {part + 1} of {of} is done; when all are, the same command "
+                  "without --part makes the data set")
+            return False
+        state = merged(folder, len(parts), config, tokenizer, begun)
         write_manifest(folder, state)
     shutil.rmtree(notes, ignore_errors=True)
     print(f"{folder}: " + ("already prepared" if complete else "complete"))
     table(state)
+    return True
+
+
+def start(config: Settings, folder: Path, jobs: list[Job], begun: dict) -> Tokenizer:
+    """Note what is begun and give the tokenizer, its engine verified on the beginnings of files."""
+    path, notes = folder / "tokenizer.json", folder / NOTES
+    new = config.tokenizer.startswith("bpe:") and not path.exists()
+    if new:
+        print(f"{folder}: training the tokenizer {config.tokenizer}", flush=True)
+    tokenizer = (Tokenizer.load(folder) if path.exists()
+                 else make(config.tokenizer, lambda: beginnings(jobs, SAMPLE), [folder]))
+    firsts = list({piece.path: replace(job, pieces=[piece])  # of each file
+                   for job in reversed(jobs) for piece in reversed(job.pieces)}.values())
+    texts = [text[:CHECKED] for job in firsts[::len(firsts) // 8 + 1]
+             for text in beginnings([job], CHECKED)]
+    if not tokenizer.check(texts):
+        print(f"{folder}: the faster engine differs on this text; `tokenizers` is used", flush=True)
+    if new:
+        print(f"{folder}: bytes per token " + ", ".join(
+            f"{name} {size:.3f}" for name, size in compared(tokenizer, texts).items()), flush=True)
+    notes.mkdir(exist_ok=True)
+    # in a folder of its own: other shares may do the same now
+    with tempfile.TemporaryDirectory(dir=notes) as own:
+        settings.to_json(Path(own) / "state.json", begun)
+        tokenizer.save(own)
+        os.replace(Path(own) / "state.json", notes / "state.json")
+        os.replace(Path(own) / "tokenizer.json", path)
+    return tokenizer
 
 
 def unfinished(folder: Path) -> dict:
@@ -310,12 +480,12 @@ def finished_part(folder: Path, number: int) -> dict | None:
         return None
 
 
-def bpe_sample(parts: list[list[Piece]]) -> Iterator[str]:
-    """The beginning of every part, SAMPLE characters in all: spread evenly, always the same."""
-    share = SAMPLE / max(sum(map(size_of, parts)), 1)
-    for part in parts:
-        budget = size_of(part) * share
-        for text in documents(part, {}):
+def beginnings(jobs: list[Job], size: int) -> Iterator[str]:
+    """The beginning of every part, `size` characters in all: spread evenly, always the same."""
+    share = size / max(sum(size_of(job.pieces) for job in jobs), 1)
+    for job in jobs:
+        budget = size_of(job.pieces) * share
+        for text in job.texts(Tally()):
             yield text
             budget -= len(text)
             if share < 1 and budget <= 0:
@@ -325,7 +495,7 @@ def bpe_sample(parts: list[list[Piece]]) -> Iterator[str]:
 def merged(folder: Path, count: int, config: Settings, tokenizer: Tokenizer, start: dict) -> dict:
     """The manifest: the jsons of all parts as one."""
     splits = {split: dict.fromkeys((*COUNTS, "longest"), 0) for split in ("train", "val")}
-    dropped: dict = {}
+    dropped, cut = Tally(), Tally()
     files = {"tokenizer.json": file_entry(folder / "tokenizer.json")}
     for part in (finished_part(folder, i) for i in range(count)):
         assert part, "a part has gone while we worked"
@@ -334,16 +504,15 @@ def merged(folder: Path, count: int, config: Settings, tokenizer: Tokenizer, sta
             for key, n in counts.items():
                 so_far = splits[split][key]
                 splits[split][key] = max(so_far, n) if key == "longest" else so_far + n
-        for rule, entry in part["dropped"].items():
-            entry["count"] += dropped.get(rule, {"count": 0})["count"]
-            dropped[rule] = entry | {"first": dropped.get(rule, entry)["first"]}
+        dropped.add(part["dropped"])
+        cut.add(part["cut"])
     for counts in splits.values():  # T + 1 tokens make a row, and rows share their last one
         rows = max(counts["tokens"] - 1, 0) // config.block_size
         counts["tail"] = counts["tokens"] - (rows * config.block_size + 1 if rows else 0)
     about = {"spec": config.tokenizer, **{key: getattr(tokenizer, key) for key in (
         "sha256", "vocab_size", "bos", "eos", "engine")}}
     return {**start, "tokenizer": about, "splits": splits, "block_size": config.block_size,
-            "dropped": dropped, "files": files}
+            "dropped": dropped, "cut": cut, "files": files}
 
 
 def table(manifest: dict) -> None:
@@ -353,6 +522,8 @@ def table(manifest: dict) -> None:
     print(f"{total:>14,} documents in")
     for rule, entry in dropped.items():
         print(f"{entry['count']:>14,} dropped: {rule} (first: {entry['first']})")
+    for rule, entry in manifest.get("cut", {}).items():
+        print(f"{entry['count']:>14,} cut: {rule} (first: {entry['first']})")
     print(f"{'':8}{'documents':>12}{'tokens':>16}{'MB':>10}{'bytes/token':>13}{'longest':>11}")
     for split, n in splits.items():
         print(f"{split:8}{n['documents']:>12,}{n['tokens']:>16,}{n['bytes'] / 1e6:>10,.1f}"

@@ -13,7 +13,8 @@ from settings import Settings, UserError
 # On resume these must be as they were, or the run would be another one ...
 FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
          "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
-         "tie_embeddings", "overfit_rows", "optimizer", "doc_mask")
+         "tie_embeddings", "overfit_rows", "optimizer", "doc_mask",
+         "packing", "mixture")
 # ... and these change the course of the optimisation, so they need --extend.
 COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule",
           "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
@@ -70,23 +71,22 @@ def replay(config: Settings, manifest: dict, step: int) -> int:
     """Print the text of the rows that made step `step` of metrics.jsonl; the exit code."""
     run, data = Path(config.out_dir), Path("data") / config.dataset
     if there := checkpoint.steps_of(run):
-        data_hash = (data / "manifest.sha256").read_text().strip()
+        data_hash = shards.data_hash(data, config)
         refuse_other_run(checkpoint.read_state(there[0]), config, data_hash, True, there[0])
     # the batch may have changed at a resume: steps and rows as the run has written them down
-    known = {0: 0} | {row["step"]: row["tokens"] // config.block_size for row in log.rows_of(run)}
+    known = {0: 0} | {row["step"]: row["rows"] for row in log.whole_rows(run / "metrics.jsonl")
+                      if "rows" in row}
     last = max(s for s in known if s < step)
     following = min((s for s in known if s >= step), default=None)
     batch = config.global_batch_tokens // config.block_size
     if following is not None:
         batch = (known[following] - known[last]) // (following - last)
-    rows = shards.Rows(shards.Split(data, "train", manifest), config.block_size, config.seed,
-                       config.overfit_rows)
-    words = tokenizer.Tokenizer.load(data)
+    rows, words = shards.training_rows(data, manifest, config), tokenizer.Tokenizer.load(data)
     first = known[last] + (step - 1 - last) * batch
     windows = rows.window_of(first, batch)
     print(f"step {step}: rows {first} to {first + batch - 1}")
     for row, window, ids in zip(range(first, first + batch), windows, rows.read_windows(windows),
                                 strict=True):
-        print(f"--- row {row}: window {window}, tokens {window * config.block_size} to "
-              f"{(window + 1) * config.block_size} of the train split\n{words.decode(ids)}")
+        print(f"--- row {row}: window {window} of the train split\n"
+              f"{words.decode(ids[ids != shards.PAD])}")
     return 0

@@ -48,7 +48,13 @@ class Settings:
     )
     tokenizer: str = key("mistral", "mistral, gpt2, bytes, bpe:4096 (trained on the text), a path")
     val_fraction: float = key(0.005, "share of documents held out", low=1e-9, high=0.5)
+    min_chars: int = key(0, "documents with fewer characters are dropped", low=0)
+    max_chars: int = key(0, "documents with more characters are dropped (0: no bound)", low=0)
+    dedup: str = key("none", "which repeated documents are dropped", ("none", "exact", "near"))
+    strict: bool = key(False, "stop at a record that cannot be read, which else is only counted")
     workers: int = key(0, "processes of prepare.py (0: one per core)", low=0)
+    packing: str = key("concat", "doc: a row holds tokens of one document", ("concat", "doc"))
+    mixture: object = key(None, "train on several data sets: {'a': 0.7, 'b': 0.3}")
     # model
     n_layer: int = key(16, "transformer blocks", low=1)
     n_head: int = key(12, "query heads", low=1)
@@ -343,6 +349,14 @@ def check(config: Settings) -> None:
         (c.rope_scaling != "llama3" or c.rope_original > 0,
          "rope_scaling=llama3 needs rope_original, the context length before the stretch"),
     ]
+    if c.mixture is not None:
+        pairs = list(c.mixture.items()) if isinstance(c.mixture, dict) else []
+        rules += [
+            (bool(pairs) and all(isinstance(name, str) and type(weight) in (int, float)
+                                 and 0 < weight < float("inf") for name, weight in pairs),
+             f"mixture {c.mixture!r} is not {{'NAME': weight, ...}} with data sets under data/ and "
+             "weights above 0"),
+            (not c.overfit_rows, "overfit_rows takes the rows of one data set, not of a mixture")]
     for holds, message in rules:
         if not holds:
             raise UserError(message)

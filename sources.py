@@ -18,8 +18,9 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,10 @@ KINDS = r".*\.(txt|jsonl|parquet|(txt|jsonl)\.(gz|xz|zst))"
 PACKED = {".gz": 3, ".xz": 4, ".zst": 3}  # bytes of text in a packed byte: a guess, for the plan
 PART = 64 << 20  # bytes of text that a worker takes at a time
 INSTALL = "python -m pip install -c constraints.txt -e '.[data]'"
+# The memory is bounded: what is longer is cut before a space, inside a word only if it has none ...
+DOCUMENT = 16 << 20  # utf-8 bytes
+LINE = 64 << 20  # ... and a line of .jsonl that is longer is dropped
+TRIES = 3  # of a download that fails for a reason that may pass
 SPOOLED: list = []  # standard input as files, kept until the program ends
 
 
@@ -45,6 +50,32 @@ class Piece:
     stop: int = sys.maxsize
     skip: int = 0  # records left out at its start
     take: int = sys.maxsize
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which records are kept."""
+
+    strict: bool = False  # a record that cannot be read is an error
+    min_chars: int = 0
+    max_chars: int = 0  # 0: no bound
+
+
+class Tally(dict):
+    """{rule: {count, first}}: what was dropped or cut, by which rule, and where first."""
+
+    records = 0  # of which a text was kept
+
+    def note(self, rule: str, where: Callable[[], str], count: int = 1) -> None:
+        """Count a record; `where` is asked for the first one of a rule only."""
+        if rule not in self:
+            self[rule] = {"count": 0, "first": where()}
+        self[rule]["count"] += count
+
+    def add(self, other: dict) -> None:
+        """Count what a later part has noted."""
+        for rule, entry in other.items():
+            self.note(rule, lambda entry=entry: entry["first"], entry["count"])  # type: ignore
 
 
 # ---- sources -> files -> parts
@@ -109,7 +140,8 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
             import datasets
 
             # asked first because it fails at once, where `datasets` retries for half a minute
-            revision = hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha
+            revision = again(lambda: hub.HfApi().dataset_info(
+                name, revision=revision, timeout=20)).sha
             splits = datasets.load_dataset_builder(name, revision=revision).config.data_files or {}
             if split not in splits:
                 raise UserError(f"{path}: no split {split!r}; there are {', '.join(splits)}")
@@ -117,17 +149,32 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
         found: list = []
         for file in sorted(known["files"]):
             print(f"{path}: file {len(found) + 1} of {len(known['files'])}, {file}", flush=True)
-            found.append((file, Path(hub.hf_hub_download(
-                name, file, repo_type="dataset", revision=revision, etag_timeout=20))))
+            found.append((file, Path(again(lambda file=file: hub.hf_hub_download(  # type: ignore
+                name, file, repo_type="dataset", revision=revision, etag_timeout=20)))))
         return {"revision": revision}, found
     except ImportError as error:
         raise UserError(f"{path}: {error}; {INSTALL}") from None
     except UserError:
         raise
     except Exception as error:  # whatever the two libraries and the network raise
+        files = "; its files: " + ", ".join(known["files"])[:200] if known else ""
         raise UserError(f"{path} is not to be had from the hub ({type(error).__name__}: "
-                        f"{str(error)[:300]}); a local copy of its .parquet, .jsonl or .txt files "
-                        "will do: --sources=PATH") from None
+                        f"{str(error)[:300]}). What is downloaded stays, the same command goes on. "
+                        "Offline: copy the .parquet, .jsonl or .txt files of "
+                        f"datasets/{name} into a folder and say --sources=PATH{files}") from None
+
+
+def again(ask: Callable):
+    """ask(), tried again after a second and after three if the network or the server failed."""
+    for seconds in range(1, 2 * TRIES, 2):
+        try:
+            return ask()
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if seconds == 2 * TRIES - 1 or (status < 500 and status != 429) or (
+                    os.environ.get("HF_HUB_OFFLINE") == "1"):
+                raise
+            time.sleep(seconds)
 
 
 def survey(sources: list[dict], known: list[dict]) -> tuple[list[dict], list[list[Piece]]]:
@@ -146,7 +193,9 @@ def survey(sources: list[dict], known: list[dict]) -> tuple[list[dict], list[lis
         records.append({"path": source["path"], **record, "files": prints})
         if not any(path.stat().st_size for _, path in files):
             raise UserError(f"sources: {source['path']} is empty")
-        cut = (p for label, path in files for p in pieces_of(label, path, source))
+        # a packed file has few pieces, because each is reached by unpacking what is before it
+        few = min(4, max(1, 8 // len(files)))
+        cut = (p for label, path in files for p in pieces_of(label, path, source, few))
         pieces += sliced(cut, source)
     target = min(PART, max(64 << 10, size_of(pieces) // 12))  # small corpora have several too
     parts: list[list[Piece]] = [[]]
@@ -175,8 +224,8 @@ def fingerprint(path: Path) -> str:
     return hashlib.blake2b(b"%d" % size + ends, digest_size=8).hexdigest()
 
 
-def pieces_of(label: str, path: Path, source: dict) -> Iterator[Piece]:
-    """A file in the smallest pieces worth a worker's while."""
+def pieces_of(label: str, path: Path, source: dict, few: int) -> Iterator[Piece]:
+    """A file in the smallest pieces worth a worker's while; `few` of a packed one."""
     column, size = source.get("column", "text"), path.stat().st_size
     match = re.fullmatch(KINDS, path.name)
     if match:
@@ -193,9 +242,8 @@ def pieces_of(label: str, path: Path, source: dict) -> Iterator[Piece]:
         yield from (replace(piece, size=size, start=i)
                     for i, size in enumerate(row_groups(path, column)))
     elif kind == "jsonl" and path.suffix != ".zst":
-        # a packed file has few pieces, because each is reached by unpacking what is before it
         packed = path.suffix in PACKED
-        step = max(64 << 10, piece.size // 4 if packed else min(PART, piece.size // 12))
+        step = max(64 << 10, -(-piece.size // few) if packed else min(PART, piece.size // 12))
         for start in range(0, piece.size, step):
             stop = min(piece.size, start + step)
             end = sys.maxsize if packed and stop == piece.size else stop  # the size is a guess
@@ -232,7 +280,8 @@ def sliced(pieces: Iterable[Piece], source: dict) -> Iterator[Piece]:
     stop = min(stop or sys.maxsize, first + source.get("max_documents", sys.maxsize))
     for piece in pieces:
         if stop < sys.maxsize or first > seen:
-            n = sum(1 for _ in itertools.islice(records_of(piece), max(0, stop - seen)))
+            records = [0] if piece.kind == "txt" else records_of(piece)
+            n = sum(1 for _ in itertools.islice(records, max(0, stop - seen)))
             piece = replace(piece, skip=min(n, max(0, first - seen)), take=n)
             seen += n
         if piece.skip < piece.take:
@@ -249,7 +298,10 @@ def records_of(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
                 records = rows_of(piece)
             else:
                 file = stack.enter_context(opened(piece.path))
-                records = iter([(0, file.read())]) if piece.kind == "txt" else lines_of(file, piece)
+                if piece.kind == "txt":  # a record in chunks that bound the memory
+                    yield from ((0, chunk) for chunk in chunks_of(file))
+                    return
+                records = lines_of(file, piece)
             yield from itertools.islice(records, piece.skip, piece.take)
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{piece.path} is damaged or cut short: {error}") from None
@@ -262,21 +314,56 @@ def rows_of(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
 
     file = pq.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20)
     first = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-    batches = file.iter_batches(128, [piece.start], [piece.column])
+    group = file.metadata.row_group(piece.start)
+    size = piece.size // max(group.num_rows, 1)
+    batches = file.iter_batches(max(1, min(128, LINE // 8 // max(size, 1))), [piece.start],
+                                [piece.column])
     values = (batch.column(0).cast(pa.large_binary()).to_pylist() for batch in batches)
     return enumerate(itertools.chain.from_iterable(values), first)
 
 
-def lines_of(file, piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """The lines whose first byte lies in the piece; blank ones are no records."""
+def lines_of(file, piece: Piece) -> Iterator[tuple[int, bytes | None]]:
+    """The lines whose first byte lies in the piece, None for one over LINE; blank ones are no
+    records."""
     if piece.start:
         file.seek(piece.start - 1)
-        file.readline()
+        skip_line(file)
     at = file.tell() if piece.start else 0
-    while at < piece.stop and (line := file.readline()):
+    while at < piece.stop and (line := file.readline(LINE)):
+        if len(line) == LINE and not line.endswith(b"\n"):
+            yield at, None
+            at += len(line) + skip_line(file)
+            continue
         if not line.isspace():
             yield at, line
         at += len(line)
+
+
+def skip_line(file) -> int:
+    """Pass over the rest of a line; its bytes."""
+    size = 0
+    while line := file.readline(LINE):
+        size += len(line)
+        if line.endswith(b"\n"):
+            break
+    return size
+
+
+def chunks_of(file) -> Iterator[bytes]:
+    """A file's bytes by at most DOCUMENT, cut before a space or else before a character."""
+    rest = b""
+    while True:
+        data = rest + file.read(DOCUMENT + 1 - len(rest))
+        if len(data) <= DOCUMENT:
+            yield data
+            return
+        end = data.rfind(b" ", DOCUMENT // 2, DOCUMENT)
+        if end < 0:
+            end = DOCUMENT
+            while end > DOCUMENT - 4 and data[end] & 0xC0 == 0x80:
+                end -= 1
+        yield data[:end]
+        rest = data[end:]
 
 
 def opened(path: str):
@@ -290,10 +377,12 @@ def opened(path: str):
     return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
 
 
-def text_of(piece: Piece, raw: bytes | None) -> tuple[str, str]:
-    """(text, ''), or ('', the rule by which the record is dropped)."""
+def text_of(piece: Piece, raw: bytes | None, first: bool) -> tuple[str, str]:
+    """(text, ''), or ('', the rule by which the record is dropped); `first`: its file begins so."""
+    if raw is None:
+        return "", f"line over {LINE >> 20} MB" if piece.kind == "jsonl" else "text is not a string"
     try:
-        text = (raw or b"").decode("utf-8" if piece.kind == "parquet" else "utf-8-sig")
+        text = raw.decode("utf-8-sig" if first and piece.kind != "parquet" else "utf-8")
         if piece.kind == "jsonl":
             record = json.loads(text)
             if not isinstance(record, dict):
@@ -301,9 +390,10 @@ def text_of(piece: Piece, raw: bytes | None) -> tuple[str, str]:
             if piece.column not in record:
                 return "", f"no column {piece.column!r}, only {', '.join(record)[:200]}"
             text = record[piece.column]
-        if raw is None or not isinstance(text, str):
+        if not isinstance(text, str):
             return "", "text is not a string"
-        text.encode()  # half a surrogate pair, escaped in JSON, has no utf-8
+        if b"\\u" in raw:
+            text.encode()  # half a surrogate pair, escaped in JSON, has no utf-8
     except UnicodeError:
         return "", "invalid utf-8"
     except (ValueError, RecursionError):
@@ -311,19 +401,46 @@ def text_of(piece: Piece, raw: bytes | None) -> tuple[str, str]:
     return text, "" if text else "empty"
 
 
-def documents(pieces: Iterable[Piece], dropped: dict) -> Iterator[str]:
-    """The texts of the pieces; what is dropped is counted by rule, and the first of each named."""
+def documents(pieces: Iterable[Piece], dropped: Tally, rules: Rules = Rules(),
+              cut: Tally | None = None, repeated: Mapping[int, str] | None = None) -> Iterator[str]:
+    """The texts of the pieces, those over DOCUMENT in several.
+
+    What is dropped by a rule, or cut, is counted, and the first of each named. `repeated` names the
+    rule that drops text i of those that would come out without it.
+    """
+    number = 0
     for piece in pieces:
+        chunks = 0  # of a .txt
         for at, raw in records_of(piece):
-            text, rule = text_of(piece, raw)
-            if not rule:
-                yield text
+            text, rule = text_of(piece, raw, not at and not chunks)
+
+            def where(piece=piece, at=at) -> str:
+                form = {"txt": "", "jsonl": ":{}", "parquet": " row {}"}[piece.kind]
+                line = 1 + (line_of(piece, at) if piece.kind == "jsonl" else at)
+                return piece.label + form.format(line)
+
+            if rule and rule != "empty" and rules.strict:
+                raise UserError(f"{where()}: {rule}; mend it, or leave out --strict: it is then "
+                                "skipped and counted")
+            if not rule and len(text) < rules.min_chars:
+                rule = f"under {rules.min_chars} characters"
+            elif not rule and 0 < rules.max_chars < len(text):
+                rule = f"over {rules.max_chars} characters"
+            if rule:
+                dropped.note(rule, where)
                 continue
-            if rule not in dropped:
-                where = {"txt": "", "jsonl": ":{}", "parquet": " row {}"}[piece.kind]
-                number = 1 + (line_of(piece, at) if piece.kind == "jsonl" else at)
-                dropped[rule] = {"count": 0, "first": piece.label + where.format(number)}
-            dropped[rule]["count"] += 1
+            long = piece.kind != "txt" and 4 * len(text) > DOCUMENT
+            texts = [c.decode() for c in chunks_of(io.BytesIO(text.encode()))] if long else [text]
+            chunks += piece.kind == "txt"
+            if cut is not None and (len(texts) > 1 or chunks == 2):
+                cut.note(f"document over {DOCUMENT >> 20} MB", where)
+            dropped.records += chunks < 2
+            for text in texts:
+                if repeated and number in repeated:
+                    dropped.note(repeated[number], where)
+                else:
+                    yield text
+                number += 1
 
 
 def line_of(piece: Piece, at: int) -> int:

@@ -1,14 +1,15 @@
 """Text <-> ids: what reads and applies a tokenizer.json.
 
-tokenizer.json is the tokenizer of a data set, a run and a checkpoint. Its ids are the truth, and
-tiktoken a faster engine for them, used once it was seen to agree. What train.py needs (boundaries,
-byte counts, Hugging Face files) is read from the JSON alone: the tokenizer libraries are imported
-only where text is encoded or decoded. vocabulary.py makes the JSON of tokenizers that have none.
+tokenizer.json is the tokenizer of a data set, a run and a checkpoint. Its ids are the truth;
+tiktoken and a cache of words are faster engines for them, used once they were seen to agree. What
+train.py needs (boundaries, byte counts, Hugging Face files) is read from the JSON alone: the
+tokenizer libraries are imported only where text is encoded or decoded. vocabulary.py makes the JSON
+of tokenizers that have none.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,12 +30,18 @@ CONVERTED = {
 # Begin and end of a document, by the names that LLaMA-family tokenizers give them.
 PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"),
          ("<|startoftext|>", "<|endoftext|>"), ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"))
+# The pattern by which tiktoken cuts words, for each pre-tokenizer that it can stand for.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CUT = 1 << 20  # characters encoded at a time; a word that is longer is cut
+# Ways to cut words, taken if no piece reaches over the borders: the finer has fewer to remember.
+# (Mistral's pieces keep letters and digits from all else, but for one with a superscript two.)
+WORDS = [re.compile(r" *[^\W_²]+| *(?:[^\w ]|[_²])+| +"), re.compile(r" *[^ \n]+|\n+| +")]
+REMEMBERED = 1 << 19  # words: about 80 MB
 # Two engines must agree on this before the faster one is used.
 SAMPLE = """def f(x):\n\tif x  >= 3.14159:\n        return {'a': [1, 22, 4444]}  # don't\r\n\n
 I'll SAY: she'd've gone…   \u00a0 naïve ŒUVRE ﬁn a\u0301 Straße\t \t x \u3000x\u200b\ufeff\x00\x7f
 Привет, мир! 你好,世界。 日本語 한국어 हिन्दी ไทย שלום ½ ² Ⅷ ٣ 12345678 🎉👩\u200d👧🏽 aaaaaaaaaaaa
- <s> </s> <|endoftext|> <0x41> http://a.b/c?d=e&f=%20 --------- ''''           end \n \n  """
+ ▁▁a ▁ b▁ <s> </s> <|endoftext|> <0x41> http://a.b/c?d=e&f=%20 --------- ''''        end \n \n  """
 
 
 class Tokenizer:
@@ -56,10 +63,18 @@ class Tokenizer:
         self.bos: int = ids[str(bos)]
         self.eos: int | None = ids[eos] if eos else None
         self.stop_ids: list[int] = [ids[str(eos or bos)]]
-        self._tiktoken = _tiktoken(spec)
-        if self._tiktoken and self._tiktoken.encode_ordinary(SAMPLE) != self._ids([SAMPLE])[0]:
-            self._tiktoken = None
-        self.engine = "tiktoken" if self._tiktoken else "tokenizers"
+        self.kind = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.cut_words = 0  # how many were longer than CUT so far
+        self._pieces_join = {step["type"] for step in _steps(spec["decoder"])} == {"ByteLevel"}
+        self._fast: Callable[[str, bool], Sequence[int] | np.ndarray] | None = None
+        self.engine = "tokenizers"
+        if engine := _tiktoken(spec):
+            self.engine, self._fast = "tiktoken", lambda text, _: engine.encode_to_numpy(
+                text, disallowed_special=())
+        elif pattern := _word_pattern(spec):
+            words = Words(pattern, self._tokenizers.model, self.kind)
+            self.engine, self._fast = "words", words.encode
+        self.check([SAMPLE])
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -70,43 +85,140 @@ class Tokenizer:
         """Write tokenizer.json into `folder`."""
         (Path(folder) / "tokenizer.json").write_bytes(self.json_bytes)
 
+    def check(self, texts: Iterable[str]) -> bool:
+        """Whether the faster engine gives the ids of tokenizer.json; if not, it is given up."""
+        if self._fast and any(list(self._fast(text, True)) != self._ids([text])[0]
+                              for text in texts):
+            self.give_up()
+            return False
+        return True
+
+    def give_up(self) -> None:
+        """Use the `tokenizers` library from now on."""
+        self._fast, self.engine = None, "tokenizers"
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without begin and end."""
-        return self._batch([text])[0]
+        return [int(i) for i in self._batch([text])[0]]
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of whole documents, each with its begin and end token."""
-        kind = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         last = [] if self.eos is None else [self.eos]
-        return [np.array([self.bos, *ids, *last], dtype=kind) for ids in self._batch(texts)]
+        out = []
+        for ids in self._batch(texts):
+            out.append(np.empty(1 + len(ids) + len(last), self.kind))
+            out[-1][0], out[-1][1:1 + len(ids)], out[-1][1 + len(ids):] = self.bos, ids, last
+        return out
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids` as from the start of a document; special tokens are left out."""
         return self._tokenizers.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def _batch(self, texts: list[str]) -> list[list[int]]:
+    def _batch(self, texts: list[str]) -> list:
+        """Ids of each text, as lists or arrays."""
         texts = [valid(text) for text in texts]
-        if self._tiktoken:
-            # the variable that keeps `tokenizers` to one thread in worker processes holds here too
-            alone = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() == "false"
-            threads = 1 if alone else os.cpu_count() or 1
-            return self._tiktoken.encode_ordinary_batch(texts, num_threads=threads)
-        return self._ids(texts)
+        if not self._fast and max(map(len, texts), default=0) <= CUT:
+            return self._ids(texts)
+        return [self._long(text) if len(text) > CUT else self._fast(text, True)  # type: ignore
+                for text in texts]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [one.ids for one in
                 self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def _long(self, text: str) -> np.ndarray:
+        """Ids of a long text, made CUT characters at a time, which bounds the memory.
+
+        It is cut before a space, where the ids are the same as without a cut, or inside a word that
+        is longer than CUT. Engines that begin a text in a way of their own take it whole.
+        """
+        out, start = [], 0
+        if not self._fast and not self._pieces_join:
+            return np.array(self._ids([text])[0], self.kind)
+        while start < len(text):
+            end = start + CUT
+            if end < len(text):
+                space = text.rfind(" ", start + 1, end)
+                while space > start + 1 and text[space - 1].isspace():
+                    space = text.rfind(" ", start + 1, space)
+                self.cut_words += space <= start + 1
+                end = space if space > start + 1 else end
+            part = text[start:end]
+            ids = self._fast(part, not start) if self._fast else self._ids([part])[0]
+            out.append(np.array(ids, self.kind))
+            start = end
+        return np.concatenate(out)
+
+
+class Remembered(dict):
+    """word -> make(word), bytes, for the short words met last: the memory is bounded, new text has
+    room. (When it is full, its words become the old ones, of which those come back that are met.)
+    """
+
+    def __init__(self, make: Callable[[str], bytes], longest: int):
+        self.make, self.longest = make, longest
+        self.old: dict[str, bytes] = {}
+
+    def __missing__(self, word: str) -> bytes:
+        made = self.old.get(word) or self.make(word)
+        if len(word) <= self.longest:
+            if len(self) >= REMEMBERED:
+                self.old = dict(self)
+                self.clear()
+            self[word] = made
+        return made
+
+
+class Words:
+    """An engine for sentencepiece's BPE: a word is encoded once and its ids remembered as bytes,
+    which joined are those of a text. `model` is the merge engine of `tokenizers`."""
+
+    def __init__(self, pattern: re.Pattern, model, kind: np.dtype):
+        self.find, self.kind = pattern.findall, kind
+        self.parts = Remembered(lambda part: np.array(
+            [piece.id for piece in model.tokenize(part.replace(" ", "▁"))], kind).tobytes(), 48)
+        # what lies between two spaces, of one part or more: to split there is far quicker
+        self.words = Remembered(lambda word: self.joined(" " + word), 16)
+
+    def joined(self, text: str) -> bytes:
+        """Ids of text that is taken as it is."""
+        return b"".join(map(self.parts.__getitem__, self.find(text)))
+
+    def encode(self, text: str, first: bool) -> np.ndarray:
+        """Ids of `text`; `first`: it begins a document, so a space is put before it."""
+        text = (" " if first and text else "") + text.replace("▁", " ")
+        if text[:1] == " " and "  " not in text:
+            ids = b"".join(map(self.words.__getitem__, text[1:].split(" ")))
+        else:
+            ids = self.joined(text)
+        return np.frombuffer(ids, self.kind)
+
+
+def _word_pattern(spec: dict) -> re.Pattern | None:
+    """How Words may cut text for a parsed tokenizer.json, or None if it would give other ids."""
+    model, added = spec["model"], {entry["content"] for entry in spec["added_tokens"]}
+    steps = [(step["type"], step.get("prepend"), step.get("pattern"), step.get("content"))
+             for step in _steps(spec["normalizer"])]
+    if (model["type"] != "BPE" or spec["pre_tokenizer"] not in (None, vocabulary.SPACES)
+            or steps != [("Prepend", "▁", None, None), ("Replace", None, {"String": " "}, "▁")]
+            or not all(entry["special"] for entry in spec["added_tokens"])):
+        return None
+    pieces = [piece.replace("▁", " ") for piece in model["vocab"]
+              if piece not in added and not re.fullmatch("<0x[0-9A-F]{2}>", piece)]
+    return next((pattern for pattern in WORDS if all(map(pattern.fullmatch, pieces))), None)
+
 
 def _tiktoken(spec: dict):
-    """A tiktoken engine for a GPT-2 tokenizer, or None."""
+    """A tiktoken engine for GPT-2's tokenizer or one that bpe:N made, or None."""
     try:
         import tiktoken
     except ImportError:
         return None
     model, added = spec["model"], spec["added_tokens"]
     vocab, merges = model["vocab"], model.get("merges", [])
-    if (spec["pre_tokenizer"] != BYTE_LEVEL or model["type"] != "BPE" or spec["normalizer"]
+    known = ((BYTE_LEVEL, GPT2_SPLIT), (vocabulary.CUT_LIKE, vocabulary.SPLIT))
+    patterns = [pattern for words, pattern in known if words == spec["pre_tokenizer"]]
+    if (not patterns or model["type"] != "BPE" or spec["normalizer"]
             or not all(entry["special"] for entry in added)):
         return None
     merged = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in merges]
@@ -114,24 +226,26 @@ def _tiktoken(spec: dict):
     ordinary = {piece: i for piece, i in vocab.items() if piece not in special}
     if merged != sorted(merged) or not BYTES.keys() >= set("".join(ordinary)):
         return None  # tiktoken joins in the order of the ids
-    ranks = {bytes(BYTES[c] for c in piece): i for piece, i in ordinary.items()}
-    return tiktoken.Encoding("gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
+    table = {ord(c): byte for c, byte in BYTES.items()}
+    ranks = {piece.translate(table).encode("latin-1"): i for piece, i in ordinary.items()}
+    return tiktoken.Encoding("words", pat_str=patterns[0], mergeable_ranks=ranks,
                              special_tokens=special)
 
 
 def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
-         search: Sequence[Path] = ()) -> Tokenizer:
+         search: Sequence[Path] = (), network: bool = True) -> Tokenizer:
     """The tokenizer named by the config key `tokenizer`.
 
     `texts` gives the text that bpe:N is trained on; `search` names folders (a data set, a run) that
-    are looked into first for the files of mistral and gpt2.
+    are looked into first for the files of mistral and gpt2, which else may be downloaded.
     """
     kind, _, size = spec.partition(":")
     if spec in CONVERTED:
         for file in (Path(folder) / "tokenizer.json" for folder in search):
             if file.is_file() and vocabulary.sha256(file.read_bytes()) == CONVERTED[spec]:
                 return Tokenizer.load(file)
-        made = vocabulary.gpt2(search) if spec == "gpt2" else vocabulary.mistral(search)
+        find = vocabulary.gpt2 if spec == "gpt2" else vocabulary.mistral
+        made = find(search, network)
     elif spec == "bytes":
         model = {"type": "BPE", "vocab": BYTES, "merges": []}
         made = vocabulary.layout(model, BYTE_LEVEL, BYTE_LEVEL)
@@ -153,6 +267,15 @@ def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
                         f"{nearest(spec, ['mistral', 'gpt2', 'bytes', 'bpe:4096'])}")
     _complete(made, spec)
     return Tokenizer(made, _dump(made), spec)
+
+
+def compared(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
+    """Bytes per token on `texts`: of a tokenizer, and of gpt2 and mistral if they lie here."""
+    size, found = sum(len(valid(text).encode()) for text in texts), {"this one": tokenizer}
+    for name in CONVERTED:
+        with contextlib.suppress(UserError):
+            found[name] = make(name, network=False)
+    return {name: size / max(1, sum(map(len, one._batch(texts)))) for name, one in found.items()}
 
 
 # ---- the JSON alone: boundaries, byte counts, Hugging Face files
@@ -263,7 +386,8 @@ def _complete(spec: dict, where: str) -> bool:
         raise UserError(f"{where}: a {model['type']} tokenizer with decoder "
                         f"{' '.join(sorted(decoders)) or 'none'} is not supported; take a BPE or "
                         "unigram tokenizer of the LLaMA or GPT family")
-    before = json.dumps(spec)
+    small = {"vocab": 0, "merges": 0}  # these stay as they are
+    before = json.dumps({**spec, "model": model | small})
     spec |= {"truncation": None, "padding": None}
     if model["type"] == "BPE":
         model["dropout"] = None  # it would make encoding random
@@ -280,7 +404,7 @@ def _complete(spec: dict, where: str) -> bool:
             i for i, (piece, _) in _entries(spec).items() if piece == bos]}}}
     if model["type"] == "Unigram":
         _guard(spec)
-    return json.dumps(spec) != before
+    return json.dumps({**spec, "model": model | small}) != before
 
 
 def _guard(spec: dict) -> None:

@@ -100,9 +100,9 @@ class Run:
         config = self.config = command.config
         self.world, self.folder = world, Path(config.out_dir)
         self.data, block = Path("data") / config.dataset, config.block_size
-        self.data_hash = (self.data / "manifest.sha256").read_text().strip()
-        self.rows = shards.Rows(shards.Split(self.data, "train", manifest), block, config.seed,
-                                config.overfit_rows)
+        self.rows = shards.training_rows(self.data, manifest, config)
+        self.data_hash = shards.data_hash(self.data, config)
+        self.counted = (0, 0)  # rows, and their targets
         self.validation = shards.Rows(shards.Split(self.data, "val", manifest), block, config.seed)
         self.byte_info = tokenizer.byte_info(self.data)
         self.tokenizer, self.prompt = prompt(config, self.data)
@@ -147,7 +147,6 @@ class Run:
                        for split in ("train", "val") for of in ("tokens", "bytes")}}
             settings.to_json(self.folder / "run.json", log.describe(
                 self.folder, command, world.device, world.size, data, counts))
-        epochs = config.max_steps * self.batch_rows / self.rows.windows
         self.log.say(f"model: {counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M without "
                      f"embeddings; {world.device.type}, {str(engine.dtype)[6:]}, "
                      f"{'compiled' if engine.compiled else 'eager'}, {world.mode}")
@@ -157,8 +156,7 @@ class Run:
         if self.batch_rows < world.size:
             self.log.say(f"WARNING: {self.batch_rows} rows a step for {world.size} ranks: some "
                          "only wait; raise global_batch_tokens or take fewer ranks")
-        self.log.say(f"data: {self.rows.windows:,} rows of {block} tokens in {config.dataset}, "
-                     f"{self.rows.tail} tokens left out; {epochs:.2f} epochs in "
+        self.log.say(f"data: {self.rows.summary(config.max_steps * self.batch_rows)} in "
                      f"{config.max_steps} steps")
         if config.sample_tokens and (world.mode == "fsdp" or not self.tokenizer):
             self.log.say("no samples along the run: " + (
@@ -192,7 +190,8 @@ class Run:
                     batch = upcoming.result()
                 upcoming = reader.submit(self.batch, self.step + 1)
                 rate = optim.lr(self.step, config)
-                stats = self.engine.update(batch, rate, self.stop.asked())
+                stats = self.engine.update(batch, rate, self.stop.asked(),
+                                           self.targets_of(self.step))
                 self.profiler.step()
                 self.step += 1
                 unread.append((self.step, stats, rate))
@@ -217,6 +216,17 @@ class Run:
         """Rows that the run has consumed when `step` updates are done."""
         return self.first_row + (step - self.first_step) * self.batch_rows
 
+    def targets_of(self, step: int) -> int:
+        """Targets of the update that follows `step`, over all ranks."""
+        return self.rows.targets(self.rows_at(step), self.batch_rows)
+
+    def tokens_at(self, step: int) -> int:
+        """Targets that the run has trained on when `step` updates are done."""
+        rows, targets = self.counted if self.counted[0] <= self.rows_at(step) else (0, 0)
+        targets += self.rows.targets(rows, self.rows_at(step) - rows)
+        self.counted = self.rows_at(step), targets
+        return targets
+
     def batch(self, step: int) -> Batch:
         """This rank's rows, filled up to whole micro-batches: a function of the step."""
         windows = self.rows.window_of(self.rows_at(step), self.batch_rows)
@@ -227,6 +237,8 @@ class Run:
             ids[:len(windows)] = self.rows.read_windows(windows)
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         y[len(windows):] = IGNORE  # fills up the last micro-batch and counts nothing
+        y[y == shards.PAD] = IGNORE
+        x[x == shards.PAD] = 0
         if self.world.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
         return x, y
@@ -234,7 +246,7 @@ class Run:
     def settle(self, step: int, stats: Tensor, rate: float) -> bool:
         """Read, count and log the numbers of the update that made `step`; whether to stop."""
         nll, square_norm, wishes = stats.tolist()
-        targets = self.batch_rows * self.config.block_size
+        targets = self.targets_of(step - 1)
         loss, norm = nll / targets, math.sqrt(square_norm) if square_norm >= 0 else math.nan
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
@@ -251,8 +263,8 @@ class Run:
                                                             self.config.max_steps):
             speed, spent = self.clock.read(step, targets)
             mfu = speed * self.flops / (self.peak * self.world.size) if self.peak else None
-            row = {"step": step, "tokens": self.rows_at(step) * self.config.block_size,
-                   "loss": loss, "lr": rate, "grad_norm": norm,
+            row = {"step": step, "tokens": self.tokens_at(step),
+                   "rows": self.rows_at(step), "loss": loss, "lr": rate, "grad_norm": norm,
                    "tokens_per_second": speed, "mfu": mfu, "skipped": self.skipped_ever,
                    "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
             self.log.row(row | spent)
@@ -272,7 +284,7 @@ class Run:
             self.model.train()
             self.world.reshard(self.model)
             gc.collect()
-        tokens = self.rows_at(self.step) * self.config.block_size
+        tokens = self.tokens_at(self.step)
         self.log.row({"step": self.step, "tokens": tokens, "val_loss": scores["val_loss"],
                       "val_bpb": scores["val_bpb"], "time": time.time()})
         self.log.say(f"step {self.step}: validation loss {scores['val_loss']:.4f} nats/token, "

@@ -32,6 +32,13 @@ SPLIT = (r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
          r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
               "use_regex": True}
+CUT_LIKE = {"type": "Sequence", "pretokenizers": [  # what bpe:N does with SPLIT
+    {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
+    BYTE_LEVEL | {"use_regex": False}]}
+# Sentencepiece's words, cut out where no merge crosses into the next: `tokenizers` caches those.
+SPACES = {"type": "Split", "pattern": {"Regex": "▁*[^▁]+|▁+"}, "behavior": "Isolated",
+          "invert": False}
+
 
 def valid(text: str) -> str:
     """`text` with lone surrogates, which have no utf-8, replaced as JSON readers do."""
@@ -60,35 +67,33 @@ def special(piece: str, i: int) -> dict:
 def train(size: int, texts: Iterable[str]) -> dict:
     """A byte-level BPE of `size` entries, of which the last two are the boundaries; of fewer, if
     the text is so small that nothing is left to merge."""
-    from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Engine
+    from tokenizers import trainers
 
-    engine = Engine(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    engine = Engine.from_str(json.dumps(layout(empty, CUT_LIKE, BYTE_LEVEL)))
     trainer = trainers.BpeTrainer(vocab_size=size - 2, initial_alphabet=sorted(BYTES),
                                   show_progress=False)
     engine.train_from_iterator((valid(text) for text in texts), trainer)
-    spec = json.loads(engine.to_str())
-    return layout(spec["model"], spec["pre_tokenizer"], BYTE_LEVEL)
+    return layout(json.loads(engine.to_str())["model"], CUT_LIKE, BYTE_LEVEL)
 
 
-def gpt2(search: Sequence[Path]) -> dict:
+def gpt2(search: Sequence[Path], network: bool = True) -> dict:
     """GPT-2's 50,257 entries; `<|endoftext|>` is its one special token."""
-    vocab = json.loads(published("encoder.json", ENCODER_JSON, search))
-    merges = published("vocab.bpe", VOCAB_BPE, search).decode().split("\n")[1:-1]
+    vocab = json.loads(published("encoder.json", ENCODER_JSON, search, network))
+    merges = published("vocab.bpe", VOCAB_BPE, search, network).decode().split("\n")[1:-1]
     end = {"<|endoftext|>": vocab.pop("<|endoftext|>")}
     model = {"type": "BPE", "vocab": vocab, "merges": [line.split(" ") for line in merges]}
     return layout(model, BYTE_LEVEL, BYTE_LEVEL, end)
 
 
-def mistral(search: Sequence[Path]) -> dict:
+def mistral(search: Sequence[Path], network: bool = True) -> dict:
     """The 32,000 entries of Mistral 7B v0.1."""
-    return sentencepiece(published("tokenizer.model", MISTRAL, search), "mistral")
+    return sentencepiece(published("tokenizer.model", MISTRAL, search, network), "mistral")
 
 
-def published(name: str, source: tuple[str, str, str], search: Sequence[Path]) -> bytes:
+def published(name: str, source: tuple[str, str, str], search: Sequence[Path],
+              network: bool = True) -> bytes:
     """A published file: from the folders, tiktoken's cache, an installed package or the network."""
     expected, package, inside = source
     places, tried = [Path(folder) / name for folder in search], ""
@@ -97,7 +102,7 @@ def published(name: str, source: tuple[str, str, str], search: Sequence[Path]) -
         places.append(Path(os.environ["TIKTOKEN_CACHE_DIR"]) / key)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         places.append(Path(str(importlib.metadata.distribution(package).locate_file(inside))))
-    for place in [*filter(Path.is_file, places), None]:
+    for place in [*filter(Path.is_file, places), *([None] if network else [])]:
         try:
             data = place.read_bytes() if place else download(name)
         except Exception as error:  # whatever a missing library or an unreachable host raises
@@ -162,9 +167,7 @@ def sentencepiece(data: bytes, where: str) -> dict:
                   "vocab": {p.piece: i for i, p in enumerate(pieces)},
                   "merges": merges({p.piece: p.score for p in pieces if p.type == p.NORMAL})}
         if not any("▁" in p.piece.lstrip("▁") for p in pieces):
-            # no merge crosses into the next word, so words are cut out first: those are cached
-            words = {"type": "Split", "pattern": {"Regex": "▁*[^▁]+|▁+"}, "behavior": "Isolated",
-                     "invert": False}
+            words = SPACES
     specials = {p.piece: i for i, p in enumerate(pieces) if p.type in (p.UNKNOWN, p.CONTROL)}
     return layout(model, words, {"type": "Sequence", "decoders": decoders}, specials,
                  {"type": "Sequence", "normalizers": steps})

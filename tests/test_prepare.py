@@ -191,7 +191,7 @@ def test_a_cut_at_or_beside_a_line_end_loses_nothing(width, packed, tmp_path):
     path.write_bytes(gzip.compress(data) if packed else data)
     _, parts = prepare.survey([{"path": str(path)}], [])
     assert packed or len(parts) >= 4
-    assert list(prepare.documents([p for part in parts for p in part], {})) == lines
+    assert list(prepare.documents([p for part in parts for p in part], prepare.Tally())) == lines
 
 
 def test_standard_input(tmp_path):
@@ -232,7 +232,7 @@ def test_embedded_is_the_packages_source(tmp_path, monkeypatch):
     sources = prepare.described("embedded")
     records, parts = prepare.survey(sources, [])
     assert len(parts) >= 8 and str(ROOT) not in json.dumps(records)
-    have = list(prepare.documents([p for part in parts for p in part], {}))
+    have = list(prepare.documents([p for part in parts for p in part], prepare.Tally()))
     assert have == [want[name] for name in sorted(want)] and sum(map(len, have)) > 20e6
 
 
@@ -377,6 +377,17 @@ def test_no_argument_takes_openwebtext_from_the_hub(tmp_path):
     assert not (tmp_path / "data/x").exists()
 
 
+def test_a_download_that_breaks_off_goes_on(tmp_path):
+    files = {"data/train-00000-of-00001.parquet": parquet(LINES)}
+    with Hub({"owner/name": files}) as hub:
+        hub.breaks = 2
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "cache"}
+        run(tmp_path, "--sources=hf:owner/name", "--dataset=d", "--tokenizer=bytes",
+            "--val_fraction=0.1", "--block_size=64", env=env)
+        good(tmp_path / "data/d", LINES)
+        assert hub.breaks == 0
+
+
 # ---- bad input
 
 def bad_sources(folder):
@@ -458,3 +469,125 @@ def test_help_is_quick():
     began = time.monotonic()
     out = subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--help"], capture_output=True)
     assert out.returncode == 0 and b"--verify" in out.stdout and time.monotonic() - began < 1
+
+
+# ---- shares, long texts, cleaning
+
+@pytest.mark.parametrize("dedup", ["none", "exact"])
+def test_shares_and_a_merge_write_the_same_bytes(dedup, tmp_path):
+    lines = texts(400) + texts(60, seed=1) + texts(200)
+    (tmp_path / "big.jsonl").write_bytes(jsonl(lines))
+    words = (*COMMON, f"--dedup={dedup}", "--workers=1")
+    run(tmp_path, *words, "--dataset=one")
+    shares = [(*words, "--dataset=shares", f"--part={i}/3") for i in (1, 2, 3)]
+    for _ in range(1 if dedup == "none" else 2):
+        together = [run(tmp_path, *share, start=True) for share in shares[1:]]
+        run(tmp_path, *shares[0])
+        assert [process.wait() for process in together] == [0, 0]
+        with pytest.raises(UserError, match="unfinished"):
+            shards.read_manifest(tmp_path / "data/shares")
+    out, _ = run(tmp_path, *words, "--dataset=shares")
+    assert "0 workers" in out  # nothing was left to do
+    assert contents(tmp_path / "data/shares") == contents(tmp_path / "data/one")
+    _, error = run(tmp_path, *words, "--dataset=x", "--part=4/3", code=2)
+    assert "4/3" in error
+
+
+def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path, monkeypatch):
+    import sources
+    import tokenizer
+
+    monkeypatch.setattr(sources, "DOCUMENT", 1000)
+    monkeypatch.setattr(sources, "LINE", 30000)
+    rng = random.Random(4)
+    long = " ".join("".join(rng.choices("aя你🎉", k=rng.randint(1, 9))) for _ in range(900))
+    word = "я" * 1801
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["short", long, word, "y" * 30000, "end"]))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + long.encode())
+    (tmp_path / "c.parquet").write_bytes(parquet([long, "short"]))
+    for name, want in (("a.jsonl", ["short", long, word, "end"]), ("b.txt", [long]),
+                       ("c.parquet", [long, "short"])):
+        dropped, cut = sources.Tally(), sources.Tally()
+        _, parts = prepare.survey([{"path": str(tmp_path / name)}], [])
+        pieces = [piece for part in parts for piece in part]
+        have = list(sources.documents(pieces, dropped, cut=cut))
+        assert "".join(have) == "".join(want) and max(len(t.encode()) for t in have) <= 1003
+        assert cut["document over 0 MB"]["count"] == 1 + (name == "a.jsonl")
+        assert dropped.records == len(want)
+        assert all(t[0] == " " for t in have[1:] if t[0] in " aя你🎉" and name == "b.txt")
+        if name == "a.jsonl":
+            assert dropped == {"line over 0 MB": {"count": 1, "first": "a.jsonl:4"}}
+    monkeypatch.setattr(tokenizer, "CUT", 500)
+    for spec in ("mistral", "gpt2", "bpe:300"):
+        words = tokenizer.make(spec, lambda: [long])
+        assert words.engine == {"mistral": "words"}.get(spec, "tiktoken")
+        for text in (long, "  b \t c" * 300, "x\n\n y z" * 300):
+            assert words.encode(text) == words._ids([text])[0]
+        assert words.cut_words == 0
+        assert words.decode(words.encode(word)) == word and words.cut_words == 3
+        words.give_up()
+        assert words.decode(words.encode(word)) == word
+
+
+def test_one_long_text_is_held_out_at_its_end(tmp_path, monkeypatch):
+    import sources
+
+    monkeypatch.setattr(sources, "DOCUMENT", 1000)
+    text = "\n".join(f"line {i} of it" for i in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    jobs = [prepare.Job(part, sources.Rules(), {})
+            for part in prepare.survey([{"path": str(tmp_path / "a.txt")}], [])[1]]
+    below = prepare.hash_below(jobs, 0.1)
+    have = list(prepare.placed(jobs[0].texts(sources.Tally()), below, 0.1))
+    assert "".join(t for _, t in have) == text
+    assert [s for s, _ in have] == sorted(s for s, _ in have)
+    held = "".join(t for s, t in have if s == "val")
+    assert text.endswith("\n" + held) and 0 <= len(held) - len(text) / 10 < 20
+
+
+def test_length_bounds_and_strict(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
+    kept = [t for t in LINES if 50 <= len(t) <= 300]
+    folder = inside(tmp_path, monkeypatch, sources="a.jsonl", min_chars=50, max_chars=300)
+    good(folder, kept)
+    dropped = shards.read_manifest(folder)["dropped"]
+    assert dropped["under 50 characters"]["count"] == sum(len(t) < 50 for t in LINES)
+    assert dropped["over 300 characters"]["count"] == sum(len(t) > 300 for t in LINES)
+    with pytest.raises(UserError, match="min_chars was 50, is now 51"):
+        inside(tmp_path, monkeypatch, sources="a.jsonl", min_chars=51, max_chars=300)
+    (tmp_path / "b.jsonl").write_bytes(jsonl(LINES[:250]) + b"{oops\n")
+    with pytest.raises(UserError, match=r"b\.jsonl:251: broken line.*--strict"):
+        inside(tmp_path, monkeypatch, dataset="b", sources="b.jsonl", strict=True)
+    inside(tmp_path, monkeypatch, dataset="b", sources="b.jsonl")
+
+
+def test_exact_duplicates(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES[:200] + LINES[50:90]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(LINES[150:]))
+    folder = inside(tmp_path, monkeypatch, sources=["a.jsonl", "b.jsonl"], dedup="exact", workers=2)
+    good(folder, LINES)
+    assert shards.read_manifest(folder)["dropped"] == {
+        "duplicate": {"count": 90, "first": "a.jsonl:201"}}
+
+
+def test_near_duplicates(tmp_path, monkeypatch):
+    """Planted copies with one word in fifteen changed, among texts of the same few words."""
+    pytest.importorskip("rensa")
+    rng = random.Random(7)
+    vocabulary = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(2000)]
+    originals = [rng.choices(vocabulary, k=rng.randint(60, 300)) for _ in range(600)]
+    copies = []
+    for text in originals[:300]:
+        text = list(text)
+        for i in rng.sample(range(len(text)), len(text) // 15):
+            text[i] = rng.choice(vocabulary)
+        copies.append(text)
+    lines = [" ".join(text) for text in originals + copies]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(lines))
+    folder = inside(tmp_path, monkeypatch, sources="a.jsonl", dedup="near")
+    ids = stored(folder, "train") + stored(folder, "val")
+    kept = {bytes(one[1:-1]).decode() for one in ids}
+    assert len(kept & set(lines[:600])) >= 594  # at most one in a hundred removed wrongly
+    assert len(kept & set(lines[600:])) <= 15  # nineteen in twenty copies found
+    count = shards.read_manifest(folder)["dropped"]["near duplicate"]["count"]
+    assert count == 900 - len(kept)

@@ -95,7 +95,7 @@ def test_every_byte_is_verified(folder, tmp_path):
     assert shards.verify(folder) == (0, [])
     rng = np.random.default_rng(0)
     names = sorted(p.name for p in folder.iterdir())
-    for trial in range(60):
+    for trial in range(200):
         copy = tmp_path / f"copy{trial}"
         shutil.copytree(folder, copy)
         name = names[trial % len(names)]
@@ -138,3 +138,72 @@ def test_training_refuses_what_is_not_whole(folder):
         shards.read_manifest(folder)
     with pytest.raises(UserError, match="no data set"):
         shards.read_manifest(folder / "nothing")
+
+
+def test_document_starts_are_those_of_the_index(folder):
+    split = shards.open_split(folder, "train")
+    tokens, bos = all_tokens(folder), tokenizer.Tokenizer.load(folder).bos
+    for T in (7, 64, 1000):
+        rows = shards.Rows(split, T, seed=5)
+        for window in range(rows.windows):
+            expected = np.flatnonzero(tokens[window * T:window * T + T] == bos)
+            assert np.array_equal(rows.document_starts(window), expected)
+
+
+@pytest.mark.parametrize("T", [7, 64, 5000])
+def test_rows_of_one_document_lose_nothing_and_share_nothing(folder, T):
+    rows = shards.DocumentRows(shards.open_split(folder, "train"), T, seed=5)
+    expected = []
+    for i in range(3):
+        for text in documents(40)[i::3]:
+            ids = np.array([256, *text.encode(), 257])
+            for k in range(0, len(ids) - 1, T):
+                row = np.full(T + 1, -1)
+                row[:len(ids[k:k + T + 1])] = ids[k:k + T + 1]
+                expected.append(row)
+    assert np.array_equal(rows.read_windows(range(rows.windows)), expected)
+    seen = rows.rows(rows.windows, rows.windows)  # a whole epoch
+    assert sorted(map(tuple, seen)) == sorted(map(tuple, expected))
+    assert rows.targets(3, 11) == int((rows.rows(3, 11)[:, 1:] >= 0).sum())
+    for window, row in enumerate(expected):
+        assert list(rows.document_starts(window)) == [0] * int(row[0] == 256)
+
+
+@pytest.mark.parametrize("packing", ["concat", "doc"])
+def test_mixture_is_exact_by_its_table(tmp_path, packing):
+    from settings import Settings
+
+    for name, n in (("a", 40), ("b", 15), ("c", 7)):
+        write_data_set(tmp_path / name, {"train": [name + d for d in documents(n)],
+                                         "val": documents(3)}, 3)
+    weights = {"b": 3, "a": 1.0, "c": 0.5}
+    config = Settings(mixture=weights, block_size=16, seed=3, packing=packing)
+    mixed = shards.training_rows(tmp_path / "a", shards.read_manifest(tmp_path / "a"), config)
+    counts = {"a": 222, "b": 667, "c": 111}  # thousandths
+    alone = {name: type(mixed.sets[0])(shards.open_split(tmp_path / name, "train"), 16, (3, name))
+             for name in counts}
+    used = dict.fromkeys(counts, 0)
+    rows = mixed.rows(0, 2500)
+    for r, row in enumerate(rows):
+        name = "abc"[mixed.table[r % 1000]]
+        assert np.array_equal(row, alone[name].rows(used[name], 1)[0])
+        used[name] += 1
+        assert all(abs(used[k] - counts[k] * (r + 1) / 1000) < 1.5 for k in used)
+    assert {k: v for k, v in zip("abc", np.bincount(mixed.table), strict=True)} == counts
+    assert np.array_equal(mixed.rows(1700, 50), rows[1700:1750])
+    assert mixed.targets(1700, 700) == int((rows[1700:2400, 1:] != shards.PAD).sum())
+    window = int(mixed.window_of(1, 1)[0])
+    assert np.array_equal(mixed.document_starts(window), np.flatnonzero(rows[1][:-1] == 256))
+    config.mixture = {"a": 1, "c": 1e-9}
+    with pytest.raises(UserError, match="less than one in 1000"):
+        shards.training_rows(tmp_path / "a", shards.read_manifest(tmp_path / "a"), config)
+
+
+def test_the_hash_file_is_verified_to_its_last_byte(folder):
+    for change in (b"", b" ", b"\r\n", b"\x0b"):
+        path = folder / "manifest.sha256"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + change)
+        assert shards.verify(folder)[0] == 1, change
+        path.write_bytes(content)
+    assert shards.verify(folder)[0] == 0

@@ -287,3 +287,51 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(home, capsys):
     assert "resuming from out/a/checkpoints/step_10" in out
     assert digest(home / "out/a", 20) != before
     assert (home / "out/a/checkpoints/step_20.damaged").is_dir()  # and is not counted by keep_last
+
+
+def test_rows_of_documents_and_mixtures(home):
+    """Loss and tokens count real targets only, over all ranks; a resumed run is the same run."""
+    import numpy as np
+    from conftest import documents, write_data_set
+
+    import checkpoint
+    import shards
+    from settings import UserError
+
+    shared = (home / "data").resolve()
+    (home / "data").unlink()
+    shutil.copytree(shared, home / "data")
+    write_data_set(home / "data" / "more", {"train": documents(30)[::-1], "val": documents(2)})
+    words = ("toy.py", "--packing=doc", "--mixture={'toy': 1, 'more': 2}", "--max_steps=8",
+             "--save_interval=4", "--block_size=96", "--global_batch_tokens=768")
+    frozen = ("--learning_rate=1e-30", "--min_lr=0", "--max_steps=1", "--out_dir=out/frozen")
+    assert run(*words, *frozen) == 0
+    assert run(*words, "--out_dir=out/whole") == 0
+    run_script("train.py", *words, "--out_dir=out/killed", cwd=home,
+               code=DIE_TRAINING.replace("25", "6"))
+    assert run(*words, "--out_dir=out/killed") == 0
+    assert digest(home / "out/whole", 8) == digest(home / "out/killed", 8)
+    done = run_script("train.py", *words, "--out_dir=out/two", "--micro_batch=1", cwd=home,
+                      processes=2)
+    assert done.returncode == 0, done.stderr
+
+    config = settings.parse(list(words), "", train.Flags).config
+    rows = shards.training_rows(home / "data/toy", shards.read_manifest(home / "data/toy"), config)
+    model = checkpoint.load_model(home / "out/frozen/checkpoints/step_1")
+    ids = torch.from_numpy(rows.rows(0, 8))
+    real = ids[:, 1:] >= 0
+    assert 0 < real.sum() < real.numel()
+    with torch.no_grad():
+        logits = model(ids[:, :-1].clamp(min=0)).float()
+    nll = torch.nn.functional.cross_entropy(logits[real], ids[:, 1:][real])
+    for name in ("frozen", "whole", "killed", "two"):
+        trained = [row for row in metrics(home / "out" / name) if "loss" in row]
+        assert trained[0]["loss"] == pytest.approx(float(nll), abs=1e-5)
+        assert [row["tokens"] for row in trained] == [
+            int((rows.rows(0, 8 * k)[:, 1:] >= 0).sum()) for k in range(1, len(trained) + 1)]
+    a, b = metrics(home / "out/whole"), metrics(home / "out/two")
+    assert np.allclose([r.get("loss", 0) for r in a], [r.get("loss", 0) for r in b], atol=1e-5)
+    for other, said in (("--mixture={'toy': 1, 'more': 1}", "mixture="),
+                        ("--packing=concat", "packing=doc")):
+        with pytest.raises(UserError, match=said):
+            run(*words, other, "--out_dir=out/whole", "--max_steps=9", "--extend")
