@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import log
 
-SCRIPTS = ["quickstart.py", "step.py"]
+SCRIPTS = ["quickstart.py", "rows.py", "step.py"]
 
 
 def main() -> int:

@@ -86,7 +86,7 @@ def train(flags: Flags, arm: str, rate: float, seed: int) -> Curve:
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise UserError(f"{run}: {done.stderr.strip()}")
-    return curve(log.rows_of(run))
+    return curve(log.whole_rows(run / "metrics.jsonl"))
 
 
 def curve(rows: list[dict]) -> Curve:

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from hub_stub import SHA, Hub
 
+import parts
 import prepare
 import shards
+import sources
 from settings import Settings, UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -189,9 +191,9 @@ def test_a_cut_at_or_beside_a_line_end_loses_nothing(width, packed, tmp_path):
     assert len(data) == 4096 * width
     path = tmp_path / f"a.jsonl{packed}"
     path.write_bytes(gzip.compress(data) if packed else data)
-    _, parts = prepare.survey([{"path": str(path)}], [])
+    _, parts = sources.survey([{"path": str(path)}], [])
     assert packed or len(parts) >= 4
-    assert list(prepare.documents([p for part in parts for p in part], prepare.Tally())) == lines
+    assert list(sources.documents([p for part in parts for p in part], sources.Tally())) == lines
 
 
 def test_standard_input(tmp_path):
@@ -229,10 +231,9 @@ def test_embedded_is_the_packages_source(tmp_path, monkeypatch):
             name = path.relative_to(root.parent)
             if not {"tests", "benchmarks"} & set(name.parts) and path.stat().st_size:
                 want[name.as_posix()] = path.read_bytes().decode()
-    sources = prepare.described("embedded")
-    records, parts = prepare.survey(sources, [])
+    records, parts = sources.survey(sources.described("embedded"), [])
     assert len(parts) >= 8 and str(ROOT) not in json.dumps(records)
-    have = list(prepare.documents([p for part in parts for p in part], prepare.Tally()))
+    have = list(sources.documents([p for part in parts for p in part], sources.Tally()))
     assert have == [want[name] for name in sorted(want)] and sum(map(len, have)) > 20e6
 
 
@@ -494,7 +495,6 @@ def test_shares_and_a_merge_write_the_same_bytes(dedup, tmp_path):
 
 
 def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path, monkeypatch):
-    import sources
     import tokenizer
 
     monkeypatch.setattr(sources, "DOCUMENT", 1000)
@@ -508,7 +508,7 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
     for name, want in (("a.jsonl", ["short", long, word, "end"]), ("b.txt", [long]),
                        ("c.parquet", [long, "short"])):
         dropped, cut = sources.Tally(), sources.Tally()
-        _, parts = prepare.survey([{"path": str(tmp_path / name)}], [])
+        _, parts = sources.survey([{"path": str(tmp_path / name)}], [])
         pieces = [piece for part in parts for piece in part]
         have = list(sources.documents(pieces, dropped, cut=cut))
         assert "".join(have) == "".join(want) and max(len(t.encode()) for t in have) <= 1003
@@ -530,15 +530,14 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
 
 
 def test_one_long_text_is_held_out_at_its_end(tmp_path, monkeypatch):
-    import sources
 
     monkeypatch.setattr(sources, "DOCUMENT", 1000)
     text = "\n".join(f"line {i} of it" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
     jobs = [prepare.Job(part, sources.Rules(), {})
-            for part in prepare.survey([{"path": str(tmp_path / "a.txt")}], [])[1]]
+            for part in sources.survey([{"path": str(tmp_path / "a.txt")}], [])[1]]
     below = prepare.hash_below(jobs, 0.1)
-    have = list(prepare.placed(jobs[0].texts(sources.Tally()), below, 0.1))
+    have = list(parts.placed(jobs[0].texts(sources.Tally()), below, 0.1))
     assert "".join(t for _, t in have) == text
     assert [s for s, _ in have] == sorted(s for s, _ in have)
     held = "".join(t for s, t in have if s == "val")
