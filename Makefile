@@ -1,4 +1,4 @@
-# make demo    environment, data, training, samples, score, report: about six minutes on two cores
+# make demo    environment, data, training, samples, score, report: some minutes on two cores
 # make test    the whole suite, offline, on the CPU
 # make bench   what can be measured on this machine
 VENV ?= .venv

@@ -126,8 +126,11 @@ def find(path: str, quiet: bool = False) -> Path:
     newest run). Prints the choice. UserError if there is none."""
     start = Path(path)
     if not start.is_dir():
-        raise UserError(f"no folder {path}; train a model first (python train.py) or name a "
-                        "checkpoint or run with --ckpt")
+        beside = ", ".join(step.name for step in steps_of(start.parent.parent))
+        raise UserError(f"{path} is a file; --ckpt names a checkpoint, a run or a folder of runs"
+                        if start.exists() else f"no checkpoint {path}; its run has {beside}"
+                        if beside else f"no folder {path}; train a model first (python train.py) "
+                        "or name a checkpoint or run with --ckpt")
     if (start / "config.json").is_file():
         problem = damage(start, training=False) if (start / "checksums.json").is_file() else ""
         if problem:

@@ -117,7 +117,8 @@ def check(model: LLaMA, tokenizer: Tokenizer, folder: Path) -> str:
             return f"{name} is not what was written"
     del again
     if importlib.util.find_spec("transformers") is None:
-        print("not checked against transformers, which is not installed: pip install transformers")
+        print("NOT checked against transformers, which is not installed; for that export into a "
+              f"new folder after: {settings.install('hf')}")
         return ""
     ids = torch.randint(model.config.vocab_size, (2, min(model.config.block_size, 128)),
                         generator=torch.Generator().manual_seed(0))
@@ -211,7 +212,7 @@ def main(command) -> int:
     if flags.push and flags.push.count("/") != 1:
         raise UserError(f"--push takes user/name, not {flags.push!r}")
     if flags.push and importlib.util.find_spec("huggingface_hub") is None:
-        raise UserError("--push needs huggingface_hub: pip install huggingface_hub")
+        raise UserError("--push needs huggingface_hub: " + settings.install("hf"))
     source = checkpoint.find(flags.ckpt)
     tokenizer, config = Tokenizer.load(source), checkpoint.model_config(source)
     if tokenizer.vocab_size > config.vocab_size:

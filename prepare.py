@@ -95,7 +95,9 @@ def hash_below(jobs: list[Job], fraction: float) -> int:
             break
     if largest < 0:
         raise UserError("sources: no document is left; dropped: " + "; ".join(
-            f"{entry['count']} {rule} (first {entry['first']})" for rule, entry in dropped.items()))
+            f"{entry['count']} {rule} (first {entry['first']})" for rule, entry in dropped.items())
+            + "; another column is named like this: --sources=\"{'path': 'my.jsonl', 'column': "
+            "'content'}\"" * any(rule.startswith("no column") for rule in dropped))
     if below and dropped.records == 1 < count:
         return -int(size * (1 - fraction))
     if not below or smallest < below <= largest:
@@ -151,7 +153,7 @@ def prepare(config: Settings, folder: Path, part: int, of: int) -> bool:
     complete = (folder / "manifest.json").exists()
     state = read_manifest(folder) if complete else unfinished(folder)
     if config.dedup == "near" and not importlib.util.find_spec("rensa"):
-        raise UserError("dedup=near needs the package rensa: pip install 'plainllama[data]'")
+        raise UserError("dedup=near needs the package rensa: " + settings.install("data"))
     old = {key: getattr(Settings, key, None) for key in MADE} | state.get("recipe", recipe)
     if differs := [f"{key} was {old.get(key)!r}, is now {recipe[key]!r}" for key in recipe
                    if old.get(key) != recipe[key]] or (

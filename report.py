@@ -36,7 +36,7 @@ CHARTS = (
     ("peak memory, GiB", ("peak_memory_bytes",), 2**-30, False),
 )
 COLORS = ("#3b7dd8", "#e07020", "#1f9d6b", "#b355c0", "#a58300", "#e0455f")  # on white and on black
-LEFT, RIGHT, HEIGHT = 60, 458, 200  # of the box in a chart in which the curves lie
+LEFT, RIGHT, HEIGHT = 70, 458, 200  # of the box in a chart in which the curves lie
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1e21; --soft: #666b73; --rule: #ddd }
 @media (prefers-color-scheme: dark) {
@@ -321,8 +321,8 @@ def again(run: Run) -> str:
         del given["out_dir"]
     words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
              for name, value in given.items()]
-    ranks = run.info["device"]["count"]
-    return (f"{run.name} was made by: train.py {shlex.join([run.info['config_file'], *words])}"
+    ranks, config_file = run.info["device"]["count"], run.info["config_file"]
+    return (f"{run.name} was last started by: train.py {shlex.join([config_file, *words])}"
             + (f" on {ranks} ranks of torchrun" if ranks > 1 else ""))
 
 
@@ -355,8 +355,8 @@ def baselines(runs: list) -> list:
             every = {name.removesuffix("_bpb"): of for name, of in one["baselines"].items()
                      if name.endswith("_bpb")} | {run.name: one.get("val_bpb")}
             order = sorted((of, name) for name, of in every.items() if is_number(of))
-            blocks.append(table([f"step {one['step']}", "bits per byte", f"below {order[-1][1]}"],
-                                [[name, f"{of:.4f}", f"{1 - of / order[-1][0]:.1%}"]
+            blocks.append(table([f"step {one['step']}", "bits per byte", "below unigram"],
+                                [[name, f"{of:.4f}", f"{1 - of / every['unigram']:.1%}"]
                                  for of, name in order]))
     return blocks
 

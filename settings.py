@@ -8,6 +8,7 @@ base, file, command line.
 import ast
 import difflib
 import errno
+import importlib.util
 import io
 import json
 import operator
@@ -185,6 +186,11 @@ def command(doc: str | None, flags: type | None = None, takes: str = "config") -
         found = parse(sys.argv[1:], doc, flags, takes)
     except UserError as error:
         raise SystemExit(complain(str(error), 2)) from None
+    for package in ("numpy", "torch"):
+        if importlib.util.find_spec(package) is None:
+            raise SystemExit(complain(
+                f"{package} is not installed for {sys.executable}; first: . .venv/bin/activate "
+                f"(or, once: {install('')})", 2))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: started with &
         signal.signal(signal.SIGINT, lambda *_: os._exit(complain(INTERRUPTED, 1)))
     return found
@@ -192,6 +198,9 @@ def command(doc: str | None, flags: type | None = None, takes: str = "config") -
 
 def read_config(path: str, seen: tuple = ()) -> list:
     """[(file name, {key: value}), ...] from the outermost base to `path` itself. Nothing is run."""
+    if Path(path).is_file() and not path.endswith(".py"):
+        raise UserError(f"{path} is not a config file, which ends in .py; text to prepare is named "
+                        f"with --sources={path}")
     if not Path(path).is_file():
         hint = "" if path.endswith(".py") else " (a config file ends in .py; options begin with --)"
         raise UserError(f"no config file {path}{hint}; there are: {configs_beside(path)}")
@@ -301,6 +310,11 @@ def checked(item, value, where: str):
     return value
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra of pyproject.toml."""
+    return "python -m pip install -c constraints.txt -e " + (f"'.[{extra}]'" if extra else ".")
+
+
 def nearest(name: str, known) -> str:
     """'; did you mean X?' for a misspelt name, or ''."""
     close = difflib.get_close_matches(name, list(known), 1, 0.5)
@@ -309,8 +323,13 @@ def nearest(name: str, known) -> str:
 
 def configs_beside(path: str) -> str:
     """The config files that could have been meant by `path`, for a message."""
-    folder = Path(path).parent if list(Path(path).parent.glob("*.py")) else Path("config")
-    return ", ".join(sorted(str(p) for p in folder.glob("*.py"))[:12]) or "none here"
+    folder = Path(path).parent
+    if not folder.name and Path("config").is_dir():
+        folder = Path("config")
+    found = sorted(str(p) for p in folder.glob("*.py"))
+    near = difflib.get_close_matches(path, [*found, *(Path(p).name for p in found)], 1, 0.7)
+    return ", ".join(found[:12]) + (
+        f"; did you mean {folder / Path(near[0]).name}?" if near else "") or "none here"
 
 
 def help_text(doc: str | None, known: dict) -> str:

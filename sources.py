@@ -24,12 +24,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from settings import UserError
+from settings import UserError, install
 
 KINDS = r".*\.(txt|jsonl|parquet|(txt|jsonl)\.(gz|xz|zst))"
 PACKED = {".gz": 3, ".xz": 4, ".zst": 3}  # bytes of text in a packed byte: a guess, for the plan
 PART = 64 << 20  # bytes of text that a worker takes at a time
-INSTALL = "python -m pip install -c constraints.txt -e '.[data]'"
 # The memory is bounded: what is longer is cut before a space, inside a word only if it has none ...
 DOCUMENT = 16 << 20  # utf-8 bytes
 LINE = 64 << 20  # ... and a line of .jsonl that is longer is dropped
@@ -153,7 +152,7 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
                 name, file, repo_type="dataset", revision=revision, etag_timeout=20)))))
         return {"revision": revision}, found
     except ImportError as error:
-        raise UserError(f"{path}: {error}; {INSTALL}") from None
+        raise UserError(f"{path}: {error}; {install('data')}") from None
     except UserError:
         raise
     except Exception as error:  # whatever the two libraries and the network raise
@@ -259,12 +258,13 @@ def row_groups(path: Path, column: str) -> list[int]:
 
         file = pq.ParquetFile(path)
     except ImportError as error:
-        raise UserError(f"{path}: {error}; {INSTALL}") from None
+        raise UserError(f"{path}: {error}; {install('data')}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short: {error}") from None
     if column not in file.schema_arrow.names:
         raise UserError(f"{path} has no column {column!r}; it has "
-                        f"{', '.join(file.schema_arrow.names)}: {{'path': ..., 'column': ...}}")
+                        f"{', '.join(file.schema_arrow.names)}; say which is the text: --sources="
+                        f"\"{{'path': '{path}', 'column': '{file.schema_arrow.names[0]}'}}\"")
     kind = str(file.schema_arrow.field(column).type)
     if not re.search("string|binary", kind) or "<" in kind.removeprefix("dictionary<values="):
         raise UserError(f"{path}: column {column!r} is {kind}, not text")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+import settings
 from log import Progress
 from model import LLaMA
 from parallel import World
@@ -167,6 +168,8 @@ def find(flags: Any) -> tuple[dict, list[str]]:
     names = dict.fromkeys(name.strip() for name in flags.tasks.split(",") if name.strip())
     for name in names:
         try:
+            if Path(name).is_file():
+                raise UserError(f"--tasks={name} is a file: say --tasks=local:{name}")
             if name.startswith("local:"):
                 shots = read_local(flags.shots, None) if flags.shots else []
                 items = read_local(name.removeprefix("local:"), shots)[:flags.limit or None]
@@ -280,7 +283,7 @@ def load_task(name: str) -> list:
             loaded = manager.load([TINY_MMLU if tiny else name])
             return [*loaded["groups"].values()] or [*loaded["tasks"].values()]
     except ImportError as error:
-        raise Unavailable(f"{error}; pip install lm-eval datasets") from None
+        raise Unavailable(f"{error}; {settings.install('eval')}") from None
     except Exception as error:  # whatever the library, its plug-ins or the network raise
         source = f"data set {TINY_MMLU['dataset_path']}" if tiny else "its data"
         raise Unavailable(f"{source} cannot be had from huggingface.co or its cache, run it once "

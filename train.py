@@ -107,6 +107,8 @@ class Run:
         self.byte_info = tokenizer.byte_info(self.data)
         self.tokenizer, self.prompt = prompt(config, self.data)
         config.vocab_size = vocabulary(config, manifest)
+        for name in ("sources", "tokenizer", "val_fraction"):  # run.json says what is in the data
+            setattr(config, name, manifest["recipe"].get(name, getattr(config, name)))
 
         # where to start, decided by rank 0 for all
         if world.rank == 0 and self.folder.is_dir():
@@ -149,7 +151,8 @@ class Run:
                 self.folder, command, world.device, world.size, data, counts))
         self.log.say(f"model: {counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M without "
                      f"embeddings; {world.device.type}, {str(engine.dtype)[6:]}, "
-                     f"{'compiled' if engine.compiled else 'eager'}, {world.mode}")
+                     f"{'compiled' if engine.compiled else 'eager'}, "
+                     f"{world.mode if world.mode != 'one' else 'one process'}")
         self.log.say(f"batch: global {self.batch_rows * block:,} tok = {world.size} "
                      f"{world.device.type} x {engine.micro} x {block} x {engine.accumulate} "
                      "(ranks x micro-batch x context x accumulation)")
@@ -210,6 +213,8 @@ class Run:
         state = "done" if self.step == config.max_steps else "stopped"
         self.log.status(state, self.step)
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
+        self.log.say(f"next: python sample.py --ckpt {self.folder}" if state == "done" else
+                     "the same command goes on from there")
         return 0 if state == "done" else STOPPED
 
     def rows_at(self, step: int) -> int:

@@ -1,4 +1,4 @@
-"""Three to four minutes on two CPU cores: a small LLaMA that writes Python.
+"""Some minutes on two CPU cores: a small LLaMA that writes Python.
 
 docs/log.md has what other sizes, batches and rates gave for the same time.
 """
@@ -26,5 +26,4 @@ beta2 = 0.99
 log_interval = 10
 eval_interval = 250
 eval_tokens = 256 * 256
-sample_prompt = "    def _eval_"
 save_interval = 250

@@ -72,8 +72,11 @@ TABLE = [
     ("train", ["typo.py"], "typo.py:20: unknown key n_layerz; did you mean n_layer"),
     ("train", ["evil.py"], "evil.py:1: only `key = value` lines are allowed; configs are not run"),
     ("train", ["latin.py"], "latin.py is not a config file"),
+    ("sample", ["--ckpt=out/toy/checkpoints/step_7"], "no checkpoint .*step_7; its run has step_2"),
+    ("eval", ["--ckpt=out/toy", "--tasks=rows.jsonl"], "is a file: say --tasks=local:rows.jsonl"),
+    ("train", ["toi.py"], "no config file toi.py; .*did you mean toy.py"),
     ("train", ["gone.py"], "no config file gone.py; there are: .*toy.py"),
-    ("train", ["my.txt"], "my.txt:1: only `key = value` lines"),
+    ("train", ["my.txt"], "my.txt is not a config file, .* --sources=my.txt"),
     ("prepare", ["toy.py", "--tokenizer=mistrel"], "tokenizer .*mistrel"),
     ("prepare", ["toy.py", "--val_fraction=2"], "val_fraction is 2.0, must be at least"),
     ("prepare", ["toy.py", "--dataset=../up"], "'../up' is not the name of a folder"),
@@ -106,7 +109,7 @@ TABLE = [
     *((name, [*words, f"--ckpt={ckpt}"], says)
       for name, words in (("sample", []), ("eval", ["--tasks="]), ("export", ["--to=new"]))
       for ckpt, says in (("gone", "no folder gone"), ("data/toy", "holds no complete checkpoint"),
-                         ("data", "holds no complete checkpoint"), ("toy.py", "no folder toy.py"))),
+                         ("data", "holds no complete checkpoint"), ("toy.py", "toy.py is a file; --ckpt names a check"))),
     ("train", ["toy.py", "--init_from=data/toy", "--out_dir=out/new"], "no complete checkpoint"),
     ("train", ["toy.py", "--out_dir=my.txt"], "out_dir my.txt is a file; name a folder"),
     ("sample", ["--ckpt=out/toy", "--prompt=" + "x" * 40], "prompt has 41 tokens, .* of 32"),

@@ -113,7 +113,7 @@ def test_differences_from_the_parent(tmp_path):
                             ["max_steps", "2300", "100"], ["learning_rate", "0.001", "0.002"],
                             ["device", "auto", "cpu"]]
     assert "| learning_rate | 0.001 | 0.002 |" in markdown
-    assert (f"run was made by: train.py child.py --out_dir={tmp_path}/run --max_steps=100 "
+    assert (f"run was last started by: train.py child.py --out_dir={tmp_path}/run --max_steps=100 "
             "on 2 ranks of torchrun") in page
 
 
