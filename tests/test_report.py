@@ -249,7 +249,7 @@ def test_a_logarithmic_curve_is_drawn_where_the_numbers_are():
     rows = [(step, value, value, value) for step, value in ((0, 1.0), (1, 10.0), (2, 100.0))]
     svg = report.draw("t", [], [("red", "loss", rows)], log=True)
     heights = [float(y) for y in re.findall(r",([0-9.]+)", svg.split('<path d="M')[1])]
-    grid = [float(y) for y in re.findall(r'class="rule" d="M60 ([0-9.]+)H', svg)]
+    grid = [float(y) for y in re.findall(rf'class="rule" d="M{report.LEFT} ([0-9.]+)H', svg)]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
     assert set(heights) <= set(grid)  # 1, 10 and 100 have a line each
 
