@@ -301,10 +301,9 @@ class Run:
     def sample(self, words: tokenizer.Tokenizer) -> None:
         """Add a text to samples.jsonl. On rank 0 alone, so not where the model is sharded."""
         self.model.eval()
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-            ended, text, _ = sample.complete(
-                self.model, words, [self.prompt], self.config.sample_tokens, sample.Flags(),
-                [sample.row_seed(self.config.seed, 0)], [])[0]
+        ended, text, _ = sample.complete(
+            self.model, words, [self.prompt], self.config.sample_tokens, sample.Flags(),
+            [sample.row_seed(self.config.seed, 0)], [])[0]
         self.model.train()
         self.log.line("samples.jsonl", {"step": self.step, "prompt": self.config.sample_prompt,
                                         "completion": text, "stop": ended})

@@ -39,7 +39,8 @@ from statistics import mean, stdev
 import log
 
 ARMS = ("adamw", "muon")
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)  # Muon's steps are scaled to AdamW's size, so the range is shared
+# Muon's steps are scaled to AdamW's size, so that the range is shared
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 SEEDS = (1, 2, 3)
 T_95 = 4.303  # Student's t, two-sided 95 %, two degrees of freedom
 
