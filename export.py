@@ -1,14 +1,15 @@
 """A checkpoint -> a Hugging Face folder that transformers, vLLM and others open as it is.
 
-  export.py --ckpt=out/RUN --to=DIR [--dtype=bf16] [--push=user/name]
+  export.py --ckpt=out/RUN --to=DIR [--dtype=bf16] [--code] [--push=user/name]
 
 The folder gets config.json, generation_config.json, the weights (in shards above 5 GB), the
 tokenizer and a model card. Before it gets its name, the weights in it are compared with the
 model's bit by bit, and a fresh Python process opens it with transformers elsewhere: logits and
-token ids must be ours. --push uploads it to the Hugging Face hub, once everything here is done.
+token ids must be ours. --code adds our own model.py, which then opens with trust_remote_code=True;
+without it the folder is transformers' LlamaForCausalLM and needs no code. --push uploads it to the Hugging Face hub, once everything here is done.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import settings
 from settings import UserError, key
@@ -21,6 +22,7 @@ class Flags:
     ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs (the newest)")
     to: str = key("", "the folder to write; it must be new or empty")
     dtype: str = key("fp32", "of the weights in the folder", ("fp32", "bf16"))
+    code: bool = key(False, "with our model.py, to be opened with trust_remote_code=True")
     license: str = key("", "for the model card, such as apache-2.0")
     push: str = key("", "user/name on the hub to upload to (after `hf auth login`)")
 
@@ -31,6 +33,7 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,8 +46,10 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from model import LLaMA
+from parallel import World
 from tokenizer import SAMPLE, Tokenizer, write_hf_files
 
+CODE = ("modeling_plainllama.py", "model.py", "attention.py")
 SHARD_BYTES = 5_000_000_000
 TOLERANCE = 1e-4  # largest difference of logits in fp32, as a share of the largest logit
 # Run by a fresh Python process: arguments are the folder and a place for questions and answers.
@@ -54,9 +59,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, place = sys.argv[1], Path(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+folder, place, code = sys.argv[1], Path(sys.argv[2]), len(sys.argv) > 3
+model = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=code).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
 with torch.no_grad():
     logits = model(load_file(place / "ids.safetensors")["ids"]).logits
 save_file({"logits": logits.contiguous()}, place / "logits.safetensors")
@@ -109,9 +115,26 @@ def write_weights(model: LLaMA, folder: Path, dtype: torch.dtype, limit: int) ->
                               {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def check(model: LLaMA, tokenizer: Tokenizer, folder: Path) -> str:
+def write_code(folder: Path, model: LLaMA) -> None:
+    """Our model beside the weights, and where config.json says that it is."""
+    for name in CODE:
+        text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+        for other in CODE:  # in a package of transformers' making they are neighbours
+            module = other.removesuffix(".py")
+            text = re.sub(rf"^from {module} import", f"from .{module} import", text,
+                          flags=re.MULTILINE)
+        (folder / name).write_text(text, encoding="utf-8")
+    names = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+    checkpoint.write_json(folder / "config.json", read(folder / "config.json") | {
+        "model_type": "plainllama", "architectures": ["PlainLlamaForCausalLM"],
+        "plainllama": asdict(model.config),
+        "auto_map": {auto: f"modeling_plainllama.PlainLlama{ours}" for auto, ours in names.items()}})
+
+
+def check(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool = False) -> str:
     """Open `folder` with transformers in a fresh process and compare; what differs, or ''."""
-    again = checkpoint.load_model(folder)
+    again = LLaMA(model.config)
+    checkpoint.load_weights(folder, again, World())
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         if not torch.equal(ours, theirs):
             return f"{name} is not what was written"
@@ -125,8 +148,10 @@ def check(model: LLaMA, tokenizer: Tokenizer, folder: Path) -> str:
         place = Path(elsewhere)
         save_file({"ids": ids}, place / "ids.safetensors")
         (place / "texts.json").write_text(json.dumps(TEXTS))
-        done = subprocess.run([sys.executable, "-c", CHECK, str(folder.absolute()), elsewhere],
-                              cwd=elsewhere, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        done = subprocess.run([sys.executable, "-c", CHECK, str(folder.absolute()), elsewhere,
+                               *["code"] * code],
+                              cwd=elsewhere, env={**os.environ, "HF_HUB_OFFLINE": "1",
+                                                 "HF_MODULES_CACHE": str(place / "modules")},
                               capture_output=True, text=True)
         if done.returncode:
             return f"transformers cannot open it: {done.stderr.strip()[-2000:]}"
@@ -233,8 +258,10 @@ def main(command) -> int:
                               {"bos_token_id": tokenizer.bos, "eos_token_id": end})
         write_hf_files(source / "tokenizer.json", folder, config.block_size)
         write_weights(model, folder, kind, SHARD_BYTES)
+        if flags.code:
+            write_code(folder, model)
         (folder / "README.md").write_text(card(model, source, flags), encoding="utf-8")
-        if wrong := check(model, tokenizer, folder):
+        if wrong := check(model, tokenizer, folder, flags.code):
             return settings.complain(f"the export was not right and is removed: {wrong}", 1)
         for path in [*folder.iterdir(), folder]:
             checkpoint.sync(path)
