@@ -6,7 +6,8 @@ The folder gets config.json, generation_config.json, the weights (in shards abov
 tokenizer and a model card. Before it gets its name, the weights in it are compared with the
 model's bit by bit, and a fresh Python process opens it with transformers elsewhere: logits and
 token ids must be ours. --code adds our own model.py, which then opens with trust_remote_code=True;
-without it the folder is transformers' LlamaForCausalLM and needs no code. --push uploads it to the Hugging Face hub, once everything here is done.
+without it the folder is transformers' LlamaForCausalLM and needs no code. --push uploads it to the
+Hugging Face hub, once everything here is done.
 """
 
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import report
 from model import LLaMA
 from parallel import World
 from tokenizer import SAMPLE, Tokenizer, write_hf_files
@@ -85,7 +87,7 @@ LLaMA trainer in plain PyTorch. The weights are {dtype}. Licence: {license}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 ids = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=50)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 ```
@@ -124,11 +126,12 @@ def write_code(folder: Path, model: LLaMA) -> None:
             text = re.sub(rf"^from {module} import", f"from .{module} import", text,
                           flags=re.MULTILINE)
         (folder / name).write_text(text, encoding="utf-8")
-    names = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+    where = "modeling_plainllama.PlainLlama"
     checkpoint.write_json(folder / "config.json", read(folder / "config.json") | {
         "model_type": "plainllama", "architectures": ["PlainLlamaForCausalLM"],
         "plainllama": asdict(model.config),
-        "auto_map": {auto: f"modeling_plainllama.PlainLlama{ours}" for auto, ours in names.items()}})
+        "auto_map": {"AutoConfig": f"{where}Config",
+                     "AutoModelForCausalLM": f"{where}ForCausalLM"}})
 
 
 def check(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool = False) -> str:
@@ -170,8 +173,9 @@ def check(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool = False) 
     return ""
 
 
-def card(model: LLaMA, folder: Path, flags) -> str:
-    """README.md: what the model is, how it was trained and what it scored, from its run's files."""
+def card(model: LLaMA, folder: Path, flags, to: Path) -> str:
+    """README.md: what the model is, how it was trained and what it scored, from its run's files.
+    The curve goes into the folder `to`."""
     total, inner = model.parameter_counts()
     run, state = checkpoint.run_of(folder), read(folder / "training" / "state.json")
     info = read(run / "run.json") if run else {}
@@ -187,22 +191,30 @@ def card(model: LLaMA, folder: Path, flags) -> str:
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,
         "commit": f"{git['commit']}{' (edited)' * bool(git.get('dirty'))}" if git else None,
         "command": shlex.join(["python", "train.py", info.get("config_file") or "", *words])}
-    found = read(run / "eval" / f"step_{step}.json") if run else {}
-    scores = {"validation loss, nats per token": found.get("val_loss"),
-              "validation, bits per byte": found.get("val_bpb")}
-    for task, metrics in (found.get("tasks") or {}).items():
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and not name.endswith("_stderr"):
-                error = metrics.get(f"{name}_stderr")
-                interval = f" ± {1.96 * error:.4f} (95 %)" if isinstance(error, float) else ""
-                scores[f"{task}, {name}"] = f"{value:.4f}{interval}"
     text = CARD.format(license=flags.license or "not stated", total=total, inner=inner,
                        license_line=f"license: {flags.license}\n" * bool(flags.license),
-                       name=flags.push or Path(flags.to).name, dtype=flags.dtype)
-    for title, table in (("Training", facts if info else {}), ("Scores", scores),
-                         ("Architecture", vars(model.config))):
+                       name=flags.push or Path(flags.to).name, dtype=flags.dtype,
+                       trust=", trust_remote_code=True" * flags.code)
+    for title, table in (("Architecture", vars(model.config)), ("Training", facts if info else {})):
         lines = [f"| {name} | {value} |" for name, value in table.items() if value is not None]
         text += "\n".join([f"\n## {title}\n\n| | |\n| --- | --- |", *lines, ""]) if lines else ""
+    return text + (measured(run, step, to) if run else "")
+
+
+def measured(run: Path, step: int, to: Path) -> str:
+    """The card's curve, a picture in `to`, and the scores of the step that is exported."""
+    found, text = read(run / "eval" / f"step_{step}.json"), ""
+    try:
+        whole = report.load(run)
+        whole.metrics = [row for row in whole.metrics if row["step"] <= step]
+        blocks = report.charts([[whole]], to / "curve.html", report.CHARTS[:1])
+        text += "".join(f"\n{picture}\n" for _, picture in blocks)
+    except UserError as error:
+        print(f"no curve in the model card: {error}")
+    if found:
+        one = [report.Run(run.name, {}, [], {}, [], [found])]
+        text += "\n## Scores\n" + "".join(f"\n{block}\n" for _, block in
+                                         [*report.scores(one), *report.baselines(one)])
     return text
 
 
@@ -260,7 +272,7 @@ def main(command) -> int:
         write_weights(model, folder, kind, SHARD_BYTES)
         if flags.code:
             write_code(folder, model)
-        (folder / "README.md").write_text(card(model, source, flags), encoding="utf-8")
+        (folder / "README.md").write_text(card(model, source, flags, folder), encoding="utf-8")
         if wrong := check(model, tokenizer, folder, flags.code):
             return settings.complain(f"the export was not right and is removed: {wrong}", 1)
         for path in [*folder.iterdir(), folder]:

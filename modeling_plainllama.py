@@ -1,4 +1,4 @@
-"""plainllama's own model behind transformers' interface: `export.py --code` puts it into the folder.
+"""plainllama's model behind transformers' interface: `export.py --code` puts it into the folder.
 
 Without --code an export opens as transformers' LlamaForCausalLM, which needs no code of ours.
 """
@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from attention import attend  # noqa: F401  transformers 4 copies what this file imports, no more
 from model import LLaMA, ModelConfig
 
 
@@ -21,7 +22,7 @@ class PlainLlamaForCausalLM(PreTrainedModel, GenerationMixin):
     """The model with the calls that transformers, lm-eval and Trainer make."""
 
     config_class = PlainLlamaConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: PlainLlamaConfig):
         super().__init__(config)
