@@ -21,6 +21,7 @@ class PlainLlamaConfig(PretrainedConfig):
 class PlainLlamaForCausalLM(PreTrainedModel, GenerationMixin):
     """The model with the calls that transformers, lm-eval and Trainer make."""
 
+    core: LLaMA
     config_class = PlainLlamaConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -49,6 +50,7 @@ class PlainLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **more) -> dict:
+    def prepare_inputs_for_generation(  # type: ignore[override]  # in 5 with more names than in 4
+            self, input_ids: Tensor, **more) -> dict:
         """The whole text at every token: there is no cache here."""
         return {"input_ids": input_ids, "attention_mask": more.get("attention_mask")}

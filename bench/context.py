@@ -126,7 +126,7 @@ def main(parsed) -> int:
         share = long_documents(flags)
         tables = []
         for seed in range(1, flags.seeds + 1):
-            with contextlib.redirect_stderr(io.StringIO()):  # progress lines
+            with contextlib.redirect_stdout(io.StringIO()):  # progress lines
                 tables.append(one_seed(flags, seed))
             print(f"seed {seed} of {flags.seeds}: {time.perf_counter() - start:.0f} s", flush=True)
     tokens = settings.parse([str(ROOT / "config/quickstart.py")], "").config.global_batch_tokens
