@@ -167,6 +167,27 @@ def test_keys_to_set():
         keys(replace(llama3, rope_low=2.0), llama3)
 
 
+@pytest.mark.parametrize("keys", [
+    {}, {"rope_theta": 5e5}, {"rope_scaling": "linear", "rope_factor": 4.0},
+    {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 512, "rope_theta": 5e5},
+    {"rope_scaling": "llama3", "rope_factor": 32.0, "rope_original": 64, "rope_high": 5.0}])
+def test_rotary_tables_are_those_of_transformers(keys):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = ModelConfig(1, 2, 128, 8, 16, 2048, **keys)
+    theirs = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=2048, rope_parameters={
+            "rope_type": keys.get("rope_scaling", "default"), "factor": keys.get("rope_factor"),
+            "rope_theta": keys.get("rope_theta", 1e4), "low_freq_factor": 1.0,
+            "high_freq_factor": keys.get("rope_high", 4.0),
+            "original_max_position_embeddings": keys.get("rope_original")})
+    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.arange(2048)[None])
+    ours = LLaMA(config)
+    # fp32 angles of up to 2,048 turns are good to 2048 * 2^-24
+    assert (ours.rope_cos - cos[0]).abs().max() < 3e-4
+    assert (ours.rope_sin - sin[0]).abs().max() < 3e-4
+
+
 @pytest.mark.parametrize(("change", "says"), [
     ({"model_type": "qwen2"}, "model_type is 'qwen2', not llama or mistral"),
     ({"attention_bias": True}, "it has biases"), ({"mlp_bias": True}, "it has biases"),
