@@ -400,10 +400,14 @@ def check_source(source: Path, config: ModelConfig, manifest: dict) -> None:
     if keys := huggingface.other_keys(checkpoint.model_config(source), config):
         raise UserError(f"init_from: {source} is another model than the config's; to go on from it "
                         f"say {keys}")
-    path = source / "tokenizer.json"
-    if path.is_file() and tokenizer.sha256_of(path) != manifest["tokenizer"]["sha256"]:
-        raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
-                        f"--tokenizer={path}")
+    for path in (source / "tokenizer.json", source / "tokenizer.model"):
+        if path.is_file():  # the second is converted first, as prepare.py does
+            theirs = (tokenizer.sha256_of(path) if path.suffix == ".json" else
+                      tokenizer.make(str(path)).sha256)
+            if theirs != manifest["tokenizer"]["sha256"]:
+                raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
+                                f"--tokenizer={path}")
+            return
 
 
 def pick_micro_batch(share: int, block: int, device: torch.device) -> int:

@@ -62,10 +62,10 @@ def opened(request, tmp_path_factory):
 
 def export_both(place: Path, **changes) -> None:
     """place/code with our code and place/plain without."""
+    step = write_run(place / "run", **changes)
+    assert run("--ckpt", step, "--to", place / "code", "--code") == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("export.check", lambda *_: "")
-        step = write_run(place / "run", **changes)
-        assert run("--ckpt", step, "--to", place / "code", "--code") == 0
         assert run("--ckpt", step, "--to", place / "plain") == 0
 
 

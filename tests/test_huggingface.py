@@ -54,9 +54,9 @@ for name, model, size in (
     with torch.no_grad():
         save_file({"ids": ids, "logits": model(ids).logits}, f"{sys.argv[1]}/{name}.safetensors")
 """
-# Run by the older line: what it computes from our checkpoints and makes of our texts.
+# Run by either line: what it computes from our checkpoints and makes of our texts.
 READ = """
-import json, sys, torch
+import json, sys, torch, transformers
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,8 +67,9 @@ for folder in sys.argv[1:]:
         logits = model(load_file("ids.safetensors")["ids"]).logits
     save_file({"logits": logits.contiguous()}, folder + "/theirs.safetensors")
     words = AutoTokenizer.from_pretrained(folder)
-    ids = [words(text, split_special_tokens=True)["input_ids"] for text in texts]
-    Path(folder, "theirs.json").write_text(json.dumps([words.model_max_length, ids]))
+    ids = words(texts, split_special_tokens=True)["input_ids"]
+    facts = [transformers.__version__, words.model_max_length, ids]
+    Path(folder, "theirs.json").write_text(json.dumps(facts))
 """
 
 
@@ -259,9 +260,28 @@ def test_a_tokenizer_that_transformers_wrote(tmp_path):
     transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(huggingface.hf_config(
         ModelConfig(2, 4, 32, 64, words.vocab_size - 1, 64), 0, 1)))
-    assert tokenizer.make(str(folder)).sha256 == tokenizer.sha256_of(folder / "tokenizer.json")
+    hashed = tokenizer.make(str(folder)).sha256
+    model = huggingface.model_config(folder)
+    train.check_source(folder, model, {"tokenizer": {"sha256": hashed}})
+    with pytest.raises(UserError, match="not the tokenizer of the data set; prepare one with"):
+        train.check_source(folder, model, {"tokenizer": {"sha256": words.sha256[::-1]}})
     with pytest.raises(UserError, match="entries, the model's embedding only"):
         checkpoint.load_model(folder)
+
+
+def test_a_sentencepiece_model_beside_the_weights(tmp_path):
+    """Llama 2 and TinyLlama come with tokenizer.model; the data set must be made with it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("\n".join(documents(30)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=330,
+        model_type="bpe", byte_fallback=True, minloglevel=9)
+    model = ModelConfig(2, 4, 32, 64, 330, 64)
+    (tmp_path / "config.json").write_text(json.dumps(huggingface.hf_config(model, 1, 2)))
+    hashed = tokenizer.make(str(tmp_path)).sha256
+    train.check_source(tmp_path, model, {"tokenizer": {"sha256": hashed}})
+    with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer of the data set"):
+        train.check_source(tmp_path, model, {"tokenizer": {"sha256": hashed[::-1]}})
 
 
 # ---- transformers 4.57
@@ -286,16 +306,17 @@ def hard_strings(count: int) -> list[str]:
     return ["", *("".join(chance.choices(parts, k=chance.randint(1, 12))) for _ in range(count))]
 
 
-@pytest.mark.slow
-def test_our_checkpoints_in_the_older_line(tmp_path, older):
-    """Random architectures with large weights, as they lie."""
+@pytest.mark.parametrize("line", ["newer", pytest.param("older", marks=pytest.mark.slow)])
+def test_our_checkpoints_as_they_lie(tmp_path, request, line):
+    """Random architectures with large weights, and strings that are hard to cut, in both lines."""
+    packages = request.getfixturevalue("older") if line == "older" else None
     chance, ids = random.Random(1), torch.randint(258, (2, 48))
     texts, folders, wanted = hard_strings(300), [], []
     words = {"bytes": tokenizer.make("bytes"),
              "bpe": tokenizer.make("bpe:400", lambda: documents(30))}
     if importlib.util.find_spec("mistral_common"):
         words["mistral"] = tokenizer.make("mistral")
-    for number in range(9):
+    for number in range(9 if line == "older" else 3):
         heads, kv = chance.choice([(4, 4), (4, 2), (6, 2), (8, 1)])
         config = ModelConfig(
             n_layer=chance.randint(1, 4), n_head=heads, n_kv_head=kv, d_ff=chance.randint(30, 90),
@@ -304,7 +325,7 @@ def test_our_checkpoints_in_the_older_line(tmp_path, older):
             rope_theta=chance.choice([1e4, 5e5]), norm_eps=chance.choice([1e-5, 1e-6]),
             **[{}, {"rope_scaling": "linear", "rope_factor": 4.0},
                {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 16}][number % 3])
-        kind = list(words)[number // 3 % len(words)]
+        kind = list(words)[(number + number // 3) % len(words)]  # each with each kind of positions
         config = replace(config, vocab_size=max(config.vocab_size, words[kind].vocab_size))
         model = LLaMA(config)
         with torch.no_grad():
@@ -321,14 +342,14 @@ def test_our_checkpoints_in_the_older_line(tmp_path, older):
             wanted.append((model(ids), kind, config))
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    by_transformers(READ, *folders, cwd=tmp_path, packages=older)
+    by_transformers(READ, *folders, cwd=tmp_path, packages=packages)
+    ours = {kind: [[one.bos, *one.encode(text)] for text in texts] for kind, one in words.items()}
     for folder, (logits, kind, config) in zip(folders, wanted, strict=True):
         theirs = load_file(folder / "theirs.safetensors")["logits"]
         assert (logits - theirs).abs().max() <= 1e-4 * logits.abs().max(), config
-        length, their_ids = json.loads((folder / "theirs.json").read_text())
-        assert length == config.block_size
-        for text, found in zip(texts, their_ids, strict=True):
-            assert found == [words[kind].bos, *words[kind].encode(text)], (kind, text)
+        version, length, their_ids = json.loads((folder / "theirs.json").read_text())
+        assert (version == "4.57.6") == (line == "older") and length == config.block_size
+        assert their_ids == ours[kind], kind
 
 
 @pytest.mark.slow
