@@ -46,8 +46,10 @@ except ValueError as error:
     untrusted = str(error)
 save_file({name: value.contiguous() for name, value in out.items()}, "out.safetensors")
 tied = model.lm_head.weight is model.model.embed_tokens.weight
+moved = model.to("meta")(ids["ids"].to("meta")).logits.device.type  # the tables go along
 print(json.dumps([type(model).__name__, type(model).__module__, "model" in sys.modules,
-                  refused, untrusted, tied, model.config.max_position_embeddings]))
+                  refused, untrusted, tied, model.config.max_position_embeddings,
+                  moved]))
 """
 
 
@@ -106,11 +108,11 @@ def assert_as_llama(place: Path, given: dict, found: dict, facts: list) -> None:
     assert (found["padded"] - want.logits)[real].abs().max() <= 1e-5 * largest
     wanted = theirs.generate(given["ids"][:, :9], max_new_tokens=8, do_sample=False)
     assert torch.equal(found["greedy"], wanted)
-    name, module, checkout, refused, untrusted, tied, length = facts
+    name, module, checkout, refused, untrusted, tied, length, moved = facts
     assert name == "PlainLlamaForCausalLM" and module.startswith("transformers_modules.")
     assert not checkout, "the process imported the model of this checkout"
     assert "pad on the right" in refused and "trust_remote_code" in untrusted and length == 48
-    assert tied == theirs.config.tie_word_embeddings
+    assert tied == theirs.config.tie_word_embeddings and moved == "meta"
 
 
 def test_it_opens_elsewhere_and_computes_the_same(opened):
