@@ -336,6 +336,10 @@ def test_passkey_asks_what_it_says(scorer):
         "acc_depth_75%", "acc_depth_100%"}
     lengths = [length for _, length in knows.seen]
     assert 592 - 90 < max(lengths) <= 592 and min(lengths) > 592 - 100
+    for length in range(500, 592, 9):  # as many lines as fit, and not one more
+        longest = max(len(scorer.encode(prompt)) + 1  # " 7" is two bytes, the last is not read
+                      for prompt, *_ in tasks.passkey_prompts(scorer, length))
+        assert length - len(tasks.FILLER) < longest <= length
     places = [text.index("The pass key is") for text, _ in knows.seen[::100]]
     assert places == sorted(set(places)) and places[0] < 5  # five depths, each once
     assert tasks.score_passkey(0, Reader(scorer, lambda _: 7))["passkey"]["acc"] == 0.1
