@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -21,68 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import LLaMA, ModelConfig
+from huggingface import hf_config, model_config
+from model import LLaMA
 from optim import Optimizer
 from parallel import World
 from settings import UserError
 from tokenizer import boundaries, byte_info, write_hf_files
 
 FORMAT = 1
-# ModelConfig's name -> Hugging Face's
-NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_model": "hidden_size",
-         "d_ff": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
-         "block_size": "max_position_embeddings", "kv_heads": "num_key_value_heads",
-         "head_dim": "head_dim", "tie_embeddings": "tie_word_embeddings"}
-
-
-def hf_config(config: ModelConfig, bos: int | None, eos: int | None) -> dict:
-    """config.json of LlamaForCausalLM. RoPE is written in both forms: transformers 4 reads only
-    rope_theta and rope_scaling, transformers 5 writes only rope_parameters."""
-    scaling = None
-    if config.rope_scaling != "none":
-        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-    if scaling and config.rope_scaling == "llama3":
-        scaling |= {"low_freq_factor": config.rope_low, "high_freq_factor": config.rope_high,
-                    "original_max_position_embeddings": config.rope_original}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
-            **{theirs: getattr(config, ours) for ours, theirs in NAMES.items()},
-            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-            "rope_theta": config.rope_theta, "rope_scaling": scaling,
-            "rope_parameters": {"rope_type": "default", **(scaling or {}),
-                                "rope_theta": config.rope_theta},
-            "initializer_range": 0.02, "use_cache": True, "bos_token_id": bos, "eos_token_id": eos,
-            "torch_dtype": "float32", "dtype": "float32"}
-
-
-def model_config(folder: Path) -> ModelConfig:
-    """The architecture of a Hugging Face LLaMA folder (config.json), or UserError."""
-    path = folder / "config.json"
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-        rope = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {}),
-                **(hf.get("rope_parameters") or {})}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        found = {ours: hf[theirs] for ours, theirs in NAMES.items()
-                 if theirs in hf and ours not in ("kv_heads", "head_dim")}
-        config = ModelConfig(
-            **found, n_kv_head=hf.get("num_key_value_heads") or 0, rope_theta=rope["rope_theta"],
-            rope_scaling="none" if kind == "default" else kind,
-            rope_factor=rope.get("factor", 1.0),
-            rope_original=rope.get("original_max_position_embeddings", 0) or 0,
-            rope_low=rope.get("low_freq_factor", 1.0), rope_high=rope.get("high_freq_factor", 4.0))
-        reasons = [
-            (hf.get("model_type") == "llama", f"model_type is {hf.get('model_type')!r}, not llama"),
-            (config.rope_scaling in ("none", "linear", "llama3"), f"RoPE of type {kind}"),
-            (not hf.get("attention_bias") and not hf.get("mlp_bias"), "it has biases"),
-            (hf.get("hidden_act", "silu") == "silu", f"hidden_act is {hf.get('hidden_act')}"),
-            (hf.get("head_dim") in (None, config.head_dim), "head_dim is not d_model / n_head"),
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the config of a LLaMA: {error!r}") from None
-    for holds, reason in reasons:
-        if not holds:
-            raise UserError(f"{path}: {reason}; only plain LLaMA models can be read")
-    return config
 
 
 def steps_of(run: Path) -> list[Path]:
@@ -93,9 +38,13 @@ def steps_of(run: Path) -> list[Path]:
 
 def damage(folder: Path, training: bool = True) -> str:
     """What is wrong with a checkpoint, or ''. Every file is hashed; `training` False leaves out
-    the optimizer's state, which only a resumed run reads."""
+    the optimizer's state, which only a resumed run reads. UserError for another format."""
     try:
-        entries = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))["files"]
+        sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        if sums["format"] != FORMAT:
+            raise UserError(f"{folder} has format {sums['format']}, this program reads {FORMAT}; "
+                            "use the plainllama that wrote it")
+        entries = sums["files"]
         if "model.safetensors" not in entries or "config.json" not in entries:
             return "checksums.json does not name the model"
         for name, entry in entries.items():
@@ -140,6 +89,9 @@ def find(path: str, quiet: bool = False) -> Path:
         runs = [start] if (start / "checkpoints").is_dir() else [p.parent for p in
                                                                  start.glob("*/checkpoints")]
         runs = [run for run in runs if steps_of(run)]
+        if any(start.glob("*.safetensors")):
+            raise UserError(f"{path} holds weights but no config.json; copy the folder again, "
+                            "whole")
         if not runs:
             raise UserError(f"{path} holds no complete checkpoint; is it a run's folder, and has "
                             "the run saved one (save_interval)?")
@@ -180,15 +132,12 @@ def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -
 def load_weights(folder: Path, model: LLaMA, world: World) -> None:
     """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
     mapped from a file may be unaligned, and alignment changes the bits of a matmul."""
-    index = folder / "model.safetensors.index.json"
     try:
-        where = (json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file()
-                 else None)
-        files = {name: safe_open(folder / name, "pt")
-                 for name in sorted(set(where.values()) if where else ["model.safetensors"])}
+        files = {name: safe_open(folder / name, "pt") for name in weight_files(folder)}
         names = {key: name for name, file in files.items() for key in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder}: its weights cannot be read: {error}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: its weights cannot be read: {error}; if it is a copy, copy it "
+                        "again") from None
     wanted = dict(model.named_parameters())
     names = {key: name for key, name in names.items() if "rotary_emb" not in key}
     if model.config.tie_embeddings:
@@ -205,6 +154,29 @@ def load_weights(folder: Path, model: LLaMA, world: World) -> None:
         local, offset = world.piece(parameter.data)
         with torch.no_grad():
             local.copy_(value[offset:offset + local.shape[0]])
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of a model folder's weight files, as transformers looks for them: one, or what an
+    index names. UserError if one of them is missing."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        names = ["model.safetensors"]
+    else:
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(where.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not an index of weights: {error!r}") from None
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index} names {name!r}, outside the folder")
+        if not (folder / name).is_file():
+            pickled = any(folder.glob("pytorch_model*.bin"))
+            raise UserError(f"{folder}: {name} is missing; " + (
+                "pickled weights (pytorch_model.bin) are not read, convert them to safetensors"
+                if pickled else "copy the folder again, whole"))
+    return names
 
 
 def save(run: Path, step: int, model: LLaMA, optimizer: Optimizer, state: dict,
@@ -368,6 +340,3 @@ def sync(path: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Plain JSON; the caller syncs."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-assert set(NAMES) - {"kv_heads", "head_dim"} <= {f.name for f in fields(ModelConfig)}

@@ -1,12 +1,14 @@
-"""Score a checkpoint: python eval.py [--ckpt X] [--tasks a,b] [--json]
+"""Score a checkpoint: python eval.py [--ckpt X] [--tasks a,b] [--by_position] [--json]
 
-Bits per byte and perplexity of the validation split, then tasks: tinyMMLU (the default), any task
-that lm-eval knows by name, or local:FILE.jsonl. A local file holds rows of one kind: `question,
-choices, answer` (answer an index or a letter, prompt as MMLU's, five worked examples of the same
-`subject` in front with --shots=FILE.jsonl), or `context, continuation`. The scores also go to
-RUN/eval/step_N.json. --baselines also scores, on the same windows, what counting reaches: a unigram
-and a 5-gram model. Exit codes: 0 done; 2 the input, or a named task whose
-data cannot be had.
+Bits per byte and perplexity of the validation split, then tasks: tinyMMLU (the default), passkey (a
+digit told far above: is it found again?), any task that lm-eval knows by name, or local:FILE.jsonl.
+A local file holds rows of one kind: `question, choices, answer` (answer an index or a letter,
+prompt as MMLU's, five worked examples of the same `subject` in front with --shots=FILE.jsonl), or
+`context, continuation`. The scores also go to RUN/eval/step_N.json. --by_position tells the loss by
+quarters of the context; --context=N cuts the validation split into shorter windows: what a model
+whose context was lengthened still does with short texts. --baselines also scores, on the same
+windows, what counting reaches: a unigram and a 5-gram model. Exit codes: 0 done; 2 the input, or a
+named task whose data cannot be had.
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ class Flags:
     data: str = settings.key("", "data set for bits per byte (default: the run's)")
     eval_tokens: int = settings.key(0, "validation tokens (0: as in the run)", low=0)
     batch_tokens: int = settings.key(0, "tokens per forward pass (0: by the device)", low=0)
+    by_position: bool = settings.key(False, "also the loss by position in the context")
+    context: int = settings.key(0, "tokens per validation window (0: the model's context)", low=0)
     baselines: bool = settings.key(False, "also score a unigram and a 5-gram model")
     device: str = settings.key("auto", "where to score", ("auto", "cpu", "cuda", "mps"))
     dtype: str = settings.key("auto", "precision of the matmuls", ("auto", "fp32", "bf16"))
@@ -42,6 +46,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
@@ -73,8 +78,12 @@ def measure(flags: Flags, named: bool, world: World) -> int:
     folder = checkpoint.find(flags.ckpt, quiet=world.rank > 0)
     run, tokenizer = checkpoint.run_of(folder), Tokenizer.load(folder)
     block_size = checkpoint.model_config(folder).block_size
+    if flags.context > block_size:
+        raise UserError(f"--context={flags.context} is more than the {block_size} tokens of the "
+                        "model's context")
+    length = flags.context or block_size
     # every input is looked at before anything slow begins; rank 0 downloads, then the others read
-    rows = validation(flags, folder, run, block_size, say)
+    rows = validation(flags, folder, run, length, say)
     jobs, missing = tasks.find(flags) if world.rank == 0 else ({}, [])
     if world.agree(bool(jobs)) and world.rank > 0:
         jobs, _ = tasks.find(flags)
@@ -85,9 +94,9 @@ def measure(flags: Flags, named: bool, world: World) -> int:
         flags.dtype, world.device))
     batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
     result: dict = {}
-    if flags.baselines and (flags.data or not (run and rows)):
+    if flags.baselines and (flags.data or length < block_size or not (run and rows)):
         raise UserError("--baselines counts in the rows that a run has seen: name a run whose data "
-                        "set is here, without --data")
+                        "set is here, without --data and --context")
     special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
                if getattr(flags, name) != getattr(Flags, name)]
     keep = None if special else run  # RUN/eval holds what all runs can be compared by
@@ -98,12 +107,18 @@ def measure(flags: Flags, named: bool, world: World) -> int:
         result = {"step": state["step"], "tokens": state["rows"] * block_size}
     if rows:
         tokens = flags.eval_tokens or config_of(run).get("eval_tokens") or 1 << 20
-        micro_batch = max(1, batch_tokens // block_size)
+        micro_batch = max(1, batch_tokens // length)
         found = evaluate(model, rows, byte_info(folder), tokens, micro_batch, world,
                          tokenizer.bos if config_of(run).get("doc_mask") else None)
         shown = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
-        result |= {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
-        say(table(f"validation, {found['tokens']:,} tokens, {found['bytes']:,} bytes", shown))
+        kept = {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
+        windows = f" in windows of {length}" * (length < block_size)
+        say(table(f"validation{windows}, {found['tokens']:,} tokens, {found['bytes']:,} bytes",
+                  shown))
+        if flags.by_position:
+            kept["by_position"] = by_position(model, rows, tokens, micro_batch, world)
+            say(table(f"loss by position{windows}, nats per token", kept["by_position"]))
+        result |= kept if length == block_size else {"contexts": {str(length): kept}}
         if flags.baselines and run and world.rank == 0:
             result["baselines"] = compare(rows, state["rows"], found, config_of(run), say)
     result["tasks"] = {}
@@ -157,6 +172,32 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
     loss = sums[0] / targets
     return {"val_loss": loss, "val_bpb": sums[0] / math.log(2) / max(sums[1], 1),
             "tokens": targets, "bytes": int(sums[1]), "ppl": math.exp(min(loss, 700))}
+
+
+@torch.no_grad()
+def by_position(model: nn.Module, rows: shards.Rows, tokens: int, micro_batch: int,
+                world: World) -> dict:
+    """{'0-255': nats per target that follows one of these positions, '0-255_stderr': ..., n}: the
+    windows of evaluate(), in quarters; the standard errors are over the n windows. Collective."""
+    count, T = max(1, min(tokens // rows.block_size, rows.windows)), rows.block_size
+    losses = torch.zeros(count, T, dtype=torch.float64)
+    progress = Progress("by position", count, "rows", world.rank == 0, world.device.type)
+    for first in range(0, count, micro_batch * world.size):
+        mine = range(first + world.rank, min(first + micro_batch * world.size, count), world.size)
+        if mine:
+            ids = torch.from_numpy(rows.read_windows(mine).astype(np.int64)).to(world.device)
+            logits = model(ids[:, :-1]).float().flatten(0, 1)
+            nats = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+            losses[list(mine)] = nats.view(-1, T).cpu().double()
+        progress.add(min(micro_batch * world.size, count - first))
+    progress.close()
+    found: dict = {}
+    quarters = world.sum(losses).split(-(-T // 4), dim=1)
+    for first, quarter in zip(range(0, T, -(-T // 4)), quarters, strict=True):
+        means, name = quarter.mean(1), f"{first}-{first + quarter.shape[1] - 1}"
+        found[name] = means.mean().item()
+        found[f"{name}_stderr"] = means.std(correction=0).item() / math.sqrt(max(1, count - 1))
+    return found | {"n": count}
 
 
 def compare(rows: shards.Rows, shown: int, found: dict, config: dict, say) -> dict:
@@ -230,7 +271,8 @@ def record(run: Path | None, result: dict, world: World) -> None:
             old = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # none yet, or damaged
             old = {}
-        settings.to_json(path, old | result | {"tasks": old.get("tasks", {}) | result["tasks"]})
+        both = {name: old.get(name, {}) | result.get(name, {}) for name in ("tasks", "contexts")}
+        settings.to_json(path, old | result | {k: v for k, v in both.items() if v or k == "tasks"})
 
 
 def config_of(run: Path | None) -> dict:

@@ -1,14 +1,16 @@
 """A checkpoint -> a Hugging Face folder that transformers, vLLM and others open as it is.
 
-  export.py --ckpt=out/RUN --to=DIR [--dtype=bf16] [--push=user/name]
+  export.py --ckpt=out/RUN --to=DIR [--dtype=bf16] [--code] [--push=user/name]
 
 The folder gets config.json, generation_config.json, the weights (in shards above 5 GB), the
 tokenizer and a model card. Before it gets its name, the weights in it are compared with the
 model's bit by bit, and a fresh Python process opens it with transformers elsewhere: logits and
-token ids must be ours. --push uploads it to the Hugging Face hub, once everything here is done.
+token ids must be ours. --code adds our own model.py, which then opens with trust_remote_code=True;
+without it the folder is transformers' LlamaForCausalLM and needs no code. --push uploads it to the
+Hugging Face hub, once everything here is done.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import settings
 from settings import UserError, key
@@ -21,6 +23,7 @@ class Flags:
     ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs (the newest)")
     to: str = key("", "the folder to write; it must be new or empty")
     dtype: str = key("fp32", "of the weights in the folder", ("fp32", "bf16"))
+    code: bool = key(False, "with our model.py, to be opened with trust_remote_code=True")
     license: str = key("", "for the model card, such as apache-2.0")
     push: str = key("", "user/name on the hub to upload to (after `hf auth login`)")
 
@@ -31,6 +34,7 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -42,9 +46,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import report
 from model import LLaMA
+from parallel import World
 from tokenizer import SAMPLE, Tokenizer, write_hf_files
 
+CODE = ("modeling_plainllama.py", "model.py", "attention.py")
 SHARD_BYTES = 5_000_000_000
 TOLERANCE = 1e-4  # largest difference of logits in fp32, as a share of the largest logit
 # Run by a fresh Python process: arguments are the folder and a place for questions and answers.
@@ -54,9 +61,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, place = sys.argv[1], Path(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+folder, place, code = sys.argv[1], Path(sys.argv[2]), len(sys.argv) > 3
+model = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=code).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
 with torch.no_grad():
     logits = model(load_file(place / "ids.safetensors")["ids"]).logits
 save_file({"logits": logits.contiguous()}, place / "logits.safetensors")
@@ -79,7 +87,7 @@ LLaMA trainer in plain PyTorch. The weights are {dtype}. Licence: {license}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 ids = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=50)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 ```
@@ -109,9 +117,27 @@ def write_weights(model: LLaMA, folder: Path, dtype: torch.dtype, limit: int) ->
                               {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def check(model: LLaMA, tokenizer: Tokenizer, folder: Path) -> str:
+def write_code(folder: Path, model: LLaMA) -> None:
+    """Our model beside the weights, and where config.json says that it is."""
+    for name in CODE:
+        text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+        for other in CODE:  # in a package of transformers' making they are neighbours
+            module = other.removesuffix(".py")
+            text = re.sub(rf"^from {module} import", f"from .{module} import", text,
+                          flags=re.MULTILINE)
+        (folder / name).write_text(text, encoding="utf-8")
+    where = "modeling_plainllama.PlainLlama"
+    checkpoint.write_json(folder / "config.json", read(folder / "config.json") | {
+        "model_type": "plainllama", "architectures": ["PlainLlamaForCausalLM"],
+        "plainllama": asdict(model.config),
+        "auto_map": {"AutoConfig": f"{where}Config",
+                     "AutoModelForCausalLM": f"{where}ForCausalLM"}})
+
+
+def check(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool = False) -> str:
     """Open `folder` with transformers in a fresh process and compare; what differs, or ''."""
-    again = checkpoint.load_model(folder)
+    again = LLaMA(model.config)
+    checkpoint.load_weights(folder, again, World())
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         if not torch.equal(ours, theirs):
             return f"{name} is not what was written"
@@ -126,8 +152,10 @@ def check(model: LLaMA, tokenizer: Tokenizer, folder: Path) -> str:
         place = Path(elsewhere)
         save_file({"ids": ids}, place / "ids.safetensors")
         (place / "texts.json").write_text(json.dumps(TEXTS))
-        done = subprocess.run([sys.executable, "-c", CHECK, str(folder.absolute()), elsewhere],
-                              cwd=elsewhere, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        done = subprocess.run([sys.executable, "-c", CHECK, str(folder.absolute()), elsewhere,
+                               *["code"] * code],
+                              cwd=elsewhere, env={**os.environ, "HF_HUB_OFFLINE": "1",
+                                                 "HF_MODULES_CACHE": str(place / "modules")},
                               capture_output=True, text=True)
         if done.returncode:
             return f"transformers cannot open it: {done.stderr.strip()[-2000:]}"
@@ -146,8 +174,9 @@ def check(model: LLaMA, tokenizer: Tokenizer, folder: Path) -> str:
     return ""
 
 
-def card(model: LLaMA, folder: Path, flags) -> str:
-    """README.md: what the model is, how it was trained and what it scored, from its run's files."""
+def card(model: LLaMA, folder: Path, flags, to: Path) -> str:
+    """README.md: what the model is, how it was trained and what it scored, from its run's files.
+    The curve goes into the folder `to`."""
     total, inner = model.parameter_counts()
     run, state = checkpoint.run_of(folder), read(folder / "training" / "state.json")
     info = read(run / "run.json") if run else {}
@@ -163,22 +192,30 @@ def card(model: LLaMA, folder: Path, flags) -> str:
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,
         "commit": f"{git['commit']}{' (edited)' * bool(git.get('dirty'))}" if git else None,
         "command": shlex.join(["python", "train.py", info.get("config_file") or "", *words])}
-    found = read(run / "eval" / f"step_{step}.json") if run else {}
-    scores = {"validation loss, nats per token": found.get("val_loss"),
-              "validation, bits per byte": found.get("val_bpb")}
-    for task, metrics in (found.get("tasks") or {}).items():
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and not name.endswith("_stderr"):
-                error = metrics.get(f"{name}_stderr")
-                interval = f" ± {1.96 * error:.4f} (95 %)" if isinstance(error, float) else ""
-                scores[f"{task}, {name}"] = f"{value:.4f}{interval}"
     text = CARD.format(license=flags.license or "not stated", total=total, inner=inner,
                        license_line=f"license: {flags.license}\n" * bool(flags.license),
-                       name=flags.push or Path(flags.to).name, dtype=flags.dtype)
-    for title, table in (("Training", facts if info else {}), ("Scores", scores),
-                         ("Architecture", vars(model.config))):
+                       name=flags.push or Path(flags.to).name, dtype=flags.dtype,
+                       trust=", trust_remote_code=True" * flags.code)
+    for title, table in (("Architecture", vars(model.config)), ("Training", facts if info else {})):
         lines = [f"| {name} | {value} |" for name, value in table.items() if value is not None]
         text += "\n".join([f"\n## {title}\n\n| | |\n| --- | --- |", *lines, ""]) if lines else ""
+    return text + (measured(run, step, to) if run else "")
+
+
+def measured(run: Path, step: int, to: Path) -> str:
+    """The card's curve, a picture in `to`, and the scores of the step that is exported."""
+    found, text = read(run / "eval" / f"step_{step}.json"), ""
+    try:
+        whole = report.load(run)
+        whole.metrics = [row for row in whole.metrics if row["step"] <= step]
+        blocks = report.charts([[whole]], to / "curve.html", report.CHARTS[:1])
+        text += "".join(f"\n{picture}\n" for _, picture in blocks)
+    except UserError as error:
+        print(f"no curve in the model card: {error}")
+    if found:
+        one = [report.Run(run.name, {}, [], {}, [], [found])]
+        text += "\n## Scores\n" + "".join(f"\n{block}\n" for _, block in
+                                         [*report.scores(one), *report.baselines(one)])
     return text
 
 
@@ -234,8 +271,10 @@ def main(command) -> int:
                               {"bos_token_id": tokenizer.bos, "eos_token_id": end})
         write_hf_files(source / "tokenizer.json", folder, config.block_size)
         write_weights(model, folder, kind, SHARD_BYTES)
-        (folder / "README.md").write_text(card(model, source, flags), encoding="utf-8")
-        if wrong := check(model, tokenizer, folder):
+        if flags.code:
+            write_code(folder, model)
+        (folder / "README.md").write_text(card(model, source, flags, folder), encoding="utf-8")
+        if wrong := check(model, tokenizer, folder, flags.code):
             return settings.complain(f"the export was not right and is removed: {wrong}", 1)
         for path in [*folder.iterdir(), folder]:
             checkpoint.sync(path)

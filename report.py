@@ -167,12 +167,13 @@ def curve(group: list, name: str, factor: float = 1) -> list:
     return rows
 
 
-def charts(groups: list, out: Path) -> list:
-    """A chart for everything that was measured, with a curve for every group of runs: blocks."""
+def charts(groups: list, out: Path, which: tuple = CHARTS) -> list:
+    """A chart for everything that was measured (and is in `which`), with a curve for every group of
+    runs: blocks. Its picture is also written beside `out`."""
     blocks = []
     labels = [group[0].name if len(group) == 1 else
               f"{group[0].name} and {len(group) - 1} other seeds (mean, range)" for group in groups]
-    for title, names, factor, log in CHARTS:
+    for title, names, factor, log in which:
         lines = [(COLORS[number % 6], name, curve(group, name, factor))
                  for name in names for number, group in enumerate(groups)]
         lines = [line for line in lines if line[2]]
@@ -330,8 +331,13 @@ def scores(runs: list) -> list:
     """Scores with 95 % intervals and what chance would score: blocks."""
     rows = []
     for who, one in ((run.name, one) for run in runs for one in run.evals):
-        own = {"loss, nats per token": one.get("val_loss"), "bits per byte": one.get("val_bpb")}
-        for task, metrics in {"validation": own, **one.get("tasks", {})}.items():
+        parts = {}
+        for context, at in {"": one, **one.get("contexts", {})}.items():  # shorter windows
+            windows = f" in windows of {context}" * bool(context)
+            parts["validation" + windows] = {"loss, nats per token": at.get("val_loss"),
+                                             "bits per byte": at.get("val_bpb")}
+            parts[f"loss by position{windows}, at"] = at.get("by_position", {})
+        for task, metrics in (parts | one.get("tasks", {})).items():
             for name, value in metrics.items():
                 metric, comma, filtered = name.partition(",")  # lm-eval: acc,strict-match
                 if (not is_number(value) or metric in ("chance", "n", "truncated")

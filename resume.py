@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import checkpoint
+import huggingface
 import log
 import shards
 import tokenizer
@@ -54,17 +55,17 @@ def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool
 def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> None:
     """Refuse to start from a model that computes something else, or whose token ids mean something
     else than the data set's. Context and RoPE scaling may differ: that is how context grows."""
-    theirs = checkpoint.model_config(source)
-    for name in ("n_layer", "n_head", "kv_heads", "d_model", "d_ff", "vocab_size", "rope_theta",
-                 "norm_eps", "tie_embeddings"):
-        if getattr(theirs, name) != getattr(config, name):
-            key = {"kv_heads": "n_kv_head"}.get(name, name)
-            raise UserError(f"init_from: {source} has {key}={getattr(theirs, name)}, the config "
-                            f"{getattr(config, name)}; say --{key}={getattr(theirs, name)}")
-    path = source / "tokenizer.json"
-    if path.is_file() and tokenizer.sha256_of(path) != manifest["tokenizer"]["sha256"]:
-        raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
-                        f"--tokenizer={path}")
+    if keys := huggingface.other_keys(checkpoint.model_config(source), config):
+        raise UserError(f"init_from: {source} is another model than the config's; to go on from it "
+                        f"say {keys}")
+    for path in (source / "tokenizer.json", source / "tokenizer.model"):
+        if path.is_file():  # the second is converted first, as prepare.py does
+            theirs = (tokenizer.sha256_of(path) if path.suffix == ".json" else
+                      tokenizer.make(str(path)).sha256)
+            if theirs != manifest["tokenizer"]["sha256"]:
+                raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
+                                f"--tokenizer={path}")
+            return
 
 
 def replay(config: Settings, manifest: dict, step: int) -> int:

@@ -1,4 +1,5 @@
-"""Benchmark tasks: local files, tinyMMLU, and whatever lm-eval knows, scored by one Scorer."""
+"""Benchmark tasks: local files, tinyMMLU, whatever lm-eval knows, and the passkey probe, scored by
+one Scorer."""
 
 import difflib
 import json
@@ -31,6 +32,12 @@ TINY_MMLU: dict = {
     "doc_to_choice": ["A", "B", "C", "D"], "doc_to_target": "answer", "num_fewshot": 0,
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
+
+# The passkey probe (https://arxiv.org/abs/2305.16300): one of these lines among many of the other
+PASSKEY = "The pass key is {key}. Keep it in mind: {key} is the pass key.\n"
+FILLER = "Rain falls on the hills and runs down to the sea. The wind turns and the leaves move.\n"
+QUESTION = "What is the pass key? The pass key is"
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the line stands: 0 at the top, 1 above the question
 
 
 class Unavailable(Exception):
@@ -170,7 +177,9 @@ def find(flags: Any) -> tuple[dict, list[str]]:
         try:
             if Path(name).is_file():
                 raise UserError(f"--tasks={name} is a file: say --tasks=local:{name}")
-            if name.startswith("local:"):
+            if name == "passkey":
+                jobs[name] = partial(score_passkey, flags.limit)
+            elif name.startswith("local:"):
                 shots = read_local(flags.shots, None) if flags.shots else []
                 items = read_local(name.removeprefix("local:"), shots)[:flags.limit or None]
                 jobs[name] = partial(score_local, name, items)
@@ -254,6 +263,55 @@ def score_local(name: str, items: list[Item], scorer: Scorer) -> dict:
                    "acc_stderr": float(right.std() / math.sqrt(max(len(right) - 1, 1))),
                    "loglikelihood": float(np.mean(likely)), "n": len(items),
                    "truncated": len(scorer.truncated)}}
+
+
+def passkey_prompts(scorer: Scorer, length: int) -> list[tuple[str, float, int]]:
+    """(prompt, depth, digit) for every depth and digit: as many lines of filler as let the longest
+    prompt and its answer fit into a context of `length` tokens; [] if that makes no five depths.
+
+    A digit is as good a key as a long number and cheaper: the ten answers share a forward pass.
+    Each is right equally often, so that a model that always says the same scores 0.1 exactly.
+    """
+    def prompts(lines: int) -> list[tuple[str, float, int]]:
+        return [(FILLER * round(depth * lines) + PASSKEY.format(key=key)
+                 + FILLER * (lines - round(depth * lines)) + QUESTION, depth, key)
+                for depth in DEPTHS for key in range(10)]
+
+    def longest(lines: int) -> int:
+        return max(sum(map(len, scorer.pair(prompt, f" {key}")))
+                   for prompt, _, key in prompts(lines)) - 1  # the answer itself is not read
+
+    bare, eight = longest(0), longest(8)
+    lines = int((length - bare) / (eight - bare) * 8) + 1  # nearly: pieces may merge between lines
+    while lines >= len(DEPTHS) - 1 and longest(lines) > length:
+        lines -= 1
+    return prompts(lines) if lines >= len(DEPTHS) - 1 else []
+
+
+def score_passkey(limit: int, scorer: Scorer) -> dict:
+    """{passkey: metrics}: the share of prompts after which the digit that was told is the likeliest
+    of the ten: acc, and acc by length of the prompt and by depth."""
+    cases = [(prompt, length, depth, key) for length in
+             dict.fromkeys(scorer.block_size // parts for parts in (4, 2, 1))
+             for prompt, depth, key in passkey_prompts(scorer, length)][:limit or None]
+    if not cases:
+        raise UserError(f"passkey: a context of {scorer.block_size} tokens is too short for its "
+                        "text; leave it out of --tasks")
+    values = scorer.score([scorer.pair(prompt, f" {digit}") for prompt, *_ in cases
+                           for digit in range(10)])
+    likely = np.array([value for value, _ in values]).reshape(-1, 10)
+    right = likely.argmax(1) == [key for *_, key in cases]
+    groups = {"acc": np.full(len(cases), True)}
+    for name, column in (("acc_{}", 1), ("acc_depth_{:.0%}", 2)):
+        for value in dict.fromkeys(case[column] for case in cases):
+            groups[name.format(value)] = np.array([case[column] == value for case in cases])
+    found: dict = {}
+    for name, chosen in groups.items():
+        some = right[chosen]
+        found |= {name: float(some.mean()),
+                  f"{name}_stderr": float(some.std() / math.sqrt(max(len(some) - 1, 1)))}
+    return {"passkey": found | {"chance": 0.1, "n": len(cases),
+                                "truncated": len(scorer.truncated)}}
 
 
 @cache

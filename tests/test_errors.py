@@ -44,6 +44,11 @@ def place(tmp_path_factory) -> Path:
     (home / "rows.jsonl").write_text('{"question": "1+1?", "choices": ["1", "2"], "answer": "C"}\n')
     done = run_script("train.py", "toy.py", "--max_steps=2", cwd=home)
     assert done.returncode == 0, done.stderr
+    shutil.copytree(home / "out/toy/checkpoints/step_2", home / "newer")
+    sums = (home / "newer/checksums.json").read_text()
+    (home / "newer/checksums.json").write_text(sums.replace('"format": 1', '"format": 2'))
+    (home / "weights").mkdir()
+    shutil.copy(home / "newer/model.safetensors", home / "weights")
     # the same data under another tokenizer
     write_data_set(home / "data/other", {"train": documents(9), "val": documents(9)})
     words = tokenizer.make("bpe:300", lambda: documents(9))
@@ -95,7 +100,7 @@ TABLE = [
     ("train", ["toy.py", "--block_size=65536", "--global_batch_tokens=65536"],
      "fewer than one row of block_size 65536"),
     ("train", ["toy.py", "--dataset=other", "--vocab_size=300", "--init_from=out/toy",
-               "--out_dir=out/new"], "out/toy.* has vocab_size=258, the config 300"),
+               "--out_dir=out/new"], "out/toy.* is another model than .* say --vocab_size=258$"),
     ("train", ["toy.py", "--dataset=other"], "trained with dataset=toy, now it is other"),
     ("prepare", ["toy.py", "--dataset=mine", "--sources=gone.txt"], "gone.txt is no file"),
     ("prepare", ["toy.py", "--dataset=mine", "--sources=latin.txt", "--tokenizer=bytes"],
@@ -109,11 +114,13 @@ TABLE = [
     *((name, [*words, f"--ckpt={ckpt}"], says)
       for name, words in (("sample", []), ("eval", ["--tasks="]), ("export", ["--to=new"]))
       for ckpt, says in (("gone", "no folder gone"), ("data/toy", "holds no complete checkpoint"),
-                         ("data", "holds no complete checkpoint"), ("toy.py", "toy.py is a file; --ckpt names a check"))),
+                         ("data", "holds no complete checkpoint"), ("toy.py", "toy.py is a file"))),
     ("train", ["toy.py", "--init_from=data/toy", "--out_dir=out/new"], "no complete checkpoint"),
     ("train", ["toy.py", "--out_dir=my.txt"], "out_dir my.txt is a file; name a folder"),
     ("sample", ["--ckpt=out/toy", "--prompt=" + "x" * 40], "prompt has 41 tokens, .* of 32"),
     ("export", ["--ckpt=out/toy", "--to=data/toy"], "--to data/toy exists and is not empty"),
+    ("sample", ["--ckpt=weights"], "weights holds weights but no config.json; copy the folder aga"),
+    ("eval", ["--ckpt=newer"], "newer has format 2, this program reads 1; use the plainllama that"),
     ("report", ["data/toy"], "data/toy is not a run and holds none"),
     ("report", ["gone"], "gone is not a run"),
 ]

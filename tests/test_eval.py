@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -152,6 +153,45 @@ def test_bits_per_byte_do_not_depend_on_the_batch(folder, rows):
         assert found[batch] == pytest.approx(found[1], rel=1e-6)
 
 
+def test_loss_by_position_equals_that_of_transformers(here, folder, rows):
+    """Also in shorter windows, and shared by ranks; RUN/eval keeps them apart."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def plainly(T: int, count: int) -> np.ndarray:  # (count, T) nats
+        ids = torch.from_numpy(np.stack([rows.split.read(i * T, i * T + T + 1).astype(np.int64)
+                                         for i in range(count)]))
+        with torch.no_grad():
+            log_p = theirs(ids[:, :-1]).logits.log_softmax(-1)
+        return -log_p.gather(2, ids[:, 1:, None])[..., 0].double().numpy()
+
+    assert main("--tasks=", "--by_position") == 0
+    assert main("--tasks=", "--by_position", "--context=50") == 0
+    kept = json.loads((here / "out/toy/eval/step_30.json").read_text())
+    found, nats = kept["by_position"], plainly(BLOCK, 5)
+    assert list(found)[::2] == ["0-147", "148-295", "296-443", "444-591", "n"] and found["n"] == 5
+    for first in range(0, BLOCK, 148):
+        quarter, name = nats[:, first:first + 148].mean(1), f"{first}-{first + 147}"
+        assert found[name] == pytest.approx(quarter.mean(), abs=1e-5)
+        assert found[f"{name}_stderr"] == pytest.approx(quarter.std(ddof=1) / 5**0.5, rel=1e-3)
+    assert kept["val_loss"] == pytest.approx(nats.mean(), abs=1e-5)  # not that of --context
+    short, nats = kept["contexts"]["50"], plainly(50, 5 * BLOCK // 50)
+    assert short["val_loss"] == pytest.approx(nats.mean(), abs=1e-5)
+    assert list(short["by_position"])[::2] == ["0-12", "13-25", "26-38", "39-49", "n"]
+    assert short["by_position"]["39-49"] == pytest.approx(nats[:, 39:].mean(), abs=1e-5)
+    assert short["val_tokens"] == 5 * BLOCK // 50 * 50
+
+    model = checkpoint.load_model(folder)
+    parts = [scoring.by_position(model, rows, 5 * BLOCK, 2, Part(rank, 3)) for rank in range(3)]
+    for name in ("0-147", "444-591"):
+        assert sum(part[name] for part in parts) == pytest.approx(found[name], rel=1e-6)
+    with pytest.raises(UserError, match="--context=600 is more than the 592 tokens"):
+        main("--context=600")
+    with pytest.raises(UserError, match="without --data and --context"):
+        main("--tasks=", "--baselines", "--context=50")
+
+
 class Part(World):
     """A rank whose sums are its own part."""
 
@@ -267,6 +307,61 @@ def test_tiny_mmlu_through_lm_eval(scorer, items, hf, tmp_path, monkeypatch):
     assert ours["acc"] == theirs["acc,none"]
     assert ours["acc_stderr"] == pytest.approx(theirs["acc_stderr,none"])
     assert tasks.score_harness("tinyMMLU", loaded, 7, scorer)["tinyMMLU"]["n"] == 7
+
+
+class Reader(Scorer):
+    """Answers as told by a function of the prompt: the likelihood of each digit."""
+
+    def __init__(self, like: Scorer, answer):
+        super().__init__(like.model, like.tokenizer, 10**6, World())
+        self.answer, self.seen = answer, []
+
+    def score(self, pairs):
+        self.seen = [(self.tokenizer.decode(context), len(context)) for context, _ in pairs]
+        digits = [int(self.tokenizer.decode(continuation)) for _, continuation in pairs]
+        return [(float(self.answer(text) == digit), False)
+                for (text, _), digit in zip(self.seen, digits, strict=True)]
+
+
+def test_passkey_asks_what_it_says(scorer):
+    def read(text: str) -> int:
+        return int(re.search(r"The pass key is (\d)", text)[1])
+
+    knows = Reader(scorer, read)
+    found = tasks.score_passkey(0, knows)["passkey"]
+    assert found["acc"] == 1 and found["truncated"] == 0 and found["n"] == 50
+    # the whole context alone: in half of it, 296 bytes, is no room for five depths
+    assert {name for name in found if name.startswith("acc") and "stderr" not in name} == {
+        "acc", "acc_592", "acc_depth_0%", "acc_depth_25%", "acc_depth_50%",
+        "acc_depth_75%", "acc_depth_100%"}
+    lengths = [length for _, length in knows.seen]
+    assert 592 - 90 < max(lengths) <= 592 and min(lengths) > 592 - 100
+    for length in range(500, 592, 9):  # as many lines as fit, and not one more
+        longest = max(len(scorer.encode(prompt)) + 1  # " 7" is two bytes, the last is not read
+                      for prompt, *_ in tasks.passkey_prompts(scorer, length))
+        assert length - len(tasks.FILLER) < longest <= length
+    places = [text.index("The pass key is") for text, _ in knows.seen[::100]]
+    assert places == sorted(set(places)) and places[0] < 5  # five depths, each once
+    assert tasks.score_passkey(0, Reader(scorer, lambda _: 7))["passkey"]["acc"] == 0.1
+    early = Reader(scorer, lambda text: read(text) if text.find("pass key") < 20 else -1)
+    found = tasks.score_passkey(0, early)["passkey"]
+    assert found["acc_depth_0%"] == 1 and found["acc_depth_25%"] == 0.1 and found["acc"] == 0.28
+    with pytest.raises(UserError, match="a context of 100 tokens is too short"):
+        knows.block_size = 100
+        tasks.score_passkey(0, knows)
+
+
+def test_passkey_equals_lm_eval_on_the_checkpoint(here, scorer, hf, capsys):
+    assert main("--tasks=passkey", "--limit=20", "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]["passkey"]
+    cases = tasks.passkey_prompts(scorer, BLOCK)[:20]
+    items = [Item(prompt, [f" {digit}" for digit in range(10)], key) for prompt, _, key in cases]
+    values = [value for value, _ in hf.loglikelihood(requests(items), disable_tqdm=True)]
+    right = np.array([np.argmax(values[10 * i:10 * i + 10]) == item.right
+                      for i, item in enumerate(items)])
+    assert found["acc"] == right.mean() and 0 < right.mean() < 1
+    assert found["acc_depth_25%"] == right[10:].mean() and found["chance"] == 0.1
+    assert found["acc_depth_25%_stderr"] == pytest.approx(right[10:].std(ddof=1) / 10**0.5)
 
 
 # ---- prompts and files

@@ -1,6 +1,7 @@
 """export.py: what is written opens in transformers and is the model; what is not is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,15 @@ def write_run(folder: Path, **changes) -> Path:
     save_file(dict(model.named_parameters()), step / "model.safetensors", {"format": "pt"})
     checkpoint.write_json(folder / "run.json", {
         "config": {"block_size": 100}, "data": {"name": "code", "sources": [{"path": "a.txt"}]},
-        "config_file": "config/quickstart.py", "overrides": {"max_steps": 7}})
+        "config_file": "config/quickstart.py", "overrides": {"max_steps": 7},
+        "parameters": {"total": 1}, "device": {"count": 1, "name": "cpu"}})
     checkpoint.write_json(folder / "eval" / "step_7.json", {
         "step": 7, "tokens": 7000, "val_loss": 1.5, "val_bpb": 2.25,
-        "tasks": {"arc": {"acc": 0.25, "acc_stderr": 0.01}}})
+        "tasks": {"arc": {"acc": 0.25, "acc_stderr": 0.01, "chance": 0.2, "n": 9}},
+        "baselines": {"unigram_bpb": 5.0, "5-gram_bpb": 2.5}})
+    (folder / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": step, "loss": 9 - step, "val_loss": 9.5 - step}) + "\n"
+        for step in range(9)))
     checkpoint.commit(step, step.with_suffix(""))
     return step.with_suffix("")
 
@@ -106,10 +112,14 @@ def test_a_whole_export(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["hub"]
     card = (tmp_path / "models" / "hub" / "README.md").read_text()
     for part in ("license: apache-2.0", "| data set | code |", "| steps | 7 |", "7,000", "2.25",
-                 "0.2500 ± 0.0196 (95 %)", "python train.py config/quickstart.py --max_steps=7",
+                 "arc acc | 0.2500 ± 0.0196 | 0.2 |",
+                 "5-gram | 2.5000", "](curve_loss.svg)",
+                 "python train.py config/quickstart.py --max_steps=7",
                  'AutoModelForCausalLM.from_pretrained("hub")', "rope_factor"):
         assert part in card, part
-    assert str(tmp_path) not in card
+    assert str(tmp_path) not in card and "trust_remote_code" not in card
+    curve = (tmp_path / "models" / "hub" / "curve_loss.svg").read_text()  # to step 7 and no further
+    assert [len(path.split()) for path in re.findall('<path d="M([^"]*)h0"', curve)] == [8, 8]
 
 
 def test_a_flipped_weight_is_caught(tmp_path, monkeypatch, capsys):
@@ -158,8 +168,9 @@ def test_push(tmp_path, unchecked, monkeypatch, capsys):
     step = write_run(tmp_path / "run")
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert run("--ckpt", step, "--to", tmp_path / "a", "--push=me/tiny") == 0
-    assert calls == ["me/tiny", ["README.md", "config.json", "generation_config.json",
-                                 "model.safetensors", "tokenizer.json", "tokenizer_config.json"]]
+    assert calls == ["me/tiny", ["README.md", "config.json", "curve_loss.svg",
+                                 "generation_config.json", "model.safetensors", "tokenizer.json",
+                                 "tokenizer_config.json"]]
     Hub.create_repo = lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route\nmore"))
     capsys.readouterr()
     assert run("--ckpt", step, "--to", tmp_path / "b", "--push=me/tiny") == 1

@@ -169,6 +169,22 @@ def test_scores_baselines_and_chance(tmp_path):
     assert "0.5000 ± 0.0196" in markdown
 
 
+def test_scores_by_position_and_of_shorter_windows(tmp_path):
+    run = make_run(tmp_path / "run")
+    write(run / "eval/step_100.json", {
+        "step": 100, "val_loss": 3.0, "val_bpb": 1.0, "by_position": {
+            "0-255": 3.25, "0-255_stderr": 0.01, "256-511": 2.75, "256-511_stderr": 0.02, "n": 9},
+        "contexts": {"256": {"val_loss": 3.5, "val_bpb": 1.25, "by_position": {"0-63": 4.0}}},
+        "tasks": {"passkey": {"acc": 0.5, "acc_stderr": 0.05, "acc_512": 0.25, "chance": 0.1}}})
+    rows = {row[1]: row[2:] for row in cells(build(run)[0]) if len(row) == 4}
+    assert rows["loss by position, at 0-255"] == ["3.2500 ± 0.0196", "–"]
+    assert rows["loss by position, at 256-511"] == ["2.7500 ± 0.0392", "–"]
+    assert rows["validation in windows of 256 bits per byte"] == ["1.2500", "–"]
+    assert rows["loss by position in windows of 256, at 0-63"] == ["4.0000", "–"]
+    assert rows["passkey acc"] == ["0.5000 ± 0.0980", "0.1"]
+    assert rows["passkey acc_512"] == ["0.2500", "0.1"]
+
+
 def test_seeds_are_a_mean_and_a_band(tmp_path):
     folders = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2, 3)]
     groups = report.grouped([report.load(folder) for folder in folders])

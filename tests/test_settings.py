@@ -98,3 +98,13 @@ def test_help_in_under_a_second_without_torch(command, tmp_path):
         for item in settings.fields(settings.Settings):
             assert f"--{item.name}=" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_arms_of_a_longer_context_differ_in_the_positions_alone():
+    arms = [vars(parse([str(ROOT / f"config/llama100m_{arm}1024.py")], "").config)
+            for arm in ("pi", "plain")]
+    assert {key for key in arms[0] if arms[0][key] != arms[1][key]} == {
+        "rope_scaling", "rope_factor", "out_dir"}
+    before = vars(parse([str(ROOT / "config/llama100m_ctx256.py")], "").config)
+    assert arms[0]["init_from"] == before["out_dir"]
+    assert before["block_size"] * arms[0]["rope_factor"] == arms[0]["block_size"] == 1024

@@ -1,0 +1,358 @@
+"""Model folders of others: what transformers writes is read, trained on, or refused by name. Both
+lines of transformers write and read; the older one, 4.57, in a process with its own packages."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import documents, metrics
+from safetensors.torch import load_file, save_file
+from test_code import assert_as_llama, export_both, look
+
+import checkpoint
+import huggingface
+import optim
+import settings
+import shards
+import tokenizer
+import train
+from model import LLaMA, ModelConfig, initial_weight
+from parallel import World
+from settings import Settings, UserError
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Run by either line of transformers: writes a Llama (tied, grouped heads, llama3 positions, in
+# shards), a Mistral, and what they compute, into the folder that is its argument.
+WRITE = """
+import sys, torch, transformers
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+torch.manual_seed(3)
+shape = dict(vocab_size=258, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+             num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+rope = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=16)
+rope = (dict(rope_parameters=dict(rope, rope_theta=5e5)) if transformers.__version__[0] == "5" else
+        dict(rope_scaling=rope, rope_theta=5e5))
+ids = torch.randint(258, (2, 64))
+for name, model, size in (
+        ("llama", LlamaForCausalLM(LlamaConfig(**shape, **rope, tie_word_embeddings=True,
+                                               max_position_embeddings=128)), "60KB"),
+        ("mistral", MistralForCausalLM(MistralConfig(**shape, sliding_window=None,
+                                                     max_position_embeddings=64)), "5GB")):
+    model.save_pretrained(f"{sys.argv[1]}/{name}", max_shard_size=size)
+    with torch.no_grad():
+        save_file({"ids": ids, "logits": model(ids).logits}, f"{sys.argv[1]}/{name}.safetensors")
+"""
+# Run by either line: what it computes from our checkpoints and makes of our texts.
+READ = """
+import json, sys, torch, transformers
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+texts = json.loads(Path("texts.json").read_text())
+for folder in sys.argv[1:]:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        logits = model(load_file("ids.safetensors")["ids"]).logits
+    save_file({"logits": logits.contiguous()}, folder + "/theirs.safetensors")
+    words = AutoTokenizer.from_pretrained(folder)
+    ids = words(texts, split_special_tokens=True)["input_ids"]
+    facts = [transformers.__version__, words.model_max_length, ids]
+    Path(folder, "theirs.json").write_text(json.dumps(facts))
+"""
+
+
+def by_transformers(code: str, *words, cwd: Path, packages: Path | None = None) -> None:
+    """Run `code` in a fresh process, with the `packages` before those that are installed."""
+    path = {"PYTHONPATH": str(packages)} if packages else {}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=cwd, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **path})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A folder with llama/, mistral/ and what they compute, by the transformers that is here."""
+    folder = tmp_path_factory.mktemp("written")
+    by_transformers(WRITE, folder, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory) -> Path:
+    """A folder with the packages of transformers 4.57, which then needs this environment's torch
+    and nothing else."""
+    folder = tmp_path_factory.mktemp("older")
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target",
+                           str(folder), "transformers==4.57.6", "tokenizers==0.22.2",
+                           "huggingface-hub==0.36.2"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"transformers 4.57.6 cannot be installed: {done.stderr.strip()[-200:]}")
+    return folder
+
+
+def assert_equal_logits(folder: Path) -> None:
+    """What we compute from a folder is what transformers did that wrote it."""
+    known = load_file(f"{folder}.safetensors")
+    with torch.no_grad():
+        logits = checkpoint.load_model(folder)(known["ids"])
+    assert known["logits"].abs().max() > 1
+    assert (logits - known["logits"]).abs().max() <= 1e-5 * known["logits"].abs().max()
+
+
+def go_on(home: Path, folder: Path, *words: str) -> None:
+    """Train on, as the message tells; the first evaluation is what transformers measures."""
+    def start(*more: str) -> int:
+        return train.main(settings.parse(
+            ["toy.py", f"--init_from={folder}", f"--out_dir=out/{folder.name}", "--max_steps=6",
+             "--learning_rate=1e-3", "--block_size=64", "--global_batch_tokens=512",
+             "--eval_tokens=128", *words, *more], "", train.Flags))
+
+    with pytest.raises(UserError, match="to go on from it say") as refused:
+        start()
+    keys = str(refused.value).split(" say ")[1].split()
+    assert {"--n_layer=3", "--d_model=64", "--d_ff=96", "--norm_eps=1e-06"} <= set(keys)
+    assert not (home / "out").exists()
+    assert start(*keys) == 0
+    rows = metrics(home / "out" / folder.name)
+    tokens = shards.open_split(home / "data/toy", "val").read(0, 129).astype(np.int64)
+    windows = torch.from_numpy(np.stack([tokens[:65], tokens[64:]]))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        loss = theirs(windows, labels=windows).loss.item()
+    assert rows[0]["step"] == 0 and rows[0]["val_loss"] == pytest.approx(loss, abs=1e-4)
+    assert [row["val_loss"] for row in rows if "val_loss" in row][-1] < loss - 0.3
+
+
+def test_what_transformers_writes_is_read(written):
+    assert_equal_logits(written / "llama")
+    assert_equal_logits(written / "mistral")
+    config = huggingface.model_config(written / "llama")
+    assert (config.rope_scaling, config.rope_factor, config.rope_original) == ("llama3", 8.0, 16)
+    assert config.tie_embeddings and config.kv_heads == 2 and config.rope_theta == 5e5
+    assert len(checkpoint.weight_files(written / "llama")) > 3
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_what_transformers_writes_is_trained_on(home, written, name):
+    go_on(home, written / name)
+
+
+def test_keys_to_set():
+    """A stretch that was learnt may grow and is not dropped; the context may be any."""
+    plain = ModelConfig(2, 4, 32, 64, 258, 64)
+    linear = replace(plain, rope_scaling="linear", rope_factor=4.0)
+    llama3 = replace(plain, rope_scaling="llama3", rope_factor=8.0, rope_original=16)
+    keys = huggingface.other_keys
+    assert keys(plain, replace(plain, block_size=8, attention="reference")) == ""
+    assert keys(plain, linear) == keys(plain, llama3) == keys(linear, linear) == ""
+    assert keys(linear, replace(linear, rope_factor=8.0)) == ""
+    assert keys(linear, replace(linear, rope_factor=2.0)) == "--rope_factor=4.0"
+    assert keys(linear, plain) == "--rope_scaling=linear --rope_factor=4.0"
+    assert keys(llama3, plain) == "--rope_scaling=llama3 --rope_factor=8.0 --rope_original=16"
+    assert keys(llama3, replace(llama3, rope_original=32)) == "--rope_original=16"
+    assert keys(replace(plain, n_kv_head=2, tie_embeddings=True, rope_theta=5e5), plain) == (
+        "--n_kv_head=2 --rope_theta=500000.0 --tie_embeddings=True")
+    with pytest.raises(UserError, match="low_freq_factor"):
+        keys(replace(llama3, rope_low=2.0), llama3)
+
+
+@pytest.mark.parametrize("keys", [
+    {}, {"rope_theta": 5e5}, {"rope_scaling": "linear", "rope_factor": 4.0},
+    {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 512, "rope_theta": 5e5},
+    {"rope_scaling": "llama3", "rope_factor": 32.0, "rope_original": 64, "rope_high": 5.0}])
+def test_rotary_tables_are_those_of_transformers(keys):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = ModelConfig(1, 2, 128, 8, 16, 2048, **keys)
+    theirs = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=2048, rope_parameters={
+            "rope_type": keys.get("rope_scaling", "default"), "factor": keys.get("rope_factor"),
+            "rope_theta": keys.get("rope_theta", 1e4), "low_freq_factor": 1.0,
+            "high_freq_factor": keys.get("rope_high", 4.0),
+            "original_max_position_embeddings": keys.get("rope_original")})
+    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.arange(2048)[None])
+    ours = LLaMA(config)
+    # fp32 angles of up to 2,048 turns are good to 2048 * 2^-24
+    assert (ours.rope_cos - cos[0]).abs().max() < 3e-4
+    assert (ours.rope_sin - sin[0]).abs().max() < 3e-4
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"model_type": "qwen2"}, "model_type is 'qwen2', not llama or mistral"),
+    ({"attention_bias": True}, "it has biases"), ({"mlp_bias": True}, "it has biases"),
+    ({"model_type": "mistral", "sliding_window": 4096}, "a sliding window of 4096 tokens"),
+    ({"model_type": "mistral"}, "a sliding window of 4096 tokens"),  # if it does not say, it has
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of type sliding_attention"),
+    ({"hidden_act": "gelu"}, "hidden_act is gelu"), ({"head_dim": 16}, "head_dim is not"),
+    ({"quantization_config": {"bits": 4}}, "quantized"),
+    ({"num_key_value_heads": 3}, "4 heads, 3 of keys and values, do not fit"),
+    ({"num_attention_heads": "4"}, "is not the config of a LLaMA"),
+    ({"num_attention_heads": 0}, "is not the config of a LLaMA"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "type dynamic"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32}}, "RoPE has beta_fast"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "newer format"),
+    ({"rope_theta": 5e5}, "say something else than rope_parameters"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "something else than rope_para"),
+    ({"plainllama": {"n_layer": 2, "n_expert": 8}}, "n_expert, the format of a newer plainllama"),
+    ({"rms_norm_eps": ...}, "does not say rms_norm_eps"),
+    ({"hidden_size": ..., "n_embd": 32, "model_type": "gpt2"}, "hidden_size .model_type 'gpt2'"),
+])
+def test_what_would_compute_something_else_is_refused(tmp_path, change, says):
+    config = huggingface.hf_config(ModelConfig(2, 4, 32, 64, 258, 64), 1, 2) | change
+    config = {key: value for key, value in config.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=says) as refused:
+        checkpoint.load_model(checkpoint.find(str(tmp_path)))
+    assert "\n" not in str(refused.value)
+
+
+def test_half_copied_folders_are_refused(tmp_path, written):
+    def copy(name: str, *without: str) -> Path:
+        folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for file in (written / name).iterdir():
+            if file.name not in without:
+                (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    shard = checkpoint.weight_files(written / "llama")[2]
+    cut, index, outside = copy("mistral"), copy("llama"), copy("llama")
+    os.truncate(cut / "model.safetensors", 50_000)
+    (index / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "mo')
+    (outside / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.bin"}}')
+    pickled = copy("mistral", "model.safetensors")
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    for folder, says in (
+            (copy("llama", shard), f"{shard} is missing; copy the folder again"),
+            (copy("llama", "config.json"), "weights but no config.json; copy the folder again"),
+            (copy("mistral", "model.safetensors"), "model.safetensors is missing; copy"),
+            (cut, "weights cannot be read: .* copy it again"), (index, "not an index of weights"),
+            (outside, "names '../a.bin', outside the folder"), (pickled, "pickled weights")):
+        with pytest.raises(UserError, match=says):
+            checkpoint.load_model(checkpoint.find(str(folder)))
+    biased = copy("mistral")
+    weights = load_file(biased / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
+    save_file(weights, biased / "model.safetensors")
+    with pytest.raises(UserError, match=r"unknown weights, the first is .*q_proj\.bias"):
+        checkpoint.load_model(biased)
+
+
+def test_a_tokenizer_that_transformers_wrote(tmp_path):
+    """A data set prepared with it fits a model that lies beside it; one that is too large for the
+    embedding does not."""
+    words = tokenizer.make("bpe:300", lambda: documents(9))
+    words.save(tmp_path)
+    tokenizer.write_hf_files(tmp_path / "tokenizer.json", tmp_path, 64)
+    folder = tmp_path / "theirs"
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(huggingface.hf_config(
+        ModelConfig(2, 4, 32, 64, words.vocab_size - 1, 64), 0, 1)))
+    hashed = tokenizer.make(str(folder)).sha256
+    model = huggingface.model_config(folder)
+    train.check_source(folder, model, {"tokenizer": {"sha256": hashed}})
+    with pytest.raises(UserError, match="not the tokenizer of the data set; prepare one with"):
+        train.check_source(folder, model, {"tokenizer": {"sha256": words.sha256[::-1]}})
+    with pytest.raises(UserError, match="entries, the model's embedding only"):
+        checkpoint.load_model(folder)
+
+
+def test_a_sentencepiece_model_beside_the_weights(tmp_path):
+    """Llama 2 and TinyLlama come with tokenizer.model; the data set must be made with it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("\n".join(documents(30)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=330,
+        model_type="bpe", byte_fallback=True, minloglevel=9)
+    model = ModelConfig(2, 4, 32, 64, 330, 64)
+    (tmp_path / "config.json").write_text(json.dumps(huggingface.hf_config(model, 1, 2)))
+    hashed = tokenizer.make(str(tmp_path)).sha256
+    train.check_source(tmp_path, model, {"tokenizer": {"sha256": hashed}})
+    with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer of the data set"):
+        train.check_source(tmp_path, model, {"tokenizer": {"sha256": hashed[::-1]}})
+
+
+# ---- transformers 4.57
+
+@pytest.mark.slow
+def test_what_the_older_line_writes(home, tmp_path, older):
+    by_transformers(WRITE, tmp_path, cwd=tmp_path, packages=older)
+    config = json.loads((tmp_path / "llama/config.json").read_text())
+    assert config["transformers_version"] == "4.57.6" and "rope_parameters" not in config
+    for name in ("llama", "mistral"):
+        assert_equal_logits(tmp_path / name)
+    go_on(home, tmp_path / "llama")
+
+
+def hard_strings(count: int) -> list[str]:
+    """Strings that tokenizers disagree on: spaces, line ends, scripts, emoji, specials."""
+    chance = random.Random(5)
+    parts = [" ", "  ", "\n", "\r\n", "\t", "a", "The", "ing", "0", "1234", "'s", "'LL", "é",
+             "e\u0301", "ß", "中文", "日本", "שלום", "हि", "🙂", "👩\u200d👧", "🏽", "\u00a0",
+             "\ufeff", "½", "<s>", "</s>", "<unk>", "<0x41>", "<|endoftext|>", "▁", "Ġ", "\x00",
+             "\x7f", "\u200b", "(", "==", "_", "http://", "def f(x):\n    "]
+    return ["", *("".join(chance.choices(parts, k=chance.randint(1, 12))) for _ in range(count))]
+
+
+@pytest.mark.parametrize("line", ["newer", pytest.param("older", marks=pytest.mark.slow)])
+def test_our_checkpoints_as_they_lie(tmp_path, request, line):
+    """Random architectures with large weights, and strings that are hard to cut, in both lines."""
+    packages = request.getfixturevalue("older") if line == "older" else None
+    chance, ids = random.Random(1), torch.randint(258, (2, 48))
+    texts, folders, wanted = hard_strings(300), [], []
+    words = {"bytes": tokenizer.make("bytes"),
+             "bpe": tokenizer.make("bpe:400", lambda: documents(30))}
+    if importlib.util.find_spec("mistral_common"):
+        words["mistral"] = tokenizer.make("mistral")
+    for number in range(9 if line == "older" else 3):
+        heads, kv = chance.choice([(4, 4), (4, 2), (6, 2), (8, 1)])
+        config = ModelConfig(
+            n_layer=chance.randint(1, 4), n_head=heads, n_kv_head=kv, d_ff=chance.randint(30, 90),
+            d_model=heads * chance.choice([4, 8, 16]), block_size=chance.choice([48, 64, 128]),
+            vocab_size=chance.choice([400, 413]), tie_embeddings=chance.random() < 0.5,
+            rope_theta=chance.choice([1e4, 5e5]), norm_eps=chance.choice([1e-5, 1e-6]),
+            **[{}, {"rope_scaling": "linear", "rope_factor": 4.0},
+               {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 16}][number % 3])
+        kind = list(words)[(number + number // 3) % len(words)]  # each with each kind of positions
+        config = replace(config, vocab_size=max(config.vocab_size, words[kind].vocab_size))
+        model = LLaMA(config)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                value = initial_weight(name, p.shape, config, number)
+                p.copy_(value if p.dim() == 1 else value * chance.choice([5, 20]))
+        (tmp_path / kind).mkdir(exist_ok=True)
+        words[kind].save(tmp_path / kind)
+        folder = checkpoint.save(tmp_path / str(number), 1, model, optim.make(model, Settings()),
+                                 {"step": 1, "rows": 1}, tmp_path / kind / "tokenizer.json",
+                                 World())
+        folders.append(folder)
+        with torch.no_grad():
+            wanted.append((model(ids), kind, config))
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    by_transformers(READ, *folders, cwd=tmp_path, packages=packages)
+    ours = {kind: [[one.bos, *one.encode(text)] for text in texts] for kind, one in words.items()}
+    for folder, (logits, kind, config) in zip(folders, wanted, strict=True):
+        theirs = load_file(folder / "theirs.safetensors")["logits"]
+        assert (logits - theirs).abs().max() <= 1e-4 * logits.abs().max(), config
+        version, length, their_ids = json.loads((folder / "theirs.json").read_text())
+        assert (version == "4.57.6") == (line == "older") and length == config.block_size
+        assert their_ids == ours[kind], kind
+
+
+@pytest.mark.slow
+def test_our_code_in_the_older_line(tmp_path, older):
+    export_both(tmp_path, tie_embeddings=True)
+    assert_as_llama(tmp_path, *look(tmp_path, older))
