@@ -20,6 +20,7 @@ from test_code import assert_as_llama, export_both, look
 import checkpoint
 import huggingface
 import optim
+import resume
 import settings
 import shards
 import tokenizer
@@ -262,9 +263,9 @@ def test_a_tokenizer_that_transformers_wrote(tmp_path):
         ModelConfig(2, 4, 32, 64, words.vocab_size - 1, 64), 0, 1)))
     hashed = tokenizer.make(str(folder)).sha256
     model = huggingface.model_config(folder)
-    train.check_source(folder, model, {"tokenizer": {"sha256": hashed}})
+    resume.refuse_other_model(folder, model, {"tokenizer": {"sha256": hashed}})
     with pytest.raises(UserError, match="not the tokenizer of the data set; prepare one with"):
-        train.check_source(folder, model, {"tokenizer": {"sha256": words.sha256[::-1]}})
+        resume.refuse_other_model(folder, model, {"tokenizer": {"sha256": words.sha256[::-1]}})
     with pytest.raises(UserError, match="entries, the model's embedding only"):
         checkpoint.load_model(folder)
 
@@ -279,9 +280,9 @@ def test_a_sentencepiece_model_beside_the_weights(tmp_path):
     model = ModelConfig(2, 4, 32, 64, 330, 64)
     (tmp_path / "config.json").write_text(json.dumps(huggingface.hf_config(model, 1, 2)))
     hashed = tokenizer.make(str(tmp_path)).sha256
-    train.check_source(tmp_path, model, {"tokenizer": {"sha256": hashed}})
+    resume.refuse_other_model(tmp_path, model, {"tokenizer": {"sha256": hashed}})
     with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer of the data set"):
-        train.check_source(tmp_path, model, {"tokenizer": {"sha256": hashed[::-1]}})
+        resume.refuse_other_model(tmp_path, model, {"tokenizer": {"sha256": hashed[::-1]}})
 
 
 # ---- transformers 4.57
