@@ -108,15 +108,15 @@ def measure(flags: Flags, named: bool, world: World) -> int:
     if rows:
         tokens = flags.eval_tokens or config_of(run).get("eval_tokens") or 1 << 20
         micro_batch = max(1, batch_tokens // length)
-        found = evaluate(model, rows, byte_info(folder), tokens, micro_batch, world,
-                         tokenizer.bos if config_of(run).get("doc_mask") else None)
+        begin = tokenizer.bos if config_of(run).get("doc_mask") else None
+        found = evaluate(model, rows, byte_info(folder), tokens, micro_batch, world, begin)
         shown = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
         kept = {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
         windows = f" in windows of {length}" * (length < block_size)
         say(table(f"validation{windows}, {found['tokens']:,} tokens, {found['bytes']:,} bytes",
                   shown))
         if flags.by_position:
-            kept["by_position"] = by_position(model, rows, tokens, micro_batch, world)
+            kept["by_position"] = by_position(model, rows, tokens, micro_batch, world, begin)
             say(table(f"loss by position{windows}, nats per token", kept["by_position"]))
         result |= kept if length == block_size else {"contexts": {str(length): kept}}
         if flags.baselines and run and world.rank == 0:
@@ -176,18 +176,19 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
 
 @torch.no_grad()
 def by_position(model: nn.Module, rows: shards.Rows, tokens: int, micro_batch: int,
-                world: World) -> dict:
+                world: World, begin: int | None = None) -> dict:
     """{'0-255': nats per target that follows one of these positions, '0-255_stderr': ..., n}: the
-    windows of evaluate(), in quarters; the standard errors are over the n windows. Collective."""
+    windows of evaluate(), in quarters; the standard errors are over the n windows. `begin`: as there. Collective."""
     count, T = max(1, min(tokens // rows.block_size, rows.windows)), rows.block_size
     losses = torch.zeros(count, T, dtype=torch.float64)
     progress = Progress("by position", count, "rows", world.rank == 0, world.device.type)
     for first in range(0, count, micro_batch * world.size):
         mine = range(first + world.rank, min(first + micro_batch * world.size, count), world.size)
         if mine:
-            ids = torch.from_numpy(rows.read_windows(mine).astype(np.int64)).to(world.device)
-            logits = model(ids[:, :-1]).float().flatten(0, 1)
-            nats = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+            ids = torch.from_numpy(rows.read_windows(mine).astype(np.int64))
+            own = [] if begin is None else [None, None, bounds(ids[:, :-1], begin).to(world.device)]
+            logits = model(ids[:, :-1].to(world.device), *own).float().flatten(0, 1)
+            nats = F.cross_entropy(logits, ids[:, 1:].flatten().to(world.device), reduction="none")
             losses[list(mine)] = nats.view(-1, T).cpu().double()
         progress.add(min(micro_batch * world.size, count - first))
     progress.close()

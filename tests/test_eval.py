@@ -140,6 +140,15 @@ def test_bits_per_byte_equal_those_of_transformers(folder, rows):
     assert scores["ppl"] == pytest.approx(math.exp(scores["val_loss"]))
 
 
+@pytest.mark.parametrize("begin", [None, 256])  # the begin token: every document by itself
+def test_loss_by_position_averages_to_the_loss(folder, rows, begin):
+    model = checkpoint.load_model(folder)
+    whole = evaluate(model, rows, byte_info(folder), 3 * BLOCK, 2, World(), begin)["val_loss"]
+    found = scoring.by_position(model, rows, 3 * BLOCK, 2, World(), begin)
+    quarters = [value for name, value in found.items() if name[-1].isdigit()]
+    assert len(quarters) == 4 and np.mean(quarters) == pytest.approx(whole, rel=1e-5)
+
+
 def test_bits_per_byte_do_not_depend_on_the_batch(folder, rows):
     model, info = checkpoint.load_model(folder), byte_info(folder)
     shapes = set()
