@@ -178,7 +178,8 @@ def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tok
 def by_position(model: nn.Module, rows: shards.Rows, tokens: int, micro_batch: int,
                 world: World, begin: int | None = None) -> dict:
     """{'0-255': nats per target that follows one of these positions, '0-255_stderr': ..., n}: the
-    windows of evaluate(), in quarters; the standard errors are over the n windows. `begin`: as there. Collective."""
+    windows of evaluate(), in quarters; the standard errors are over the n windows. `begin`: as
+    there. Collective."""
     count, T = max(1, min(tokens // rows.block_size, rows.windows)), rows.block_size
     losses = torch.zeros(count, T, dtype=torch.float64)
     progress = Progress("by position", count, "rows", world.rank == 0, world.device.type)
