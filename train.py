@@ -2,9 +2,8 @@
 
 On several GPUs or nodes: torchrun --nproc_per_node=8 train.py config/x.py. A run goes on from its
 newest whole checkpoint when it is started again. --check tries, without a trace, what a long run
-relies on, and says how long it will take. Exit codes: 0 done, 1 a check
-failed, 2 the input, 75 stopped early with a whole checkpoint (start me again), 143 on a second
-signal.
+relies on, and says how long it will take. Exit codes: 0 done, 1 a check failed, 2 the input, 75
+stopped early with a whole checkpoint (start me again), 143 on a second signal.
 """
 
 from dataclasses import asdict, dataclass
