@@ -7,7 +7,7 @@ INSTALL = python3 -m venv $(VENV) && $(PY) -m pip install -q --no-compile -c con
 CONFIG = config/quickstart.py
 RUN = out/quickstart
 # methods as sympy has many, each up to the empty line behind it
-SAMPLES = --prompt '    def _eval_' --stop '["\n\n"]' --temperature 0.7 --num_samples 6
+SAMPLES = --prompt '    def _eval_' --stop '["\n\n"]' --temperature 0.5 --num_samples 6
 
 .PHONY: demo test test-all bench lint clean
 

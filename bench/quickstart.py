@@ -24,7 +24,7 @@ from tokenizer import Tokenizer
 
 SAMPLES, COPY = 20, 50
 # as in the Makefile
-PROMPT, STOP, HOW = "    def _eval_", ["\n\n"], sample.Flags(temperature=0.7)
+PROMPT, STOP, HOW = "    def _eval_", ["\n\n"], sample.Flags(temperature=0.5)
 
 
 @dataclass
