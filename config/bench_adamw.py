@@ -1,7 +1,7 @@
 """AdamW's arm of bench/optimizers.py: the quickstart's model, evaluated often, without samples."""
 
 base = "quickstart.py"
-eval_interval = 25
+eval_interval = 50
 sample_tokens = 0
 save_interval = 400
 keep_last = 1
