@@ -8,6 +8,8 @@ OUT/results.md: a kill loses nothing. OUT/run_* is the run, a few MB; its checkp
 out/bench/. A stage that fails, or for which no time is left, says so and the next one begins.
 
 --rehearse does all of it with tiny sizes on the CPU. Exit codes: 0; 1 a stage failed; 2 the input.
+
+bench/gpu.py mission [--help] is the long run of bench/mission.py, in calls of some minutes.
 """
 
 import sys
@@ -34,6 +36,11 @@ class Flags:
 
 
 if __name__ == "__main__":  # --help and a misspelt option are answered before torch is loaded
+    if sys.argv[1:2] == ["mission"]:
+        import mission
+
+        del sys.argv[1]
+        settings.run(mission.main, settings.command(mission.__doc__, mission.Flags, takes="files"))
     COMMAND = settings.command(__doc__, Flags, takes="files")
 
 import hashlib

@@ -127,3 +127,30 @@ def test_bad_input_is_one_line(tmp_path, words, message):
     done = run_script("bench/gpu.py", *words, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_mission_goes_on_where_a_call_ended(tmp_path):
+    (tmp_path / "sets").mkdir()
+    for name in ("tinyMMLU", "mmlu_dev", "other"):
+        (tmp_path / f"sets/{name}.jsonl").write_text("\n".join(json.dumps(
+            {"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": "B"})
+            for i in range(6)))
+    for _ in range(20):
+        done = run_script("bench/gpu.py", "mission", "--rehearse", "--total=0.02", "--minutes=1",
+                          "--tokenizer=bytes", "--eval=sets", "--out=kept", cwd=tmp_path,
+                          timeout=300)
+        if done.returncode != 75:
+            break
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = json.loads((tmp_path / "kept/plan.json").read_text())
+    for name, steps in (("base", plan["base"]), ("interpolated", plan["tune"]),
+                        ("plain", plan["tune"])):
+        run = tmp_path / "kept" / name
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == steps and (run / "report.html").stat().st_size
+        scores = json.loads((run / f"eval/step_{steps}.json").read_text())
+        assert {"local:sets/tinyMMLU.jsonl", "local:sets/other.jsonl"} <= set(scores["tasks"])
+        assert not list(run.rglob("*.safetensors"))
+    assert json.loads((tmp_path / "kept/interpolated/run.json").read_text())["config"][
+        "rope_scaling"] == "linear"

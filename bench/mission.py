@@ -1,0 +1,175 @@
+"""The mission's run: python bench/gpu.py mission --text=F.jsonl.xz,G.jsonl.xz [--eval=FOLDER]
+
+A LLaMA learns at a short context, which is then made four times as long in two ways with the same
+tokens: by position interpolation (https://arxiv.org/abs/2306.15595), and plainly. All three are
+scored by position, at the short context, on tinyMMLU's questions and the other local sets of
+FOLDER, and report.py makes a page of them. As many steps as fit in --total minutes of training;
+a call ends within --minutes, with exit code 75 if the same command has to go on.
+
+OUT keeps what is worth keeping, a few MB: plan.json, and of every run metrics, samples, scores and
+report; checkpoints and the data set lie in out/mission and data/. --rehearse: tiny, on the CPU.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import settings
+from settings import UserError, key
+
+
+@dataclass
+class Flags:
+    """What `bench/gpu.py mission` takes."""
+
+    text: str = key("", "files of text, with commas between them (none: the embedded text)")
+    eval: str = key("", "folder with tinyMMLU.jsonl, mmlu_dev.jsonl and other local sets")
+    tokenizer: str = key("mistral", "as in a config")
+    config: str = key("config/mission.py", "the run at the short context")
+    total: float = key(22.0, "minutes of training, of all calls and runs together", low=0.05)
+    minutes: float = key(9.5, "minutes of this call", low=0.05)
+    tune_share: float = key(0.1, "of the training time, for each long run", (), 0.01, 0.4)
+    out: str = key("bench/results/mission", "the folder for what is kept")
+    rehearse: bool = key(False, "tiny sizes on the CPU")
+
+
+if __name__ == "__main__":
+    COMMAND = settings.command(__doc__, Flags, takes="files")
+
+TIMES = 4  # the long context is so many times the short one
+ARMS = {"base": [], "interpolated": ["--rope_scaling=linear", f"--rope_factor={TIMES}.0"],
+        "plain": []}
+TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--d_ff=64", "--block_size=64",
+        "--global_batch_tokens=512", "--eval_tokens=1024", "--device=cpu", "--compile=false",
+        "--optimizer=adamw"]
+KEPT = ("*.json", "*.jsonl", "report*", "eval/*")
+
+
+class Mission:
+    """One call: what it was asked, and until when."""
+
+    def __init__(self, flags: Flags):
+        self.flags, self.out = flags, Path(flags.out).absolute()
+        self.home, self.until = Path("out/mission").absolute(), time.time() + 60 * flags.minutes
+        self.config = flags.config if Path(flags.config).exists() else str(ROOT / flags.config)
+        self.tiny = TINY if flags.rehearse else []
+        self.block = settings.parse([self.config, *self.tiny], "").config.block_size
+
+    def script(self, name: str, *words: str, ok: tuple[int, ...] = (0,)) -> int:
+        """Run a script of ours; its exit code. What it says is added to OUT/commands.log."""
+        left = self.until - time.time()
+        with open(self.out / "commands.log", "ab") as file:
+            try:
+                done = subprocess.run([sys.executable, str(ROOT / name), *words], stdout=file,
+                                      stderr=subprocess.STDOUT, timeout=max(left, 1))
+            except subprocess.TimeoutExpired:
+                raise SystemExit(75) from None
+        if done.returncode not in ok:
+            raise UserError(f"{name} ended with {done.returncode}; see {self.out}/commands.log")
+        return done.returncode
+
+    def train(self, run: Path, *words: str) -> None:
+        """A run to its end, or SystemExit(75) where this call's time is over."""
+        left = (self.until - time.time()) / 60 - (0.02 if self.tiny else 0.5)  # to save and leave
+        if left <= 0 or self.script(
+                "train.py", self.config, *self.tiny, f"--out_dir={run}", f"--max_minutes={left}",
+                "--dataset=mission", *words, ok=(0, 75)):
+            raise SystemExit(75)
+
+    def plan(self) -> dict:
+        """Steps of the runs, from the speed of a short trial: made once, then read."""
+        path = self.out / "plan.json"
+        if not path.exists():
+            trial, steps = self.home / "trial", 12 if self.tiny else 60
+            self.train(trial, f"--max_steps={steps}", "--warmup_steps=5", "--eval_interval=1000000",
+                       "--save_interval=1000000", "--sample_tokens=0", "--log_interval=10",
+                       "--eval_tokens=1024")
+            rows = [row for row in rows_of(trial) if "tokens_per_second" in row]
+            run = json.loads((trial / "run.json").read_text())
+            speed = rows[-2]["tokens_per_second"]  # past the compiler's work
+            batch = run["config"]["global_batch_tokens"]
+            every = 60 * self.flags.total * speed / batch
+            tune = max(2, int(every * self.flags.tune_share))
+            steps = max(4, int(every) - 2 * tune)
+            settings.to_json(path, {
+                "base": steps, "tune": tune, "tokens_per_second": speed, "batch_tokens": batch,
+                "epochs": (steps + tune) * batch / run["data"]["train_tokens"]})
+            shutil.rmtree(trial)
+        return json.loads(path.read_text())
+
+    def score(self, run: Path, name: str) -> None:
+        """Loss by position, at the short context, and the local sets."""
+        where = [f"--ckpt={run}"] + ["--device=cpu"] * bool(self.tiny)
+        found = sorted(Path(self.flags.eval).glob("*.jsonl*")) if self.flags.eval else []
+        self.script("eval.py", *where, "--by_position", "--tasks=" + ",".join(
+            f"local:{path}" for path in found if path.name not in ("tinyMMLU.jsonl",
+                                                                   "mmlu_dev.jsonl")))
+        if name != "base":
+            self.script("eval.py", *where, "--tasks=", f"--context={self.block}")
+        if (Path(self.flags.eval) / "tinyMMLU.jsonl").exists():
+            self.script("eval.py", *where, f"--tasks=local:{self.flags.eval}/tinyMMLU.jsonl",
+                        f"--shots={self.flags.eval}/mmlu_dev.jsonl")
+        self.script("report.py", str(run))
+
+    def keep(self, run: Path) -> None:
+        """Copy to OUT what is small."""
+        for pattern in KEPT:
+            for path in run.glob(pattern):
+                target = self.out / run.name / path.relative_to(run)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
+
+
+def rows_of(run: Path) -> list[dict]:
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def main(command: settings.CommandLine) -> int:
+    """Go on where the call before ended."""
+    mission = Mission(command.flags)
+    mission.out.mkdir(parents=True, exist_ok=True)
+    sources = [os.path.abspath(path) for path in mission.flags.text.split(",") if path]
+    if missing := [path for path in sources if not os.path.isfile(path)]:
+        raise UserError(f"--text: no file {missing[0]}")
+    if mission.flags.eval and not os.path.isdir(mission.flags.eval):
+        raise UserError(f"--eval: no folder {mission.flags.eval}")
+    mission.script("prepare.py", mission.config, "--dataset=mission",
+                   f"--sources={sources or ['embedded']!r}",
+                   f"--tokenizer={mission.flags.tokenizer}")
+    plan = mission.plan()
+    print(f"{plan['base']} steps of {plan['batch_tokens']:,} tokens, then {plan['tune']} in two "
+          f"ways: {plan['epochs']:.2f} epochs", flush=True)
+    for name, keys in ARMS.items():
+        run, long = mission.home / name, name != "base"
+        steps = plan["tune" if long else "base"]
+        words = [f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 20)}",
+                 f"--eval_interval={1 + steps // 8}", f"--save_interval={1 + steps // 4}", *keys]
+        if long:
+            base = settings.parse([mission.config, *mission.tiny], "").config
+            words += [f"--init_from={mission.home / 'base'}",
+                      f"--block_size={TIMES * mission.block}",
+                      f"--learning_rate={base.learning_rate / 6}", f"--min_lr={base.min_lr / 6}"]
+        try:
+            mission.train(run, *words)
+            if not (mission.out / name / "report.html").exists():
+                mission.score(run, name)
+        finally:
+            if run.exists():
+                mission.keep(run)
+        last = [row for row in rows_of(run) if "val_loss" in row][-1]
+        print(f"{name}: {last['val_loss']:.4f} nats/token, {last['val_bpb']:.4f} bits/byte after "
+              f"{last['tokens']:,} tokens", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    settings.run(main, COMMAND)

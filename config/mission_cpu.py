@@ -1,0 +1,13 @@
+"""The mission's run at a size that two CPU cores train: all else is mission.py's."""
+
+base = "mission.py"
+n_layer = 4
+n_head = 4
+d_model = 256
+d_ff = 704
+tie_embeddings = True  # the embedding of 32,000 entries is most of so small a model
+global_batch_tokens = 16 * 256
+learning_rate = 2e-3
+min_lr = learning_rate / 10
+optimizer = "muon"
+eval_tokens = 64 * 1024
