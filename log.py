@@ -325,14 +325,19 @@ def cut(path: Path, step: int) -> None:
 
 def lock(run: Path):
     """Hold the run's folder; UserError if another process does. The lock dies with its owner."""
+    file = open(run / ".lock", "w")  # noqa: SIM115
+    hold(file, f"another process is training in {run}; choose another out_dir")
+    return file
+
+
+def hold(file, problem: str) -> None:
+    """Lock an open file until it is closed; UserError(problem) if another process holds it."""
     import fcntl
 
-    file = open(run / ".lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"another process is training in {run}; choose another out_dir") from None
-    return file
+        raise UserError(problem) from None
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ H query heads, K key/value heads, D = C / H, V = vocab_size, S cached tokens.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +121,10 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.used = 0  # the longest row, as a Python number: how much of the cache to look at
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v (B, K, T, D) at positions (B, T); give back all that is in use (B, K, S, D)."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
@@ -226,13 +231,15 @@ class LLaMA(nn.Module):
         self.register_buffer("rope_cos", angles.cos().to(device), persistent=False)
         self.register_buffer("rope_sin", angles.sin().to(device), persistent=False)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None,
-               documents: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None,
+               watch: Callable[[Tensor], object] | None = None) -> Tensor:
         """Token ids (B, T) -> normalised states (B, T, C) that the output matrix reads.
 
         With a cache, the ids continue what is in it, each row from its own length on; the caller
         advances `cache.lengths` afterwards (by less than T for rows that were padded). `documents`:
-        attention.bounds() of the ids, for tokens that look at their own document only.
+        attention.bounds() of the ids, for tokens that look at their own document only. `watch` is
+        called with the n_layer + 1 states (B, T, C) that transformers names hidden_states: the
+        embeddings, the output of each block but the last, and the result.
         """
         T = ids.shape[1]
         positions = mask = None
@@ -246,8 +253,13 @@ class LLaMA(nn.Module):
                 mask = seen <= positions[:, None, :, None]
         x = self.model.embed_tokens(ids).to(self.compute_dtype)
         for block in self.model.layers:
+            if watch:
+                watch(x)
             x = block(x, rope, cache, positions, mask, documents)
-        return self.model.norm(x)
+        x = self.model.norm(x)
+        if watch:
+            watch(x)
+        return x
 
     def forward(self, ids: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:

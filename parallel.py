@@ -134,8 +134,9 @@ class World:
             dist.destroy_process_group()
 
 
-def start(device: str, mode: str) -> World:
-    """Join the ranks that torchrun started, or be alone. `device`, `mode` as in the config."""
+def start(device: str, mode: str, minutes: float = 10) -> World:
+    """Join the ranks that torchrun started, or be alone. `device`, `mode` as in the config;
+    `minutes`: how long a rank waits for another before it gives up."""
     device = pick_device(device)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and mode == "auto":
@@ -151,7 +152,7 @@ def start(device: str, mode: str) -> World:
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     return World(rank, size, device, "ddp" if mode == "auto" else mode)
 
 

@@ -115,6 +115,17 @@ GROUPS = {"dataset": "data", "n_layer": "model", "out_dir": "training", "log_int
 
 
 @dataclass
+class Sampling:
+    """How a token is drawn: in this order, which is that of transformers."""
+
+    repetition_penalty: float = key(1.0, "above 1: what was said is less likely again", low=1e-3)
+    temperature: float = key(1.0, "divides the logits; 0: always the likeliest token", low=0)
+    top_k: int = key(0, "draw from the k likeliest tokens (0: from all)", low=0)
+    top_p: float = key(1.0, "draw from the likeliest tokens of this joint probability", (), 0, 1)
+    min_p: float = key(0.0, "drop tokens below this share of the likeliest's probability", (), 0, 1)
+
+
+@dataclass
 class CommandLine:
     """What a command was given, and where each value of the config came from."""
 

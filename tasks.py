@@ -149,7 +149,7 @@ def harness(scorer: Scorer):
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
             """Greedy continuations; half of the context at least is left to the prompt."""
-            import sample
+            import generate
 
             answers = []
             for text, options in (request.args for request in requests):
@@ -158,9 +158,9 @@ def harness(scorer: Scorer):
                 room = min(options.get("max_gen_toks", 256), scorer.block_size // 2)
                 if len(ids) + room > scorer.block_size:
                     scorer.truncated.add(hash(tuple(ids)))
-                [(_, answer, _)] = sample.complete(
+                [(_, answer, _)] = generate.complete(
                     scorer.model, scorer.tokenizer, [ids[room - scorer.block_size:]], room,
-                    sample.Flags(temperature=0.0), [0], until)
+                    settings.Sampling(temperature=0.0), [0], until)
                 answers.append(answer)
             return answers
 

@@ -43,11 +43,11 @@ from torch import Tensor
 import attention
 import check
 import checkpoint
+import generate
 import log
 import optim
 import parallel
 import resume
-import sample
 import shards
 import tokenizer
 from engine import Batch, Engine, model_config
@@ -300,9 +300,9 @@ class Run:
     def sample(self, words: tokenizer.Tokenizer) -> None:
         """Add a text to samples.jsonl. On rank 0 alone, so not where the model is sharded."""
         self.model.eval()
-        ended, text, _ = sample.complete(
-            self.model, words, [self.prompt], self.config.sample_tokens, sample.Flags(),
-            [sample.row_seed(self.config.seed, 0)], [])[0]
+        ended, text, _ = generate.complete(
+            self.model, words, [self.prompt], self.config.sample_tokens, settings.Sampling(),
+            [generate.row_seed(self.config.seed, 0)], [])[0]
         self.model.train()
         self.log.line("samples.jsonl", {"step": self.step, "prompt": self.config.sample_prompt,
                                         "completion": text, "stop": ended})

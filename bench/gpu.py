@@ -57,10 +57,10 @@ from typing import Any
 
 import torch
 
+import generate
 import log
 import optim
 import parallel
-import sample
 import train
 from checkpoint import hf_config
 from engine import Engine
@@ -307,8 +307,9 @@ def memory(bench: Bench) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """Greedy decoding: sample.generate beside transformers' generate."""
-    new, device, greedy = 16 if bench.tiny else 128, bench.world.device, sample.Flags(temperature=0)
+    """Greedy decoding: generate.generate beside transformers' generate."""
+    new, device = 16 if bench.tiny else 128, bench.world.device
+    greedy = settings.Sampling(temperature=0)
     models: dict = {name: MODELS[name](bench).eval() for name in present(bench, "decode")}
     for model in models.values():  # ours: the matrices alone, as sample.py loads a checkpoint
         for part in [m for m in model.modules() if isinstance(m, Linear)] or [model]:
@@ -319,7 +320,7 @@ def decode(bench: Bench) -> None:
         for name, model in [*models.items()] * 4:
             begin = time.perf_counter()
             if name == "ours":
-                made = sample.generate(model, ids.tolist(), new, greedy, [0] * batch)
+                made = generate.generate(model, ids.tolist(), new, greedy, [0] * batch)
                 count = sum(len(text) for text, _ in made)
             else:
                 made = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,

@@ -17,14 +17,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
-import sample
+import generate
 import settings
 import shards
 from tokenizer import Tokenizer
 
 SAMPLES, COPY = 20, 50
 # as in the Makefile
-PROMPT, STOP, HOW = "    def _eval_", ["\n\n"], sample.Flags(temperature=0.5)
+PROMPT, STOP, HOW = "    def _eval_", ["\n\n"], settings.Sampling(temperature=0.5)
 
 
 @dataclass
@@ -68,7 +68,7 @@ def copied(texts: list[str], words: Tokenizer, split: shards.Split, length: int)
 def main(command) -> int:
     """Print the table."""
     flags = command.flags
-    model, words, folder = sample.load(flags.ckpt, "cpu", "auto")
+    model, words, folder = generate.load(flags.ckpt, "cpu", "auto")
     run = checkpoint.run_of(folder)
     file = run / "eval" / f"{folder.name}.json" if run else folder
     scores = json.loads(file.read_text()) if file.is_file() else {}
@@ -76,9 +76,8 @@ def main(command) -> int:
         raise settings.UserError(f"{folder}: no baselines beside it; first: python eval.py "
                                  f"--ckpt {flags.ckpt} --tasks= --baselines")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = sample.complete(model, words, [[words.bos, *words.encode(PROMPT)]] * SAMPLES,
-                            sample.Flags.max_new_tokens, HOW,
-                            [sample.row_seed(flags.seed, i) for i in range(SAMPLES)], STOP)
+    found = generate.complete(model, words, [[words.bos, *words.encode(PROMPT)]] * SAMPLES, 256,
+                              HOW, [generate.row_seed(flags.seed, i) for i in range(SAMPLES)], STOP)
     texts = [PROMPT + completion for _, completion, _ in found]
     data = Path("data") / json.loads((run / "run.json").read_text())["config"]["dataset"]
     clones = copied(texts, words, shards.open_split(data, "train"), COPY)

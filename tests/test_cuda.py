@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attention
+import generate
 import log
 import optim
-import sample
 import settings
 from attention import attend
 from engine import Engine
@@ -156,7 +156,7 @@ def test_xformers_equals_sdpa():
 
 def test_greedy_texts_with_a_cache_are_those_without():
     model, prompts = build(torch.float32, 3.0).eval(), [[5, 6, 7], [8] * 20]
-    made = sample.generate(model, prompts, 12, sample.Flags(temperature=0.0), [0, 0])
+    made = generate.generate(model, prompts, 12, settings.Sampling(temperature=0.0), [0, 0])
     for prompt, (new, ended) in zip(prompts, made, strict=True):
         text = torch.tensor([prompt + new]).cuda()
         with torch.no_grad():

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 import checkpoint
+import generate
+import prompts
 import sample
 from model import KVCache, LLaMA, ModelConfig, initial_weight
-from settings import UserError, parse
+from settings import Sampling, UserError, parse
 from tokenizer import make
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=264, block_size=48)
-GREEDY = sample.Flags(temperature=0.0)
+ADDED = {"completion", "stop"}
+GREEDY = Sampling(temperature=0.0)
 
 
 def tiny(seed=0, scale=6.0, **changes) -> LLaMA:
@@ -88,8 +91,8 @@ def test_greedy_equals_uncached_and_transformers(ckpt):
     want = [uncached(model, prompt, 20) for prompt in PROMPTS]
     assert len({tuple(ids) for ids in want}) == len(PROMPTS)  # attention matters
     for prompt, ids in zip(PROMPTS, want, strict=True):
-        assert sample.generate(model, [prompt], 20, GREEDY, [0]) == [(ids, "length")]
-    together = sample.generate(model, PROMPTS, 20, GREEDY, [0] * 4)
+        assert generate.generate(model, [prompt], 20, GREEDY, [0]) == [(ids, "length")]
+    together = generate.generate(model, PROMPTS, 20, GREEDY, [0] * 4)
     assert together == [(ids, "length") for ids in want]
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(ckpt)
@@ -102,30 +105,30 @@ def test_greedy_equals_uncached_and_transformers(ckpt):
 
 def test_rows_that_end_early_leave_the_others_alone():
     model = tiny()
-    alone = [sample.generate(model, [prompt], 40, GREEDY, [0])[0][0] for prompt in PROMPTS]
+    alone = [generate.generate(model, [prompt], 40, GREEDY, [0])[0][0] for prompt in PROMPTS]
     stops = [alone[2][3]]  # ends the longest row at once, the others later or never
     want = [(ids[:ids.index(stops[0])], "eos") if stops[0] in ids else (ids, "length")
             for ids in alone]
     assert {why for _, why in want} == {"eos", "length"}
-    assert sample.generate(model, PROMPTS, 40, GREEDY, [0] * 4, stops) == want
+    assert generate.generate(model, PROMPTS, 40, GREEDY, [0] * 4, stops) == want
 
 
 def test_end_of_context():
     model = tiny()
-    found = sample.generate(model, PROMPTS, 1000, GREEDY, [0] * 4)
+    found = generate.generate(model, PROMPTS, 1000, GREEDY, [0] * 4)
     assert [len(ids) for ids, _ in found] == [48 - len(prompt) for prompt in PROMPTS]
     assert found[1][0] == uncached(model, PROMPTS[1], 47)
 
 
 def test_same_text_alone_and_in_a_batch():
-    model, drawn = tiny(scale=3.0), sample.Flags(temperature=0.9, top_p=0.95)
-    seeds = [sample.row_seed(7, i) for i in range(4)]
-    together = sample.generate(model, PROMPTS, 30, drawn, seeds)
-    alone = [sample.generate(model, [p], 30, drawn, [s])[0]
+    model, drawn = tiny(scale=3.0), Sampling(temperature=0.9, top_p=0.95)
+    seeds = [generate.row_seed(7, i) for i in range(4)]
+    together = generate.generate(model, PROMPTS, 30, drawn, seeds)
+    alone = [generate.generate(model, [p], 30, drawn, [s])[0]
              for p, s in zip(PROMPTS, seeds, strict=True)]
     assert together == alone
-    assert sample.generate(model, PROMPTS[:1], 12, drawn, seeds[:1])[0][0] == alone[0][0][:12]
-    again = sample.generate(model, PROMPTS[:1], 30, drawn, [sample.row_seed(8, 0)])[0]
+    assert generate.generate(model, PROMPTS[:1], 12, drawn, seeds[:1])[0][0] == alone[0][0][:12]
+    again = generate.generate(model, PROMPTS[:1], 30, drawn, [generate.row_seed(8, 0)])[0]
     assert again != alone[0]
 
 
@@ -140,9 +143,9 @@ def test_filters_by_hand():
         (dict(temperature=0.5, min_p=0.25), [[0, 2], [3, 4]]),  # squares: 16, 9, 2.25
     ]
     for options, kept in cases:
-        logits = sample.allowed(p.log() + 3, sample.Flags(**options))
+        logits = generate.allowed(p.log() + 3, Sampling(**options))
         assert [row.isfinite().nonzero().flatten().tolist() for row in logits] == kept, options
-    assert sample.allowed(torch.full((1, 4), 1e4), sample.Flags(temperature=1e-30)).eq(0).all()
+    assert generate.allowed(torch.full((1, 4), 1e4), Sampling(temperature=1e-30)).eq(0).all()
 
 
 def test_filters_equal_transformers():
@@ -151,24 +154,24 @@ def test_filters_equal_transformers():
     ids = torch.randint(300, (8, 20), generator=torch.Generator().manual_seed(1))
     seen = torch.zeros(8, 300, dtype=torch.bool).scatter(1, ids, True)
     want = process.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits)
-    greedy = sample.Flags(temperature=0.0, repetition_penalty=1.7)
-    assert sample.choose(logits, greedy, seen, torch.zeros(8)).equal(want.argmax(-1))
+    greedy = Sampling(temperature=0.0, repetition_penalty=1.7)
+    assert generate.choose(logits, greedy, seen, torch.zeros(8)).equal(want.argmax(-1))
     for name, value, theirs in (("top_k", 7, process.TopKLogitsWarper),
                                 ("top_p", 0.7, process.TopPLogitsWarper),
                                 ("min_p", 0.1, process.MinPLogitsWarper)):
-        ours = sample.allowed(logits, sample.Flags(temperature=0.7, **{name: value}))
+        ours = generate.allowed(logits, Sampling(temperature=0.7, **{name: value}))
         assert ours.isfinite().equal(theirs(value)(ids, logits / 0.7).isfinite()), name
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 6},
                                      {"top_p": 0.8}, {"min_p": 0.2}])
 def test_frequencies_are_the_softmax(options):
-    flags = sample.Flags(**options)
+    flags = Sampling(**options)
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
-    want = sample.allowed(logits, flags).softmax(-1)[0]
+    want = generate.allowed(logits, flags).softmax(-1)[0]
     n = 400_000
     draws = torch.rand(n, generator=torch.Generator().manual_seed(4))
-    got = sample.choose(logits.expand(n, -1), flags, torch.zeros(n, 12, dtype=torch.bool), draws)
+    got = generate.choose(logits.expand(n, -1), flags, torch.zeros(n, 12, dtype=torch.bool), draws)
     counts = got.bincount(minlength=12)
     assert counts[want == 0].sum() == 0
     expected, counts = n * want[want > 0], counts[want > 0]
@@ -182,23 +185,23 @@ def test_draws_at_the_ends_of_the_unit_interval():
     logits = torch.tensor([[float("-inf"), 2.0, 1.0, float("-inf")]]).expand(2, -1)
     draws = torch.tensor([0.0, 1 - 2**-24])
     seen = torch.zeros(2, 4, dtype=torch.bool)
-    assert sample.choose(logits, sample.Flags(), seen, draws).tolist() == [1, 2]
+    assert generate.choose(logits, Sampling(), seen, draws).tolist() == [1, 2]
 
 
 def test_unused_entries_are_never_drawn():
     model = tiny()
     with torch.no_grad():
         model.lm_head.weight[258:] = 50 * model.lm_head.weight[:6]
-    flags = sample.Flags(temperature=5.0)
-    free = sample.generate(model, PROMPTS, 30, flags, [1, 2, 3, 4])
+    flags = Sampling(temperature=5.0)
+    free = generate.generate(model, PROMPTS, 30, flags, [1, 2, 3, 4])
     assert max(max(ids) for ids, _ in free) >= 258
-    held = sample.generate(model, PROMPTS, 30, flags, [1, 2, 3, 4], vocab_size=258)
+    held = generate.generate(model, PROMPTS, 30, flags, [1, 2, 3, 4], vocab_size=258)
     assert max(max(ids) for ids, _ in held) < 258
 
 
-def spelled(tokenizer, text, stops=(), prompt="", data=None) -> sample.Text:
+def spelled(tokenizer, text, stops=(), prompt="", data=None) -> generate.Text:
     begun = [tokenizer.bos, *tokenizer.encode(prompt)]
-    one = sample.Text(tokenizer, begun, list(stops), True)
+    one = generate.Text(tokenizer, begun, list(stops), True)
     for token in data if data is not None else tokenizer.encode(prompt + text)[len(begun) - 1:]:
         if one.push(token):
             break
@@ -219,9 +222,9 @@ def test_streamed_text_is_whole(name, capsys):
 def test_bytes_that_are_no_text_come_out_in_the_end(capsys):
     tokenizer = make("bytes", None)
     one = spelled(tokenizer, "", data=[104, 0xF0, 0x9F, 0x98, 0x80, 0xC3])
-    assert one.text == "h😀" + sample.HALF == capsys.readouterr().out
+    assert one.text == "h😀" + generate.HALF == capsys.readouterr().out
     one = spelled(tokenizer, "", data=[0x80] * 40 + [65])
-    assert one.text == sample.HALF * 40 + "A"
+    assert one.text == generate.HALF * 40 + "A"
 
 
 def test_stop_strings(capsys):
@@ -261,22 +264,22 @@ def test_prompts_to_file(ckpt, tmp_path):
     assert {row["stop"] for row in found} <= {"eos", "length"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["F.jsonl", "G.jsonl"]
     assert "tokens/s" in done.stdout
-    model, tokenizer, _ = sample.load(str(ckpt), "cpu", "fp32")
+    model, tokenizer, _ = generate.load(str(ckpt), "cpu", "fp32")
     for i, row in enumerate(found):  # the same texts one by one
         ids = [tokenizer.bos, *tokenizer.encode(row["prompt"])]
-        why, text, _ = sample.complete(model, tokenizer, [ids], 12, sample.Flags(),
-                                       [sample.row_seed(3, i)], [])[0]
+        why, text, _ = generate.complete(model, tokenizer, [ids], 12, Sampling(),
+                                       [generate.row_seed(3, i)], [])[0]
         assert (why, text) == (row["stop"], row["completion"])
     # again into the same file is fine; another input is refused and the file kept
-    same = sample.read_prompts(source, out, 1)
-    assert same == rows
+    same = prompts.read_prompts(source, out, 1, "prompt", ADDED)
+    assert same == (rows, None, True)
     before = out.read_bytes()
     source.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(UserError, match="not made from"):
         run("--ckpt", ckpt, "--prompts", source, "--out", out)
     assert out.read_bytes() == before
     with pytest.raises(UserError, match="would be overwritten"):
-        sample.read_prompts(out, tmp_path / "H.jsonl", 1)
+        prompts.read_prompts(out, tmp_path / "H.jsonl", 1, "prompt", ADDED)
 
 
 def test_one_text_and_the_end_of_the_context(ckpt, capsys):
