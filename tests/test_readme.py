@@ -59,6 +59,7 @@ def place(folder: Path) -> dict:
     (folder / "my.txt").write_text("\n".join(documents(300)))
     question = '{"question": "What is 1 + 1?", "choices": ["1", "2"], "answer": 1}\n'
     (folder / "questions.jsonl").write_text(question * 3)
+    (folder / "prompts.jsonl").write_text('{"prompt": "def "}\n' * 5)
     (folder / "bin").mkdir()
     for name, words in (("python", sys.executable), ("torchrun", f"{sys.executable} -m "
                                                      "torch.distributed.run")):

@@ -1,15 +1,23 @@
 """sample.py: the cache, batches, the distributions against their definition, the command."""
 
+import datetime
 import json
+import math
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_script
 
 import checkpoint
 import generate
+import parallel
 import prompts
 import sample
 from model import KVCache, LLaMA, ModelConfig, initial_weight
@@ -113,6 +121,39 @@ def test_rows_that_end_early_leave_the_others_alone():
     assert generate.generate(model, PROMPTS, 40, GREEDY, [0] * 4, stops) == want
 
 
+def test_random_configurations():
+    """Cached, batched and compiled (without a compiler: the same steps in a cache of fixed size)
+    equal uncached, whatever the shape of the model, of the prompts and of the batch."""
+    rng = random.Random(5)
+    for seed in range(8):
+        heads = rng.choice([2, 4])
+        model = tiny(seed, n_layer=rng.randint(1, 3), n_head=heads, d_ff=rng.choice([48, 80]),
+                     n_kv_head=rng.choice([0, 1, 2]), tie_embeddings=rng.random() < 0.5,
+                     **rng.choice([{}, {"rope_scaling": "linear", "rope_factor": 2.0}]))
+        asked = [[256, *(rng.randrange(256) for _ in range(rng.randint(0, 30)))]
+                 for _ in range(rng.randint(1, 6))]
+        want = [(uncached(model, ids, min(n := rng.randint(8, 12), 48 - len(ids))), "length")
+                for ids in asked[:1]]
+        want += [(uncached(model, ids, n), "length") for ids in asked[1:]]
+        assert generate.generate(model, asked, n, GREEDY, [0] * len(asked)) == want, seed
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", lambda function, **_: function)
+            still = generate.compile_step(model, 7, 45, True)
+        for few in (asked, asked[:1], asked[-2:]):  # the cache is used again
+            found = generate.generate(model, few, n, GREEDY, [0] * len(few), compiled=still)
+            assert found == [want[asked.index(ids)] for ids in few], seed
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_same(ckpt, tmp_path):
+    rows = [{"prompt": "word " * (i % 7)} for i in range(21)]
+    (tmp_path / "F.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("true", "false"):
+        assert run("--ckpt", ckpt, f"--prompts={tmp_path}/F.jsonl", f"--out={tmp_path}/{name}",
+                   f"--compile={name}", "--max_new_tokens=9", "--batch=6") == 0
+    assert (tmp_path / "true").read_bytes() == (tmp_path / "false").read_bytes()
+
+
 def test_end_of_context():
     model = tiny()
     found = generate.generate(model, PROMPTS, 1000, GREEDY, [0] * 4)
@@ -163,22 +204,31 @@ def test_filters_equal_transformers():
         assert ours.isfinite().equal(theirs(value)(ids, logits / 0.7).isfinite()), name
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 6},
-                                     {"top_p": 0.8}, {"min_p": 0.2}])
-def test_frequencies_are_the_softmax(options):
-    flags = Sampling(**options)
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 6}, {"top_p": 0.8}, {"min_p": 0.2},
+    {"repetition_penalty": 1.8, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.02}])
+def test_frequencies_are_their_definition(options):
+    """400,000 draws against probabilities worked out in Python's own numbers."""
+    flags, n = Sampling(**options), 400_000
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
-    want = generate.allowed(logits, flags).softmax(-1)[0]
-    n = 400_000
+    seen = torch.arange(12) % 3 == 0
+    x = [(v / flags.repetition_penalty if v > 0 else v * flags.repetition_penalty) if s else v
+         for v, s in zip(logits[0].tolist(), seen.tolist(), strict=True)]
+    p = {i: math.exp(v / flags.temperature) for i, v in enumerate(x)}
+    p = dict(sorted(p.items(), key=lambda pair: -pair[1])[:flags.top_k or None])
+    total, before, kept = sum(p.values()), 0.0, {}
+    for i, v in p.items():
+        if before < flags.top_p * total:
+            kept[i] = v
+        before += v
+    kept = {i: v for i, v in kept.items() if v >= flags.min_p * max(kept.values())}
     draws = torch.rand(n, generator=torch.Generator().manual_seed(4))
-    got = generate.choose(logits.expand(n, -1), flags, torch.zeros(n, 12, dtype=torch.bool), draws)
-    counts = got.bincount(minlength=12)
-    assert counts[want == 0].sum() == 0
-    expected, counts = n * want[want > 0], counts[want > 0]
-    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    got = generate.choose(logits.expand(n, -1), flags, seen.expand(n, -1), draws)
+    counts = got.bincount(minlength=12).tolist()
+    assert {i for i, count in enumerate(counts) if count} == set(kept)
+    expected = {i: n * v / sum(kept.values()) for i, v in kept.items()}
+    chi2 = sum((counts[i] - e) ** 2 / e for i, e in expected.items())
     assert chi2 < 40  # at most 11 degrees of freedom: p = 4e-5
-    if not options:
-        assert torch.allclose(want, logits.softmax(-1)[0])
 
 
 def test_draws_at_the_ends_of_the_unit_interval():
@@ -237,6 +287,12 @@ def test_stop_strings(capsys):
     assert one.stopped and one.text == "x"
 
 
+def flags_of(*words) -> sample.Flags:
+    flags = parse([str(word) for word in words], "", sample.Flags, "files").flags
+    flags.stop = []
+    return flags
+
+
 def run(*words) -> int:
     return sample.main(parse([str(word) for word in words], "", sample.Flags, "files"))
 
@@ -270,7 +326,7 @@ def test_prompts_to_file(ckpt, tmp_path):
         why, text, _ = generate.complete(model, tokenizer, [ids], 12, Sampling(),
                                        [generate.row_seed(3, i)], [])[0]
         assert (why, text) == (row["stop"], row["completion"])
-    # again into the same file is fine; another input is refused and the file kept
+    # again into the same file: nothing to do; another input is refused and the file kept
     same = prompts.read_prompts(source, out, 1, "prompt", ADDED)
     assert same == (rows, None, True)
     before = out.read_bytes()
@@ -280,6 +336,146 @@ def test_prompts_to_file(ckpt, tmp_path):
     assert out.read_bytes() == before
     with pytest.raises(UserError, match="would be overwritten"):
         prompts.read_prompts(out, tmp_path / "H.jsonl", 1, "prompt", ADDED)
+
+
+def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):
+    """Killed after any batch, and in a line; then on two ranks; the file is that of one go."""
+    rows = [{"prompt": "word " * (i * 5 % 8), "i": i} for i in range(30)]
+    source, out = tmp_path / "F.jsonl", tmp_path / "G.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--ckpt", ckpt, "--prompts", source, "--max_new_tokens=6", "--batch=3"]
+    assert run(*words, "--out", tmp_path / "whole.jsonl") == 0
+    made, complete, add = [], generate.complete, prompts.Journal.add
+
+    def counted(*args, **_):
+        made.extend(args[5])  # the seeds of the rows
+        return complete(*args)
+
+    def dies(journal, rows):
+        add(journal, rows)
+        if len(made) % 9 == 0:
+            journal.file.write(b'{"row": 29, "comple')
+            journal.file.close()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "complete", counted)
+    monkeypatch.setattr(prompts.Journal, "add", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(*words, "--out", out)
+        assert not out.exists()
+    with pytest.raises(UserError, match=r"begun with temperature=1.0, now it is 0.5"):
+        run(*words, "--out", out, "--temperature=0.5")
+    monkeypatch.setattr(prompts.Journal, "add", add)
+    folder = checkpoint.find(str(ckpt))
+    recipe = prompts.made_with(flags_of(*words, "--out", out), folder)
+    done = list(prompts.Journal(out, recipe).read())
+    assert len(done) == len(made) == 18
+    for rank in (1, 0):  # rank 0 gathers, so it comes last here
+        two, answers = parallel.World(rank, 2), iter([folder, done])
+        monkeypatch.setattr(two, "agree", lambda _, answers=answers: next(answers))
+        monkeypatch.setattr(two, "sum", lambda values: values)
+        monkeypatch.setattr(parallel, "start", lambda *_, two=two, **__: two)
+        assert run(*words, "--out", out) == 0
+        assert out.exists() == (rank == 0)
+    assert sorted(made) == sorted(generate.row_seed(1337, i) for i in range(30))
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["F.jsonl", "G.jsonl", "whole.jsonl"]
+
+
+def test_txt_and_parquet(ckpt, tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    Path("F.txt").write_bytes("a\r\n\nü \n".encode())
+    words = ["--ckpt", ckpt, "--max_new_tokens=3", "--temperature=0"]
+    assert run(*words, "--prompts=F.txt", "--out=G.jsonl") == 0
+    found = [json.loads(line) for line in Path("G.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in found] == ["a", "", "ü "]
+    day = datetime.date(2026, 11, 1)
+    table = pa.table({"n": pa.array([3, None], pa.int16()), "text": ["a", "ü "], "day": [day, day]})
+    pq.write_table(table, "F.parquet")
+    assert run(*words, "--prompts=F.parquet", "--out=G.parquet", "--column=text",
+               "--num_samples=2") == 0
+    made = pq.read_table("G.parquet")
+    assert made.drop_columns(["completion", "stop"]).equals(table.take([0, 0, 1, 1]))
+    assert made["completion"].to_pylist() == [found[i]["completion"] for i in (0, 0, 2, 2)]
+    before = Path("G.parquet").read_bytes()
+    assert run(*words, "--prompts=F.parquet", "--out=G.parquet", "--column=text",
+               "--num_samples=2") == 0  # nothing to do
+    with pytest.raises(UserError, match="not made from"):
+        run(*words, "--prompts=F.txt", "--out=G.parquet")
+    assert Path("G.parquet").read_bytes() == before
+    with pytest.raises(UserError, match=r"do not fit into G2\.jsonl.*date"):
+        run(*words, "--prompts=F.parquet", "--out=G2.jsonl", "--column=text")
+    with pytest.raises(UserError, match="no text in a column `prompt`; its columns are: n, text"):
+        run(*words, "--prompts=F.parquet", "--out=G2.parquet")
+    Path("F.parquet").write_bytes(Path("F.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        run(*words, "--prompts=F.parquet", "--out=G2.parquet")
+    Path("F.jsonl").write_text('{"prompt": "a", "x": 1}\n{"prompt": "b", "y": "z"}\n')
+    assert run(*words, "--prompts=F.jsonl", "--out=H.parquet") == 0
+    rows = pq.read_table("H.parquet").to_pylist()
+    assert [(row["prompt"], row["x"], row["y"]) for row in rows] == [("a", 1, None),
+                                                                     ("b", None, "z")]
+    Path("F.jsonl").write_text('{"prompt": "a", "x": 1}\n{"prompt": "b", "x": "z"}\n')
+    with pytest.raises(UserError, match="do not fit into"):
+        run(*words, "--prompts=F.jsonl", "--out=H2.parquet")
+    assert not list(Path().glob("*2.*"))
+
+
+@pytest.mark.parametrize("pool, layers, which", [
+    ("mean", "-1", [2]), ("mean", "-2:", [1, 2]), ("last", ":", [0, 1, 2]), ("last", "1:2", [1]),
+    ("mean", "0", [0])])
+def test_embeddings_are_those_of_transformers(ckpt, tmp_path, pool, layers, which):
+    pq = pytest.importorskip("pyarrow.parquet")
+    theirs = pytest.importorskip("transformers").AutoModel.from_pretrained(ckpt)
+    texts = ["a" * 47, "", "seven"]
+    (tmp_path / "F.jsonl").write_text("".join(json.dumps({"id": i, "prompt": text}) + "\n"
+                                              for i, text in enumerate(texts)))
+    assert run("--ckpt", ckpt, f"--prompts={tmp_path}/F.jsonl", f"--out={tmp_path}/G.parquet",
+               f"--embed={pool}", f"--layers={layers}", f"--batch={len(which) + 1}") == 0
+    rows = pq.read_table(tmp_path / "G.parquet").to_pylist()
+    assert [(row["id"], row["prompt"]) for row in rows] == list(enumerate(texts))
+    for row in rows:
+        ids = torch.tensor([[256, *row["prompt"].encode()]])
+        with torch.no_grad():
+            states = torch.stack(theirs(ids, output_hidden_states=True).hidden_states)[which, 0]
+        want = (states.mean(1) if pool == "mean" else states[:, -1]).mean(0)
+        got = torch.tensor(row["embedding"])
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ten_kills_at_random(ckpt, tmp_path, ranks):
+    rng = random.Random(ranks)
+    rows = [{"id": i, "prompt": "word " * rng.randrange(8)} for i in range(500)]
+    (tmp_path / "F.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["sample.py", f"--ckpt={ckpt}", "--prompts=F.jsonl", "--batch=4",
+             "--max_new_tokens=40"]
+    assert run_script(*words, "--out=whole.jsonl", cwd=tmp_path).returncode == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+              str(ranks), "-m"] if ranks > 1 else [sys.executable, "-m"]
+    kills, growth = 0, [0]
+    while not (tmp_path / "G.jsonl").exists():
+        process = subprocess.Popen(
+            [*launch, "sample", *words[1:], "--out=G.jsonl"], cwd=tmp_path, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        if kills < 10:
+            begun = time.time()
+            while (sum(p.stat().st_size for p in tmp_path.glob("G.jsonl.part*")) <= growth[-1]
+                   and process.poll() is None and time.time() - begun < 60):
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.15)
+            os.killpg(process.pid, signal.SIGKILL)
+            growth.append(sum(p.stat().st_size for p in tmp_path.glob("G.jsonl.part*")))
+            kills += 1
+        _, error = process.communicate(timeout=120)
+        assert kills < 10 or process.returncode in (0, -9), error
+    assert kills == 10 and growth == sorted(growth)
+    assert (tmp_path / "G.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["F.jsonl", "G.jsonl", "whole.jsonl"]
 
 
 def test_one_text_and_the_end_of_the_context(ckpt, capsys):
@@ -316,6 +512,11 @@ def test_several_texts_are_saved_with_the_run(tmp_path, capsys):
     ('{"prompt": "a"}\n', ("--out=nowhere/G.jsonl",), "folder that exists"),
     ('{"prompt": "a"}\n', ("--stop=[1]",), "cannot use"),
     ('{"prompt": "a"}\n', ("extra",), "cannot use 'extra'"),
+    ('{"prompt": "a"}\n', ("--column=text",), "in a column `text`; its columns are: prompt"),
+    ('{"prompt": "a"}\n', ("--embed=mean",), "writes states, and those to a .parquet"),
+    ('{"prompt": "a"}\n', ("--embed=mean", "--out=G.parquet", "--layers=3"), "has 3, 0 to 2"),
+    ('{"prompt": "a"}\n', ("--layers=2:1",), "names no states"),
+    ("[" * 99999, (), "F.jsonl:1 is not a JSON object"),
 ])
 def test_bad_input(ckpt, tmp_path, monkeypatch, content, words, says):
     source = tmp_path / "F.jsonl"
