@@ -107,18 +107,23 @@ class Speed:
     bytes: int = 0  # read by those steps: the weights, and the cache as far as it is in use
 
     def told(self, device: torch.device) -> str:
-        """In words, beside the speed at which the device adds up a large tensor, measured now."""
+        """In words, beside the device's reading_speed()."""
         words = f"; first token after {self.first:.3f} s" * bool(self.first)
         if not self.bytes:
             return words
-        numbers, least = torch.ones(1 << 26, device=device), float("inf")
-        for _ in range(6):
-            begin = time.perf_counter()
-            numbers.sum().item()
-            least = min(least, time.perf_counter() - begin)
-        share = self.bytes / self.seconds * least / numbers.nbytes
-        return words + (f"; its steps read {self.bytes / self.seconds / 1e9:.1f} GB/s, {share:.0%} "
-                        "of what plain reading reaches here")
+        rate = self.bytes / self.seconds
+        return words + (f"; its steps read {rate / 1e9:.1f} GB/s, "
+                        f"{rate / reading_speed(device):.0%} of what plain reading reaches here")
+
+
+def reading_speed(device: torch.device) -> float:
+    """Bytes per second at which the device adds up a large tensor: what decoding could reach."""
+    numbers, least = torch.ones(1 << 26, device=device), float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        numbers.sum().item()
+        least = min(least, time.perf_counter() - begin)
+    return numbers.nbytes / least
 
 
 @torch.no_grad()

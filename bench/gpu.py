@@ -314,14 +314,22 @@ def decode(bench: Bench) -> None:
     for model in models.values():  # ours: the matrices alone, as sample.py loads a checkpoint
         for part in [m for m in model.modules() if isinstance(m, Linear)] or [model]:
             part.to(parallel.pick_dtype("auto", device))
+    best = generate.reading_speed(device)
     for batch in (1, 16):
         ids = torch.randint(bench.config.vocab_size, (batch, 32), device=device)
-        speeds: dict = {name: [] for name in models}
-        for name, model in [*models.items()] * 4:
-            begin = time.perf_counter()
-            if name == "ours":
-                made = generate.generate(model, ids.tolist(), new, greedy, [0] * batch)
+        share: dict = {}
+        arms: dict = {name: (model, None) for name, model in models.items()}
+        if device.type == "cuda" and (compiled := generate.compile_step(
+                models["ours"], batch, 32 + new, must=False)):
+            arms["ours compiled"] = models["ours"], compiled
+        speeds: dict = {name: [] for name in arms}
+        for name, (model, compiled) in [*arms.items()] * 4:
+            begin, speed = time.perf_counter(), generate.Speed()
+            if name != "transformers":
+                made = generate.generate(model, ids.tolist(), new, greedy, [0] * batch,
+                                         compiled=compiled, speed=speed)
                 count = sum(len(text) for text, _ in made)
+                share[name] = speed.bytes / speed.seconds / best
             else:
                 made = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
                                       do_sample=False, min_new_tokens=new, max_new_tokens=new)
@@ -329,7 +337,8 @@ def decode(bench: Bench) -> None:
             speeds[name].append(count / (time.perf_counter() - begin))
         for name, (_, *rounds) in speeds.items():  # the first one warms up
             bench.record("decode", arm=name, batch=batch, prompt_tokens=32, new_tokens=new,
-                         tokens_per_second=median(rounds), rounds_tokens_per_second=rounds)
+                         tokens_per_second=median(rounds), rounds_tokens_per_second=rounds,
+                         share_of_reading_speed=share.get(name))
 
 
 # ---- the run
