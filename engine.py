@@ -250,8 +250,7 @@ class Engine:
             factor = self.optimizer.loss_scale.value * factor
         parts, order = self.accumulate, [0]
         while len(order) < parts:  # 0, n/2, n/4, 3n/4, ...: neighbours are those that meet
-            step = parts // len(order) // 2
-            order = [place for first in order for place in (first, first + step)]
+            order = [2 * place for place in order] + [2 * place + 1 for place in order]
         rows = [place + parts * i for place in order for i in range(self.micro)]
         waiting: list[list[Tensor]] = []
         for done, (x, y, documents) in enumerate(self.micro_batches(

@@ -122,7 +122,7 @@ class World:
         if self.sharded:
             module.set_requires_gradient_sync(last)  # type: ignore[operator]
             yield
-        elif self.mode == "ddp" and not last:
+        elif not last and hasattr(module, "no_sync"):  # DDP
             with module.no_sync():  # type: ignore[operator]
                 yield
         else:
@@ -157,6 +157,8 @@ class World:
         """Tensors added up over the ranks, a power of two of them, in an order that more ranks
         only lengthen at its end: with the rank half of all away first, with the neighbour last.
         a + b = b + a to the bit, so all get the same."""
+        if self.size == 1:
+            return part
         flat = torch.cat([tensor.reshape(-1) for tensor in part])
         distance = self.size // 2
         while distance:

@@ -1,13 +1,12 @@
-"""What test_parallel.py runs on four processes: python tests/ranks.py FOLDER.
+"""What test_parallel.py runs on four processes, in an empty folder with a cases.json.
 
-torch is imported once and the processes are forked; FOLDER/cases.json says what to train, a case
-of n ranks leaves the others waiting. The test compares what is left in FOLDER.
+torch is imported once and the processes are forked; cases.json says what to train, a case of n
+ranks leaves the others waiting. The test compares what is left in the folder.
 """
 
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from parallel import World
 from settings import Settings, UserError
 
 ROWS, LENGTH = 10, 24
+TOKENIZER = Path("tokenizer.json")
 
 
 def rows(step: int) -> Batch:
@@ -62,8 +62,7 @@ def train(made: Engine, steps: range) -> list[list[float]]:
 
 def save(made: Engine, folder: Path, step: int) -> Path:
     state = {"step": step, "world_size": made.world.size, "micro_batch": made.micro}
-    return checkpoint.save(folder, step, made.model, made.optimizer, state,
-                           folder.parent / "tokenizer.json", made.world)
+    return checkpoint.save(folder, step, made.model, made.optimizer, state, TOKENIZER, made.world)
 
 
 def fingerprint(folder: Path) -> str:
@@ -81,19 +80,31 @@ def rank_main(rank: int, folder: Path, cases: list[dict]) -> None:
               for size in (1, 2, 3, 4) for mode in ("ddp", "fsdp", "hsdp")
               if rank < size and (mode != "hsdp" or size == 4)}
     assert worlds["hsdp", 4].mesh  # made by all ranks at once
-    before: dict[bool, Path] = {}  # tied -> the last checkpoint, by another mode or size
+    before: dict[str, Path] = {}  # model -> its last checkpoint, by another mode or size
     for case in cases:
-        name, size, mode = case["name"], case["size"], case["mode"]
+        name, size, mode, keys = case["name"], case["size"], case["mode"], case["keys"]
         if rank < size:
-            tied, micro = case["tied"], 1 if case["accumulate"] else ROWS
-            made = build(worlds[mode, size], tie_embeddings=tied, micro_batch=micro)
+            micro = 1 if case["accumulate"] else ROWS
+            made = build(worlds[mode, size], micro_batch=micro, **keys)
             found[name] = train(made, range(2))
             save(made, folder / name, 2)
-            if tied in before:
-                made = build(worlds[mode, size], before[tied], tie_embeddings=tied,
-                             micro_batch=micro)
+            if str(keys) in before:
+                made = build(worlds[mode, size], before[str(keys)], micro_batch=micro, **keys)
                 found[name + " resumed"] = train(made, range(2, 3))
-        before[case["tied"]] = folder / name / "checkpoints" / "step_2"
+        before[str(keys)] = folder / name / "checkpoints" / "step_2"
+        dist.barrier()
+
+    for mode in ("ddp", "fsdp"):  # three ranks: with three terms the order of a sum matters
+        if rank < 3:
+            name = f"exact {mode}"
+            made = build(worlds[mode, 3], micro_batch=2)
+            train(made, range(2))
+            middle = save(made, folder / name, 2)
+            train(made, range(2, 4))
+            whole = fingerprint(save(made, folder / name, 4))
+            made = build(worlds[mode, 3], middle)
+            train(made, range(2, 4))
+            found[name] = [whole, fingerprint(save(made, folder / name / "again", 4))]
         dist.barrier()
 
     for way in ([1, 1, 1, 1], [2, 4, 1, 2], [4, 2, 4, 4]):  # ranks of one step after another
@@ -123,7 +134,7 @@ def rank_main(rank: int, folder: Path, cases: list[dict]) -> None:
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    home = Path(sys.argv[1])
+    home = Path.cwd()
     tokenizer.make("bytes").save(home)
     torch.multiprocessing.start_processes(
         rank_main, (home, json.loads((home / "cases.json").read_text())), 4, start_method="fork")

