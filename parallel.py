@@ -211,7 +211,10 @@ class World:
                 value = error
         value = self.agree(value)
         if isinstance(value, UserError):
-            raise value if self.rank == 0 else SystemExit(2)
+            try:
+                raise value if self.rank == 0 else SystemExit(2)
+            finally:
+                del value  # its traceback leads here, and such a circle would keep the run's lock
         return value
 
     def gather(self, value) -> list:
