@@ -44,11 +44,15 @@ def steps_of(run: Path) -> list[Path]:
 
 def damage(folder: Path, training: bool = True) -> str:
     """What is wrong with a checkpoint, or ''. Every file is hashed; `training` False leaves out
-    the optimizer's state, which only a resumed run reads."""
+    the optimizer's state, which only a resumed run reads. UserError for another format."""
     try:
-        sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        text = (folder / "checksums.json").read_text(encoding="utf-8")
+        sums = json.loads(text)
+        if text != as_json(sums):  # nothing else vouches for this file
+            return "checksums.json is not as it was written"
         if sums["format"] != FORMAT:
-            return f"it has format {sums['format']}, this program reads {FORMAT}"
+            raise UserError(f"{folder} has format {sums['format']}, this program reads {FORMAT}; "
+                            "use the plainllama that wrote it")
         entries = {name: entry for name, entry in sums["files"].items()
                    if training or not name.startswith("training/")}
         needed = {"model.safetensors", "config.json", *(["training/state.json"] * training)}
@@ -73,7 +77,10 @@ def damage(folder: Path, training: bool = True) -> str:
 def newest_good(run: Path, training: bool = True) -> Path | None:
     """The newest checkpoint of a run that is whole; damaged ones are named and passed over."""
     for folder in steps_of(run):
-        problem = damage(folder, training)
+        try:
+            problem = damage(folder, training)
+        except UserError as error:
+            problem = str(error)
         if not problem:
             return folder
         print(f"checkpoint {folder} is damaged ({problem}); looking for the one before", flush=True)
@@ -372,4 +379,9 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     """Plain JSON; the caller syncs."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    path.write_text(as_json(value), encoding="utf-8")
+
+
+def as_json(value) -> str:
+    """The form in which we write JSON."""
+    return json.dumps(value, indent=1) + "\n"

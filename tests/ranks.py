@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+import torch.profiler
 
 import checkpoint
 import tokenizer
@@ -90,7 +91,11 @@ def rank_main(rank: int, folder: Path, cases: list[dict]) -> None:
             save(made, folder / name, 2)
             if str(keys) in before:
                 made = build(worlds[mode, size], before[str(keys)], micro_batch=micro, **keys)
-                found[name + " resumed"] = train(made, range(2, 3))
+                with torch.profiler.profile() as profiler:
+                    found[name + " resumed"] = train(made, range(2, 3))
+                found[name + " reductions"] = sum(
+                    event.count for event in profiler.key_averages()
+                    if event.key in ("c10d::allreduce_", "c10d::_reduce_scatter_base_"))
         before[str(keys)] = folder / name / "checkpoints" / "step_2"
         dist.barrier()
 

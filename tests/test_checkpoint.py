@@ -115,7 +115,7 @@ def test_every_damage_is_found(tmp_path, words):
             shutil.rmtree(copy)
     sums = json.loads((folder / "checksums.json").read_text())
     sums["files"]["../../outside"] = {"size": 1, "sha256": "0"}
-    (folder / "checksums.json").write_text(json.dumps(sums))
+    checkpoint.write_json(folder / "checksums.json", sums)
     assert "outside the checkpoint" in checkpoint.damage(folder)
 
 
@@ -280,9 +280,13 @@ def test_random_damage_is_named_and_the_one_before_is_taken(tmp_path, words, cap
         shutil.copytree(tmp_path / "whole", newest)
     sums = json.loads((newest / "checksums.json").read_text())
     for change in ({"format": 3}, {"files": {}}, {"files": []}, {"files": None}):
-        (newest / "checksums.json").write_text(json.dumps(sums | change))
+        checkpoint.write_json(newest / "checksums.json", sums | change)
         assert checkpoint.newest_good(tmp_path) == older
         assert "is damaged" in capsys.readouterr().out
+    whole = checkpoint.as_json(sums)
+    for text in (whole[:-1], whole.replace("\n", " "), whole + " ", whole.replace(": ", ":", 1)):
+        (newest / "checksums.json").write_text(text)
+        assert checkpoint.newest_good(tmp_path) == older
 
 
 def test_nothing_in_a_checkpoint_leads_out_of_it(tmp_path, words):
@@ -294,10 +298,10 @@ def test_nothing_in_a_checkpoint_leads_out_of_it(tmp_path, words):
     (folder / "away").symlink_to(tmp_path)
     entry = {"size": 4, "sha256": checkpoint.sha256(tmp_path / "secret")}
     for name in ("../../../secret", str(tmp_path / "secret"), "link", "away/secret", "pipe"):
-        (folder / "checksums.json").write_text(json.dumps(
-            sums | {"files": sums["files"] | {name: entry if name != "pipe" else
-                                              {"size": 0, "sha256": ""}}}))
-        assert checkpoint.damage(folder), name
+        checkpoint.write_json(folder / "checksums.json", sums | {"files": sums["files"] | {
+            name: entry if name != "pipe" else {"size": 0, "sha256": ""}}})
+        said = checkpoint.damage(folder)
+        assert ("does not match" if name == "pipe" else "outside the checkpoint") in said, name
     (folder / "checksums.json").unlink()  # now it is a model folder from elsewhere
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(

@@ -83,6 +83,15 @@ def test_every_mode_and_size_is_one_process(trained):
     assert checkpoint.damage(home / cases[0]["name"] / "checkpoints" / "step_2") == ""
 
 
+def test_gradients_are_exchanged_once_a_step(trained):
+    """ddp: one bucket; fsdp: two blocks and the rest; hsdp: these, and again between copies. And
+    loss and norm of the step."""
+    expected = {"ddp": 1 + 1, "fsdp": 3 + 1, "hsdp": 2 * 3 + 1}
+    for case in trained[1]:
+        if (count := trained[2].get(case["name"] + " reductions")) is not None:
+            assert count == expected[case["mode"]], case["name"]
+
+
 def test_resume_is_exact_on_three_ranks(trained):
     for mode in ("ddp", "fsdp"):
         whole, resumed = trained[2][f"exact {mode}"]
