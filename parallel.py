@@ -7,12 +7,14 @@ torchrun starts W processes (ranks). ddp keeps the whole model on each and adds 
 import contextlib
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import watch
 from model import LLaMA, initial_weight
 from settings import UserError
 
@@ -23,6 +25,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu", mode: str = "one"):
         self.rank, self.size, self.mode = rank, size, mode
         self.device = torch.device(device)
+        self.store: dist.Store | None = None  # of this attempt, if there are other ranks
 
     @property
     def holds_a_piece(self) -> bool:
@@ -128,6 +131,32 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def decide(self, call: Callable):
+        """What `call` gives on rank 0, on every rank. A UserError there ends all of them, with one
+        message."""
+        value = None
+        if self.rank == 0:
+            try:
+                value = call()
+            except UserError as error:
+                value = error
+        value = self.agree(value)
+        if isinstance(value, UserError):
+            raise value if self.rank == 0 else SystemExit(2)
+        return value
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """How long collectives that begin from now on may take."""
+        for group in list(dist.distributed_c10d._world.pg_map) if self.size > 1 else []:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Around work in which ranks may wait long for each other, after the first step."""
+        self.set_timeout(watch.PATIENT)
+        yield
+        self.set_timeout(watch.BRISK)
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
@@ -151,8 +180,10 @@ def start(device: str, mode: str) -> World:
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return World(rank, size, device, "ddp" if mode == "auto" else mode)
+    store = watch.join(backend, device)
+    world = World(rank, size, device, "ddp" if mode == "auto" else mode)
+    world.store = store
+    return world
 
 
 def pick_device(device: str) -> str:

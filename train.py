@@ -30,7 +30,6 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 import gc
 import math
 import os
-import signal
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +49,7 @@ import resume
 import sample
 import shards
 import tokenizer
+import watch
 from engine import Batch, Engine, model_config
 from eval import evaluate
 from model import IGNORE, flops_per_token
@@ -71,33 +71,54 @@ def main(command: settings.CommandLine) -> int:
     manifest = shards.read_manifest(Path("data") / config.dataset)
     if command.flags.replay:
         return resume.replay(config, manifest, command.flags.replay)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (
+            log.read_status(Path(config.out_dir)) == "stopped"):
+        return STOPPED  # --max-restarts took the first 75 for a failure
     world = parallel.start(config.device, config.parallel)
     try:
         if command.flags.check:
             config.vocab_size = vocabulary(config, manifest)
             return check.check(config, manifest, world, command.flags.price)
-        run = Run(command, manifest, world)
-        if run.step >= config.max_steps:
-            if world.rank == 0:
-                print(f"{run.folder} is already complete: step {run.step} of {config.max_steps}")
-                log.write_status(run.folder, "done", run.step)
-            return 0
-        try:
-            return run.loop()
-        except BaseException:
-            run.log.status("failed", run.step)
-            raise
+        return train(command, manifest, world)
     finally:
         gc.enable()
         world.close()
 
 
+def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
+    """Train, heedful of signals and of the other ranks; the exit code."""
+    stop = watch.StopFlag(command.config.max_minutes)
+    signs = watch.Watch(world.store, world.rank, world.size)
+    try:
+        run = Run(command, manifest, world, stop)
+        if run.step >= command.config.max_steps:
+            if world.rank == 0:
+                print(f"{run.folder} is already complete: step {run.step} of "
+                      f"{command.config.max_steps}")
+                log.write_status(run.folder, "done", run.step)
+            return 0
+        signs.farewell = lambda: run.log.status("failed", run.step)
+        try:
+            return run.loop()
+        except BaseException:
+            run.log.status("failed", run.step)
+            raise
+    except RuntimeError as error:
+        if world.size > 1 and watch.lost(error):
+            signs.end(f"rank {world.rank}: another rank has gone ({error}); {watch.GO_ON}")
+        raise
+    finally:
+        signs.close()
+        stop.close()
+
+
 class Run:
     """One training run: set up by the constructor, trained by loop()."""
 
-    def __init__(self, command: settings.CommandLine, manifest: dict, world: World):
+    def __init__(self, command: settings.CommandLine, manifest: dict, world: World,
+                 stop: watch.StopFlag):
         config = self.config = command.config
-        self.world, self.folder = world, Path(config.out_dir)
+        self.world, self.folder, self.stop = world, Path(config.out_dir), stop
         self.data, block = Path("data") / config.dataset, config.block_size
         self.rows = shards.training_rows(self.data, manifest, config)
         self.data_hash = shards.data_hash(self.data, config)
@@ -110,10 +131,8 @@ class Run:
             setattr(config, name, manifest["recipe"].get(name, getattr(config, name)))
 
         # where to start, decided by rank 0 for all
-        if world.rank == 0 and self.folder.is_dir():
-            self.lock = log.lock(self.folder)  # held until the process ends
-        source = world.agree(resume.starting_point(self.folder, config) if world.rank == 0
-                             else None)
+        self.lock = None  # of the run's folder: held by rank 0 until its process ends
+        source = world.decide(self.starting_point)
         state = checkpoint.read_state(source) if source else {}
         if state:
             resume.refuse_other_run(state, config, self.data_hash, command.flags.extend, source)
@@ -124,9 +143,7 @@ class Run:
             resume.refuse_other_model(source, model_config(config), manifest)
         if self.step >= config.max_steps:
             return  # complete: main says so
-        if world.rank == 0 and not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
-            self.lock = log.lock(self.folder)
+        world.decide(self.claim)
         if world.rank == 0 and state:
             checkpoint.set_aside(self.folder, self.step)
 
@@ -165,11 +182,25 @@ class Run:
                 "the model is sharded" if self.tokenizer else "there is no `tokenizers` package"))
         if state:
             self.log.say(f"resuming from {source}")
-        self.stop = StopFlag(config.max_minutes)
         self.clock = log.Clock()
         self.profiler = log.Profiler(self.folder, command.flags.profile and world.rank == 0)
         # updates that were not made: in a row, and since the run began
         self.skipped, self.skipped_ever = 0, state.get("skipped", 0)
+
+    def starting_point(self) -> Path | None:
+        """The checkpoint to go on from; nobody else may train in the run's folder then."""
+        if self.folder.is_dir():
+            self.lock = log.lock(self.folder)
+        return resume.starting_point(self.folder, self.config)
+
+    def claim(self) -> None:
+        """Make the folder of a new run, unless another process has just done so."""
+        if not self.lock:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = log.lock(self.folder)
+            if checkpoint.steps_of(self.folder):
+                raise UserError(f"another process has begun to train in {self.folder}; start again "
+                                "to go on from there")
 
     def loop(self) -> int:
         """Train from the first or resumed step to the last; the exit code."""
@@ -196,6 +227,8 @@ class Run:
                                            self.targets_of(self.step))
                 self.profiler.step()
                 self.step += 1
+                if self.step == self.first_step + 1:
+                    self.world.set_timeout(watch.BRISK)
                 unread.append((self.step, stats, rate))
                 last = self.step == config.max_steps
                 evaluating = last or self.step % config.eval_interval == 0
@@ -280,7 +313,7 @@ class Run:
 
     def measure(self) -> None:
         """Evaluate on the first eval_tokens of the validation split and write the row."""
-        with self.clock.apart("eval_seconds"):
+        with self.clock.apart("eval_seconds"), self.world.patient():
             self.model.eval()
             scores = evaluate(self.engine.module, self.validation, self.byte_info,
                               self.config.eval_tokens, self.engine.micro, self.world,
@@ -317,7 +350,7 @@ class Run:
                  "attention": self.config.attention, "threads": torch.get_num_threads(),
                  "world_size": self.world.size, "versions": {"torch": torch.__version__},
                  "config": asdict(self.config)}
-        with self.clock.apart("save_seconds"):
+        with self.clock.apart("save_seconds"), self.world.patient():
             try:
                 checkpoint.save(self.folder, self.step, self.model, self.engine.optimizer, state,
                                 self.data / "tokenizer.json", self.world)
@@ -352,27 +385,6 @@ def prompt(config: Settings, data: Path) -> tuple[tokenizer.Tokenizer | None, li
         raise UserError(f"sample_prompt has {len(ids)} tokens, and the context of "
                         f"{config.block_size} must hold it and at least one more; shorten it")
     return words, ids
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or the time limit; a second signal ends the process."""
-
-    def __init__(self, minutes: float):
-        self.signalled = 0.0  # when
-        self.deadline = time.monotonic() + minutes * 60 if minutes else math.inf
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame) -> None:
-        """First: finish the step and save. Second: leave at once; the last commit stands. Copies
-        of the first, as schedulers and launchers send them, come within a second."""
-        if self.signalled and time.monotonic() - self.signalled > 1:
-            os._exit(143)
-        self.signalled = self.signalled or time.monotonic()
-
-    def asked(self) -> bool:
-        """Whether this rank wants to stop."""
-        return self.signalled > 0 or time.monotonic() > self.deadline
 
 
 if __name__ == "__main__":
