@@ -97,19 +97,24 @@ def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
                       f"{command.config.max_steps}")
                 log.write_status(run.folder, "done", run.step)
             return 0
-        signs.farewell = lambda: run.log.status("failed", run.step)
+        signs.farewell = lambda: log.write_status(run.folder, "failed", run.step)
         try:
-            return run.loop()
+            code = run.loop()
         except BaseException:
             run.log.status("failed", run.step)
             raise
+        stop.close(leaving=__name__ == "__main__")
+        with world.patient():
+            world.any(False)  # leave together: torchrun ends the others when one has gone
+        return code
     except RuntimeError as error:
         if world.size > 1 and watch.lost(error):
-            signs.end(f"rank {world.rank}: another rank has gone ({error}); {watch.GO_ON}")
+            time.sleep(1)  # torchrun names the first to die as the cause
+            signs.end(f"rank {world.rank}: another rank has gone ({error!s:.160}); {watch.GO_ON}")
         raise
     finally:
         signs.close()
-        stop.close()
+        stop.close(leaving=__name__ == "__main__")
 
 
 class Run:

@@ -34,8 +34,9 @@ GO_ON = "the last checkpoint stands, the same command goes on from there"
 
 
 def leave(message: str) -> None:
-    """End this process at once, whatever its threads wait for; one line for each machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """End this process at once, whatever its threads wait for. Two ranks of a machine say why, as
+    one of them may be the lost one."""
+    if os.environ.get("LOCAL_RANK", "0") in "01":
         complain(message, 1)
     os._exit(1)
 
@@ -113,11 +114,13 @@ class Watch:
         self.heard: dict[int, tuple[bytes, int]] = {}  # rank -> its last sign, seconds since then
         self.over, self.cut_off = threading.Event(), 0  # seconds without an answer of the store
         self.farewell: Callable[[], None] = lambda: None
+        self.threads: list[threading.Thread] = []
         if store is None:  # nobody else
             return
         self.store = store.clone()  # type: ignore[attr-defined]
         for job in (self.talk, self.count):
-            threading.Thread(target=job, daemon=True).start()
+            self.threads.append(threading.Thread(target=job, daemon=True))
+            self.threads[-1].start()
 
     def talk(self) -> None:
         """Give a sign and read those of others: all ranks that of rank 0, rank 0 those of all."""
@@ -160,15 +163,19 @@ class Watch:
     def end(self, reason: str) -> None:
         """Leave with the reason."""
         if not self.over.is_set():
-            with deadline(5, reason):  # a disk may be gone too
+            with deadline(5, reason), contextlib.suppress(OSError):  # a disk may be gone too
                 self.farewell()
             leave(reason)
 
     def close(self) -> None:
-        """This rank leaves in good order."""
+        """This rank leaves in good order. A thread inside the store when Python ends would abort
+        the process."""
         self.over.set()
-        with contextlib.suppress(RuntimeError, AttributeError):
-            self.store.set(f"sign {self.rank}", "done")
+        for thread in self.threads:
+            thread.join(timeout=BEAT)
+        if self.threads and not any(thread.is_alive() for thread in self.threads):
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"sign {self.rank}", "done")
 
 
 class StopFlag:
@@ -201,11 +208,14 @@ class StopFlag:
         """Whether this rank wants to stop."""
         return self.signalled > 0 or time.monotonic() > self.deadline
 
-    def close(self) -> None:
-        """Signals do again what they did before."""
+    def close(self, leaving: bool) -> None:
+        """Signals do again what they did before; nothing if the process is `leaving`, since
+        torchrun sends one when another rank has left, and would spoil the exit code."""
         for number, handler in self.before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        signal.set_wakeup_fd(self.wakeup)
-        self.outbox.close()
-        self.thread.join()
-        self.inbox.close()
+            signal.signal(number, signal.SIG_IGN if leaving else handler or signal.SIG_DFL)
+        if self.before:
+            self.before = {}
+            signal.set_wakeup_fd(self.wakeup)
+            self.outbox.close()
+            self.thread.join()
+            self.inbox.close()
