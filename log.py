@@ -303,6 +303,14 @@ def write_status(run: Path, state: str, step: int) -> None:
     to_json(run / "status.json", {"state": state, "step": step})
 
 
+def read_status(run: Path) -> str:
+    """The state in status.json, '' without one."""
+    try:
+        return str(json.loads((run / "status.json").read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def whole_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file, [] if there is none, without what a kill left half written."""
     rows = []
@@ -330,8 +338,10 @@ def lock(run: Path):
     file = open(run / ".lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"another process is training in {run}; choose another out_dir") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"WARNING: {run} cannot be locked ({error}); start no second job on it", flush=True)
     return file
 
 

@@ -9,13 +9,14 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import watch
 from model import LLaMA, initial_weight
 from settings import UserError
 
@@ -35,6 +36,7 @@ class World:
                  group=None, hosts=None):
         self.rank, self.size, self.group, self.hosts = rank, size, group, hosts
         self.device = torch.device(device)
+        self.store: dist.Store | None = None  # of this attempt, if there are other ranks
         self.share(mode)
 
     def share(self, mode: str) -> None:
@@ -226,6 +228,19 @@ class World:
         dist.all_gather_object(values, value, group=self.hosts)
         return values
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        """How long collectives that begin from now on may take."""
+        for group in list(dist.distributed_c10d._world.pg_map) if self.size > 1 else []:
+            if group is not self.hosts:  # a save may take as long as the disk wants
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Around work in which ranks may wait long for each other, after the first step."""
+        self.set_timeout(watch.PATIENT)
+        yield
+        self.set_timeout(watch.BRISK)
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
@@ -249,9 +264,11 @@ def start(device: str, mode: str) -> World:
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    store = watch.join(backend, device)
     hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # a slow disk is no error
-    return World(rank, size, device, mode, hosts=hosts)
+    world = World(rank, size, device, mode, hosts=hosts)
+    world.store = store
+    return world
 
 
 def local_size(size: int) -> int:

@@ -30,7 +30,6 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 import gc
 import math
 import os
-import signal
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +49,7 @@ import resume
 import sample
 import shards
 import tokenizer
+import watch
 from engine import Batch, Engine, model_config
 from eval import evaluate
 from model import IGNORE, flops_per_token
@@ -72,34 +72,60 @@ def main(command: settings.CommandLine) -> int:
     manifest = shards.read_manifest(Path("data") / config.dataset)
     if command.flags.replay:
         return resume.replay(config, manifest, command.flags.replay)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (
+            log.read_status(Path(config.out_dir)) == "stopped"):
+        return STOPPED  # --max-restarts took the first 75 for a failure
     world = parallel.start(config.device, config.parallel)
     try:
         if command.flags.check:
             config.vocab_size = vocabulary(config, manifest)
             return check.check(config, manifest, world, command.flags.price)
-        run = Run(command, manifest, world)
-        if run.step >= config.max_steps:
-            if world.rank == 0:
-                print(f"{run.folder} is already complete: step {run.step} of {config.max_steps}")
-                log.write_status(run.folder, "done", run.step)
-            return 0
-        try:
-            return run.loop()
-        except BaseException:
-            run.saver.wait(30)
-            run.log.status("failed", run.step)
-            raise
+        return train(command, manifest, world)
     finally:
         gc.enable()
         world.close()
 
 
+def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
+    """Train, heedful of signals and of the other ranks; the exit code."""
+    stop = watch.StopFlag(command.config.max_minutes)
+    signs = watch.Watch(world.store, world.rank, world.size)
+    try:
+        run = Run(command, manifest, world, stop)
+        if run.step >= command.config.max_steps:
+            if world.rank == 0:
+                print(f"{run.folder} is already complete: step {run.step} of "
+                      f"{command.config.max_steps}")
+                log.write_status(run.folder, "done", run.step)
+            return 0
+        signs.farewell = lambda: log.write_status(run.folder, "failed", run.step)
+        try:
+            code = run.loop()
+        except BaseException:
+            run.saver.wait(30)
+            run.log.status("failed", run.step)
+            raise
+        stop.close(leaving=__name__ == "__main__")
+        with world.patient():
+            world.any(False)  # leave together: torchrun ends the others when one has gone
+        return code
+    except RuntimeError as error:
+        if world.size > 1 and watch.lost(error):
+            time.sleep(1)  # torchrun names the first to die as the cause
+            signs.end(f"rank {world.rank}: another rank has gone ({error!s:.160}); {watch.GO_ON}")
+        raise
+    finally:
+        signs.close()
+        stop.close(leaving=__name__ == "__main__")
+
+
 class Run:
     """One training run: set up by the constructor, trained by loop()."""
 
-    def __init__(self, command: settings.CommandLine, manifest: dict, world: World):
+    def __init__(self, command: settings.CommandLine, manifest: dict, world: World,
+                 stop: watch.StopFlag):
         config = self.config = command.config
-        self.world, self.folder = world, Path(config.out_dir)
+        self.world, self.folder, self.stop = world, Path(config.out_dir), stop
         self.data, block = Path("data") / config.dataset, config.block_size
         self.rows = shards.training_rows(self.data, manifest, config)
         self.data_hash = shards.data_hash(self.data, config)
@@ -112,10 +138,8 @@ class Run:
             setattr(config, name, manifest["recipe"].get(name, getattr(config, name)))
 
         # where to start, decided by rank 0 for all
-        if world.rank == 0 and self.folder.is_dir():
-            self.lock = log.lock(self.folder)  # held until the process ends
-        source, state = world.decide(lambda: resume.starting_point(
-            self.folder, config, self.data_hash, command.flags.extend))
+        self.lock = None  # of the run's folder: held by rank 0 until its process ends
+        source, state = world.decide(lambda: self.starting_point(command.flags.extend))
         self.step = self.first_step = state.get("step", 0)
         self.first_row = state.get("rows", 0)
         if not source and config.init_from:
@@ -123,9 +147,7 @@ class Run:
             world.decide(lambda: resume.refuse_other_model(source, model_config(config), manifest))
         if self.step >= config.max_steps:
             return  # complete: main says so
-        if world.rank == 0 and not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
-            self.lock = log.lock(self.folder)
+        world.decide(self.claim)
         if world.rank == 0 and state:
             checkpoint.set_aside(self.folder, self.step)
 
@@ -170,11 +192,26 @@ class Run:
                                       self.log.say, config.keep_last, config.keep_every)
         self.saver.saved = self.step if state else -1
         self.begun, self.val_loss = time.monotonic(), (-1, 0.0)  # the last one, and its step
-        self.stop = StopFlag(config.max_minutes)
         self.clock = log.Clock()
         self.profiler = log.Profiler(self.folder, command.flags.profile and world.rank == 0)
         # updates that were not made: in a row, and since the run began
         self.skipped, self.skipped_ever = 0, state.get("skipped", 0)
+
+    def starting_point(self, extend: bool) -> tuple[Path | None, dict]:
+        """The checkpoint to go on from and its state; nobody else may train in the run's folder
+        then."""
+        if self.folder.is_dir():
+            self.lock = log.lock(self.folder)
+        return resume.starting_point(self.folder, self.config, self.data_hash, extend)
+
+    def claim(self) -> None:
+        """Make the folder of a new run, unless another process has just done so."""
+        if not self.lock:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = log.lock(self.folder)
+            if checkpoint.steps_of(self.folder):
+                raise UserError(f"another process has begun to train in {self.folder}; start again "
+                                "to go on from there")
 
     def loop(self) -> int:
         """Train from the first or resumed step to the last; the exit code."""
@@ -200,6 +237,8 @@ class Run:
                 stats = self.engine.update(batch, rate, self.wish(), self.targets_of(self.step))
                 self.profiler.step()
                 self.step += 1
+                if self.step == self.first_step + 1:
+                    self.world.set_timeout(watch.BRISK)
                 unread.append((self.step, stats, rate))
                 last = self.step == config.max_steps
                 evaluating = last or self.step % config.eval_interval == 0
@@ -212,7 +251,7 @@ class Run:
                     self.measure()
                 if saving or stopping:
                     self.save()
-        with self.clock.apart("save_seconds"):
+        with self.clock.apart("save_seconds"), self.world.patient():
             self.saver.wait()
         if self.saver.saved != self.step:
             self.log.status("failed", self.step)
@@ -295,7 +334,7 @@ class Run:
 
     def measure(self) -> None:
         """Evaluate on the first eval_tokens of the validation split and write the row."""
-        with self.clock.apart("eval_seconds"):
+        with self.clock.apart("eval_seconds"), self.world.patient():
             self.model.eval()
             scores = evaluate(self.engine.module, self.validation, self.byte_info,
                               self.config.eval_tokens, self.engine.micro, self.world,
@@ -335,7 +374,7 @@ class Run:
                  "attention": self.config.attention, "threads": torch.get_num_threads(),
                  "world_size": self.world.size, "versions": {"torch": torch.__version__},
                  "config": asdict(self.config)}
-        with self.clock.apart("save_seconds"):
+        with self.clock.apart("save_seconds"), self.world.patient():
             self.saver.start(self.step, self.model, self.engine.optimizer, state)
 
 
@@ -362,27 +401,6 @@ def prompt(config: Settings, data: Path) -> tuple[tokenizer.Tokenizer | None, li
         raise UserError(f"sample_prompt has {len(ids)} tokens, and the context of "
                         f"{config.block_size} must hold it and at least one more; shorten it")
     return words, ids
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or the time limit; a second signal ends the process."""
-
-    def __init__(self, minutes: float):
-        self.signalled = 0.0  # when
-        self.deadline = time.monotonic() + minutes * 60 if minutes else math.inf
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame) -> None:
-        """First: finish the step and save. Second: leave at once; the last commit stands. Copies
-        of the first, as schedulers and launchers send them, come within a second."""
-        if self.signalled and time.monotonic() - self.signalled > 1:
-            os._exit(143)
-        self.signalled = self.signalled or time.monotonic()
-
-    def asked(self) -> bool:
-        """Whether this rank wants to stop."""
-        return self.signalled > 0 or time.monotonic() > self.deadline
 
 
 if __name__ == "__main__":
