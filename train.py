@@ -112,7 +112,8 @@ def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
     except RuntimeError as error:
         if world.size > 1 and watch.lost(error):
             time.sleep(1)  # torchrun names the first to die as the cause
-            signs.end(f"rank {world.rank}: another rank has gone ({error!s:.160}); {watch.GO_ON}")
+            signs.end(f"rank {world.rank}: another rank has gone or hangs ({error!s:.160}); "
+                      f"{watch.GO_ON}")
         raise
     finally:
         signs.close()

@@ -24,7 +24,7 @@ ARRIVE = 600  # seconds that the ranks have to come together: imports from a col
 FIRST_SUM = 60  # seconds for the first sum over all ranks
 PATIENT = timedelta(minutes=30)  # for a collective during which a rank may compile or write
 BRISK = timedelta(seconds=100)  # for one of the steps after the first
-BEAT, SILENCE = 2, 40  # seconds between signs of life; without them for so long, a rank is lost
+BEAT, SILENCE = 2.0, 40.0  # seconds between signs of life; without them for so long, a rank is lost
 COPIES = 0.5  # seconds: launchers, terminals and schedulers send the same signal more than once
 
 NETWORK = ("usual cures: NCCL_DEBUG=INFO shows where it stands; NCCL_P2P_DISABLE=1 between cards "
@@ -111,8 +111,8 @@ class Watch:
     def __init__(self, store: dist.Store | None, rank: int, size: int):
         self.rank, self.size = rank, size
         self.name = f"{socket.gethostname()}, process {os.getpid()}"
-        self.heard: dict[int, tuple[bytes, int]] = {}  # rank -> its last sign, seconds since then
-        self.over, self.cut_off = threading.Event(), 0  # seconds without an answer of the store
+        self.heard: dict[int, tuple[bytes, float]] = {}  # rank -> its last sign, seconds since then
+        self.over, self.cut_off = threading.Event(), 0.0  # seconds without an answer of the store
         self.farewell: Callable[[], None] = lambda: None
         self.threads: list[threading.Thread] = []
         if store is None:  # nobody else
@@ -126,9 +126,9 @@ class Watch:
         """Give a sign and read those of others: all ranks that of rank 0, rank 0 those of all."""
         others = [0] if self.rank else range(1, self.size)
         signs = 0
-        while not self.over.wait(BEAT):
-            signs += 1
-            with contextlib.suppress(RuntimeError):  # the store is out of reach: see count()
+        with contextlib.suppress(RuntimeError):  # the store is lost: see count()
+            while not self.over.wait(BEAT):
+                signs += 1
                 self.store.set(f"sign {self.rank}", f"{signs} {self.name}")
                 self.cut_off = 0
                 for rank in others:
@@ -140,12 +140,12 @@ class Watch:
         """Look for a new sign of a rank; that it is silent ends the run."""
         there = self.store.check([f"sign {rank}"])
         sign = self.store.get(f"sign {rank}") if there else b""
-        last, silent = self.heard.get(rank, (b"", 0))
+        last, silent = self.heard.get(rank, (b"", 0.0))
         silent = 0 if sign != last or sign == b"done" else silent + BEAT
         self.heard[rank] = sign, silent
         if silent >= SILENCE:
             name = sign.decode().partition(" ")[2] or "it never gave one"
-            reason = (f"rank {rank} ({name}) has given no sign of life for {SILENCE} s: it was "
+            reason = (f"rank {rank} ({name}) has given no sign of life for {SILENCE:.0f} s: it was "
                       f"stopped or is hung up, or its machine or network is gone; {GO_ON}")
             if self.rank == 0:
                 self.store.set("end", reason)
@@ -154,11 +154,11 @@ class Watch:
 
     def count(self) -> None:
         """Seconds without the store, which lives with torchrun on the first machine."""
-        while not self.over.wait(1):
-            self.cut_off += 1
-            if self.cut_off > SILENCE:
+        while not self.over.wait(BEAT):
+            self.cut_off += BEAT
+            if self.cut_off >= SILENCE + BEAT:
                 self.end(f"rank {self.rank} ({self.name}) cannot reach the first machine for "
-                         f"{SILENCE} s: it, its torchrun or the network is gone; {GO_ON}")
+                         f"{SILENCE:.0f} s: it, its torchrun or the network is gone; {GO_ON}")
 
     def end(self, reason: str) -> None:
         """Leave with the reason."""
@@ -172,7 +172,7 @@ class Watch:
         the process."""
         self.over.set()
         for thread in self.threads:
-            thread.join(timeout=BEAT)
+            thread.join(timeout=5)
         if self.threads and not any(thread.is_alive() for thread in self.threads):
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"sign {self.rank}", "done")

@@ -371,8 +371,8 @@ class Faults:
         send(self.random.choice(job.pids()), signal.SIGSTOP if stopped else signal.SIGKILL)
         code, took = job.end(), time.monotonic() - began
         said = job.said()
-        hold("no sign of life for" in said if stopped else "another rank has gone" in said or
-             "SIGKILL" in said or restarts, f"{job.log}: no reason was given")
+        reason = ("no sign of life for",) if stopped else ("exitcode: -9", "exitcode  : -9")
+        hold(any(words in said for words in reason), f"{job.log}: no reason was given")
         hold(took < 120, f"{job.log}: it took {took:.0f} s")
         hold(code == (0 if restarts else 1), f"{job.log}: exit code {code}")
         if not restarts:

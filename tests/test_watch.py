@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ROOT, metrics, run_script
 from safetensors.torch import load_file
@@ -22,6 +23,9 @@ import resume
 import settings
 import train
 import watch
+from parallel import World
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 def run(*words: str) -> int:
@@ -145,7 +149,7 @@ def until(condition, seconds: float = 10) -> None:
 
 def test_a_silent_rank_ends_the_others_by_name(store, left):
     ranks = [watch.Watch(store, rank, 3) for rank in range(3)]
-    time.sleep(1.5)
+    time.sleep(0.8)
     ranks[2].close()  # in good order
     time.sleep(1)
     assert not left
@@ -156,13 +160,15 @@ def test_a_silent_rank_ends_the_others_by_name(store, left):
     assert farewells == [0] and left[0].startswith(f"rank 1 ({ranks[1].name}) has given no sign")
     assert "the same command goes on" in left[0]
     assert store.get("end").decode() == left[0]  # what all others read
+    for rank in ranks:
+        rank.close()
 
 
 def test_others_notice_a_silent_rank_0_and_a_lost_store(store, left):
     other = watch.Watch(store, 1, 2)
     until(lambda: left)
     assert left[0].startswith("rank 0 (it never gave one) has given no sign of life")
-    other.over.set()
+    other.close()
     left.clear()
     cut_off = watch.Watch(None, 1, 2)  # which nothing answers
     with pytest.raises(SystemExit):
@@ -222,6 +228,18 @@ def test_the_first_sum_is_tried_and_names_the_usual_cures(store, left, monkeypat
     assert all(what in line for what, line in zip(said, left, strict=True)), left
     for name in ("NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SOCKET_IFNAME"):
         assert all(name in line for line in left)
+
+
+def test_collectives_have_less_time_after_the_first_step_and_more_in_a_save():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD._get_backend(torch.device("cpu"))
+        world = World(0, 2)
+        with world.patient():
+            assert group.options._timeout == watch.PATIENT
+        assert group.options._timeout == watch.BRISK < timedelta(minutes=2)
+    finally:
+        dist.destroy_process_group()
 
 
 # ---- two jobs
