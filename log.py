@@ -303,6 +303,14 @@ def write_status(run: Path, state: str, step: int) -> None:
     to_json(run / "status.json", {"state": state, "step": step})
 
 
+def read_status(run: Path) -> str:
+    """The state in status.json, '' without one."""
+    try:
+        return str(json.loads((run / "status.json").read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def whole_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file, [] if there is none, without what a kill left half written."""
     rows = []
@@ -336,8 +344,11 @@ def hold(file, problem: str) -> None:
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(problem) from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"WARNING: {file.name} cannot be locked ({error}); start no second job on it",
+              flush=True)
 
 
 def duration(seconds: float) -> str:

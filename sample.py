@@ -54,6 +54,7 @@ import base64
 import importlib.util
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def main(command) -> int:
         added = {"completion", "stop"} if f.embed == "none" else {"embedding"}
         rows, table, complete = read_prompts(Path(f.prompts), Path(f.out), f.num_samples, f.column,
                                              added)
-    world = parallel.start(f.device, "auto", minutes=7 * 24 * 60)  # ranks do not end together
+    world = parallel.start(f.device, "auto")
+    world.set_timeout(timedelta(days=7))  # ranks do not end together
     try:
         return work(f, rows, table, complete, world)
     finally:

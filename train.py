@@ -30,7 +30,6 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 import gc
 import math
 import os
-import signal
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -50,12 +49,14 @@ import parallel
 import resume
 import shards
 import tokenizer
+import watch
 from engine import Batch, Engine, model_config
 from eval import evaluate
 from model import IGNORE, flops_per_token
 from parallel import World
 
 STOPPED = 75  # EX_TEMPFAIL: start me again
+FIRST_SAVE = 300  # seconds after which a new run has its first checkpoint, whatever its interval
 PATIENCE = 10  # updates in a row with non-finite gradients after which a run gives up
 
 
@@ -71,33 +72,61 @@ def main(command: settings.CommandLine) -> int:
     manifest = shards.read_manifest(Path("data") / config.dataset)
     if command.flags.replay:
         return resume.replay(config, manifest, command.flags.replay)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (
+            log.read_status(Path(config.out_dir)) == "stopped"):
+        return STOPPED  # --max-restarts took the first 75 for a failure
     world = parallel.start(config.device, config.parallel)
     try:
         if command.flags.check:
             config.vocab_size = vocabulary(config, manifest)
             return check.check(config, manifest, world, command.flags.price)
-        run = Run(command, manifest, world)
-        if run.step >= config.max_steps:
-            if world.rank == 0:
-                print(f"{run.folder} is already complete: step {run.step} of {config.max_steps}")
-                log.write_status(run.folder, "done", run.step)
-            return 0
-        try:
-            return run.loop()
-        except BaseException:
-            run.log.status("failed", run.step)
-            raise
+        return train(command, manifest, world)
     finally:
         gc.enable()
         world.close()
 
 
+def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
+    """Train, heedful of signals and of the other ranks; the exit code."""
+    stop = watch.StopFlag(command.config.max_minutes)
+    signs = watch.Watch(world.store, world.rank, world.size)
+    try:
+        run = Run(command, manifest, world, stop)
+        if run.step >= command.config.max_steps:
+            if world.rank == 0:
+                print(f"{run.folder} is already complete: step {run.step} of "
+                      f"{command.config.max_steps}")
+                log.write_status(run.folder, "done", run.step)
+            return 0
+        signs.farewell = lambda: log.write_status(run.folder, "failed", run.step)
+        try:
+            code = run.loop()
+        except BaseException:
+            run.saver.wait(30)
+            run.log.status("failed", run.step)
+            raise
+        stop.close(leaving=__name__ == "__main__")
+        with world.patient():
+            world.any(False)  # leave together: torchrun ends the others when one has gone
+        return code
+    except RuntimeError as error:
+        if world.size > 1 and watch.lost(error):
+            time.sleep(1)  # torchrun names the first to die as the cause
+            signs.end(f"rank {world.rank}: another rank has gone or hangs ({error!s:.160}); "
+                      f"{watch.GO_ON}")
+        raise
+    finally:
+        signs.close()
+        stop.close(leaving=__name__ == "__main__")
+
+
 class Run:
     """One training run: set up by the constructor, trained by loop()."""
 
-    def __init__(self, command: settings.CommandLine, manifest: dict, world: World):
+    def __init__(self, command: settings.CommandLine, manifest: dict, world: World,
+                 stop: watch.StopFlag):
         config = self.config = command.config
-        self.world, self.folder = world, Path(config.out_dir)
+        self.world, self.folder, self.stop = world, Path(config.out_dir), stop
         self.data, block = Path("data") / config.dataset, config.block_size
         self.rows = shards.training_rows(self.data, manifest, config)
         self.data_hash = shards.data_hash(self.data, config)
@@ -110,23 +139,16 @@ class Run:
             setattr(config, name, manifest["recipe"].get(name, getattr(config, name)))
 
         # where to start, decided by rank 0 for all
-        if world.rank == 0 and self.folder.is_dir():
-            self.lock = log.lock(self.folder)  # held until the process ends
-        source = world.agree(resume.starting_point(self.folder, config) if world.rank == 0
-                             else None)
-        state = checkpoint.read_state(source) if source else {}
-        if state:
-            resume.refuse_other_run(state, config, self.data_hash, command.flags.extend, source)
+        self.lock = None  # of the run's folder: held by rank 0 until its process ends
+        source, state = world.decide(lambda: self.starting_point(command.flags.extend))
         self.step = self.first_step = state.get("step", 0)
         self.first_row = state.get("rows", 0)
         if not source and config.init_from:
-            source = world.agree(checkpoint.find(config.init_from) if world.rank == 0 else None)
-            resume.refuse_other_model(source, model_config(config), manifest)
+            source = world.decide(lambda: checkpoint.find(config.init_from))
+            world.decide(lambda: resume.refuse_other_model(source, model_config(config), manifest))
         if self.step >= config.max_steps:
             return  # complete: main says so
-        if world.rank == 0 and not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
-            self.lock = log.lock(self.folder)
+        world.decide(self.claim)
         if world.rank == 0 and state:
             checkpoint.set_aside(self.folder, self.step)
 
@@ -152,6 +174,8 @@ class Run:
                      f"embeddings; {world.device.type}, {str(engine.dtype)[6:]}, "
                      f"{'compiled' if engine.compiled else 'eager'}, "
                      f"{world.mode if world.mode != 'one' else 'one process'}")
+        if world.why:
+            self.log.say(world.why)
         self.log.say(f"batch: global {self.batch_rows * block:,} tok = {world.size} "
                      f"{world.device.type} x {engine.micro} x {block} x {engine.accumulate} "
                      "(ranks x micro-batch x context x accumulation)")
@@ -160,16 +184,35 @@ class Run:
                          "only wait; raise global_batch_tokens or take fewer ranks")
         self.log.say(f"data: {self.rows.summary(config.max_steps * self.batch_rows)} in "
                      f"{config.max_steps} steps")
-        if config.sample_tokens and (world.mode == "fsdp" or not self.tokenizer):
+        if config.sample_tokens and (world.sharded or not self.tokenizer):
             self.log.say("no samples along the run: " + (
                 "the model is sharded" if self.tokenizer else "there is no `tokenizers` package"))
         if state:
             self.log.say(f"resuming from {source}")
-        self.stop = StopFlag(config.max_minutes)
+        self.saver = checkpoint.Saver(self.folder, self.data / "tokenizer.json", world,
+                                      self.log.say, config.keep_last, config.keep_every)
+        self.saver.saved = self.step if state else -1
+        self.begun, self.val_loss = time.monotonic(), (-1, 0.0)  # the last one, and its step
         self.clock = log.Clock()
         self.profiler = log.Profiler(self.folder, command.flags.profile and world.rank == 0)
         # updates that were not made: in a row, and since the run began
         self.skipped, self.skipped_ever = 0, state.get("skipped", 0)
+
+    def starting_point(self, extend: bool) -> tuple[Path | None, dict]:
+        """The checkpoint to go on from and its state; nobody else may train in the run's folder
+        then."""
+        if self.folder.is_dir():
+            self.lock = log.lock(self.folder)
+        return resume.starting_point(self.folder, self.config, self.data_hash, extend)
+
+    def claim(self) -> None:
+        """Make the folder of a new run, unless another process has just done so."""
+        if not self.lock:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = log.lock(self.folder)
+            if checkpoint.steps_of(self.folder):
+                raise UserError(f"another process has begun to train in {self.folder}; start again "
+                                "to go on from there")
 
     def loop(self) -> int:
         """Train from the first or resumed step to the last; the exit code."""
@@ -181,7 +224,7 @@ class Run:
         gc.collect()
         gc.disable()  # it would stop one rank, and so all, at any moment; evaluations call it
         self.clock.start(self.step)
-        stopping, saved = False, self.step if self.first_step else -1
+        stopping = False
         # the numbers of an update are read while a GPU works on the next one; a CPU does not wait
         unread: deque[tuple[int, Tensor, float]] = deque()
         lag = 0 if self.world.device.type == "cpu" else 1
@@ -192,21 +235,26 @@ class Run:
                     batch = upcoming.result()
                 upcoming = reader.submit(self.batch, self.step + 1)
                 rate = optim.lr(self.step, config)
-                stats = self.engine.update(batch, rate, self.stop.asked(),
-                                           self.targets_of(self.step))
+                stats = self.engine.update(batch, rate, self.wish(), self.targets_of(self.step))
                 self.profiler.step()
                 self.step += 1
+                if self.step == self.first_step + 1:
+                    self.world.set_timeout(watch.BRISK)
                 unread.append((self.step, stats, rate))
                 last = self.step == config.max_steps
                 evaluating = last or self.step % config.eval_interval == 0
                 saving = last or self.step % config.save_interval == 0
                 while len(unread) > (0 if evaluating or saving or stopping else lag):
-                    stopping = self.settle(*unread.popleft()) or stopping
+                    wish = self.settle(*unread.popleft())
+                    stopping = stopping or wish >= 1
+                    saving = saving or (wish > 0 and not self.saver.thread)
                 if evaluating:
                     self.measure()
-                if (saving or stopping) and self.save():
-                    saved = self.step
-        if saved != self.step:
+                if saving or stopping:
+                    self.save()
+        with self.clock.apart("save_seconds"), self.world.patient():
+            self.saver.wait()
+        if self.saver.saved != self.step:
             self.log.status("failed", self.step)
             return settings.complain(f"no checkpoint could be written at step {self.step}", 1)
         state = "done" if self.step == config.max_steps else "stopped"
@@ -247,8 +295,15 @@ class Run:
             x, y = x.pin_memory(), y.pin_memory()
         return x, y
 
-    def settle(self, step: int, stats: Tensor, rate: float) -> bool:
-        """Read, count and log the numbers of the update that made `step`; whether to stop."""
+    def wish(self) -> float:
+        """Of this rank: 1 to stop; a little, of rank 0 alone, for a checkpoint now, because a new
+        run has none and some minutes have passed."""
+        first = self.world.rank == 0 and self.saver.saved < 0 and not self.saver.thread and \
+            time.monotonic() > self.begun + FIRST_SAVE
+        return float(self.stop.asked()) or 0.5 * first
+
+    def settle(self, step: int, stats: Tensor, rate: float) -> float:
+        """Read, count and log the numbers of the update that made `step`; the ranks' wishes."""
         nll, square_norm, wishes = stats.tolist()
         targets = self.targets_of(step - 1)
         loss, norm = nll / targets, math.sqrt(square_norm) if square_norm >= 0 else math.nan
@@ -276,11 +331,11 @@ class Run:
             self.log.say(f"step {step}/{self.config.max_steps}: loss {loss:.4f}, lr {rate:.2e}, "
                          f"grad norm {norm:.2f}, {speed:,.0f} tok/s, "
                          f"MFU {f'{mfu:.1%}' if mfu else 'n/a'}, {log.shares(spent)}{left} left")
-        return wishes > 0
+        return wishes
 
     def measure(self) -> None:
         """Evaluate on the first eval_tokens of the validation split and write the row."""
-        with self.clock.apart("eval_seconds"):
+        with self.clock.apart("eval_seconds"), self.world.patient():
             self.model.eval()
             scores = evaluate(self.engine.module, self.validation, self.byte_info,
                               self.config.eval_tokens, self.engine.micro, self.world,
@@ -289,11 +344,12 @@ class Run:
             self.world.reshard(self.model)
             gc.collect()
         tokens = self.tokens_at(self.step)
+        self.val_loss = self.step, scores["val_loss"]
         self.log.row({"step": self.step, "tokens": tokens, "val_loss": scores["val_loss"],
                       "val_bpb": scores["val_bpb"], "time": time.time()})
         self.log.say(f"step {self.step}: validation loss {scores['val_loss']:.4f} nats/token, "
                      f"{scores['val_bpb']:.4f} bits/byte")
-        if self.tokenizer and self.world.rank == 0 and self.world.mode != "fsdp":
+        if self.tokenizer and self.world.rank == 0 and not self.world.sharded:
             with self.clock.apart("sample_seconds"):
                 self.sample(self.tokenizer)
 
@@ -308,25 +364,19 @@ class Run:
                                         "completion": text, "stop": ended})
         self.log.say(f"step {self.step}: sample {self.config.sample_prompt + text!r:.100}")
 
-    def save(self) -> bool:
-        """Write a checkpoint; False if that failed, which is said, and training goes on."""
+    def save(self) -> None:
+        """Begin to write a checkpoint; a failure is said when it comes, and training goes on."""
+        evaluated, loss = self.val_loss
         state = {"step": self.step, "rows": self.rows_at(self.step), "seed": self.config.seed,
                  "data_hash": self.data_hash, "micro_batch": self.engine.micro,
                  "dtype": str(self.engine.dtype)[6:], "compile": self.engine.compiled,
                  "skipped": self.skipped_ever, "loss_scale": self.engine.optimizer.scale_state(),
+                 "val_loss": loss if evaluated == self.step and math.isfinite(loss) else None,
                  "attention": self.config.attention, "threads": torch.get_num_threads(),
                  "world_size": self.world.size, "versions": {"torch": torch.__version__},
                  "config": asdict(self.config)}
-        with self.clock.apart("save_seconds"):
-            try:
-                checkpoint.save(self.folder, self.step, self.model, self.engine.optimizer, state,
-                                self.data / "tokenizer.json", self.world)
-            except OSError as error:
-                self.log.say(f"WARNING: no checkpoint at step {self.step}: {error}; going on")
-                return False
-            if self.world.rank == 0:
-                checkpoint.prune(self.folder, self.config.keep_last, self.config.keep_every)
-        return True
+        with self.clock.apart("save_seconds"), self.world.patient():
+            self.saver.start(self.step, self.model, self.engine.optimizer, state)
 
 
 def vocabulary(config: Settings, manifest: dict) -> int:
@@ -352,27 +402,6 @@ def prompt(config: Settings, data: Path) -> tuple[tokenizer.Tokenizer | None, li
         raise UserError(f"sample_prompt has {len(ids)} tokens, and the context of "
                         f"{config.block_size} must hold it and at least one more; shorten it")
     return words, ids
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or the time limit; a second signal ends the process."""
-
-    def __init__(self, minutes: float):
-        self.signalled = 0.0  # when
-        self.deadline = time.monotonic() + minutes * 60 if minutes else math.inf
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame) -> None:
-        """First: finish the step and save. Second: leave at once; the last commit stands. Copies
-        of the first, as schedulers and launchers send them, come within a second."""
-        if self.signalled and time.monotonic() - self.signalled > 1:
-            os._exit(143)
-        self.signalled = self.signalled or time.monotonic()
-
-    def asked(self) -> bool:
-        """Whether this rank wants to stop."""
-        return self.signalled > 0 or time.monotonic() > self.deadline
 
 
 if __name__ == "__main__":
