@@ -228,8 +228,9 @@ class Trial:
             self.world.any(False)  # all have read
             if self.world.rank == 0:
                 shutil.rmtree(folder)
-        need, free = size * (self.config.keep_last + 1), shutil.disk_usage(place).free
-        said = f"{self.config.keep_last + 1} of {size / 1e9:.2f} GB need {need / 1e9:.1f} GB, " \
+        kept = self.config.keep_last + 2  # with the best, and while the next is written
+        need, free = size * kept, shutil.disk_usage(place).free
+        said = f"{kept} of {size / 1e9:.2f} GB need {need / 1e9:.1f} GB, " \
                f"{free / 1e9:.1f} GB are free in {place}"
         if need > free:
             raise Failed(said)

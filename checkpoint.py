@@ -4,15 +4,20 @@ step_N/            config.json, generation_config.json, model.safetensors, token
 step_N/training/   optimizer-RANK.safetensors (each rank's slices), state.json
 step_N/checksums.json  size and sha256 of every file above
 
-A checkpoint is written as step_N.tmp, every file is synced, and the rename makes it visible.
-Readers trust a folder only after its checksums. Nothing is unpickled.
+Training waits while weights and optimizer are copied to host memory; a thread writes them as
+step_N.tmp, every file is synced, and the rename makes the checkpoint visible. Readers trust a
+folder only after its checksums. Nothing is unpickled.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,13 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from huggingface import hf_config, model_config
-from model import LLaMA
+from huggingface import hf_config, load_model, load_weights, model_config, weight_files
+from model import LLaMA, ModelConfig
 from optim import Optimizer
 from parallel import World
 from settings import UserError
-from tokenizer import boundaries, byte_info, write_hf_files
+from tokenizer import boundaries, write_hf_files
 
+__all__ = ["hf_config", "load_model", "load_weights", "model_config", "weight_files"]  # and ours
 FORMAT = 1
 
 
@@ -40,22 +46,30 @@ def damage(folder: Path, training: bool = True) -> str:
     """What is wrong with a checkpoint, or ''. Every file is hashed; `training` False leaves out
     the optimizer's state, which only a resumed run reads. UserError for another format."""
     try:
-        sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        text = (folder / "checksums.json").read_text(encoding="utf-8")
+        sums = json.loads(text)
+        if text != as_json(sums):  # nothing else vouches for this file
+            return "checksums.json is not as it was written"
         if sums["format"] != FORMAT:
             raise UserError(f"{folder} has format {sums['format']}, this program reads {FORMAT}; "
                             "use the plainllama that wrote it")
-        entries = sums["files"]
-        if "model.safetensors" not in entries or "config.json" not in entries:
-            return "checksums.json does not name the model"
+        entries = {name: entry for name, entry in sums["files"].items()
+                   if training or not name.startswith("training/")}
+        needed = {"model.safetensors", "config.json", *(["training/state.json"] * training)}
+        if missing := needed - entries.keys():
+            return f"checksums.json does not name {min(missing)}"
         for name, entry in entries.items():
             path = folder / name
-            if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+            if Path(name).is_absolute() or path.resolve() != folder.resolve() / name:
                 return f"checksums.json names {name!r}, outside the checkpoint"
-            if not training and name.startswith("training/"):
-                continue
-            if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+            if path.stat().st_size != entry["size"] or not path.is_file():
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with ThreadPoolExecutor() as pool:
+            for name, digest in zip(entries, pool.map(sha256, map(folder.joinpath, entries)),
+                                    strict=True):
+                if digest != entries[name]["sha256"]:
+                    return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{error!r}"
     return ""
 
@@ -63,7 +77,10 @@ def damage(folder: Path, training: bool = True) -> str:
 def newest_good(run: Path, training: bool = True) -> Path | None:
     """The newest checkpoint of a run that is whole; damaged ones are named and passed over."""
     for folder in steps_of(run):
-        problem = damage(folder, training)
+        try:
+            problem = damage(folder, training)
+        except UserError as error:
+            problem = str(error)
         if not problem:
             return folder
         print(f"checkpoint {folder} is damaged ({problem}); looking for the one before", flush=True)
@@ -112,130 +129,137 @@ def run_of(checkpoint: Path) -> Path | None:
     return run if in_run else None
 
 
-def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> LLaMA:
-    """The model of a checkpoint or other Hugging Face LLaMA folder, in eval mode, its matmuls in
-    `dtype`."""
-    config = model_config(folder)
-    if (folder / "tokenizer.json").is_file() and (
-            entries := len(byte_info(folder).lengths)) > config.vocab_size:
-        raise UserError(f"{folder}: its tokenizer has {entries} entries, the model's embedding "
-                        f"only {config.vocab_size}; they do not belong together")
-    with torch.device("meta"):
-        model = LLaMA(config)
-    model.to_empty(device=device)
-    model.reset_derived(device)
-    load_weights(folder, model, World())
-    model.compute_dtype = dtype
-    return model.eval()
+class Saver:
+    """Writes the checkpoints of a run beside its training, one at a time. Collective.
 
+    `saved`: the last step that was committed; `problem`: why the last save failed, or ''.
+    """
 
-def load_weights(folder: Path, model: LLaMA, world: World) -> None:
-    """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
-    mapped from a file may be unaligned, and alignment changes the bits of a matmul."""
-    try:
-        files = {name: safe_open(folder / name, "pt") for name in weight_files(folder)}
-        names = {key: name for name, file in files.items() for key in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: its weights cannot be read: {error}; if it is a copy, copy it "
-                        "again") from None
-    wanted = dict(model.named_parameters())
-    names = {key: name for key, name in names.items() if "rotary_emb" not in key}
-    if model.config.tie_embeddings:
-        names.pop("lm_head.weight", None)
-    if missing := sorted(set(wanted) - set(names)):
-        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
-    if extra := sorted(set(names) - set(wanted)):
-        raise UserError(f"{folder}: unknown weights, the first is {extra[0]}")
-    for key, parameter in wanted.items():
-        value = files[names[key]].get_slice(key)
-        if list(value.get_shape()) != list(parameter.shape):
-            raise UserError(f"{folder}: {key} has shape {value.get_shape()}, the config says "
-                            f"{list(parameter.shape)}")
-        local, offset = world.piece(parameter.data)
-        with torch.no_grad():
-            local.copy_(value[offset:offset + local.shape[0]])
+    def __init__(self, run: Path, tokenizer_json: Path, world: World,
+                 say: Callable[[str], None] = print, keep_last: int = 0, keep_every: int = 0):
+        self.run, self.tokenizer_json, self.world, self.say = run, tokenizer_json, world, say
+        self.keep_last, self.keep_every = keep_last, keep_every  # keep_last=0: all
+        self.saved, self.problem = -1, ""
+        self.thread: threading.Thread | None = None
 
+    def start(self, step: int, model: LLaMA, optimizer: Optimizer, state: dict) -> None:
+        """Copy weights and optimizer to host memory, once the save before is done; a thread writes
+        them as checkpoints/step_N."""
+        self.wait()
+        need = 4 * sum(tensor.numel() for p in model.parameters()
+                       for tensor in (p, *optimizer.state[p].values()))
+        weights = gather_weights(model, self.world)
+        slices = slices_of(model, optimizer, self.world)
+        self.thread = threading.Thread(target=self.write, name="saver", daemon=True, args=(
+            step, need, weights, slices, model.config, {"format": FORMAT, **state}))
+        self.thread.start()
 
-def weight_files(folder: Path) -> list[str]:
-    """The names of a model folder's weight files, as transformers looks for them: one, or what an
-    index names. UserError if one of them is missing."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        names = ["model.safetensors"]
-    else:
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the save under way, if there is one."""
+        if self.thread:
+            self.thread.join(seconds)
+
+    def write(self, step: int, need: int, *content) -> None:
+        """The thread. If any rank fails nothing new is visible, earlier checkpoints are as they
+        were, and every rank knows the problem."""
+        final = self.run / "checkpoints" / f"step_{step}"
+        folder = final.with_name(final.name + ".tmp")
         try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(where.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not an index of weights: {error!r}") from None
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index} names {name!r}, outside the folder")
-        if not (folder / name).is_file():
-            pickled = any(folder.glob("pytorch_model*.bin"))
-            raise UserError(f"{folder}: {name} is missing; " + (
-                "pickled weights (pytorch_model.bin) are not read, convert them to safetensors"
-                if pickled else "copy the folder again, whole"))
-    return names
+            self.together(self.make_room, folder, need)
+            entries = self.together(self.write_files, folder, *content)
+            self.together(self.commit, folder, final, entries)
+            self.saved, self.problem = step, ""
+        except Exception as error:  # also that another rank failed or is gone
+            self.problem = str(error) or repr(error)
+            self.say(f"WARNING: no checkpoint at step {step}: {self.problem}; going on")
+            if self.world.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def together(self, part: Callable, *args) -> list:
+        """Do this rank's part and hear of the others'; what each gave. OSError if one failed."""
+        answer, problem = None, ""
+        try:
+            answer = part(*args)
+        except Exception as error:
+            problem = str(error) or repr(error)
+        answers = self.world.gather((answer, problem))
+        for rank, (_, problem) in enumerate(answers):
+            if problem:
+                raise OSError(f"{problem} (rank {rank})" if rank else problem)
+        return [answer for answer, _ in answers]
+
+    def make_room(self, folder: Path, need: int) -> None:
+        """An empty folder on a disk with room for `need` bytes."""
+        if self.world.rank == 0:
+            for old in folder.parent.glob("*.tmp"):
+                shutil.rmtree(old, ignore_errors=old != folder)
+            (folder / "training").mkdir(parents=True)
+            check_space(folder, need)
+
+    def write_files(self, folder: Path, weights: dict[str, Tensor], slices: tuple[dict, dict],
+                    config: ModelConfig, state: dict) -> dict[str, dict]:
+        """This rank's files, on the disk; their entries in checksums.json."""
+        written = []
+        if slices[0]:
+            written.append(folder / "training" / f"optimizer-{self.world.rank:05d}.safetensors")
+            save_file(slices[0], written[0], {"places": json.dumps(slices[1])})
+        if self.world.rank == 0:
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+            write_json(folder / "training" / "state.json", state)
+            spec = json.loads(self.tokenizer_json.read_text(encoding="utf-8"))
+            vocab = {token["content"]: token["id"] for token in spec["added_tokens"]}
+            bos, eos = (vocab.get(token) for token in boundaries(spec))
+            eos = bos if eos is None else eos
+            write_json(folder / "config.json", hf_config(config, bos, eos))
+            write_json(folder / "generation_config.json",
+                       {"bos_token_id": bos, "eos_token_id": eos})
+            write_hf_files(self.tokenizer_json, folder, config.block_size)
+            written += [folder / "training" / "state.json",
+                        *(path for path in folder.iterdir() if path.is_file())]
+        return sealed(folder, written)
+
+    def commit(self, folder: Path, final: Path, entries: list[dict]) -> None:
+        """Make the folder visible and delete what need not be kept."""
+        if self.world.rank == 0:
+            commit(folder, final, {name: entry for part in entries for name, entry in part.items()})
+            if self.keep_last:
+                try:
+                    prune(self.run, self.keep_last, self.keep_every)
+                except OSError as error:
+                    self.say(f"WARNING: an old checkpoint could not be deleted: {error}")
 
 
 def save(run: Path, step: int, model: LLaMA, optimizer: Optimizer, state: dict,
          tokenizer_json: Path, world: World) -> Path:
-    """Write checkpoints/step_N; collective. Raises OSError on every rank if any rank cannot write;
-    then nothing new is visible and earlier checkpoints are as they were."""
-    final = run / "checkpoints" / f"step_{step}"
-    folder = final.with_name(final.name + ".tmp")
-    problem: OSError | None = None
-    try:
-        if world.rank == 0:
-            for old in run.glob("checkpoints/*.tmp"):
-                shutil.rmtree(old, ignore_errors=old != folder)
-            (folder / "training").mkdir(parents=True)
-            check_space(folder, model)
-    except OSError as error:
-        problem = error
-    if not world.any(problem is not None):  # a barrier too: the folder is there
-        weights = gather_weights(model, world)
-        try:
-            if world.holds_a_piece:
-                save_optimizer(folder / "training" / f"optimizer-{world.rank:05d}.safetensors",
-                               model, optimizer, world)
-            if world.rank == 0:
-                save_file(weights, folder / "model.safetensors", {"format": "pt"})
-                write_json(folder / "training" / "state.json", {"format": FORMAT, **state})
-                spec = json.loads(tokenizer_json.read_text(encoding="utf-8"))
-                vocab = {token["content"]: token["id"] for token in spec["added_tokens"]}
-                bos, eos = (vocab.get(token) for token in boundaries(spec))
-                eos = bos if eos is None else eos
-                write_json(folder / "config.json", hf_config(model.config, bos, eos))
-                write_json(folder / "generation_config.json",
-                           {"bos_token_id": bos, "eos_token_id": eos})
-                write_hf_files(tokenizer_json, folder, model.config.block_size)
-        except (OSError, SafetensorError) as error:
-            problem = error if isinstance(error, OSError) else OSError(str(error))
-    if not world.any(problem is not None) and world.rank == 0:
-        try:
-            commit(folder, final)
-        except OSError as error:
-            problem = error
-    if world.any(problem is not None):
-        if world.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise problem or OSError("another rank could not write its part of the checkpoint")
-    return final
+    """Write checkpoints/step_N and wait for it; collective. OSError on every rank if any rank
+    cannot write."""
+    saver = Saver(run, tokenizer_json, world, lambda _: None)
+    saver.start(step, model, optimizer, state)
+    saver.wait()
+    if saver.problem:
+        raise OSError(saver.problem)
+    return run / "checkpoints" / f"step_{step}"
 
 
-def commit(folder: Path, final: Path) -> None:
-    """Hash and sync every file of `folder`, then rename it to `final`: here it becomes visible."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)}
-               for p in files}
-    write_json(folder / "checksums.json", {"format": FORMAT, "files": entries})
-    for path in files:  # safetensors writes files that only their owner can read
-        shutil.copymode(folder / "checksums.json", path)
-    for path in [*files, folder / "checksums.json", folder / "training", folder]:
+def sealed(folder: Path, files: list[Path]) -> dict[str, dict]:
+    """Sync files to the disk; name in `folder` -> size and hash."""
+    for path in files:
         sync(path)
-    if final.exists():  # a damaged one, or the run was started again from an earlier step
+    return {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
+            for path in files}
+
+
+def commit(folder: Path, final: Path, entries: dict[str, dict] | None = None) -> None:
+    """Write checksums.json for the files of `folder` (`entries`: of sealed()) and rename it to
+    `final`: here it becomes visible."""
+    entries = entries or sealed(folder, [p for p in folder.rglob("*") if p.is_file()])
+    write_json(folder / "checksums.json",
+               {"format": FORMAT, "files": dict(sorted(entries.items()))})
+    for name in entries:  # safetensors writes files that only their owner can read
+        shutil.copymode(folder / "checksums.json", folder / name)
+    for path in (folder / "checksums.json", folder / "training", folder):
+        sync(path)
+    if final.exists():  # the run was started again from an earlier step
         shutil.rmtree(final)
     os.rename(folder, final)
     sync(final.parent)
@@ -251,16 +275,24 @@ def set_aside(run: Path, step: int) -> None:
 
 
 def prune(run: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`."""
+    """Delete all but the newest `keep_last` checkpoints, those at multiples of `keep_every`, and
+    the best: the one with the least validation loss, of those saved right after an evaluation."""
+    scores = {}
+    for folder in steps_of(run):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads((folder / "training" / "state.json").read_text(encoding="utf-8"))
+            scores[folder] = float(state["val_loss"])
+    best = min(scores, key=lambda folder: scores[folder], default=None)
     for folder in steps_of(run)[keep_last:]:
-        if not (keep_every and int(folder.name[5:]) % keep_every == 0):
+        if folder != best and not (keep_every and int(folder.name[5:]) % keep_every == 0):
             doomed = folder.with_name(folder.name + ".tmp")  # half deleted, it must not look whole
             os.rename(folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)  # what is left goes at the next save
 
 
 def gather_weights(model: LLaMA, world: World) -> dict[str, Tensor]:
-    """Every parameter, whole, in host memory of rank 0 (elsewhere {}), one by one; collective."""
+    """Every parameter, whole, in host memory of rank 0 (elsewhere {}), one by one, so that no
+    device holds more than one; collective."""
     weights = {}
     for name, parameter in model.named_parameters():  # a tied matrix is named once
         whole = world.whole(parameter.data)
@@ -269,29 +301,33 @@ def gather_weights(model: LLaMA, world: World) -> dict[str, Tensor]:
     return weights
 
 
-def save_optimizer(path: Path, model: LLaMA, optimizer: Optimizer,
-                   world: World) -> None:
-    """This rank's slices of the optimizer's state, each with its first row and the full shape."""
+def slices_of(model: LLaMA, optimizer: Optimizer, world: World) -> tuple[dict, dict]:
+    """This rank's rows of the optimizer's state that no rank before it has, in host memory, and of
+    each its first row and the full shape; both by PARAMETER/KIND."""
     tensors, places = {}, {}
     for name, parameter in model.named_parameters():
         if parameter not in optimizer.state:
             raise RuntimeError(f"the optimizer knows no {name}: it is not the model's parameter")
         for kind, value in optimizer.state[parameter].items():
             local, offset = world.piece(value) if value.dim() else (value.reshape(1), 0)
-            if local.numel():
+            if world.holds_a_piece and local.numel():
                 tensors[f"{name}/{kind}"] = local.detach().to("cpu", copy=True).contiguous()
                 places[f"{name}/{kind}"] = {"offset": offset, "shape": list(value.shape)}
-    save_file(tensors, path, {"places": json.dumps(places)})
+    return tensors, places
 
 
 def load_optimizer(folder: Path, model: LLaMA, optimizer: Optimizer,
                    world: World) -> None:
     """Fill the optimizer's state, which exists already, from slices written by any world size."""
     pieces: dict[str, list] = {}
-    for path in sorted((folder / "training").glob("optimizer-*.safetensors")):
-        file = safe_open(path, "pt")
-        for key, place in json.loads(file.metadata()["places"]).items():
-            pieces.setdefault(key, []).append((place["offset"], file.get_slice(key)))
+    try:  # only files that were verified
+        listed = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))["files"]
+        for path in (folder / name for name in listed if name.startswith("training/optimizer-")):
+            file = safe_open(path, "pt")
+            for key, place in json.loads(file.metadata()["places"]).items():
+                pieces.setdefault(key, []).append((int(place["offset"]), file.get_slice(key)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: its optimizer state cannot be read: {error!r}") from None
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state[parameter].items():
             local, start = world.piece(value) if value.dim() else (value.reshape(1), 0)
@@ -308,15 +344,19 @@ def load_optimizer(folder: Path, model: LLaMA, optimizer: Optimizer,
 
 def read_state(folder: Path) -> dict:
     """training/state.json of a checkpoint."""
-    state = json.loads((folder / "training" / "state.json").read_text(encoding="utf-8"))
-    if state["format"] != FORMAT:
-        raise UserError(f"{folder} has format {state['format']}, we read {FORMAT}")
+    try:
+        state = json.loads((folder / "training" / "state.json").read_text(encoding="utf-8"))
+        found = state["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}: training/state.json is not a run's state: {error!r}") from None
+    if found != FORMAT:
+        raise UserError(f"{folder} has format {found}, this program reads {FORMAT}; use the "
+                        "plainllama that wrote it")
     return state
 
 
-def check_space(folder: Path, model: LLaMA) -> None:
-    """OSError before a byte is written if weights and two moments would not fit on the disk."""
-    need = sum(p.numel() for p in model.parameters()) * 4 * 3
+def check_space(folder: Path, need: int) -> None:
+    """OSError before a byte is written if `need` bytes would not fit on the disk."""
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OSError(28, f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", str(folder))
@@ -339,4 +379,9 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     """Plain JSON; the caller syncs."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    path.write_text(as_json(value), encoding="utf-8")
+
+
+def as_json(value) -> str:
+    """The form in which we write JSON."""
+    return json.dumps(value, indent=1) + "\n"

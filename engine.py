@@ -5,6 +5,7 @@ are cut into equal micro-batches on every rank; their number and size change spe
 the mathematics.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,19 +58,41 @@ class Engine:
         block = config.block_size
         self.batch_rows = config.global_batch_tokens // block
         share = -(-self.batch_rows // world.size)
-        same_split = state.get("world_size") == world.size  # another split gives other bits
-        self.micro = min(share, config.micro_batch or (
-            state["micro_batch"] if same_split else self.pick_micro_batch(share)))
-        self.accumulate = -(-share // self.micro)
-        self.module = world.wrap(self.model)
+        if config.deterministic:
+            self.fix_parts()
+        else:
+            same_split = state.get("world_size") == world.size  # another split gives other bits
+            self.micro = min(share, config.micro_batch or (
+                state["micro_batch"] if same_split else self.pick_micro_batch(share)))
+            self.accumulate = -(-share // self.micro)
+        self.module = self.model if config.deterministic else world.wrap(self.model)
         self.compiled = False
+
+    def fix_parts(self) -> None:
+        """deterministic: cut the rows of a step into a power of two of micro-batches, the same for
+        any number of ranks: part j of n holds the rows j, j + n, j + 2n, ..."""
+        config, world = self.config, self.world
+        rows = config.micro_batch or max(1, 4096 // config.block_size)
+        parts = 1 << (-(-self.batch_rows // rows) - 1).bit_length()
+        if not config.micro_batch:
+            parts = max(8, parts)  # so that eight ranks have one each
+        if world.sharded or parts % world.size:
+            raise UserError("deterministic=true is for one process or ddp on 2, 4, 8, ... ranks, "
+                            f"at most one for each of the {parts} micro-batches of a step; here "
+                            f"are {world.size} ranks, {world.mode}")
+        self.accumulate, self.micro = parts // world.size, -(-self.batch_rows // parts)
+        if world.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        else:
+            torch.set_num_threads(1)  # torchrun's ranks have one: a sum's order depends on it
 
     def ready(self) -> None:
         """Compile if the config says so, and make DDP's first backward, once before any update."""
         wanted = self.config.compile
         if wanted == "true" or (wanted == "auto" and self.world.device.type == "cuda"):
             self.compile()
-        if self.world.mode == "ddp":
+        if self.world.mode == "ddp" and not self.config.deterministic:
             # DDP regroups gradients after its first backward, and so adds them in another order:
             # that happens here, at every start, so that a resumed run has the same bits
             self.rehearse(last=True)
@@ -79,7 +102,7 @@ class Engine:
         self.model.compile()  # in place: names in the state dict stay as they are
         problem = ""
         try:
-            self.rehearse(last=self.world.mode == "fsdp")  # which keeps gradients not exchanged
+            self.rehearse(last=self.world.sharded)  # which keeps gradients not exchanged
         except torch.OutOfMemoryError:
             pass  # not the compiler's fault: the first update will make do
         except Exception as error:  # no compiler, an old one, a broken cache: anything
@@ -158,16 +181,19 @@ class Engine:
         """The summed loss of a micro-batch."""
         return module(x, y) if documents is None else module(x, y, None, documents)
 
-    def update(self, batch: Batch, rate: float, stop: bool = False, targets: int = 0) -> Tensor:
-        """One optimizer update; [summed loss in nats, squared gradient norm, ranks that want to
-        stop], on the device, the same on all ranks. `targets`: those of the step, over all
+    def update(self, batch: Batch, rate: float, wish: float = 0, targets: int = 0) -> Tensor:
+        """One optimizer update; [summed loss in nats, squared gradient norm, the ranks' wishes
+        added up], on the device, the same on all ranks. `targets`: those of the step, over all
         ranks (0: every place of every row has one)."""
         world = self.world
         nll = self.gradients(batch, targets)
         square = world.square_norm(self.model)
+        if self.config.deterministic:  # all ranks have the sums: only rank 0's are counted
+            first = float(world.rank == 0)
+            nll, square = nll * first, square * world.replicas * first
         if scale := self.optimizer.loss_scale:
             square = square / scale.value**2
-        stats = world.sum(torch.stack([nll, square, torch.full_like(nll, float(stop))]))
+        stats = world.sum(torch.stack([nll, square, torch.full_like(nll, float(wish))]))
         norm = stats[1].sqrt() + 0 * stats[0]  # not finite if the loss is not
         optim.step(self.optimizer, rate, norm, self.config.grad_clip)
         self.optimizer.zero_grad()
@@ -178,10 +204,13 @@ class Engine:
         memory gets smaller micro-batches from here on."""
         while True:
             try:
+                if self.config.deterministic:
+                    return self.added_in_tree(batch, targets)
                 return self.accumulated(batch, targets)
             except torch.OutOfMemoryError as error:
                 smaller = -(-self.micro // 2)
-                if self.micro == 1 or self.world.size > 1:  # the other ranks wait in a collective
+                # the other ranks wait in a collective; another split has other bits
+                if self.micro == 1 or self.world.size > 1 or self.config.deterministic:
                     raise UserError(f"out of memory with micro_batch={self.micro} on rank "
                                     f"{self.world.rank}; start again with --micro_batch={smaller}, "
                                     "--activation_checkpointing or a smaller model") from error
@@ -209,6 +238,35 @@ class Engine:
                 loss = self.call(self.module, x, y, documents)
                 (loss * factor).backward()
             nll += loss.detach()
+        return nll
+
+    def added_in_tree(self, batch: Batch, targets: int) -> Tensor:
+        """deterministic: like accumulated(), over all ranks, added up in one binary tree however
+        many ranks there are. Part j meets j + n/2 first, then what came of j + n/4 and so on; W
+        ranks have the parts j mod W, so only the last meetings are between ranks. Up to
+        log2(parts) sums wait in memory."""
+        factor: float | Tensor = 1 / (targets or self.batch_rows * self.config.block_size)
+        if self.optimizer.loss_scale:
+            factor = self.optimizer.loss_scale.value * factor
+        parts, order = self.accumulate, [0]
+        while len(order) < parts:  # 0, n/2, n/4, 3n/4, ...: neighbours are those that meet
+            order = [2 * place for place in order] + [2 * place + 1 for place in order]
+        rows = [place + parts * i for place in order for i in range(self.micro)]
+        waiting: list[list[Tensor]] = []
+        for done, (x, y, documents) in enumerate(self.micro_batches(
+                (batch[0][rows], batch[1][rows]), self.micro)):
+            loss = self.call(self.model, x, y, documents)
+            (loss * factor).backward()
+            part = [loss.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+            self.optimizer.zero_grad()
+            while done % 2:  # as often as a binary counter carries
+                for total, summand in zip(part, waiting.pop(), strict=True):
+                    total += summand
+                done //= 2
+            waiting.append(part)
+        nll, *grads = self.world.add_in_tree(waiting.pop())
+        for parameter, grad in zip(self.model.parameters(), grads, strict=True):
+            parameter.grad = grad
         return nll
 
 

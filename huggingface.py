@@ -1,4 +1,4 @@
-"""config.json: the architecture of a LLaMA-family folder, written and read.
+"""Folders of LLaMA-family models: config.json, written and read, and the weights, read.
 
 transformers 4 reads and writes rope_theta and rope_scaling, transformers 5 rope_parameters alone.
 We write both and read either. What a config asks for beyond a plain LLaMA is refused by name: a
@@ -9,8 +9,13 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from model import ModelConfig
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model import LLaMA, ModelConfig
+from parallel import World
 from settings import UserError
+from tokenizer import byte_info
 
 # ModelConfig's name -> Hugging Face's
 NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_model": "hidden_size",
@@ -121,3 +126,70 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
 
 
 assert set(NAMES) - {"kv_heads", "head_dim"} <= {field.name for field in fields(ModelConfig)}
+
+
+def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> LLaMA:
+    """The model of a checkpoint or other Hugging Face LLaMA folder, in eval mode, its matmuls in
+    `dtype`."""
+    config = model_config(folder)
+    if (folder / "tokenizer.json").is_file() and (
+            entries := len(byte_info(folder).lengths)) > config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer has {entries} entries, the model's embedding "
+                        f"only {config.vocab_size}; they do not belong together")
+    with torch.device("meta"):
+        model = LLaMA(config)
+    model.to_empty(device=device)
+    model.reset_derived(device)
+    load_weights(folder, model, World())
+    model.compute_dtype = dtype
+    return model.eval()
+
+
+def load_weights(folder: Path, model: LLaMA, world: World) -> None:
+    """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
+    mapped from a file may be unaligned, and alignment changes the bits of a matmul."""
+    try:
+        files = {name: safe_open(folder / name, "pt") for name in weight_files(folder)}
+        names = {key: name for name, file in files.items() for key in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: its weights cannot be read: {error}; if it is a copy, copy it "
+                        "again") from None
+    wanted = dict(model.named_parameters())
+    names = {key: name for key, name in names.items() if "rotary_emb" not in key}
+    if model.config.tie_embeddings:
+        names.pop("lm_head.weight", None)
+    if missing := sorted(set(wanted) - set(names)):
+        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if extra := sorted(set(names) - set(wanted)):
+        raise UserError(f"{folder}: unknown weights, the first is {extra[0]}")
+    for key, parameter in wanted.items():
+        value = files[names[key]].get_slice(key)
+        if list(value.get_shape()) != list(parameter.shape):
+            raise UserError(f"{folder}: {key} has shape {value.get_shape()}, the config says "
+                            f"{list(parameter.shape)}")
+        local, offset = world.piece(parameter.data)
+        with torch.no_grad():
+            local.copy_(value[offset:offset + local.shape[0]])
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of a model folder's weight files, as transformers looks for them: one, or what an
+    index names. UserError if one of them is missing."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        names = ["model.safetensors"]
+    else:
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(where.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not an index of weights: {error!r}") from None
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index} names {name!r}, outside the folder")
+        if not (folder / name).is_file():
+            pickled = any(folder.glob("pytorch_model*.bin"))
+            raise UserError(f"{folder}: {name} is missing; " + (
+                "pickled weights (pytorch_model.bin) are not read, convert them to safetensors"
+                if pickled else "copy the folder again, whole"))
+    return names

@@ -23,8 +23,9 @@ COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedu
 
 # ---- may this run go on, or start from there?
 
-def starting_point(run: Path, config: Settings) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start."""
+def starting_point(run: Path, config: Settings, data_hash: str,
+                   extend: bool) -> tuple[Path | None, dict]:
+    """The checkpoint to go on from and its state; (None, {}) for a fresh start."""
     there = checkpoint.steps_of(run)
     if config.resume == "never" and there:
         raise UserError(f"resume=never, but {run} holds a run at {there[0].name}; choose another "
@@ -33,8 +34,12 @@ def starting_point(run: Path, config: Settings) -> Path | None:
     if config.resume == "must" and good is None:
         raise UserError(f"resume=must, but {run} holds no whole checkpoint")
     if there and good is None:
-        raise UserError(f"every checkpoint in {run} is damaged; choose another out_dir")
-    return good
+        raise UserError(f"no checkpoint in {run} can be used ({there[0].name}: "
+                        f"{checkpoint.damage(there[0])}); choose another out_dir")
+    state = checkpoint.read_state(good) if good else {}
+    if good:
+        refuse_other_run(state, config, data_hash, extend, good)
+    return good, state
 
 
 def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool,

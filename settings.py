@@ -95,10 +95,12 @@ class Settings:
     dtype: str = key("auto", "matmul precision; weights stay fp32",
                      ("auto", "fp32", "bf16", "fp16"))
     compile: str = key("auto", "torch.compile", ("auto", "true", "false"))
-    parallel: str = key("auto", "how ranks share the work", ("auto", "ddp", "fsdp"))
+    parallel: str = key("auto", "how ranks share the work",
+                        ("auto", "ddp", "fsdp", "hsdp"))
     activation_checkpointing: bool = key(False, "compute blocks twice to save memory")
     overfit_rows: int = key(0, "train on this many rows again and again (a sanity check)", low=0)
     max_minutes: float = key(0.0, "stop with a checkpoint after this long (0: never)", low=0)
+    deterministic: bool = key(False, "the same bits on 1, 2, 4, 8, ... ranks (one process, ddp)")
     # cadence
     log_interval: int = key(10, "steps between lines of metrics", low=1)
     logger: str = key("none", "also log to this service, over the network", ("none", "wandb"))
@@ -107,7 +109,7 @@ class Settings:
     sample_tokens: int = key(64, "tokens of the text that an evaluation samples (0: none)", low=0)
     sample_prompt: str = key("", "what that text begins with")
     save_interval: int = key(100, "steps between checkpoints", low=1)
-    keep_last: int = key(2, "newest checkpoints that are kept", low=1)
+    keep_last: int = key(2, "newest checkpoints that are kept, beside the best", low=1)
     keep_every: int = key(0, "also keep every checkpoint at a multiple of this step", low=0)
 
 

@@ -56,6 +56,7 @@ from model import IGNORE, flops_per_token
 from parallel import World
 
 STOPPED = 75  # EX_TEMPFAIL: start me again
+FIRST_SAVE = 300  # seconds after which a new run has its first checkpoint, whatever its interval
 PATIENCE = 10  # updates in a row with non-finite gradients after which a run gives up
 
 
@@ -101,6 +102,7 @@ def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
         try:
             code = run.loop()
         except BaseException:
+            run.saver.wait(20)  # of the 30 seconds that torchrun gives
             run.log.status("failed", run.step)
             raise
         stop.close(leaving=__name__ == "__main__")
@@ -138,15 +140,12 @@ class Run:
 
         # where to start, decided by rank 0 for all
         self.lock = None  # of the run's folder: held by rank 0 until its process ends
-        source = world.decide(self.starting_point)
-        state = checkpoint.read_state(source) if source else {}
-        if state:
-            resume.refuse_other_run(state, config, self.data_hash, command.flags.extend, source)
+        source, state = world.decide(lambda: self.starting_point(command.flags.extend))
         self.step = self.first_step = state.get("step", 0)
         self.first_row = state.get("rows", 0)
         if not source and config.init_from:
-            source = world.agree(checkpoint.find(config.init_from) if world.rank == 0 else None)
-            resume.refuse_other_model(source, model_config(config), manifest)
+            source = world.decide(lambda: checkpoint.find(config.init_from))
+            world.decide(lambda: resume.refuse_other_model(source, model_config(config), manifest))
         if self.step >= config.max_steps:
             return  # complete: main says so
         world.decide(self.claim)
@@ -175,6 +174,8 @@ class Run:
                      f"embeddings; {world.device.type}, {str(engine.dtype)[6:]}, "
                      f"{'compiled' if engine.compiled else 'eager'}, "
                      f"{world.mode if world.mode != 'one' else 'one process'}")
+        if world.why:
+            self.log.say(world.why)
         self.log.say(f"batch: global {self.batch_rows * block:,} tok = {world.size} "
                      f"{world.device.type} x {engine.micro} x {block} x {engine.accumulate} "
                      "(ranks x micro-batch x context x accumulation)")
@@ -183,21 +184,25 @@ class Run:
                          "only wait; raise global_batch_tokens or take fewer ranks")
         self.log.say(f"data: {self.rows.summary(config.max_steps * self.batch_rows)} in "
                      f"{config.max_steps} steps")
-        if config.sample_tokens and (world.mode == "fsdp" or not self.tokenizer):
+        if config.sample_tokens and (world.sharded or not self.tokenizer):
             self.log.say("no samples along the run: " + (
                 "the model is sharded" if self.tokenizer else "there is no `tokenizers` package"))
         if state:
             self.log.say(f"resuming from {source}")
+        self.saver = checkpoint.Saver(self.folder, self.data / "tokenizer.json", world,
+                                      self.log.say, config.keep_last, config.keep_every)
+        self.saver.saved = self.step if state else -1
+        self.begun, self.val_loss = time.monotonic(), (-1, 0.0)  # the last one, and its step
         self.clock = log.Clock()
         self.profiler = log.Profiler(self.folder, command.flags.profile and world.rank == 0)
         # updates that were not made: in a row, and since the run began
         self.skipped, self.skipped_ever = 0, state.get("skipped", 0)
 
-    def starting_point(self) -> Path | None:
-        """The checkpoint to go on from; nobody else may train in the run's folder then."""
+    def starting_point(self, extend: bool) -> tuple[Path | None, dict]:
+        """What to go on from; nobody else may train in the run's folder then."""
         if self.folder.is_dir():
             self.lock = log.lock(self.folder)
-        return resume.starting_point(self.folder, self.config)
+        return resume.starting_point(self.folder, self.config, self.data_hash, extend)
 
     def claim(self) -> None:
         """Make the folder of a new run, unless another process has just done so."""
@@ -218,7 +223,7 @@ class Run:
         gc.collect()
         gc.disable()  # it would stop one rank, and so all, at any moment; evaluations call it
         self.clock.start(self.step)
-        stopping, saved = False, self.step if self.first_step else -1
+        stopping = False
         # the numbers of an update are read while a GPU works on the next one; a CPU does not wait
         unread: deque[tuple[int, Tensor, float]] = deque()
         lag = 0 if self.world.device.type == "cpu" else 1
@@ -229,8 +234,7 @@ class Run:
                     batch = upcoming.result()
                 upcoming = reader.submit(self.batch, self.step + 1)
                 rate = optim.lr(self.step, config)
-                stats = self.engine.update(batch, rate, self.stop.asked(),
-                                           self.targets_of(self.step))
+                stats = self.engine.update(batch, rate, self.wish(), self.targets_of(self.step))
                 self.profiler.step()
                 self.step += 1
                 if self.step == self.first_step + 1:
@@ -240,12 +244,16 @@ class Run:
                 evaluating = last or self.step % config.eval_interval == 0
                 saving = last or self.step % config.save_interval == 0
                 while len(unread) > (0 if evaluating or saving or stopping else lag):
-                    stopping = self.settle(*unread.popleft()) or stopping
+                    wish = self.settle(*unread.popleft())
+                    stopping = stopping or wish >= 1
+                    saving = saving or (wish > 0 and not self.saver.thread)
                 if evaluating:
                     self.measure()
-                if (saving or stopping) and self.save():
-                    saved = self.step
-        if saved != self.step:
+                if saving or stopping:
+                    self.save()
+        with self.clock.apart("save_seconds"):
+            self.saver.wait()
+        if self.saver.saved != self.step:
             self.log.status("failed", self.step)
             return settings.complain(f"no checkpoint could be written at step {self.step}", 1)
         state = "done" if self.step == config.max_steps else "stopped"
@@ -286,8 +294,15 @@ class Run:
             x, y = x.pin_memory(), y.pin_memory()
         return x, y
 
-    def settle(self, step: int, stats: Tensor, rate: float) -> bool:
-        """Read, count and log the numbers of the update that made `step`; whether to stop."""
+    def wish(self) -> float:
+        """Of this rank: 1 to stop; a little, of rank 0 alone, for a checkpoint now, because a new
+        run has none and some minutes have passed."""
+        first = self.world.rank == 0 and self.saver.saved < 0 and not self.saver.thread and \
+            time.monotonic() > self.begun + FIRST_SAVE
+        return float(self.stop.asked()) or 0.5 * first
+
+    def settle(self, step: int, stats: Tensor, rate: float) -> float:
+        """Read, count and log the numbers of the update that made `step`; the ranks' wishes."""
         nll, square_norm, wishes = stats.tolist()
         targets = self.targets_of(step - 1)
         loss, norm = nll / targets, math.sqrt(square_norm) if square_norm >= 0 else math.nan
@@ -315,7 +330,7 @@ class Run:
             self.log.say(f"step {step}/{self.config.max_steps}: loss {loss:.4f}, lr {rate:.2e}, "
                          f"grad norm {norm:.2f}, {speed:,.0f} tok/s, "
                          f"MFU {f'{mfu:.1%}' if mfu else 'n/a'}, {log.shares(spent)}{left} left")
-        return wishes > 0
+        return wishes
 
     def measure(self) -> None:
         """Evaluate on the first eval_tokens of the validation split and write the row."""
@@ -328,11 +343,12 @@ class Run:
             self.world.reshard(self.model)
             gc.collect()
         tokens = self.tokens_at(self.step)
+        self.val_loss = self.step, scores["val_loss"]
         self.log.row({"step": self.step, "tokens": tokens, "val_loss": scores["val_loss"],
                       "val_bpb": scores["val_bpb"], "time": time.time()})
         self.log.say(f"step {self.step}: validation loss {scores['val_loss']:.4f} nats/token, "
                      f"{scores['val_bpb']:.4f} bits/byte")
-        if self.tokenizer and self.world.rank == 0 and self.world.mode != "fsdp":
+        if self.tokenizer and self.world.rank == 0 and not self.world.sharded:
             with self.clock.apart("sample_seconds"):
                 self.sample(self.tokenizer)
 
@@ -347,25 +363,19 @@ class Run:
                                         "completion": text, "stop": ended})
         self.log.say(f"step {self.step}: sample {self.config.sample_prompt + text!r:.100}")
 
-    def save(self) -> bool:
-        """Write a checkpoint; False if that failed, which is said, and training goes on."""
+    def save(self) -> None:
+        """Begin to write a checkpoint; a failure is said when it comes, and training goes on."""
+        evaluated, loss = self.val_loss
         state = {"step": self.step, "rows": self.rows_at(self.step), "seed": self.config.seed,
                  "data_hash": self.data_hash, "micro_batch": self.engine.micro,
                  "dtype": str(self.engine.dtype)[6:], "compile": self.engine.compiled,
                  "skipped": self.skipped_ever, "loss_scale": self.engine.optimizer.scale_state(),
+                 "val_loss": loss if evaluated == self.step and math.isfinite(loss) else None,
                  "attention": self.config.attention, "threads": torch.get_num_threads(),
                  "world_size": self.world.size, "versions": {"torch": torch.__version__},
                  "config": asdict(self.config)}
         with self.clock.apart("save_seconds"), self.world.patient():
-            try:
-                checkpoint.save(self.folder, self.step, self.model, self.engine.optimizer, state,
-                                self.data / "tokenizer.json", self.world)
-            except OSError as error:
-                self.log.say(f"WARNING: no checkpoint at step {self.step}: {error}; going on")
-                return False
-            if self.world.rank == 0:
-                checkpoint.prune(self.folder, self.config.keep_last, self.config.keep_every)
-        return True
+            self.saver.start(self.step, self.model, self.engine.optimizer, state)
 
 
 def vocabulary(config: Settings, manifest: dict) -> int:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
 import shutil
+import threading
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import optim
@@ -37,6 +40,13 @@ def words(tmp_path) -> Path:
 def save(run: Path, step: int, model: LLaMA, words: Path, optimizer=None) -> Path:
     optimizer = optimizer or optim.make(model, Settings())
     return checkpoint.save(run, step, model, optimizer, {"step": step}, words, World())
+
+
+def reseal(folder: Path) -> None:
+    """Checksums for what is there now, as an attacker would write them."""
+    (folder / "checksums.json").unlink()
+    checkpoint.commit(folder, folder.with_name("sealed"))
+    (folder.with_name("sealed")).rename(folder)
 
 
 @pytest.mark.parametrize("keys", [
@@ -105,7 +115,7 @@ def test_every_damage_is_found(tmp_path, words):
             shutil.rmtree(copy)
     sums = json.loads((folder / "checksums.json").read_text())
     sums["files"]["../../outside"] = {"size": 1, "sha256": "0"}
-    (folder / "checksums.json").write_text(json.dumps(sums))
+    checkpoint.write_json(folder / "checksums.json", sums)
     assert "outside the checkpoint" in checkpoint.damage(folder)
 
 
@@ -128,12 +138,58 @@ def test_find_takes_a_checkpoint_a_run_or_a_folder_of_runs(tmp_path, words, caps
             checkpoint.find(str(wrong))
 
 
-def test_prune_keeps_the_last_and_the_milestones(tmp_path, words):
+def test_the_last_the_best_and_the_milestones_are_kept(tmp_path, words):
+    model, losses = build(), {10: 3.0, 20: 1.5, 30: None, 40: 2.0}
+    optimizer = optim.make(model, Settings())
+    saver = checkpoint.Saver(tmp_path, words, World(), print, keep_last=2, keep_every=30)
+    for step in range(10, 90, 10):
+        saver.start(step, model, optimizer, {"step": step, "val_loss": losses.get(step)})
+    saver.wait()
+    assert [p.name[5:] for p in checkpoint.steps_of(tmp_path)] == ["80", "70", "60", "30", "20"]
+
+
+def test_training_waits_for_the_copy_only(tmp_path, words, monkeypatch):
+    """The disk hangs, and meanwhile weights and moments move."""
     model = build()
-    for step in range(10, 70, 10):
-        save(tmp_path, step, model, words)
-        checkpoint.prune(tmp_path, keep_last=2, keep_every=30)
-    assert [p.name for p in checkpoint.steps_of(tmp_path)] == ["step_60", "step_50", "step_30"]
+    optimizer = optim.make(model, Settings())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    disk, real = threading.Event(), checkpoint.sync
+    monkeypatch.setattr(checkpoint, "sync", lambda path: disk.wait(20) and real(path))
+    saver = checkpoint.Saver(tmp_path, words, World())
+    saver.start(1, model, optimizer, {"step": 1})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+            optimizer.state[p]["exp_avg"].fill_(7.0)
+    assert not checkpoint.steps_of(tmp_path) and saver.saved == -1
+    disk.set()
+    saver.start(2, model, optimizer, {"step": 2})  # waits for the first
+    assert saver.saved == 1
+    saver.wait()
+    first, second = (tmp_path / "checkpoints" / name for name in ("step_1", "step_2"))
+    assert checkpoint.damage(first) == checkpoint.damage(second) == ""
+    assert all(torch.equal(value, before[name]) for name, value in
+               load_file(first / "model.safetensors").items())
+    assert not any(value.any() for value in load_file(second / "model.safetensors").values())
+    for folder, expected in ((first, 0.0), (second, 7.0)):
+        moments = load_file(folder / "training/optimizer-00000.safetensors")
+        assert (moments["model.norm.weight/exp_avg"] == expected).all()
+
+
+def test_a_save_that_fails_is_said_and_the_next_one_works(tmp_path, words, monkeypatch):
+    model, said = build(), []
+    optimizer = optim.make(model, Settings())
+    saver = checkpoint.Saver(tmp_path, words, World(), said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+        saver.start(1, model, optimizer, {"step": 1})
+        saver.wait()
+    assert saver.saved == -1 and "0.0 GB free" in saver.problem and len(said) == 1
+    assert "no checkpoint at step 1" in said[0] and "going on" in said[0]
+    saver.start(2, model, optimizer, {"step": 2})
+    saver.wait()
+    assert saver.saved == 2 and not saver.problem and len(said) == 1
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, words, monkeypatch):
@@ -143,7 +199,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, words, monkeypatc
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    for name in ("save_file", "write_json", "sync", "check_space"):
+    for name in ("save_file", "write_json", "sync", "check_space", "sha256"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, full)
             with pytest.raises(OSError, match="No space"):
@@ -169,14 +225,17 @@ def test_optimizer_state_is_readable_by_any_world_size(tmp_path, words):
 
     (folder / "training/optimizer-00000.safetensors").unlink()
     for rank in range(3):
-        path = folder / "training" / f"optimizer-{rank:05d}.safetensors"
-        checkpoint.save_optimizer(path, model, optimizer, Third(rank, 3))
+        tensors, places = checkpoint.slices_of(model, optimizer, Third(rank, 3, mode="fsdp"))
+        save_file(tensors, folder / f"training/optimizer-{rank:05d}.safetensors",
+                  {"places": json.dumps(places)})
+    reseal(folder)
     fresh = optim.make(model, Settings())
     checkpoint.load_optimizer(folder, model, fresh, World())
     for p in model.parameters():
         for kind, value in optimizer.state[p].items():
             assert torch.equal(fresh.state[p][kind], value)
     (folder / "training/optimizer-00001.safetensors").unlink()
+    reseal(folder)
     with pytest.raises(UserError, match="incomplete"):
         checkpoint.load_optimizer(folder, model, fresh, World())
 
@@ -190,6 +249,135 @@ def test_weights_must_fit_the_config(tmp_path, words):
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load_weights(folder, build(), World())
+
+
+def test_random_damage_is_named_and_the_one_before_is_taken(tmp_path, words, capsys):
+    model, dice = build(), random.Random(5)
+    older, newest = (save(tmp_path, step, model, words) for step in (1, 2))
+    shutil.copytree(newest, tmp_path / "whole")
+    files = sorted(p.relative_to(newest) for p in newest.rglob("*") if p.is_file())
+    small = [name for name in files if name.suffix == ".json"]
+    for turn in range(60):
+        name = dice.choice(small if turn % 2 else files)
+        content = bytearray((newest / name).read_bytes())
+        where, kind = dice.randrange(len(content)), turn % 4
+        if kind == 0:
+            content[where] ^= 1 << dice.randrange(8)
+        elif kind == 1:
+            del content[where:]
+        elif kind == 2:
+            content[where:where] = b"[" * 100_000
+        if kind == 3 and turn % 3 == 0:
+            shutil.rmtree(newest)
+            newest.mkdir()
+        elif kind == 3:
+            (newest / name).unlink()
+        else:
+            (newest / name).write_bytes(content)
+        assert checkpoint.newest_good(tmp_path) == older, (turn, name, kind)
+        assert f"{newest} is damaged (" in capsys.readouterr().out
+        shutil.rmtree(newest)
+        shutil.copytree(tmp_path / "whole", newest)
+    sums = json.loads((newest / "checksums.json").read_text())
+    for change in ({"format": 3}, {"files": {}}, {"files": []}, {"files": None}):
+        checkpoint.write_json(newest / "checksums.json", sums | change)
+        assert checkpoint.newest_good(tmp_path) == older
+        assert "is damaged" in capsys.readouterr().out
+    whole = checkpoint.as_json(sums)
+    for text in (whole[:-1], whole.replace("\n", " "), whole + " ", whole.replace(": ", ":", 1)):
+        (newest / "checksums.json").write_text(text)
+        assert checkpoint.newest_good(tmp_path) == older
+
+
+def test_nothing_in_a_checkpoint_leads_out_of_it(tmp_path, words):
+    folder = save(tmp_path / "run", 1, build(), words)
+    (tmp_path / "secret").write_text("mine")
+    os.mkfifo(folder / "pipe")
+    sums = json.loads((folder / "checksums.json").read_text())
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "away").symlink_to(tmp_path)
+    entry = {"size": 4, "sha256": checkpoint.sha256(tmp_path / "secret")}
+    for name in ("../../../secret", str(tmp_path / "secret"), "link", "away/secret", "pipe"):
+        checkpoint.write_json(folder / "checksums.json", sums | {"files": sums["files"] | {
+            name: entry if name != "pipe" else {"size": 0, "sha256": ""}}})
+        said = checkpoint.damage(folder)
+        assert ("does not match" if name == "pipe" else "outside the checkpoint") in said, name
+    (folder / "checksums.json").unlink()  # now it is a model folder from elsewhere
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": dict.fromkeys(load_file(tmp_path / "model.safetensors"),
+                                     "../../../model.safetensors")}))
+    with pytest.raises(UserError, match="outside the folder"):
+        checkpoint.load_model(folder)
+
+
+def test_what_is_planted_does_no_harm(tmp_path, words, monkeypatch):
+    """A pickle, a config with code, and safetensors files with lying headers, all with right
+    checksums: refused in a line, or not looked at."""
+    monkeypatch.chdir(tmp_path)
+    model = build()
+    optimizer = optim.make(model, Settings())
+    folder = save(tmp_path / "run", 1, model, words, optimizer)
+    evil = b"cos\nsystem\n(S'touch harmed'\ntR."
+    for name in (".metadata", "training/.metadata", "pytorch_model.bin", "training_args.bin"):
+        (folder / name).write_bytes(evil)
+    (folder / "modeling_evil.py").write_text("open('harmed', 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {
+        "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "modeling_evil.C"},
+        "rope_theta": config["rope_theta"], "_name_or_path": "../../etc"}))
+    (folder / "training/optimizer-00009.safetensors").write_bytes(
+        (folder / "training/optimizer-00000.safetensors").read_bytes())
+    reseal(folder)
+    (folder / "training/optimizer-00008.safetensors").write_bytes(evil)  # not in the checksums
+    assert checkpoint.damage(folder) == ""
+    assert checkpoint.load_model(checkpoint.find(str(tmp_path / "run"))).config == model.config
+    checkpoint.load_optimizer(folder, model, optimizer, World())
+    good = (folder / "training/optimizer-00000.safetensors").read_bytes()
+    length = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8:8 + length])
+    key = "model.norm.weight/exp_avg"
+    places = json.loads(header["__metadata__"]["places"])
+    for change in ({key: header[key] | {"data_offsets": [0, 1 << 60]}},
+                   {key: header[key] | {"shape": [-1]}}, {key: header[key] | {"shape": [1 << 40]}},
+                   {"__metadata__": {"places": "cos"}}, {"__metadata__": {}},
+                   {"__metadata__": {"places": json.dumps(places | {key: {"offset": -9}})}},
+                   {"__metadata__": {"places": json.dumps(places | {key: {"offset": "x"}})}},
+                   {"__metadata__": {"places": json.dumps(places | {key: 3})}}):
+        text = json.dumps(header | change).encode()
+        for path in folder.glob("training/optimizer-*"):
+            path.write_bytes(len(text).to_bytes(8, "little") + text + good[8 + length:])
+        reseal(folder)
+        with pytest.raises(UserError):
+            checkpoint.load_optimizer(folder, model, optimizer, World())
+    (folder / "model.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + good[8:])
+    (folder / "training/state.json").write_text("[" * 100_000)
+    reseal(folder)
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.load_weights(folder, model, World())
+    with pytest.raises(UserError, match="not a run's state"):
+        checkpoint.read_state(folder)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_loading_holds_no_more_than_a_fresh_start(tmp_path, words):
+    """Beside the parameters, one of them at a time."""
+    model = build()
+    optimizer = optim.make(model, Settings())
+    folder = save(tmp_path, 1, model, words, optimizer)
+    limit, seen = 4 * max(p.numel() for p in model.parameters()), [0]
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, call, kinds, args=(), kwargs=None):
+            out = call(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                seen.append(out.numel() * out.element_size())
+            return out
+
+    with Watch():
+        checkpoint.load_weights(folder, model, World())
+        checkpoint.load_optimizer(folder, model, optimizer, World())
+    assert 0 < max(seen) <= limit
 
 
 def test_nothing_is_unpickled(tmp_path, words, home):
@@ -209,5 +397,3 @@ def test_nothing_is_unpickled(tmp_path, words, home):
     planted = home / "out/a/checkpoints/step_10/.metadata"
     planted.write_bytes(b"cos\nsystem\n(S'touch harmed'\ntR.")
     assert run() == 0 and not (home / "harmed").exists()
-    done = run_script("train.py", "toy.py", "--out_dir=out/a", "--max_steps=10", cwd=home)
-    assert done.returncode == 0 and "already complete" in done.stdout

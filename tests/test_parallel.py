@@ -1,0 +1,162 @@
+"""ddp, fsdp and hsdp on two to four processes are one process, to rounding; their checkpoints too.
+The deterministic mode is, to the bit."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import ranks
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import checkpoint
+import optim
+import parallel
+from model import LLaMA, ModelConfig
+from parallel import World
+from settings import Settings, UserError
+
+SHAPES = [(mode, size) for size in (2, 3, 4) for mode in ("ddp", "fsdp")] + [("hsdp", 4)]
+ALL = [(mode, size, tied, many) for mode, size in SHAPES for tied in (False, True)
+       for many in (False, True)]
+
+
+def pairwise() -> list[tuple]:
+    """A dozen or so of ALL in which every two values that can meet do: greedy."""
+    def pairs(case):
+        return {((i, a), (j, b)) for (i, a), (j, b) in itertools.combinations(enumerate(case), 2)}
+
+    left, chosen = set().union(*map(pairs, ALL)), []
+    while left:
+        chosen.append(max(ALL, key=lambda case: len(pairs(case) & left)))
+        left -= pairs(chosen[-1])
+    return [*chosen, *[case for case in ALL if case not in chosen][:12 - len(chosen)]]
+
+
+@pytest.fixture(scope="module", params=[
+    "pairwise", pytest.param("all", marks=pytest.mark.slow)])
+def trained(request, tmp_path_factory):
+    """(the folder, the cases, what each has seen) of one launch of four processes."""
+    home = tmp_path_factory.mktemp("ranks")
+    cases = [{"name": "{}{}{}{}".format(mode, size, "-tied" * tied, "-accumulated" * many),
+              "mode": mode, "size": size, "accumulate": many, "keys": {"tie_embeddings": tied}}
+             for mode, size, tied, many in (ALL if request.param == "all" else pairwise())]
+    cases += [{"name": f"{mode}{size}-muon", "mode": mode, "size": size, "accumulate": True,
+               "keys": {"optimizer": "muon"}} for mode, size in (("fsdp", 3), ("hsdp", 4))]
+    (home / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "ranks.py")], cwd=home,
+                          capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home, cases, json.loads((home / "found.json").read_text())
+
+
+def test_every_mode_and_size_is_one_process(trained):
+    home, cases, found = trained
+    assert len(cases) >= 12
+    for keys in ({"tie_embeddings": False}, {"tie_embeddings": True}, {"optimizer": "muon"}):
+        one = ranks.build(World(), micro_batch=ranks.ROWS, **keys)
+        first = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+        seen = ranks.train(one, range(2))
+        assert min(norm for _, norm in seen) > 0.5  # clipped
+        mine = [case["name"] for case in cases if case["keys"] == keys]
+        for name in mine:
+            assert found[name] == [pytest.approx(pair, rel=1e-5) for pair in seen], name
+            folder = home / name / "checkpoints" / "step_2"
+            weights = load_file(folder / "model.safetensors")
+            assert weights.keys() == first.keys()
+            optimizer = optim.make(one.model, one.config)
+            checkpoint.load_optimizer(folder, one.model, optimizer, World())
+            for key, p in one.model.named_parameters():
+                change = (p - first[key]).norm()
+                assert (weights[key] - p).norm() <= 1e-3 * change, (name, key)
+                for kind, value in one.optimizer.state[p].items():
+                    assert (optimizer.state[p][kind] - value).norm() <= 1e-5 * value.norm(), (
+                        name, key, kind)
+        third = ranks.train(one, range(2, 3))
+        for name in mine[1:]:
+            assert found[name + " resumed"][0] == pytest.approx(third[0], rel=2e-5), name
+    assert checkpoint.damage(home / cases[0]["name"] / "checkpoints" / "step_2") == ""
+
+
+def test_gradients_are_exchanged_once_a_step(trained):
+    """ddp: one bucket; fsdp: two blocks and the rest; hsdp: these, and again between copies. And
+    loss and norm of the step."""
+    expected = {"ddp": 1 + 1, "fsdp": 3 + 1, "hsdp": 2 * 3 + 1}
+    for case in trained[1]:
+        if (count := trained[2].get(case["name"] + " reductions")) is not None:
+            assert count == expected[case["mode"]], case["name"]
+
+
+def test_resume_is_exact_on_three_ranks(trained):
+    for mode in ("ddp", "fsdp"):
+        whole, resumed = trained[2][f"exact {mode}"]
+        assert whole == resumed, mode
+
+
+def test_deterministic_has_the_same_bits_on_any_number_of_ranks(trained):
+    _, _, found = trained
+    ways = [name for name in found if name.startswith("way") and name.count(" ") == 1]
+    assert len(ways) == 3 and len({found[name] for name in ways}) == 1
+    for step in range(4):
+        assert len({str(found[f"{name} {step}"]) for name in ways}) == 1
+    # and it is the same training: the batch cut otherwise, summed otherwise
+    plain = ranks.train(ranks.build(World(), micro_batch=ranks.ROWS), range(4))
+    for step, seen in enumerate(plain):
+        assert found[f"{ways[0]} {step}"][0] == pytest.approx(seen, rel=1e-5)
+
+
+def test_rank_0_decides_and_its_refusal_ends_all(trained):
+    found = trained[2]
+    assert found["decided"] == [7] * 4
+    assert found["refused"] == ["UserError('not so')"] + ["SystemExit(2)"] * 3
+
+
+def meta(**keys) -> LLaMA:
+    with torch.device("meta"):
+        return LLaMA(ModelConfig(**{"n_layer": 2, "n_head": 4, "d_model": 64, "d_ff": 64,
+                                    "vocab_size": 1000, "block_size": 8} | keys))
+
+
+def test_auto_takes_ddp_while_the_model_fits_and_says_why(monkeypatch):
+    room = 16 * sum(p.numel() for p in meta().parameters()) / parallel.FULL
+    monkeypatch.setattr(parallel.os, "sysconf", lambda name: int(room) if "PHYS" in name else 1)
+    for local, size, factor, mode in ((1, 8, 1.01, "ddp"), (1, 8, 0.99, "fsdp"),
+                                      (2, 8, 2.02, "ddp"), (2, 8, 1.9, "hsdp"),
+                                      (2, 8, 0.9, "fsdp"), (8, 8, 7.9, "fsdp")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        monkeypatch.setattr(parallel.os, "sysconf", lambda name, factor=factor: (
+            int(room * factor) if "PHYS" in name else 1))
+        world = World(5, size, mode="auto")
+        world.choose(meta())
+        assert world.mode == mode and f"auto takes {mode}" in world.why, (local, size, factor)
+        assert (world.sharded, world.shards) == {
+            "ddp": (False, 1), "fsdp": (True, 8), "hsdp": (True, 2)}[mode]
+
+
+def test_what_cannot_be_cut_is_refused(monkeypatch):
+    for size in (2, 3, 5):
+        with pytest.raises(UserError, match=f"hsdp cannot cut {size} ranks"):
+            World(0, size, mode="hsdp")
+    world = World(5, 8, mode="hsdp")  # on one machine
+    assert (world.replicas, world.shards, world.shard, world.holds_a_piece) == (2, 4, 1, False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    world = World(5, 8, mode="hsdp")  # four machines
+    assert (world.replicas, world.shards, world.shard, world.holds_a_piece) == (4, 2, 1, False)
+    for size, mode, micro in ((3, "ddp", 0), (2, "fsdp", 0), (4, "ddp", 5)):
+        with pytest.raises(UserError, match="deterministic=true is for"):
+            made = World(0, size)
+            made.share(mode)
+            ranks.Engine.fix_parts(_Parts(made, micro))
+
+
+class _Parts:
+    """As much of an engine as fix_parts() looks at."""
+
+    def __init__(self, world: World, micro: int):
+        self.world, self.batch_rows = world, ranks.ROWS
+        self.config = Settings(block_size=ranks.LENGTH, micro_batch=micro)
