@@ -56,6 +56,7 @@ def test_a_second_signal_ends_a_process_that_waits_in_c():
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGTERM)  # a copy, as launchers send it
+    assert "finishing the step and saving" in process.stdout.readline()
     assert process.stdout.readline() == "asked\n"
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(2 * watch.COPIES)
