@@ -202,11 +202,11 @@ class StopFlag:
             if number[0] in self.before:
                 if self.signalled and time.monotonic() - self.signalled > COPIES:
                     os._exit(143)
-                if not self.signalled and os.environ.get("RANK", "0") == "0":
+                first, self.signalled = not self.signalled, self.signalled or time.monotonic()
+                if first and os.environ.get("RANK", "0") == "0":
                     with contextlib.suppress(OSError):
                         print(f"{signal.Signals(number[0]).name}: finishing the step and saving; "
                               "a second signal leaves at once", flush=True)
-                self.signalled = self.signalled or time.monotonic()
 
     def asked(self) -> bool:
         """Whether this rank wants to stop."""
