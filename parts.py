@@ -81,7 +81,7 @@ def start_worker(folder: Path, engine: str, counters) -> None:
     tokenizer = Tokenizer.load(folder)
     if engine == "tokenizers":
         tokenizer.give_up()
-    WORKER.update(tokenizer=tokenizer, counters=counters)
+    WORKER.update(tokenizer=tokenizer, counters=counters, show=lambda: None)
 
 
 def die_with_parent() -> None:
@@ -98,6 +98,7 @@ def progress(number: int, *counts: int) -> None:
         for i, count in enumerate(counts):
             counters[i] += count
         counters[len(COUNTS) + number] += counts[-1]
+    WORKER["show"]()
 
 
 def make_part(folder: Path, number: int, job: Job) -> None:
@@ -148,45 +149,62 @@ def batches(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
         yield batch
 
 
-def run_workers(folder: Path, engine: str, workers: int, make: Callable, jobs: dict[int, Job],
-                *args) -> None:
-    """make(folder, number, job, *args) in processes of their own, and show how far they are."""
+def run_workers(folder: Path, tokenizer: Tokenizer, workers: int, make: Callable,
+                jobs: dict[int, Job], *args) -> None:
+    """make(folder, number, job, *args) in processes of their own, or in this one if one is enough,
+    and show how far they are."""
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", len(COUNTS) + max(jobs, default=0) + 1)
-    began, shown = time.monotonic(), 0.0
-    sizes = {i: size_of(job.pieces) for i, job in jobs.items()}
-    initial = (folder, engine, counters)
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
-    with ProcessPoolExecutor(max(workers, 1), context, start_worker, initial) as pool:
+    workers, waiting = min(workers or os.cpu_count() or 1, len(jobs)), set(jobs)
+    show = shown(counters, {i: size_of(job.pieces) for i, job in jobs.items()}, waiting)
+    if workers < 2:
+        WORKER.update(tokenizer=tokenizer, counters=counters, show=show)
+        for i, job in jobs.items():
+            make(folder, i, job, *args)
+            waiting.remove(i)
+        return show()
+    initial = (folder, tokenizer.engine, counters)
+    with ProcessPoolExecutor(workers, context, start_worker, initial) as pool:
         # ... also when it comes while workers start, who inherit that it waits
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        waiting = {pool.submit(make, folder, i, job, *args): i for i, job in jobs.items()}
+        futures = {pool.submit(make, folder, i, job, *args): i for i, job in jobs.items()}
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            while waiting:
-                for future in wait(waiting, 0.25, FIRST_COMPLETED).done:
+            while futures:
+                for future in wait(futures, 0.25, FIRST_COMPLETED).done:
                     future.result()
-                    del waiting[future]
-                seconds = time.monotonic() - began
-                if waiting and seconds - shown < (0.2 if sys.stdout.isatty() else 5):
-                    continue
-                shown, (count, tokens, size, *of) = seconds, counters[:]
-                # sizes are guesses for packed files: the parts that wait are worth a tenth at least
-                rest = max(sum(sizes.values()) / max(size, 1) - 1, len(waiting) / len(jobs) / 10)
-                eta = "" if not size else f"  ETA {seconds * rest:.0f} s" if waiting else "  done"
-                running = [(of[i] / max(sizes[i], 1), i) for i in waiting.values() if of[i]]
-                slowest = "".join(f"  slowest: part {i}, {share:.0%}"
-                                  for share, i in sorted(running)[:1])
-                line = (f"{count:,} documents  {size / 1e6 / seconds:.1f} MB/s  "
-                        f"{tokens / seconds:,.0f} tokens/s  parts {len(jobs) - len(waiting)}/"
-                        f"{len(jobs)}  {seconds:.0f} s{eta}{slowest}")
-                print(f"\r{line}\033[K" if sys.stdout.isatty() else line,
-                      end="" if waiting and sys.stdout.isatty() else "\n", flush=True)
+                    waiting.remove(futures.pop(future))
+                show()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.kill()  # at once: what they hold is made again
             raise
+
+
+def shown(counters, sizes: dict[int, int], waiting: set[int]) -> Callable[[], None]:
+    """What prints how far the parts are, of which `waiting` are not done; seldom, however often it
+    is called. `sizes` are bytes of text, roughly."""
+    terminal, began, last = sys.stdout.isatty(), time.monotonic(), 0.0
+
+    def show() -> None:
+        nonlocal last
+        seconds = time.monotonic() - began
+        if waiting and seconds - last < (0.2 if terminal else 5):
+            return
+        last, (count, tokens, size, *of) = seconds, counters[:]
+        # sizes are guesses for packed files: the parts that wait are worth a tenth at least
+        rest = max(sum(sizes.values()) / max(size, 1) - 1, len(waiting) / len(sizes) / 10)
+        eta = "" if not size else f"  ETA {seconds * rest:.0f} s" if waiting else "  done"
+        running = [(of[i] / max(sizes[i], 1), i) for i in waiting if of[i]]
+        slowest = "".join(f"  slowest: part {i}, {share:.0%}" for share, i in sorted(running)[:1])
+        line = (f"{count:,} documents  {size / 1e6 / seconds:.1f} MB/s  "
+                f"{tokens / seconds:,.0f} tokens/s  parts {len(sizes) - len(waiting)}/"
+                f"{len(sizes)}  {seconds:.0f} s{eta}{slowest}")
+        print(f"\r{line}\033[K" if terminal else line,
+              end="" if waiting and terminal else "\n", flush=True)
+
+    return show
 
 
 # ---- documents that others repeat

@@ -184,7 +184,7 @@ def prepare(config: Settings, folder: Path, part: int, of: int) -> bool:
             unmarked = {i: jobs[i] for i in mine if not marks_of(folder, i).exists()}
             if unmarked:
                 print(f"{folder}: looking for repeated documents", flush=True)
-                run_workers(folder, tokenizer.engine, config.workers, make_marks, unmarked,
+                run_workers(folder, tokenizer, config.workers, make_marks, unmarked,
                             config.dedup)
             if rest := [i for i in range(len(jobs)) if not marks_of(folder, i).exists()]:
                 print(f"{folder}: {len(rest)} parts are not yet searched for repeated documents; "
@@ -199,7 +199,7 @@ def prepare(config: Settings, folder: Path, part: int, of: int) -> bool:
               f"{config.tokenizer}, {tokenizer.vocab_size:,} entries ({tokenizer.engine})",
               flush=True)
         if todo:
-            run_workers(folder, tokenizer.engine, config.workers, make_part, todo)
+            run_workers(folder, tokenizer, config.workers, make_part, todo)
         if of:
             print(f"{folder}: share {part + 1} of {of} is done; when all are, the same command "
                   "without --part makes the data set")

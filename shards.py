@@ -40,7 +40,7 @@ class ShardWriter:
     def add(self, ids: np.ndarray) -> None:
         """Append one document's token ids, boundaries included."""
         self.files[1].write(struct.pack("<Q", self.tokens))
-        self.files[0].write(ids.astype(self.dtype).tobytes())
+        self.files[0].write(ids.astype(self.dtype, copy=False).data)
         self.tokens += len(ids)
         self.documents += 1
         self.largest = max(self.largest, int(ids.max(initial=0)))

@@ -1,7 +1,7 @@
 """Text <-> ids: what reads and applies a tokenizer.json.
 
 tokenizer.json is the tokenizer of a data set, a run and a checkpoint. Its ids are the truth;
-tiktoken and a cache of words are faster engines for them, used once they were seen to agree. What
+tiktoken is a faster engine for them, used once it was seen to agree. What
 train.py needs (boundaries, byte counts, Hugging Face files) is read from the JSON alone: the
 tokenizer libraries are imported only where text is encoded or decoded. vocabulary.py makes the JSON
 of tokenizers that have none.
@@ -9,6 +9,7 @@ of tokenizers that have none.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -33,10 +34,10 @@ PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<
 # The pattern by which tiktoken cuts words, for each pre-tokenizer that it can stand for.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 CUT = 1 << 20  # characters encoded at a time; a word that is longer is cut
-# Ways to cut words, taken if no piece reaches over the borders: the finer has fewer to remember.
-# (Mistral's pieces keep letters and digits from all else, but for one with a superscript two.)
-WORDS = [re.compile(r" *[^\W_²]+| *(?:[^\w ]|[_²])+| +"), re.compile(r" *[^ \n]+|\n+| +")]
-REMEMBERED = 1 << 19  # words: about 80 MB
+# How tiktoken may cut text for sentencepiece's BPE, if no piece reaches over the borders: shorter
+# words are faster. (Mistral's pieces keep letters and digits from all else, but for one with a
+# superscript two.)
+WORDS = [r" *[^\W_²]+| *(?:[^\w ]|[_²])+| +", r" *[^ ]+| +"]
 # Two engines must agree on this before the faster one is used.
 SAMPLE = """def f(x):\n\tif x  >= 3.14159:\n        return {'a': [1, 22, 4444]}  # don't\r\n\n
 I'll SAY: she'd've gone…   \u00a0 naïve ŒUVRE ﬁn a\u0301 Straße\t \t x \u3000x\u200b\ufeff\x00\x7f
@@ -66,14 +67,10 @@ class Tokenizer:
         self.kind = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.cut_words = 0  # how many were longer than CUT so far
         self._pieces_join = {step["type"] for step in _steps(spec["decoder"])} == {"ByteLevel"}
-        self._fast: Callable[[str, bool], Sequence[int] | np.ndarray] | None = None
+        self._fast: Callable[[str, bool], np.ndarray] | None = None
         self.engine = "tokenizers"
-        if engine := _tiktoken(spec):
-            self.engine, self._fast = "tiktoken", lambda text, _: engine.encode_to_numpy(
-                text, disallowed_special=())
-        elif pattern := _word_pattern(spec):
-            words = Words(pattern, self._tokenizers.model, self.kind)
-            self.engine, self._fast = "words", words.encode
+        if fast := _tiktoken(spec, self._tokenizers.model, self.kind):
+            self.engine, self._fast = "tiktoken", fast
         self.check([SAMPLE])
 
     @classmethod
@@ -150,86 +147,73 @@ class Tokenizer:
         return np.concatenate(out)
 
 
-class Remembered(dict):
-    """word -> make(word), bytes, for the short words met last: the memory is bounded, new text has
-    room. (When it is full, its words become the old ones, of which those come back that are met.)
+def _tiktoken(spec: dict, model, kind: np.dtype) -> Callable[[str, bool], np.ndarray] | None:
+    """(text, does it begin a document) -> ids, by tiktoken; None where it would give other ids than
+    `spec`, a parsed tokenizer.json, and `model`, its merge engine of `tokenizers`.
+
+    tiktoken joins utf-8 bytes in the order of its ranks: of the units that a model begins with,
+    then of its merges. Sentencepiece's units are characters. What their bytes join to on the way to
+    one is a rank with several ids, for characters that begin like one but have no piece.
     """
-
-    def __init__(self, make: Callable[[str], bytes], longest: int):
-        self.make, self.longest = make, longest
-        self.old: dict[str, bytes] = {}
-
-    def __missing__(self, word: str) -> bytes:
-        made = self.old.get(word) or self.make(word)
-        if len(word) <= self.longest:
-            if len(self) >= REMEMBERED:
-                self.old = dict(self)
-                self.clear()
-            self[word] = made
-        return made
-
-
-class Words:
-    """An engine for sentencepiece's BPE: a word is encoded once and its ids remembered as bytes,
-    which joined are those of a text. `model` is the merge engine of `tokenizers`."""
-
-    def __init__(self, pattern: re.Pattern, model, kind: np.dtype):
-        self.find, self.kind = pattern.findall, kind
-        self.parts = Remembered(lambda part: np.array(
-            [piece.id for piece in model.tokenize(part.replace(" ", "▁"))], kind).tobytes(), 48)
-        # what lies between two spaces, of one part or more: to split there is far quicker
-        self.words = Remembered(lambda word: self.joined(" " + word), 16)
-
-    def joined(self, text: str) -> bytes:
-        """Ids of text that is taken as it is."""
-        return b"".join(map(self.parts.__getitem__, self.find(text)))
-
-    def encode(self, text: str, first: bool) -> np.ndarray:
-        """Ids of `text`; `first`: it begins a document, so a space is put before it."""
-        text = (" " if first and text else "") + text.replace("▁", " ")
-        if text[:1] == " " and "  " not in text:
-            ids = b"".join(map(self.words.__getitem__, text[1:].split(" ")))
-        else:
-            ids = self.joined(text)
-        return np.frombuffer(ids, self.kind)
-
-
-def _word_pattern(spec: dict) -> re.Pattern | None:
-    """How Words may cut text for a parsed tokenizer.json, or None if it would give other ids."""
-    model, added = spec["model"], {entry["content"] for entry in spec["added_tokens"]}
-    steps = [(step["type"], step.get("prepend"), step.get("pattern"), step.get("content"))
-             for step in _steps(spec["normalizer"])]
-    if (model["type"] != "BPE" or spec["pre_tokenizer"] not in (None, vocabulary.SPACES)
-            or steps != [("Prepend", "▁", None, None), ("Replace", None, {"String": " "}, "▁")]
+    vocab, merges = spec["model"]["vocab"], spec["model"].get("merges")
+    added = {entry["content"] for entry in spec["added_tokens"]}
+    if (spec["model"]["type"] != "BPE" or merges is None
             or not all(entry["special"] for entry in spec["added_tokens"])):
         return None
-    pieces = [piece.replace("▁", " ") for piece in model["vocab"]
-              if piece not in added and not re.fullmatch("<0x[0-9A-F]{2}>", piece)]
-    return next((pattern for pattern in WORDS if all(map(pattern.fullmatch, pieces))), None)
-
-
-def _tiktoken(spec: dict):
-    """A tiktoken engine for GPT-2's tokenizer or one that bpe:N made, or None."""
+    joined = ["".join(m.split(" ") if isinstance(m, str) else m) for m in merges]
+    made = [piece for piece, _ in itertools.groupby(joined)]
+    pieces = {piece: i for piece, i in vocab.items() if piece not in added}
+    ids: dict[bytes, list[int]] = {}  # in the order of the ranks
+    cuts = {json.dumps(words): [cut] for words, cut in (
+        (BYTE_LEVEL, GPT2_SPLIT), (vocabulary.CUT_LIKE, vocabulary.SPLIT))}.get(
+            json.dumps(spec["pre_tokenizer"]), [])
+    if spaced := _steps(spec["normalizer"]) == [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]:
+        known = [f"<0x{byte:02X}>" for byte in range(256)]
+        if spec["pre_tokenizer"] not in (None, vocabulary.SPACES) or set(known) - set(pieces):
+            return None
+        of_byte, cuts = [pieces.pop(piece) for piece in known], WORDS
+        utf8 = {piece: piece.replace("▁", " ").encode() for piece in pieces}
+        characters = [piece for piece in pieces if len(piece) == 1]
+        for byte in range(256):
+            ids[bytes([byte])] = [of_byte[byte]]
+        for text in (utf8[piece] for piece in characters):
+            ids |= {text[:n]: [of_byte[byte] for byte in text[:n]] for n in range(2, len(text))}
+        ids |= {utf8[piece]: [pieces[piece]] for piece in characters}
+    elif cuts and not spec["normalizer"] and BYTES.keys() >= set("".join(pieces)):
+        table = {ord(c): byte for c, byte in BYTES.items()}
+        utf8 = {piece: piece.translate(table).encode("latin-1") for piece in pieces}
+        ids |= {utf8[piece]: [pieces[piece]] for piece in BYTES}
+    if not ids or len(set(made)) < len(made):  # no order of pieces gives the order of merges
+        return None
+    ids |= {utf8[piece]: [pieces[piece]] for piece in made}
     try:
         import tiktoken
     except ImportError:
         return None
-    model, added = spec["model"], spec["added_tokens"]
-    vocab, merges = model["vocab"], model.get("merges", [])
-    known = ((BYTE_LEVEL, GPT2_SPLIT), (vocabulary.CUT_LIKE, vocabulary.SPLIT))
-    patterns = [pattern for words, pattern in known if words == spec["pre_tokenizer"]]
-    if (not patterns or model["type"] != "BPE" or spec["normalizer"]
-            or not all(entry["special"] for entry in added)):
-        return None
-    merged = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in merges]
-    special = {entry["content"]: entry["id"] for entry in added}
-    ordinary = {piece: i for piece, i in vocab.items() if piece not in special}
-    if merged != sorted(merged) or not BYTES.keys() >= set("".join(ordinary)):
-        return None  # tiktoken joins in the order of the ids
-    table = {ord(c): byte for c, byte in BYTES.items()}
-    ranks = {piece.translate(table).encode("latin-1"): i for piece, i in ordinary.items()}
-    return tiktoken.Encoding("words", pat_str=patterns[0], mergeable_ranks=ranks,
-                             special_tokens=special)
+    ranks = {text: rank for rank, text in enumerate(ids)}
+    flat = np.array([i for some in ids.values() for i in some], kind)
+    count = np.array([len(some) for some in ids.values()])  # of ids of a rank, and where they are
+    start = np.cumsum(count) - count
+    first, many = flat[start], count > 1
+    for cut in cuts:
+        engine = tiktoken.Encoding("", pat_str=cut, mergeable_ranks=ranks,
+                                   special_tokens={"<s>": len(ranks)})  # with none it is slow
+
+        def encode(text: str, begins: bool, engine=engine) -> np.ndarray:
+            if spaced:
+                text = (" " if begins and text else "") + text.replace("▁", " ")
+            found = engine.encode_to_numpy(text, disallowed_special=())
+            if spaced and many[found].any():
+                n = count[found]
+                return flat[np.repeat(start[found] - np.cumsum(n) + n, n) + np.arange(n.sum())]
+            return first[found]
+
+        if not spaced or all(len(engine.encode_ordinary(utf8[piece].decode())) == 1
+                             == len(model.tokenize(piece)) for piece in made):
+            return encode
+    return None
 
 
 def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,

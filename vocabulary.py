@@ -42,6 +42,8 @@ SPACES = {"type": "Split", "pattern": {"Regex": "▁*[^▁]+|▁+"}, "behavior":
 
 def valid(text: str) -> str:
     """`text` with lone surrogates, which have no utf-8, replaced as JSON readers do."""
+    if text.isascii():
+        return text
     try:
         text.encode()
         return text

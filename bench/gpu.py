@@ -11,7 +11,7 @@ out/bench/. A stage that fails, or for which no time is left, says so and the ne
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +56,7 @@ import parallel
 import sample
 import train
 from checkpoint import hf_config
+from engine import Engine
 from model import IGNORE, Linear, LLaMA, flops_per_token
 from parallel import World
 
@@ -188,25 +189,31 @@ def present(bench: Bench, table: str) -> list[str]:
 
 
 class Contender:
-    """One implementation in training: fp32 weights, bf16 matmuls where native, fused AdamW."""
+    """One implementation in training: fp32 weights, bf16 matmuls where native, fused AdamW. Ours is
+    the engine that train.py drives; theirs gets the same optimizer, clipping and guard."""
 
     def __init__(self, bench: Bench, name: str):
         self.name, self.bench, before = name, bench, torch.cuda.memory_allocated()
-        self.model = MODELS[name](bench)
-        self.optimizer = optim.make(self.model, bench.config)  # the same for both
+        if name == "ours":
+            self.engine = Engine(replace(bench.config, micro_batch=1), bench.world, 0)
+            self.model, self.optimizer = self.engine.model, self.engine.optimizer
+        else:
+            self.model = MODELS[name](bench)
+            self.optimizer = optim.make(self.model, bench.config)
         self.own = torch.cuda.memory_allocated() - before  # bytes of weights and moments
-        self.forward = {False: self.model}  # compiled?: what to call
+        self.forward: dict[bool, Any] = {False: self.model}  # compiled?: what to call
 
     def update(self, compiled: bool, x: torch.Tensor) -> torch.Tensor:
         """One training step on rows x (B, T), T - 1 targets each; the mean loss."""
         run, config = self.forward[compiled], self.bench.config
         if self.name == "ours":
             y = torch.cat((x[:, 1:], torch.full_like(x[:, :1], IGNORE)), 1)
-            loss = run(x, y) / (y.numel() - len(y))
-        else:  # autocast is what keeps fp32 weights there
-            dtype = parallel.pick_dtype("auto", x.device)
-            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                loss = run(input_ids=x, labels=x, use_cache=False).loss
+            self.engine.module, self.engine.micro = run, len(x)
+            targets = y.numel() - len(y)
+            return self.engine.update((x, y), config.min_lr, targets=targets)[0] / targets
+        dtype = parallel.pick_dtype("auto", x.device)
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            loss = run(input_ids=x, labels=x, use_cache=False).loss  # autocast keeps fp32 weights
         loss.backward()
         norm = self.bench.world.square_norm(self.model).sqrt()
         optim.step(self.optimizer, config.min_lr, norm, config.grad_clip)

@@ -62,10 +62,9 @@ def datasets(text: str, where: str) -> None:
 
     datasets.disable_progress_bars()
     words = tokenizer.Tokenizer.load(where)
-    encode = words._fast or (lambda text, _: words.encode(text))
 
     def process(row: dict) -> dict:
-        ids = [*encode(row["text"], True), words.bos]
+        ids = words.encode_documents([row["text"]])[0]
         return {"ids": ids, "len": len(ids)}
 
     with tempfile.TemporaryDirectory() as cache:

@@ -288,9 +288,8 @@ def test_killed_and_restarted_writes_the_same_bytes(reference):
 
 def test_second_run_is_instant_and_another_recipe_is_refused(reference):
     before = contents(reference / "data/one")
-    began = time.monotonic()
     out, _ = run(reference, *COMMON, "--dataset=one")
-    assert "already prepared" in out and time.monotonic() - began < 3
+    assert "already prepared" in out and "MB/s" not in out
     _, error = run(reference, *COMMON, "--dataset=one", "--tokenizer=bytes", code=2)
     assert "tokenizer was 'mistral', is now 'bytes'" in error and "--dataset" in error
     _, error = run(reference, *COMMON, "--dataset=one", "--val_fraction=0.2", code=2)
@@ -372,9 +371,8 @@ def test_no_argument_takes_openwebtext_from_the_hub(tmp_path):
         _, error = run(tmp_path, "--sources=hf:ashaba1in/small_openwebtext:test", "--dataset=x",
                        env=env, code=2)
         assert "no split 'test'" in error and "validation" in error
-    began = time.monotonic()
     _, error = run(tmp_path, "--sources=hf:a/b", "--dataset=x", env=env, code=2)
-    assert "--sources=PATH" in error and error.count("\n") == 1 and time.monotonic() - began < 15
+    assert "--sources=PATH" in error and error.count("\n") == 1
     assert not (tmp_path / "data/x").exists()
 
 
@@ -466,10 +464,11 @@ def test_what_is_dropped_is_counted_and_the_first_is_named(tmp_path, monkeypatch
         "invalid utf-8": (4, "a.jsonl:206")}
 
 
-def test_help_is_quick():
-    began = time.monotonic()
-    out = subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--help"], capture_output=True)
-    assert out.returncode == 0 and b"--verify" in out.stdout and time.monotonic() - began < 1
+def test_help_loads_nothing_slow():
+    code = ("import runpy, sys; sys.modules['numpy'] = None; sys.argv = ['prepare.py', '--help']; "
+            f"runpy.run_path({str(ROOT / 'prepare.py')!r}, run_name='__main__')")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
+    assert out.returncode == 0 and b"--verify" in out.stdout
 
 
 # ---- shares, long texts, cleaning
@@ -520,7 +519,7 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
     monkeypatch.setattr(tokenizer, "CUT", 500)
     for spec in ("mistral", "gpt2", "bpe:300"):
         words = tokenizer.make(spec, lambda: [long])
-        assert words.engine == {"mistral": "words"}.get(spec, "tiktoken")
+        assert words.engine == "tiktoken"
         for text in (long, "  b \t c" * 300, "x\n\n y z" * 300):
             assert words.encode(text) == words._ids([text])[0]
         assert words.cut_words == 0

@@ -228,6 +228,9 @@ def test_sentencepiece_models(tmp_path, method, options):
         ids = reference.encode(text)
         if method == "bpe":
             assert tok.encode(text) == ids, repr(text)
+            assert (tok.engine == "tiktoken") == (
+                "byte_fallback" in options and options.get("add_dummy_prefix", True)
+                and not options["remove_extra_whitespaces"])
         else:  # a text that spells a piece's name is ordinary text
             special = {e["id"] for e in json.loads(tok.json_bytes)["added_tokens"]}
             found = special & set(tok.encode(text))
