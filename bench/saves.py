@@ -91,7 +91,7 @@ def main(command: settings.CommandLine) -> int:
         again = train(f"--out_dir={run}", f"--max_steps={flags.steps + 1}", "--extend")
     saving, without = (median(one["wall"] for one in arms[arm]) for arm in arms)
     fresh, saves = arms["saving"][0], -(-flags.steps // flags.every)
-    copies = sum(row.get("save_seconds", 0) for row in rows) / saves
+    copies = sum(row.get("save_seconds", 0) for row in rows) / max(1, saves - 1)  # not the last
     print(f"| {flags.steps} steps of 8,192 tokens, 30 M parameters, {saves} saves against 1 | "
           f"{saving:.1f} s | {without:.1f} s | {saving / without:.3f} |")
     print(f"| training waits for a save | {copies:.2f} s | | |")
