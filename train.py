@@ -102,7 +102,7 @@ def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
         try:
             code = run.loop()
         except BaseException:
-            run.saver.wait(30)
+            run.saver.wait(20)  # of the 30 seconds that torchrun gives
             run.log.status("failed", run.step)
             raise
         stop.close(leaving=__name__ == "__main__")

@@ -1,7 +1,7 @@
 """What ends a run from outside: signals, ranks that do not come, that die or fall silent.
 
 The ranks of a run meet in join(), which tries the network once and briefly. From then on a Watch
-exchanges signs of life, apart from training: a rank that is stopped, hung up or cut off ends the
+exchanges signs of life, apart from training: a rank that is stopped, hangs or is cut off ends the
 others within a minute, with its name. StopFlag turns signals into "finish the step and save".
 """
 
@@ -146,7 +146,7 @@ class Watch:
         if silent >= SILENCE:
             name = sign.decode().partition(" ")[2] or "it never gave one"
             reason = (f"rank {rank} ({name}) has given no sign of life for {SILENCE:.0f} s: it was "
-                      f"stopped or is hung up, or its machine or network is gone; {GO_ON}")
+                      f"stopped or hangs, or its machine or network is gone; {GO_ON}")
             if self.rank == 0:
                 self.store.set("end", reason)
                 time.sleep(2 * BEAT)
@@ -202,7 +202,11 @@ class StopFlag:
             if number[0] in self.before:
                 if self.signalled and time.monotonic() - self.signalled > COPIES:
                     os._exit(143)
-                self.signalled = self.signalled or time.monotonic()
+                first, self.signalled = not self.signalled, self.signalled or time.monotonic()
+                if first and os.environ.get("RANK", "0") == "0":
+                    with contextlib.suppress(OSError):
+                        print(f"{signal.Signals(number[0]).name}: finishing the step and saving; "
+                              "a second signal leaves at once", flush=True)
 
     def asked(self) -> bool:
         """Whether this rank wants to stop."""

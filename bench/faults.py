@@ -2,8 +2,8 @@
 
 Each row of the table plants one fault N times in runs of a tiny model, started as a user starts
 them, and compares what comes out with runs that nothing disturbed: mostly weights and moments to
-the bit. --rows=kill,nan takes some rows only; --full takes the counts of the last table in
-README.md. Uses a temporary folder, which stays if something did not hold.
+the bit. --rows=kill,nan takes some rows only; --full takes the counts in ROWS (hours). Uses a
+temporary folder, which stays if something did not hold.
 """
 
 import argparse
