@@ -3,11 +3,25 @@
 A language model that does not beat them has learned nothing that a table does not hold. Both give
 every token of the vocabulary a probability above 0, and are scored on the windows and in the unit
 (bits per utf-8 byte) of the model that they stand beside.
+
+Counting also tells which questions of a task the training data holds: contaminated().
 """
 
-import numpy as np
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from shards import Rows, Split
+import numpy as np
+import torch
+
+from log import Progress
+from parallel import World
+from settings import UserError
+from shards import Rows, Split, open_split
+from tokenizer import Tokenizer
+
+RUN = 13  # words in a row that are no coincidence (https://arxiv.org/abs/2005.14165, appendix C)
 
 
 def unigram(split: Split, vocab_size: int) -> np.ndarray:
@@ -85,3 +99,87 @@ def baselines(train: Rows, shown: int, scored: np.ndarray, n_bytes: int, vocab_s
     chained = KneserNey(rows, order, vocab_size).probabilities(scored)
     bits = [-float(np.log2(p).sum()) / n_bytes for p in (alone, chained)]
     return {"unigram_bpb": bits[0], f"{order}-gram_bpb": bits[1], "tokens": rows.size}
+
+
+def compare(rows: Rows, shown: int, found: dict, config: dict, say) -> dict:
+    """What counting reaches beside the model's result `found`, {unigram_bpb, 5-gram_bpb, tokens}.
+
+    `rows`: the validation windows; `shown`: rows of the training split that the run, whose config
+    this is, has consumed.
+    """
+    split = rows.split
+    if config.get("mixture") or config.get("packing", "concat") != "concat":
+        raise UserError("--baselines counts in the rows of one data set with packing=concat")
+    train = Rows(Split(split.folder, "train", split.manifest), rows.block_size,
+                        config["seed"], config.get("overfit_rows", 0))
+    scored = rows.read_windows(range(found["tokens"] // rows.block_size)).astype(np.int64)
+    table = baselines(train, shown, scored, found["bytes"],
+                            split.manifest["tokenizer"]["vocab_size"])
+    least = table["unigram_bpb"]
+    for name, bpb in {"unigram": least, "5-gram": table["5-gram_bpb"],
+                      "this model": found["val_bpb"]}.items():
+        say(f"  {name:<14}{bpb:9.4f} bits per byte, {1 - bpb / least:6.1%} below unigram")
+    return table
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in small letters, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def tells(question: str) -> bool:
+    """Whether a question is long enough to be found."""
+    return len(words_of(question)) >= RUN
+
+
+def contaminated(questions: list[str], documents: Iterable[list[str]]) -> np.ndarray:
+    """Of each question (n,) whether it has RUN words in a row in common with one of the texts,
+    which come in lists."""
+    numbers: dict[str, int] = {}  # of the words of the questions; 0: of other words
+    asked = [[numbers.setdefault(word, len(numbers) + 1) for word in words_of(question)]
+             for question in questions]
+    owner = np.repeat(np.arange(len(asked)), [max(0, len(ids) - RUN + 1) for ids in asked])
+    hashes = np.concatenate([run_hashes(np.array(ids, np.uint64)) for ids in [[], *asked]])
+    wanted, found = np.unique(hashes), np.zeros(len(asked), bool)
+    for texts in documents:
+        ids = np.array([number for text in texts for number in
+                        (*(numbers.get(word, 0) for word in words_of(text)), 0)], np.uint64)
+        others = np.cumsum(np.concatenate([[0], ids == 0]))
+        met = np.unique(run_hashes(ids)[others[RUN:] == others[:-RUN]])
+        found[owner[np.isin(hashes, met[np.isin(met, wanted)])]] = True
+    return found
+
+
+def run_hashes(ids: np.ndarray) -> np.ndarray:
+    """A hash of every RUN numbers in a row: a polynomial in an odd number, modulo 2^64."""
+    count, total = max(0, len(ids) - RUN + 1), np.zeros(1, np.uint64)
+    for i in range(RUN):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + ids[i:i + count]
+    return total if count else np.zeros(0, np.uint64)
+
+
+def contamination(asked: dict[str, list[str]], folders: list[Path], tokenizer: Tokenizer,
+                  world: World) -> dict[str, dict]:
+    """{task: {contaminated, long_enough}} of each task's questions: the share that the training
+    splits have RUN words in a row in common with, and how many have as many words. Collective."""
+    splits = [open_split(folder, "train") for folder in folders]
+    progress = Progress("looking for questions", sum(split.tokens for split in splits), "tokens",
+                        world.rank == 0)
+
+    def documents() -> Iterator[list[str]]:
+        pieces = ((split.shard(i), split.index(i)) for split in splits
+                  for i in range(len(split.names)))
+        for tokens, starts in itertools.islice(pieces, world.rank, None, world.size):
+            for first in range(0, len(starts), 256):
+                ends = [*starts[first + 1:first + 257].tolist(), len(tokens)]
+                yield [tokenizer.decode(tokens[int(start):end]) for start, end in
+                       zip(starts[first:first + 256], ends, strict=False)]
+                progress.add(world.size * int(ends[:256][-1] - int(starts[first])))
+
+    every = [question for questions in asked.values() for question in questions]
+    met = torch.from_numpy(contaminated(every, documents()))
+    progress.close()
+    hits = iter((world.sum(met.double()) > 0).tolist())
+    return {name: {"contaminated": sum(next(hits) for _ in questions) / len(questions),
+                   "long_enough": sum(map(tells, questions))}
+            for name, questions in asked.items() if questions}

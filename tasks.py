@@ -1,37 +1,27 @@
-"""Benchmark tasks: local files, tinyMMLU, whatever lm-eval knows, and the passkey probe, scored by
-one Scorer."""
+"""Benchmark tasks: local files, tinyMMLU, whatever lm-eval knows, and the passkey probe; how their
+scores are shown and kept."""
 
-import difflib
 import json
 import math
-import os
-import urllib.error
-import urllib.request
-from functools import cache, partial
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
+import harness
+import irt
 import settings
-from log import Progress
-from model import LLaMA
+import sources
+from harness import Scorer
+from irt import LETTERS
 from parallel import World
 from settings import UserError
-from tokenizer import Tokenizer
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOTS = 5  # worked examples before a question, as MMLU has them (https://arxiv.org/abs/2009.03300)
-# The 100 questions of https://arxiv.org/abs/2402.14992. `input_formatted` is a whole prompt, five
-# worked examples included. lm-eval's task of this name needs a package that is not on PyPI and
-# shows an IRT estimate under the name acc_norm; this one gives the raw accuracy.
-TINY_MMLU: dict = {
-    "task": "tinyMMLU", "dataset_path": "tinyBenchmarks/tinyMMLU", "dataset_name": "all",
-    "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{input_formatted}}",
-    "doc_to_choice": ["A", "B", "C", "D"], "doc_to_target": "answer", "num_fewshot": 0,
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
+BLANK = re.compile(r"(?<!\w)_(?!\w)")  # what a choice is to be put in for
 
 # The passkey probe (https://arxiv.org/abs/2305.16300): one of these lines among many of the other
 PASSKEY = "The pass key is {key}. Keep it in mind: {key} is the pass key.\n"
@@ -39,175 +29,87 @@ FILLER = "Rain falls on the hills and runs down to the sea. The wind turns and t
 QUESTION = "What is the pass key? The pass key is"
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the line stands: 0 at the top, 1 above the question
 
-
-class Unavailable(Exception):
-    """A task whose library or data cannot be had here; the other scores still come."""
-
-
-# ---- the model as a scorer of texts
-
-class Scorer:
-    """Log-likelihoods of continuations, computed as lm-eval's `hf` model does: context and
-    continuation encoded together, begin token in front as in training, too long ones cut at the
-    left, right padding, fp32 log-softmax. Ranks share the passes and all get all the results."""
-
-    def __init__(self, model: LLaMA, tokenizer: Tokenizer, batch_tokens: int, world: World):
-        self.model, self.tokenizer, self.world = model, tokenizer, world
-        self.batch_tokens = batch_tokens
-        self.block_size = model.config.block_size
-        self.begin = [tokenizer.bos] if tokenizer.bos is not None else []
-        self.truncated: set = set()  # hashes of the contexts that were cut
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text at the start of a document."""
-        return self.begin + self.tokenizer.encode(text)
-
-    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """(context ids, continuation ids), the harness's way: spaces at the end of the context
-        belong to the continuation, and the border is where the context's own ids end."""
-        bare = context.rstrip()
-        if not bare:
-            return self.begin, self.tokenizer.encode(context + continuation)
-        before, whole = self.encode(bare), self.encode(context + continuation)
-        return before, whole[len(before):]
-
-    @torch.no_grad()
-    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation.
-
-        Pairs that differ in their last token only share one row. Collective.
-        """
-        groups: dict[tuple, list[int]] = {}  # ids that the model reads -> pairs they serve
-        for i, (context, continuation) in enumerate(pairs):
-            if not continuation:
-                raise UserError("the tokenizer merges a continuation into its context, so nothing "
-                                "is left to score; begin the continuation with a space")
-            ids = (context + continuation)[-(self.block_size + 1):]
-            groups.setdefault(tuple(ids[:-1]), []).append(i)
-            if len(context) + len(continuation) > self.block_size + 1:
-                self.truncated.add(hash(tuple(context)))
-        batches, order = [], sorted(groups, key=len, reverse=True)
-        while order:
-            size = max(1, self.batch_tokens // len(order[0]))
-            batches.append(order[:size])
-            order = order[size:]
-        results = torch.zeros(len(pairs), 2, dtype=torch.float64)
-        progress = Progress("scoring", len(groups), "prompts", self.world.rank == 0,
-                            self.world.device.type)
-        for batch in batches[self.world.rank::self.world.size]:
-            batch_ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # 0 is never seen
-            for row, read in zip(batch_ids, batch, strict=True):
-                row[:len(read)] = torch.tensor(read)
-            states = self.model.hidden(batch_ids.to(self.world.device))
-            # the head is wanted at the last positions only: as many as the longest continuation has
-            wanted = [min(max(len(pairs[i][1]) for i in groups[read]), len(read)) for read in batch]
-            states = torch.cat([row[len(read) - n:len(read)] for row, read, n in
-                                zip(states, batch, wanted, strict=True)])
-            log_p = self.model.lm_head(states).float().log_softmax(-1)  # (scored positions, V)
-            for read, scored in zip(batch, log_p.split(wanted), strict=True):
-                for i in groups[read]:
-                    target = torch.tensor(pairs[i][1][-len(read):], device=scored.device)
-                    last = scored[-len(target):]
-                    results[i, 0] = last.gather(1, target[:, None]).sum().item()
-                    results[i, 1] = float((last.argmax(-1) == target).all())
-            progress.add(min(len(batch) * self.world.size, len(groups) - progress.done))
-        progress.close()
-        return [(value, greedy > 0) for value, greedy in self.world.sum(results).tolist()]
-
-
-def harness(scorer: Scorer):
-    """lm-eval's view of a Scorer, with which it runs any of its tasks. Every rank runs the whole
-    harness and sees all the results in document order: its own way of sharing mixes the order."""
-    from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
-
-    class Harness(TemplateLM):
-        """The methods that lm-eval calls."""
-
-        @property
-        def eot_token_id(self) -> int:
-            """What an empty context is replaced by: the begin token, as in training."""
-            return scorer.begin[0]
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-            """Ids, with the begin token unless it is declined."""
-            return (scorer.tokenizer.encode(string) if add_special_tokens is False
-                    else scorer.encode(string))
-
-        def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-            return scorer.score([(context, continuation) for _, context, continuation in requests])
-
-        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-            """Log-likelihood of whole texts, in windows as the `hf` model cuts them."""
-            texts = [[utils.make_disjoint_window(window) for window in
-                      utils.get_rolling_token_windows(
-                          token_list=scorer.encode(request.args[0]), context_len=1,
-                          prefix_token=self.eot_token_id, max_seq_len=scorer.block_size)]
-                     for request in requests]
-            values = iter(scorer.score([window for windows in texts for window in windows]))
-            return [sum(next(values)[0] for _ in windows) for windows in texts]
-
-        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-            """Greedy continuations; half of the context at least is left to the prompt."""
-            import generate
-
-            answers = []
-            for text, options in (request.args for request in requests):
-                ids, until = scorer.encode(text), options.get("until") or []
-                until = [until] if isinstance(until, str) else list(until)
-                room = min(options.get("max_gen_toks", 256), scorer.block_size // 2)
-                if len(ids) + room > scorer.block_size:
-                    scorer.truncated.add(hash(tuple(ids)))
-                [(_, answer, _)] = generate.complete(
-                    scorer.model, scorer.tokenizer, [ids[room - scorer.block_size:]], room,
-                    settings.Sampling(temperature=0.0), [0], until)
-                answers.append(answer)
-            return answers
-
-    return Harness()
-
-
 # ---- tasks
 
-def find(flags: Any) -> tuple[dict, list[str]]:
-    """({name: function of a Scorer that gives {task: metrics}}, [what cannot be had here])."""
+class Job(NamedTuple):
+    """A task that can be scored."""
+
+    score: Callable[[Scorer], dict]  # -> {task: metrics}; collective
+    questions: Callable[[], list[str]]  # the texts that are asked, without worked examples
+    names: list[str]  # of the tasks that score() gives
+
+
+def find(flags: Any, first: bool) -> tuple[dict[str, Job], list[str]]:
+    """({name: Job}, [what cannot be had here]). `first`: this is the rank that uses the network
+    and estimates."""
     jobs, missing = {}, []
     names = dict.fromkeys(name.strip() for name in flags.tasks.split(",") if name.strip())
+    known: tuple = (None, "")
+    if first and any(map(is_tiny, names)):
+        known = irt.load(flags.irt_file)
+    elif first and flags.irt_file:
+        raise UserError("--irt_file is for tinyMMLU; name it, or a local:FILE of that name, in "
+                        "--tasks")
+    shots = read_local(flags.shots, None, flags.answers) if flags.shots else []
     for name in names:
+        anchors = known if first and is_tiny(name) else None
         try:
-            if Path(name).is_file():
-                raise UserError(f"--tasks={name} is a file: say --tasks=local:{name}")
             if name == "passkey":
-                jobs[name] = partial(score_passkey, flags.limit)
+                jobs[name] = Job(partial(score_passkey, flags.limit), list, [name])
             elif name.startswith("local:"):
-                shots = read_local(flags.shots, None) if flags.shots else []
-                items = read_local(name.removeprefix("local:"), shots)[:flags.limit or None]
-                jobs[name] = partial(score_local, name, items)
+                items = read_local(name.removeprefix("local:"), shots, flags.answers)
+                items = items[:flags.limit or None]
+                jobs[name] = Job(partial(score_local, name, items, anchors),
+                                 partial(asked, items), [name])
+            elif Path(name).is_file():
+                raise UserError(f"--tasks={name} is a file: say --tasks=local:{name}")
             else:
-                jobs[name] = partial(score_harness, name, load_task(name), flags.limit)
-        except Unavailable as error:
+                loaded = harness.load_task(name, flags.include_path)
+                jobs[name] = Job(partial(harness.score, name, loaded, flags.limit, anchors),
+                                 partial(harness.questions, loaded, flags.limit),
+                                 list(loaded["tasks"]))
+        except harness.Unavailable as error:
             missing.append(f"no {name}: {error}; or score a file: --tasks=local:FILE.jsonl")
     return jobs, missing
 
 
-class Item(NamedTuple):
-    """What to continue, the possible continuations, the number of the right one."""
+def is_tiny(name: str) -> bool:
+    """Whether a task's or file's name says that it is tinyMMLU."""
+    return "tinymmlu" in re.sub("[^a-z]", "", Path(name).name.lower())
 
-    context: str
-    choices: list[str]
+
+class Item(NamedTuple):
+    """What is scored: pairs of context and continuation, the number of the right one."""
+
+    pairs: list[tuple[str, str]]
     right: int
     subject: str = ""
+    question: str = ""
+    letters: bool = False
+
+    @property
+    def solved(self) -> str:
+        """As a worked example."""
+        context, continuation = self.pairs[self.right]
+        return f"{context}{continuation}\n\n"
 
 
-def read_local(file: str, shots: list[Item] | None) -> list[Item]:
-    """The rows of a JSON-lines file; one that is wrong is named by its line."""
+def asked(items: list[Item]) -> list[str]:
+    """The questions alone."""
+    return [item.question for item in items]
+
+
+def read_local(file: str, shots: list[Item] | None, answers: str = "auto") -> list[Item]:
+    """The rows of a JSON-lines file (also .gz, .xz, .zst); one that is wrong is named by its line.
+    `shots`, `answers`: as for local_item."""
     if not Path(file).is_file():
         raise UserError(f"no file {file}")
     items = []
-    for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
-        if line.strip():
+    with sources.opened(file) as lines:
+        for number, line in enumerate(lines, 1):
             try:
-                items.append(local_item(json.loads(line), shots))
+                if line.strip():
+                    items.append(local_item(json.loads(line), shots, answers))
             except (ValueError, TypeError, AttributeError):
                 raise UserError(f"{file}:{number}: not a JSON object") from None
             except UserError as error:
@@ -217,52 +119,90 @@ def read_local(file: str, shots: list[Item] | None) -> list[Item]:
     return items
 
 
-def local_item(row: dict, shots: list[Item] | None) -> Item:
-    """A row; a question as MMLU asks it, behind a line on its subject and examples of it (None:
-    it is to be such an example itself)."""
-    kind = ("context", "continuation") if "context" in row else ("question", "choices", "answer")
+def local_item(row: dict, shots: list[Item] | None, answers: str = "auto") -> Item:
+    """A row as an Item, with worked examples in front (None: it is to be such an example itself).
+
+    `answers`: letters, the choices are listed and their letters scored, as MMLU asks it; full, the
+    choices themselves are scored; auto, letters where a row names its `subject`.
+    """
+    goes_on = "context" in row and "choices" not in row
+    kind = ("context", "continuation") if goes_on else (
+        "context" if "context" in row else "question", "choices", "answer")
     for name in kind:
         if not isinstance(row.get(name), {"choices": list, "answer": str | int}.get(name, str)):
             raise UserError(f"field '{name}' is missing or of the wrong type; a row has question, "
                             "choices, answer or context, continuation")
-    if "context" in row:
-        context, continuation = row["context"], row["continuation"]
-        glued = not context or context[-1].isspace() or continuation[:1].isspace()
-        return Item(context, [continuation if glued else f" {continuation}"], 0)
+    asks = row[kind[0]]
+    if goes_on:
+        return Item([(asks, spaced(asks, row["continuation"]))], 0, "", asks)
     subject, choices, right = str(row.get("subject") or ""), row["choices"], row["answer"]
-    letters = LETTERS[:len(choices)]
     if isinstance(right, str):
-        right = LETTERS.find(right.strip().upper()) if len(right.strip()) == 1 else -1
-    if not 0 <= right < len(letters):
-        raise UserError(f"'answer' is {row['answer']!r}, not a letter or an index (from 0) of one "
-                        f"of the {len(choices)} choices")
-    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=False)]
-    prompt = "\n".join([row["question"].strip(), *lines, "Answer:"])
-    if shots or (subject and shots is not None):
-        fitting = [shot for shot in shots if not subject or shot.subject in (subject, "")]
-        if shots and not fitting:
-            raise UserError(f"--shots has no example of the subject {subject}")
+        letter = LETTERS.find(right.strip().upper()) if len(right.strip()) == 1 else -1
+        right = choices.index(right) if letter < 0 and right in choices else letter
+    if not 0 <= right < min(len(choices), len(LETTERS)):
+        raise UserError(f"'answer' is {row['answer']!r}, not a letter, an index (from 0) or the "
+                        f"text of one of the {len(choices)} choices")
+    letters = answers == "letters" or (answers == "auto" and "subject" in row)
+    if letters:
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+        prompt = "\n".join([asks.strip(), *lines, "Answer:"])
+        pairs = [(prompt, f" {letter}") for letter in LETTERS[:len(choices)]]
+    elif (blank := BLANK.search(asks)) and asks[blank.end():].strip():
+        pairs = [(f"{asks[:blank.start()]}{choice}", asks[blank.end():]) for choice in choices]
+    else:
+        if kind[0] == "question" and (asks.rstrip().endswith("?") or asks.startswith("Question:")):
+            asks = f"Question: {asks.removeprefix('Question:').strip()}\nAnswer:"
+        pairs = [(asks, spaced(asks, str(choice))) for choice in choices]
+    if shots and (fitting := [shot for shot in shots if shot.subject in ("", subject)]):
+        worked = "".join(shot.solved for shot in fitting[:SHOTS])
+        pairs = [(worked + context, continuation) for context, continuation in pairs]
+    elif shots and subject:
+        raise UserError(f"--shots has no example of the subject {subject}")
+    if letters and shots is not None and (subject or shots):
         about = f" about {subject.replace('_', ' ')}" if subject else ""
-        worked = [f"{shot.context}{shot.choices[shot.right]}\n\n" for shot in fitting[:SHOTS]]
-        prompt = "".join([f"The following are multiple choice questions (with answers){about}.",
-                          "\n\n", *worked, prompt])
-    return Item(prompt, [f" {letter}" for letter in letters], right, subject)
+        head = f"The following are multiple choice questions (with answers){about}.\n\n"
+        pairs = [(head + context, continuation) for context, continuation in pairs]
+    return Item(pairs, right, subject, row[kind[0]], letters)
 
 
-def score_local(name: str, items: list[Item], scorer: Scorer) -> dict:
+def spaced(context: str, continuation: str) -> str:
+    """A continuation with a space in front, if there is none between it and the context."""
+    glued = not context or context[-1].isspace() or continuation[:1].isspace()
+    return continuation if glued else f" {continuation}"
+
+
+def score_local(name: str, items: list[Item], anchors: tuple | None, scorer: Scorer) -> dict:
     """{name: metrics}. Several continuations: acc is the share of rows whose right one is the most
-    likely. One: acc is the share that greedy decoding gives; loglikelihood is nats per row."""
-    pairs = [scorer.pair(item.context, choice) for item in items for choice in item.choices]
-    values = iter(scorer.score(pairs))
-    rows = [[next(values) for _ in item.choices] for item in items]
-    right = np.array([row.index(max(row)) == item.right if len(row) > 1 else row[0][1]
-                      for item, row in zip(items, rows, strict=True)])
-    likely = [row[item.right][0] for item, row in zip(items, rows, strict=True)]
-    chance = {"chance": float(np.mean([1 / len(row) for row in rows]))}
-    return {name: {"acc": float(right.mean()), **(chance if len(rows[0]) > 1 else {}),
-                   "acc_stderr": float(right.std() / math.sqrt(max(len(right) - 1, 1))),
-                   "loglikelihood": float(np.mean(likely)), "n": len(items),
-                   "truncated": len(scorer.truncated)}}
+    likely, acc_norm the same per character. One: acc is the share that greedy decoding gives.
+    loglikelihood is the mean of the right ones, in nats."""
+    values = iter(scorer.score([scorer.pair(*pair) for item in items for pair in item.pairs]))
+    rows = [[next(values) for _ in item.pairs] for item in items]
+    likely = [[value for value, _ in row] for row in rows]
+    right = np.array([row.index(max(row)) == item.right if len(row) > 1 else rows[i][0][1]
+                      for i, (item, row) in enumerate(zip(items, likely, strict=True))])
+    scorer.keep(name, items, rows, right)
+    metrics: dict = mean("acc", right)
+    if not items[0].letters and len(rows[0]) > 1:
+        lengths = [[len(continuation.strip()) for _, continuation in item.pairs] for item in items]
+        metrics |= mean("acc_norm", np.array([
+            np.argmax(np.array(row) / size) == item.right
+            for item, row, size in zip(items, likely, lengths, strict=True)]))
+    if len(rows[0]) > 1:
+        metrics["chance"] = float(np.mean([1 / len(row) for row in rows]))
+    metrics["loglikelihood"] = float(np.mean(
+        [row[item.right] for item, row in zip(items, likely, strict=True)]))
+    if items[0].letters:
+        metrics["shots"] = min(item.pairs[0][0].count("\nAnswer:") for item in items) - 1
+        metrics["letters"] = irt.letters(likely)
+    if anchors:
+        metrics |= irt.scores(right, anchors)
+    return {name: metrics | {"n": len(items), "truncated": len(scorer.truncated)}}
+
+
+def mean(name: str, right: np.ndarray) -> dict[str, float]:
+    """A share and its standard error."""
+    return {name: float(right.mean()),
+            f"{name}_stderr": float(right.std() / math.sqrt(max(len(right) - 1, 1)))}
 
 
 def passkey_prompts(scorer: Scorer, length: int) -> list[tuple[str, float, int]]:
@@ -314,58 +254,65 @@ def score_passkey(limit: int, scorer: Scorer) -> dict:
                                 "truncated": len(scorer.truncated)}}
 
 
-@cache
-def task_manager(defaults: bool):
-    """lm-eval's finder of tasks; `defaults`: with its own thousands, which takes a while."""
-    # Without a network the hub's client retries for long; told so, it takes its cache at once. It
-    # reads the variables when it is imported.
-    if "HF_HUB_OFFLINE" not in os.environ:
-        try:
-            hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-            urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=5).close()
-        except (OSError, ValueError) as error:
-            if not hasattr(error, "code"):  # an HTTP error is an answer
-                os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ |= {"TQDM_DISABLE": "1", "LMEVAL_LOG_LEVEL": "ERROR"}
-    from lm_eval.tasks import TaskManager
+# ---- what is shown and kept
 
-    return TaskManager(include_defaults=defaults)
+def table(title: str, metrics: dict) -> str:
+    """A title and lines of metric, value, interval of 95 %, what chance or guessing would give."""
+    about = {"shots": "{} shots", "begin": "{} in front",
+             "truncated": "{} too long for the context and cut at the left"}
+    lines = [", ".join([title, *(words.format(metrics[name]) for name, words in about.items()
+                                 if metrics.get(name))])]
+    chance = metrics.get("chance")
+    for name, value in metrics.items():
+        if (isinstance(value, int | float) and "_stderr" not in name
+                and name not in (*about, "n", "chance", "correct", "long_enough")):
+            metric, comma, filtered = name.partition(",")  # lm-eval: acc,strict-match
+            error = metrics.get(f"{metric}_stderr{comma}{filtered}")
+            line = f"  {name:<14}{value:9.4f}" + (f" ± {1.96 * error:.4f}" if error else "")
+            if name in metrics.get("guessing", {}):
+                (low, high), guess = metrics["intervals"][name], metrics["guessing"][name]
+                line += (f"   95 % {low:.3f} to {high:.3f}; guessing {guess['mean']:.3f} ± "
+                         f"{1.96 * guess['deviation']:.3f}, reaches 0.30 in "
+                         f"{guess['reaches_0.30']:.0%} of tries")
+            elif chance and metric[:3] == "acc":
+                line += f"   chance {chance:.4f}"
+            if name == "contaminated":
+                line += f"   of {metrics['n']} questions; {metrics['long_enough']} can be told"
+            lines.append(line)
+    if "correct" in metrics:
+        lines.insert(1, f"  {'correct':<14}{metrics['correct']} of {metrics['n']}")
+    if "letters" in metrics:
+        lines.append(f"  {'predicted':<14}"
+                     + ", ".join(f"{letter} {n}" for letter, n in metrics["letters"].items()))
+    if "unavailable" in metrics:
+        lines.append(f"  not available: {metrics['unavailable']}")
+    return "\n".join(lines)
 
 
-def load_task(name: str) -> list:
-    """The task objects of a name, their data downloaded."""
-    tiny = name == TINY_MMLU["task"]
+def read_scores(run: Path, step: int) -> dict:
+    """What RUN/eval holds of a step; {} if that is nothing, or damaged."""
     try:
-        manager = task_manager(defaults=not tiny)
-        if tiny or name in manager.all_tasks:
-            loaded = manager.load([TINY_MMLU if tiny else name])
-            return [*loaded["groups"].values()] or [*loaded["tasks"].values()]
-    except ImportError as error:
-        raise Unavailable(f"{error}; {settings.install('eval')}") from None
-    except Exception as error:  # whatever the library, its plug-ins or the network raise
-        source = f"data set {TINY_MMLU['dataset_path']}" if tiny else "its data"
-        raise Unavailable(f"{source} cannot be had from huggingface.co or its cache, run it once "
-                          f"with a network ({' '.join(str(error).split())[:160]})") from None
-    near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 4, 0.5))
-    raise UserError(f"no task {name}; {f'near it: {near}; ' if near else ''}`lm-eval ls tasks` "
-                    "lists all, a file of your own is local:FILE.jsonl")
+        found = json.loads((run / "eval" / f"step_{step}.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
-def score_harness(name: str, tasks: list, limit: int, scorer: Scorer) -> dict:
-    """{task: metrics} of lm-eval's tasks; `name` also stands for the members of a group."""
-    from lm_eval import simple_evaluate
+def record(run: Path | None, result: dict, world: World) -> None:
+    """Write RUN/eval/step_N.json; scores of the same step that were not computed now are kept."""
+    if run and world.rank == 0:
+        old = read_scores(run, result["step"])
+        both = {name: old.get(name, {}) | result.get(name, {})
+                for name in ("tasks", "contexts", "texts")}
+        (run / "eval").mkdir(exist_ok=True)
+        settings.to_json(run / "eval" / f"step_{result['step']}.json", old | result | {
+            name: found for name, found in both.items() if found or name == "tasks"})
 
-    output = simple_evaluate(harness(scorer), tasks=tasks, limit=limit or None,
-                             task_manager=task_manager(name != "tinyMMLU"), bootstrap_iters=1000)
-    scores: dict = {}
-    for task, values in output["results"].items() if output else ():  # None: not the first rank
-        # 'acc,none' is the metric acc through the filter none
-        scores[task] = {key.removesuffix(",none"): value for key, value in values.items()
-                        if isinstance(value, float)}
-        samples = output["samples"].get(task, [])
-        if output["configs"].get(task, {}).get("output_type") == "multiple_choice" and samples:
-            scores[task]["chance"] = sum(1 / len(s["resps"]) for s in samples) / len(samples)
-        scores[task]["n"] = len(samples) or values.get("sample_len")
-    if name in scores or len(scores) == 1:  # prompts are counted over the members of a group
-        scores[name if name in scores else next(iter(scores))]["truncated"] = len(scorer.truncated)
-    return scores
+
+def write_samples(run: Path | None, step: int | None, task: str, samples: list[dict]) -> None:
+    """The questions and answers of a task, a row each, beside the scores (without a run: here)."""
+    name = re.sub(r"[^\w.-]+", "_", task.removeprefix("local:"))
+    path = (run / "eval" if run else Path()) / f"samples_{name}_step_{step or 0}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in samples), encoding="utf-8")
+    print(f"samples {path}", flush=True)

@@ -61,7 +61,8 @@ class Tokenizer:
         self.json_bytes = json_bytes
         self.sha256 = hashlib.sha256(json_bytes).hexdigest()
         self.vocab_size = max(ids.values()) + 1
-        self.bos: int = ids[str(bos)]
+        self.begin = str(bos)
+        self.bos: int = ids[self.begin]
         self.eos: int | None = ids[eos] if eos else None
         self.stop_ids: list[int] = [ids[str(eos or bos)]]
         self.kind = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)

@@ -14,6 +14,7 @@ from conftest import documents, run_script, write_data_set
 
 import checkpoint
 import eval as scoring
+import harness
 import ngram
 import optim
 import settings
@@ -194,10 +195,11 @@ def test_loss_by_position_equals_that_of_transformers(here, folder, rows):
     model = checkpoint.load_model(folder)
     parts = [scoring.by_position(model, rows, 5 * BLOCK, 2, Part(rank, 3)) for rank in range(3)]
     for name in ("0-147", "444-591"):
-        assert sum(part[name] for part in parts) == pytest.approx(found[name], rel=1e-6)
+        assert np.average([part[name] for part in parts], weights=[2, 2, 1]) == pytest.approx(
+            found[name], rel=1e-6)
     with pytest.raises(UserError, match="--context=600 is more than the 592 tokens"):
         main("--context=600")
-    with pytest.raises(UserError, match="without --data and --context"):
+    with pytest.raises(UserError, match="without --data, --context and --text"):
         main("--tasks=", "--baselines", "--context=50")
 
 
@@ -219,10 +221,11 @@ def test_ranks_share_the_windows_and_the_prompts(folder, rows, scorer, items):
         parts.append(evaluate(model, rows, info, 7 * BLOCK, 2, Part(rank, 3)))
         counts.append(len(passes))
     assert counts == [2, 2, 2]  # collective calls in the model would wait for each other
-    assert sum(p["val_loss"] for p in parts) == pytest.approx(whole["val_loss"], rel=1e-6)
+    assert sum(p["val_loss"] * p["tokens"] for p in parts) == pytest.approx(
+        whole["val_loss"] * whole["tokens"], rel=1e-6)
     assert sum(p["bytes"] for p in parts) == whole["bytes"]
 
-    pairs = [scorer.pair(item.context, choice) for item in items[:20] for choice in item.choices]
+    pairs = [scorer.pair(*pair) for item in items[:20] for pair in item.pairs]
     shares = [Scorer(scorer.model, scorer.tokenizer, 800, Part(rank, 2)).score(pairs)
               for rank in range(2)]
     for one, two, both in zip(*shares, scorer.score(pairs), strict=True):
@@ -235,24 +238,23 @@ def test_ranks_share_the_windows_and_the_prompts(folder, rows, scorer, items):
 def requests(items: list[Item]) -> list:
     from lm_eval.api.instance import Instance
 
-    return [Instance("loglikelihood", {}, (item.context, choice), n)
-            for item in items for n, choice in enumerate(item.choices)]
+    return [Instance("loglikelihood", {}, pair, n)
+            for item in items for n, pair in enumerate(item.pairs)]
 
 
 def test_local_task_equals_lm_eval_on_the_checkpoint(scorer, items, hf):
-    assert len(items) == 100 and len({len(item.context) for item in items}) > 20
+    assert len(items) == 100 and len({len(item.pairs[0][0]) for item in items}) > 20
     theirs = hf.loglikelihood(requests(items), disable_tqdm=True)
     scorer.truncated.clear()
-    ours = scorer.score([scorer.pair(item.context, choice)
-                         for item in items for choice in item.choices])
+    ours = scorer.score([scorer.pair(*pair) for item in items for pair in item.pairs])
     assert max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)) < 1e-3
     assert len({round(value, 3) for value, _ in ours}) > 300  # the prompts do matter
     assert [a[1] for a in ours] == [b[1] for b in theirs]
-    too_long = sum(len(item.context.encode()) + 3 > BLOCK + 1 for item in items)  # <s>, ' A'
+    too_long = sum(len(item.pairs[0][0].encode()) + 3 > BLOCK + 1 for item in items)  # <s>, ' A'
     assert 0 < too_long < 100 and len(scorer.truncated) == too_long
 
     scorer.truncated.clear()
-    scores = score_local("x", items, scorer)["x"]
+    scores = score_local("x", items, None, scorer)["x"]
     chosen = [max(range(4), key=lambda c, i=i: theirs[4 * i + c][0]) for i in range(100)]
     right = [c == item.right for c, item in zip(chosen, items, strict=True)]
     assert scores["acc"] == np.mean(right)
@@ -263,7 +265,7 @@ def test_local_task_equals_lm_eval_on_the_checkpoint(scorer, items, hf):
 def test_pairs_of_many_shapes_equal_lm_eval(scorer, hf):
     pairs = [("", "abc"), ("one ", "two three"), ("one", " two three"), ("one", " two threX"),
              ("x" * 700, " a long continuation"), ("é", "ö"), ("a\n", "b"), ("q", "y" * BLOCK)]
-    items = [Item(context, [continuation], 0) for context, continuation in pairs]
+    items = [Item([pair], 0) for pair in pairs]
     theirs = hf.loglikelihood(requests(items), disable_tqdm=True)
     for batch_tokens in (1, 700, 10**6):
         one = Scorer(scorer.model, scorer.tokenizer, batch_tokens, World())
@@ -288,7 +290,7 @@ def test_every_kind_of_request_equals_lm_eval(scorer, hf, tmp_path):
 
     text = "def add_1(a, b):\n    return a + b\n" * 40
     rolling = [Instance("loglikelihood_rolling", {}, (t,), 0) for t in (text, "short")]
-    ours = tasks.harness(scorer)
+    ours = harness.lm_eval_model(scorer)
     theirs = hf.loglikelihood_rolling(rolling, disable_tqdm=True)
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs, abs=2e-3)
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
@@ -300,22 +302,22 @@ def test_every_kind_of_request_equals_lm_eval(scorer, hf, tmp_path):
 def test_tiny_mmlu_through_lm_eval(scorer, items, hf, tmp_path, monkeypatch):
     from lm_eval import simple_evaluate
 
-    rows = [{"input_formatted": item.context, "answer": item.right} for item in items[:12]]
+    rows = [{"input_formatted": item.pairs[0][0], "answer": item.right} for item in items[:12]]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(tasks, "TINY_MMLU", tasks.TINY_MMLU | {
+    monkeypatch.setattr(harness, "TINY_MMLU", harness.TINY_MMLU | {
         "dataset_path": "json", "dataset_kwargs": {
             "data_files": {"test": str(tmp_path / "t.jsonl")}, "cache_dir": str(tmp_path)}})
-    loaded = tasks.load_task("tinyMMLU")
+    loaded = harness.load_task("tinyMMLU")
     scorer.truncated.clear()
-    ours = tasks.score_harness("tinyMMLU", loaded, 0, scorer)["tinyMMLU"]
-    local = score_local("x", items[:12], scorer)["x"]
-    theirs = simple_evaluate(hf, tasks=loaded, bootstrap_iters=1,
-                             task_manager=tasks.task_manager(False))["results"]["tinyMMLU"]
+    ours = harness.score("tinyMMLU", loaded, 0, None, scorer)["tinyMMLU"]
+    local = score_local("x", items[:12], None, scorer)["x"]
+    theirs = simple_evaluate(hf, tasks=[*loaded["tasks"].values()], bootstrap_iters=1,
+                             task_manager=harness.task_manager(False))["results"]["tinyMMLU"]
     assert ours == pytest.approx({key: value for key, value in local.items()
-                                  if key != "loglikelihood"})
+                                  if key not in ("loglikelihood", "shots", "letters")})
     assert ours["acc"] == theirs["acc,none"]
     assert ours["acc_stderr"] == pytest.approx(theirs["acc_stderr,none"])
-    assert tasks.score_harness("tinyMMLU", loaded, 7, scorer)["tinyMMLU"]["n"] == 7
+    assert harness.score("tinyMMLU", loaded, 7, None, scorer)["tinyMMLU"]["n"] == 7
 
 
 class Reader(Scorer):
@@ -364,7 +366,7 @@ def test_passkey_equals_lm_eval_on_the_checkpoint(here, scorer, hf, capsys):
     assert main("--tasks=passkey", "--limit=20", "--json") == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]["passkey"]
     cases = tasks.passkey_prompts(scorer, BLOCK)[:20]
-    items = [Item(prompt, [f" {digit}" for digit in range(10)], key) for prompt, _, key in cases]
+    items = [Item([(prompt, f" {digit}") for digit in range(10)], key) for prompt, _, key in cases]
     values = [value for value, _ in hf.loglikelihood(requests(items), disable_tqdm=True)]
     right = np.array([np.argmax(values[10 * i:10 * i + 10]) == item.right
                       for i, item in enumerate(items)])
@@ -377,17 +379,35 @@ def test_passkey_equals_lm_eval_on_the_checkpoint(here, scorer, hf, capsys):
 
 def test_prompts_have_the_form_of_mmlu(items, questions):
     row = {"question": "2 + 2?\n", "choices": ["3", "4"], "answer": "b"}
-    bare = local_item(row, [])
-    assert bare == Item("2 + 2?\nA. 3\nB. 4\nAnswer:", [" A", " B"], 1)
+    bare = local_item(row, [], "letters")
+    prompt = "2 + 2?\nA. 3\nB. 4\nAnswer:"
+    assert bare.pairs == [(prompt, " A"), (prompt, " B")] and bare.right == 1
     shots = [local_item({**row, "subject": subject}, None) for subject in "xyx"]
     asked = local_item({**row, "question": "1 + 1?", "subject": "x"}, shots)
-    assert asked.context == (
+    assert asked.pairs[0][0] == (
         "The following are multiple choice questions (with answers) about x.\n\n"
         + "2 + 2?\nA. 3\nB. 4\nAnswer: B\n\n" * 2 + "1 + 1?\nA. 3\nB. 4\nAnswer:")
-    assert all(item.context.count("Answer:") == 6 for item in items)
+    assert all(item.pairs[0][0].count("Answer:") == 6 for item in items)
     assert " about high school sums.\n\n" in items[0].context
-    word = local_item({"context": "a b", "continuation": "c"}, [])
-    assert word == Item("a b", [" c"], 0)
+    with pytest.raises(UserError, match="no example of the subject z"):
+        local_item({**row, "subject": "z"}, shots)
+    assert local_item({"context": "a b", "continuation": "c"}, []).pairs == [("a b", " c")]
+
+
+def test_whole_answers_are_asked_for_where_rows_have_no_subject():
+    row = {"question": "Why?", "choices": ["so", "or so"], "answer": "or so"}
+    why = "Question: Why?\nAnswer:"
+    assert local_item(row, []).pairs == [(why, " so"), (why, " or so")]
+    assert local_item(row, []).right == local_item({**row, "answer": "B"}, []).right == 1
+    goes_on = {**row, "question": "It was "}
+    assert local_item(goes_on, []).pairs == [("It was ", "so"), ("It was ", "or so")]
+    blank = {**row, "question": "Ann and _ ran, a_b too."}
+    assert local_item(blank, []).pairs == [("Ann and so", " ran, a_b too."),
+                                           ("Ann and or so", " ran, a_b too.")]
+    bare = {"context": "Why?", "choices": ["so", "no"], "answer": 0}
+    assert local_item(bare, []).pairs == [("Why?", " so"), ("Why?", " no")]
+    shots = [local_item(row, None), local_item({**row, "subject": "x"}, None)]
+    assert local_item(row, shots).pairs[0] == (f"{why} or so\n\n{why}", " so")
 
 
 @pytest.mark.parametrize("line, said", [
