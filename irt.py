@@ -252,7 +252,9 @@ def read(path: Path) -> Parameters:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             found = {field.name: arrays[field.name] for field in fields(Parameters)}
         return Parameters(**found).check(str(path))
-    except (ValueError, KeyError, OSError, TypeError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # zip, header or an array of it may be broken
         raise UserError(f"{path} does not hold the parameters: {error!r}") from None
 
 

@@ -11,6 +11,7 @@ The page needs nothing but itself: no scripts, no network. Its figures are embed
 which `metrics` are the rows of metrics.jsonl and `info` is run.json.
 """
 
+import itertools
 import json
 import math
 import re
@@ -178,11 +179,17 @@ def charts(groups: list, out: Path, which: tuple = CHARTS) -> list:
                  for name in names for number, group in enumerate(groups)]
         lines = [line for line in lines if line[2]]
         if lines:
-            svg, picture = draw(title, labels, lines, log), f"{out.stem}_{names[0]}.svg"
-            alone = svg.replace(">", f"><style>{STYLE}</style>", 1)
-            out.with_name(picture).write_text(alone, "utf-8", "replace")
-            blocks.append((svg, f"![{title}]({picture})"))
+            picture = out.with_name(f"{out.stem}_{names[0]}.svg")
+            blocks.append(drawn(title, labels, lines, log, picture))
     return blocks
+
+
+def drawn(title: str, labels: list, lines: list, log: bool, picture: Path,
+          axis: str = "step") -> tuple[str, str]:
+    """A chart as a block; also written as `picture`."""
+    svg = draw(title, labels, lines, log, axis)
+    picture.write_text(svg.replace(">", f"><style>{STYLE}</style>", 1), "utf-8", "replace")
+    return svg, f"![{plain(title)}]({picture.name})"
 
 
 def ticks(low: float, high: float, log: bool = False) -> list:
@@ -198,8 +205,9 @@ def ticks(low: float, high: float, log: bool = False) -> list:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def draw(title: str, labels: list, lines: list, log: bool) -> str:
-    """A chart as SVG. `lines`: (color, metric, [(step, mean, lowest, highest), ...])."""
+def draw(title: str, labels: list, lines: list, log: bool, axis: str = "step") -> str:
+    """A chart as SVG. `lines`: (color, metric, [(step, mean, lowest, highest), ...]); `axis`: what
+    stands for the step."""
     points = [point for line in lines for point in line[2]]
     low, high = min(point[2] for point in points), max(point[3] for point in points)
     final, top = max(1, *(point[0] for point in points)), 36 + 20 * len(labels)
@@ -214,8 +222,8 @@ def draw(title: str, labels: list, lines: list, log: bool) -> str:
         return top + HEIGHT * (1 - share)
 
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 {top + HEIGHT + 46}" '
-           f'role="img" aria-label="{title}"><rect width="100%" height="100%"/>'
-           f'<text y="16">{title}</text>']
+           f'role="img" aria-label="{escape(title)}"><rect width="100%" height="100%"/>'
+           f'<text y="16">{escape(title)}</text>']
     for number, label in enumerate(labels):
         out.append(f'<text y="{36 + 20 * number}"><tspan style="fill: {COLORS[number % 6]}">●'
                    f"</tspan> {escape(label[-60:])}</text>")
@@ -224,7 +232,7 @@ def draw(title: str, labels: list, lines: list, log: bool) -> str:
                    f'<text class="y" x="{LEFT - 6}" y="{down(y) + 5:.1f}">{short(y)}</text>')
     for x in ticks(0, final):
         out.append(f'<text class="x" x="{across(x):.1f}" y="{top + HEIGHT + 20}">{short(x)}</text>')
-    out.append(f'<text class="y" x="{RIGHT}" y="{top + HEIGHT + 38}">step</text>')
+    out.append(f'<text class="y" x="{RIGHT}" y="{top + HEIGHT + 38}">{axis}</text>')
     for color, name, some in lines:
         mean, lowest, highest = ([f"{across(point[0]):.1f},{down(point[i]):.1f}" for point in some]
                                  for i in (1, 2, 3))
@@ -337,20 +345,56 @@ def scores(runs: list) -> list:
             parts["validation" + windows] = {"loss, nats per token": at.get("val_loss"),
                                              "bits per byte": at.get("val_bpb")}
             parts[f"loss by position{windows}, at"] = at.get("by_position", {})
+        for file, at in one.get("texts", {}).items():
+            parts[file] = {"loss, nats per token": at.get("val_loss"),
+                           "bits per byte": at.get("val_bpb")}
         for task, metrics in (parts | one.get("tasks", {})).items():
-            for name, value in metrics.items():
-                metric, comma, filtered = name.partition(",")  # lm-eval: acc,strict-match
-                if (not is_number(value) or metric in ("chance", "n", "truncated")
-                        or "_stderr" in metric):
-                    continue
-                error = metrics.get(f"{metric}_stderr{comma}{filtered}")
-                interval = f" ± {1.96 * error:.4f}" if is_number(error) else ""
+            for name, value, error in measured(metrics):
+                interval = f" ± {1.96 * error:.4f}" if error else ""
+                if name in metrics.get("intervals", {}):
+                    interval = " ({:.3f} to {:.3f})".format(*metrics["intervals"][name])
                 rows.append([f"{who}, step {one.get('step')}", f"{task} {name}",
                              f"{value:.4f}{interval}",
-                             short(metrics.get("chance") if metric.startswith("acc") else None)])
+                             short(metrics.get("chance") if name.startswith("acc") else None)])
     if not rows:
         return [text("No scores yet: eval.py --ckpt RUN writes them.")]
     return [table(["", "score", "value ± 95 % interval", "chance"], rows)]
+
+
+def measured(metrics: dict) -> list:
+    """[(name, value, standard error or None), ...] of a task's metrics, without what describes it
+    only."""
+    about = ("chance", "n", "truncated", "shots", "correct", "long_enough")
+    found = []
+    for name, value in metrics.items():
+        metric, comma, filtered = name.partition(",")  # lm-eval: acc,strict-match
+        if is_number(value) and metric not in about and "_stderr" not in metric:
+            error = metrics.get(f"{metric}_stderr{comma}{filtered}")
+            found.append((name, value, error if is_number(error) else None))
+    return found
+
+
+def growth(runs: list, out: Path) -> list:
+    """The scores of tasks against the tokens trained on, where a run has several: blocks."""
+    blocks = []
+    tasks = dict.fromkeys(task for run in runs for one in run.evals
+                          for task in one.get("tasks", {}))
+    for number, task in enumerate(tasks):
+        lines, labels = [], []
+        for color, run in zip(itertools.cycle(COLORS), runs, strict=False):
+            points = []
+            for one in run.evals:
+                metrics = one.get("tasks", {}).get(task, {})
+                for name, value, error in measured(metrics)[:1]:  # the first is the main one
+                    within = 1.96 * (error or 0)
+                    points.append((one.get("tokens", 0), value, value - within, value + within))
+                    title = f"{task} {name} against tokens (with 95 % interval)"
+            lines += [(color, "score", points)] if len(points) > 1 else []
+            labels.append(run.name)
+        if lines:
+            picture = out.with_name(f"{out.stem}_score_{number}.svg")
+            blocks.append(drawn(title, labels, lines, False, picture, "tokens"))
+    return blocks
 
 
 def baselines(runs: list) -> list:
@@ -390,7 +434,7 @@ def page(runs: list, out: Path) -> list:
     return [text(", ".join(names), "#"), *(text(outcome(run)) for run in runs),
             text("What was run", "##"), *differences(runs),
             text("Curves", "##"), *charts(grouped(runs), out),
-            text("Scores", "##"), *baselines(runs), *scores(runs),
+            text("Scores", "##"), *growth(runs, out), *baselines(runs), *scores(runs),
             text("Samples", "##"), *samples(runs),
             text("Data, tokenizer and environment", "##"), side_by_side(names, around)]
 

@@ -15,6 +15,7 @@ from conftest import documents, run_script, write_data_set
 import checkpoint
 import eval as scoring
 import harness
+import irt
 import ngram
 import optim
 import settings
@@ -233,6 +234,83 @@ def test_ranks_share_the_windows_and_the_prompts(folder, rows, scorer, items):
         assert 0.0 in (one[0], two[0]) and both[1] == (one[1] or two[1])
 
 
+def test_any_text_down_to_its_last_token(here, folder, capsys):
+    """Against transformers, window by window; also by position, and in windows of its own."""
+    from transformers import AutoModelForCausalLM
+
+    texts = ["Ünïcödé ✓ and more. " * 30, "short", "def f(x):\n    return x\n" * 21]
+    (here / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts, ""]))
+    (here / "t.xyz").write_text(texts[0])
+    ids = np.concatenate(Tokenizer.load(folder).encode_documents(texts)).astype(np.int64)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    nats = []
+    for start in range(0, len(ids) - 1, BLOCK):
+        window = torch.from_numpy(ids[start:start + BLOCK + 1])
+        with torch.no_grad():
+            log_p = theirs(window[None, :-1]).logits[0].log_softmax(-1)
+        nats += (-log_p.gather(1, window[1:, None])[:, 0]).tolist()
+    for batch in (BLOCK, 5 * BLOCK):
+        assert main("--tasks=", "--text=t.jsonl", "--by_position", f"--batch_tokens={batch}") == 0
+        kept = json.loads((here / "out/toy/eval/step_30.json").read_text())["texts"]["t.jsonl"]
+        n_bytes = sum(len(text.encode()) for text in texts)
+        assert kept["val_tokens"] == len(ids) - 1 and kept["val_bytes"] == n_bytes
+        assert kept["val_bpb"] == pytest.approx(sum(nats) / math.log(2) / n_bytes, rel=1e-5)
+        late = [value for i, value in enumerate(nats) if i % BLOCK >= 444]
+        assert kept["by_position"]["444-591"] == pytest.approx(np.mean(late), rel=1e-5)
+    assert "t.jsonl, 1," in capsys.readouterr().out
+    assert main("--tasks=", "--text=t.xyz", "--context=100") == 0
+    found = json.loads((here / "out/toy/eval/step_30.json").read_text())["texts"]
+    assert found["t.xyz in windows of 100"]["val_bytes"] == len(texts[0].encode())
+    for bad, said in (("gone.txt", "gone.txt is no file"), ("bad.jsonl", "bad.jsonl:1: broken")):
+        (here / "bad.jsonl").write_text("{")
+        with pytest.raises(UserError, match=said):
+            main("--tasks=", f"--text={bad}")
+
+
+def test_all_checkpoints_are_scored_once(here, folder, capsys):
+    for step in (4, 20):  # the same weights three times
+        other = folder.parents[3] / f"out/toy/checkpoints/step_{step}"
+        shutil.copytree(folder, here / other.relative_to(folder.parents[3]))
+    run = here / "out/toy"
+    for step in (4, 20):
+        one = run / f"checkpoints/step_{step}"
+        state = json.loads((one / "training/state.json").read_text()) | {"step": step, "rows": step}
+        (one / "training/state.json").write_text(json.dumps(state))
+    (run / "checkpoints/step_20/config.json").write_text(
+        (folder / "config.json").read_text() + " ")
+    (here / "words.jsonl").write_text('{"context": "def", "continuation": "add"}')
+    assert main("--all=out/toy", "--tasks=local:words.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"step_(\d+)", shown.replace("data", "")) == ["4", "20", "30"]
+    assert "step_20 is damaged (config.json" in shown
+    assert [json.loads((run / f"eval/step_{step}.json").read_text())["tokens"]
+            for step in (4, 30)] == [4 * BLOCK, 120 * BLOCK]
+    (run / "eval/step_30.json").unlink()
+    assert main("--all=out/toy", "--tasks=local:words.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert "step_4 has these scores" in shown and shown.count("val_bpb") == 1
+    assert main("--all=out/toy", "--tasks=local:words.jsonl", "--by_position") == 0
+    assert "has these scores" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="not a run with checkpoints"):
+        main("--all=out")
+
+
+def test_questions_in_the_training_data_are_found(here, capsys):
+    text = documents(80)[63]  # of the training split
+    words = re.findall(r"\w+", text)
+    rows = [" ".join(words[3:16]).upper() + "! ", " ".join(words[3:15]),  # 13 words, 12 words
+            " ".join([*words[3:9], "not", *words[10:17]]), " ".join([*words[3:16], "else"])]
+    (here / "q.jsonl").write_text("\n".join(
+        json.dumps({"context": row, "continuation": "x"}) for row in rows))
+    assert main("--tasks=local:q.jsonl", "--contamination") == 0
+    kept = json.loads((here / "out/toy/eval/step_30.json").read_text())["tasks"]["local:q.jsonl"]
+    assert (kept["contaminated"], kept["long_enough"]) == (0.5, 3)
+    assert "of 4 questions; 3 can be told" in capsys.readouterr().out
+    (here / "data").rename(here / "away")
+    with pytest.raises(UserError, match="data set toy is not here"):
+        main("--tasks=local:q.jsonl", "--contamination")
+
+
 # ---- log-likelihoods
 
 def requests(items: list[Item]) -> list:
@@ -273,6 +351,124 @@ def test_pairs_of_many_shapes_equal_lm_eval(scorer, hf):
         assert len(one.truncated) == 2
         for mine, other in zip(ours, theirs, strict=True):
             assert mine == pytest.approx(other, abs=1e-3)
+
+
+def test_what_prompts_begin_with_is_computed_once(scorer, monkeypatch):
+    chance = random.Random(3)
+    shots = ["".join(chance.choices("abcdef ", k=300)) for _ in range(3)]
+    pairs = [(f"{shots[i % 3]} {i} is{' so' * (i % 5)}", f" {answer}")
+             for i in range(12) for answer in ("yes", "yes, it is", "no", "n")]
+    pairs.append((shots[0] + "x" * 400, " alone, and too long"))
+    encoded = [scorer.pair(*pair) for pair in pairs]
+    read, hidden = [], scorer.model.hidden
+
+    def counted(ids, *rest):
+        read.append(ids.numel())
+        return hidden(ids, *rest)
+
+    monkeypatch.setattr(scorer.model, "hidden", counted)
+    found = scorer.score(encoded)
+    shared, read[:] = sum(read), []
+    monkeypatch.setattr(harness, "WORTH", 10**6)
+    alone = scorer.score(encoded)
+    assert shared < sum(read) / 4
+    for one, other in zip(found, alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_tiny_mmlu_from_a_local_file(here, questions, capsys, monkeypatch, tmp_path):
+    shutil.copy(questions[0], here / "tinyMMLU.jsonl")
+    words = [f"--shots={questions[1]}", "--tasks=local:tinyMMLU.jsonl"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(*words, "--log_samples") == 0
+    shown = capsys.readouterr().out
+    assert "not available: irt, pirt, gpirt: HF_HUB_OFFLINE is set; fetch https://raw" in shown
+    assert "5 shots, <s> in front" in shown and "too long" in shown and "predicted" in shown
+    samples = here / "out/toy/eval/samples_tinyMMLU.jsonl_step_30.jsonl"
+    right, told = irt.read_samples(str(samples))
+    kept = json.loads((here / "out/toy/eval/step_30.json").read_text())
+    kept = kept["tasks"]["local:tinyMMLU.jsonl"]
+    assert kept["correct"] == right.sum() and kept["letters"] == told["letters"]
+    assert sum(kept["letters"].values()) == 100 and kept["begin"] == "<s>" and kept["shots"] == 5
+
+    chance = np.random.default_rng(0)
+    np.savez(here / "p.npz", anchors=chance.permutation(300)[:100], balance=np.ones(300),
+             weights=np.full(100, 0.01), blend=0.5, a=chance.normal(0.5, 0.2, (2, 300)),
+             b=chance.normal(0, 0.2, (2, 300)))
+    monkeypatch.setattr(irt, "DRAWS", 4)
+    assert main(*words, "--irt-file=p.npz", "--json") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = result["tasks"]["local:tinyMMLU.jsonl"]
+    assert found["irt"] == pytest.approx(found["acc"]) and 0 < found["gpirt"] < 1
+    assert main(*words, "--irt-file=p.npz", "--limit=50") == 0
+    assert "they need the answers to all 100" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--irt_file is for tinyMMLU"):
+        main("--tasks=", "--irt-file=p.npz")
+
+
+def test_a_task_that_fails_leaves_the_others(here, capsys, monkeypatch):
+    (here / "words.jsonl").write_text('{"context": "def", "continuation": "add"}')
+    monkeypatch.setattr(tasks, "passkey_prompts", lambda *_: [])
+    assert main("--tasks=passkey,local:words.jsonl") == 2
+    assert "no passkey: passkey: a context of 592" in capsys.readouterr().out
+    kept = json.loads((here / "out/toy/eval/step_30.json").read_text())["tasks"]
+    assert set(kept) == {"local:words.jsonl"}
+
+
+def test_own_tasks_of_lm_eval_equal_its_own_model(here, scorer, hf, items, monkeypatch):
+    from lm_eval import simple_evaluate
+
+    monkeypatch.setenv("HF_HOME", str(here / "cache"))
+    rows = [{"p": item.pairs[0][0][-200:], "c": ["yes", "no, never", "it is"], "a": i % 3}
+            for i, item in enumerate(items[:9])]
+    (here / "own").mkdir()
+    (here / "own/rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (here / "own/mine.yaml").write_text(f"""
+task: mine_tinyMMLU
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {here}/own/rows.jsonl}}, cache_dir: {here}/cache}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{p}}}}"
+doc_to_choice: "{{{{c}}}}"
+doc_to_target: a
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}},
+              {{metric: acc_norm, aggregation: mean, higher_is_better: true}}]
+""")
+    assert main("--tasks=mine_tinyMMLU", "--include_path=own", "--log_samples") == 0
+    found = json.loads((here / "out/toy/eval/step_30.json").read_text())["tasks"]["mine_tinyMMLU"]
+    loaded = harness.load_task("mine_tinyMMLU", "own")
+    theirs = simple_evaluate(hf, tasks=[*loaded["tasks"].values()], bootstrap_iters=1,
+                             task_manager=harness.task_manager(False), log_samples=True)
+    assert found["acc"] == theirs["results"]["mine_tinyMMLU"]["acc,none"]
+    assert found["acc_norm"] == theirs["results"]["mine_tinyMMLU"]["acc_norm,none"]
+    kept = (here / "out/toy/eval/samples_mine_tinyMMLU_step_30.jsonl").read_text().splitlines()
+    for line, other in zip(kept, theirs["samples"]["mine_tinyMMLU"], strict=True):
+        ours = [one[0][0] for one in json.loads(line)["resps"]]
+        assert ours == pytest.approx([one[0][0] for one in other["resps"]], abs=1e-3)
+    choices = [(f"{row['p']}", row["c"]) for row in rows]
+    (here / "same.jsonl").write_text("\n".join(json.dumps(
+        {"context": p, "choices": c, "answer": i % 3}) for i, (p, c) in enumerate(choices)))
+    local = tasks.score_local("x", read_local("same.jsonl", []), None, scorer)["x"]
+    assert (local["acc"], local["acc_norm"]) == (found["acc"], found["acc_norm"])
+    assert harness.questions(loaded, 2) == [row["p"] for row in rows[:2]]
+
+
+@pytest.mark.slow
+def test_real_ranks_give_the_same_in_the_same_order(here, questions):
+    shutil.copy(questions[0], here / "tinyMMLU.jsonl")
+    kept = []
+    for ranks in (0, 2, 3):
+        done = run_script("eval.py", f"--shots={questions[1]}", "--tasks=local:tinyMMLU.jsonl",
+                          "--log_samples", "--batch_tokens=1800", cwd=here, processes=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+        path = here / "out/toy/eval/samples_tinyMMLU.jsonl_step_30.jsonl"
+        rows = list(map(json.loads, path.read_text().splitlines()))
+        kept.append(([row["doc_id"] for row in rows], [row["acc"] for row in rows],
+                     np.array([[one[0][0] for one in row["resps"]] for row in rows])))
+    for ids, right, values in kept[1:]:
+        assert ids == kept[0][0] == list(range(100)) and right == kept[0][1]
+        np.testing.assert_allclose(values, kept[0][2], atol=1e-4)
 
 
 def test_greedy_match(scorer):
@@ -388,7 +584,7 @@ def test_prompts_have_the_form_of_mmlu(items, questions):
         "The following are multiple choice questions (with answers) about x.\n\n"
         + "2 + 2?\nA. 3\nB. 4\nAnswer: B\n\n" * 2 + "1 + 1?\nA. 3\nB. 4\nAnswer:")
     assert all(item.pairs[0][0].count("Answer:") == 6 for item in items)
-    assert " about high school sums.\n\n" in items[0].context
+    assert " about high school sums.\n\n" in items[0].pairs[0][0]
     with pytest.raises(UserError, match="no example of the subject z"):
         local_item({**row, "subject": "z"}, shots)
     assert local_item({"context": "a b", "continuation": "c"}, []).pairs == [("a b", " c")]

@@ -185,6 +185,27 @@ def test_scores_by_position_and_of_shorter_windows(tmp_path):
     assert rows["passkey acc_512"] == ["0.2500", "0.1"]
 
 
+def test_scores_are_drawn_against_tokens(tmp_path):
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
+    for step, acc in ((50, 0.25), (100, 0.75)):
+        write(run / f"eval/step_{step}.json", {
+            "step": step, "tokens": step * 512, "tasks": {
+                "local:a&b": {"acc": acc, "acc_stderr": 0.05, "n": 9, "correct": 3, "irt": 0.3,
+                              "intervals": {"irt": [0.2, 0.4]}, "letters": {"A": 9}}},
+            "texts": {"x.txt": {"val_loss": 2.0, "val_bpb": 1.5}}})
+    page, _, markdown = build(run, other)
+    svg = next(one for one in page.split("<svg") if "against tokens" in one)
+    points = re.search(r'd="M([\d., ]+)h0', svg)[1].split()
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points)
+    assert (x0 - report.LEFT) * 2 == pytest.approx(x1 - report.LEFT, abs=0.2)  # twice the tokens
+    assert y0 - y1 == pytest.approx(report.HEIGHT * 0.5 / ((0.75 + 1.96 * 0.05) * 1.05), abs=0.2)
+    assert "a&amp;b acc against tokens" in svg and ">tokens</text>" in svg and "<polygon" in svg
+    assert "_score_0.svg)" in markdown and (run / "report_score_0.svg").is_file()
+    rows = {row[1]: row[2:] for row in cells(page) if len(row) == 4}
+    assert rows["local:a&b irt"] == ["0.3000 (0.200 to 0.400)", "–"]
+    assert rows["x.txt bits per byte"] == ["1.5000", "–"] and "local:a&b correct" not in rows
+
+
 def test_seeds_are_a_mean_and_a_band(tmp_path):
     folders = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2, 3)]
     groups = report.grouped([report.load(folder) for folder in folders])

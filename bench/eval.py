@@ -1,0 +1,134 @@
+"""eval.py beside `lm_eval --model hf`: python bench/eval.py FOLDER [--questions=24] [--small]
+
+tinyMMLU with five shots, on the same checkpoint, in the same process, with the same batch, fp32.
+FOLDER holds tinyMMLU.jsonl and mmlu_dev.jsonl (rows of question, choices, answer, subject). The
+model is config/llama100m.py's with random weights and Mistral's vocabulary; --small: 4 layers of
+width 256. --questions=N takes the questions of every k-th subject, so that as many share their
+shots as in the whole set. Timed is what lies between the texts and their log-likelihoods; what
+comes before (imports, loading) is told apart. The largest difference between both is printed too.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import settings
+from settings import UserError, key
+
+
+@dataclass
+class Flags:
+    """What bench/eval.py takes."""
+
+    questions: int = key(100, "about how many of the hundred", low=1)
+    batch: int = key(4, "rows of the whole context in a pass", low=1)
+    rounds: int = key(1, "turns of each", low=1)
+    small: bool = key(False, "a model of 4 layers and width 256")
+
+
+if __name__ == "__main__":
+    COMMAND = settings.command(__doc__, Flags, takes="files")
+
+import os
+import tempfile
+import time
+from statistics import median
+
+import torch
+from safetensors.torch import save_file
+
+import checkpoint
+import tasks
+import tokenizer
+from model import LLaMA, ModelConfig, initial_weight
+from parallel import World
+
+
+def main(command: settings.CommandLine) -> int:
+    """Measure and print."""
+    flags = command.flags
+    if len(command.files) != 1 or not (Path(command.files[0]) / "tinyMMLU.jsonl").is_file():
+        raise UserError("name the folder that holds tinyMMLU.jsonl and mmlu_dev.jsonl")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    items = chosen(Path(command.files[0]), flags.questions)
+    config = settings.parse([str(ROOT / "config/llama100m.py")], "").config
+    shape = dict(n_layer=4, n_head=4, d_model=256, d_ff=688) if flags.small else {
+        name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model",
+                                                 "d_ff", "tie_embeddings")}
+    with tempfile.TemporaryDirectory() as home:
+        folder = saved(Path(home), ModelConfig(**shape, vocab_size=32000,
+                                               block_size=config.block_size))
+        began = time.perf_counter()
+        scorer = tasks.Scorer(checkpoint.load_model(folder), tokenizer.Tokenizer.load(folder),
+                              flags.batch * config.block_size, World())
+        loaded = time.perf_counter()
+        theirs = harness(folder, flags.batch)
+        print(f"start-up: ours {loaded - began:.1f} s, lm-eval {time.perf_counter() - loaded:.1f} "
+              "s, its imports included")
+        compare(flags, scorer, theirs, items)
+    return 0
+
+
+def compare(flags: Flags, scorer: tasks.Scorer, theirs, items: list[tasks.Item]) -> None:
+    """Both on the same questions, in turns."""
+    from lm_eval.api.instance import Instance
+
+    def ours(some: list[tasks.Item]) -> list:
+        return scorer.score([scorer.pair(*pair) for item in some for pair in item.pairs])
+
+    def hf(some: list[tasks.Item]) -> list:
+        return theirs.loglikelihood([Instance("loglikelihood", {}, pair, i) for item in some
+                                     for i, pair in enumerate(item.pairs)], disable_tqdm=True)
+
+    seconds: dict[str, list[float]] = {"ours": [], "hf": []}
+    found: dict[str, list] = {}
+    for some in [items[:1]] + [items] * flags.rounds:
+        for name, run in (("ours", ours), ("hf", hf)):
+            began = time.perf_counter()
+            found[name] = run(some)
+            seconds[name].append(time.perf_counter() - began)
+    apart = max(abs(a[0] - b[0]) for a, b in zip(found["ours"], found["hf"], strict=True))
+    total, _ = scorer.model.parameter_counts()
+    mine, other = (median(seconds[name][1:]) for name in ("ours", "hf"))
+    print(f"{torch.get_num_threads()} threads, {len(items)} questions, batch {flags.batch}, "
+          f"{total / 1e6:.0f} M parameters: largest difference {apart:.1e} nats")
+    print(f"| tinyMMLU, 5 shots, {len(items)} questions, {total / 1e6:.0f} M parameters, s | "
+          f"{mine:.1f} | lm_eval --model hf {other:.1f} | {other / mine:.2f} |")
+
+
+def chosen(folder: Path, count: int) -> list[tasks.Item]:
+    """About `count` of the questions: those of evenly spread subjects."""
+    shots = tasks.read_local(str(folder / "mmlu_dev.jsonl"), None)
+    items = tasks.read_local(str(folder / "tinyMMLU.jsonl"), shots)
+    subjects = sorted({item.subject for item in items})
+    wanted = {subjects[i] for i in range(len(subjects))
+              if i * count // len(items) < (i + 1) * count // len(items)}
+    return [item for item in items if item.subject in wanted]
+
+
+def saved(folder: Path, config: ModelConfig) -> Path:
+    """A model folder with random weights and Mistral's tokenizer."""
+    model = LLaMA(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_weight(name, parameter.shape, config, 0))
+    words = tokenizer.make("mistral")
+    words.save(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    settings.to_json(folder / "config.json", checkpoint.hf_config(config, words.bos, words.eos))
+    tokenizer.write_hf_files(folder / "tokenizer.json", folder, config.block_size)
+    return folder
+
+
+def harness(folder: Path, batch: int):
+    """What `lm_eval --model hf --model_args pretrained=FOLDER,dtype=float32` makes."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=batch)
+
+
+if __name__ == "__main__":
+    settings.run(main, COMMAND)
