@@ -60,6 +60,7 @@ def place(folder: Path) -> dict:
     question = '{"question": "What is 1 + 1?", "choices": ["1", "2"], "answer": 1}\n'
     (folder / "questions.jsonl").write_text(question * 3)
     (folder / "prompts.jsonl").write_text('{"prompt": "def "}\n' * 5)
+    (folder / "examples.jsonl").write_text(question)
     (folder / "bin").mkdir()
     for name, words in (("python", sys.executable), ("torchrun", f"{sys.executable} -m "
                                                      "torch.distributed.run")):
