@@ -278,8 +278,10 @@ def load_task(name: str, include_path: str = "") -> dict[str, Any]:
         raise Unavailable(f"{error}; {settings.install('eval')}") from None
     except Exception as error:  # whatever the library, its plug-ins or the network raise
         source = f"data set {TINY_MMLU['dataset_path']}" if tiny else "its data"
-        raise Unavailable(f"{source} cannot be had from huggingface.co or its cache, run it once "
-                          f"with a network ({' '.join(str(error).split())[:160]})") from None
+        cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        raise Unavailable(f"{source} cannot be had from huggingface.co, nor from its cache "
+                          f"{cache}; run it once with a network, or copy that folder from a "
+                          f"machine that did ({' '.join(str(error).split())[:160]})") from None
     near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 4, 0.5))
     raise UserError(f"no task {name}; {f'near it: {near}; ' if near else ''}`lm-eval ls tasks` "
                     "lists all, a file of your own is local:FILE.jsonl")

@@ -69,7 +69,9 @@ def find(flags: Any, first: bool) -> tuple[dict[str, Job], list[str]]:
                                  partial(harness.questions, loaded, flags.limit),
                                  list(loaded["tasks"]))
         except harness.Unavailable as error:
-            missing.append(f"no {name}: {error}; or score a file: --tasks=local:FILE.jsonl")
+            estimates = f"; irt, pirt, gpirt: {known[1]}" * bool(is_tiny(name) and known[1])
+            missing.append(f"no {name}: {error}; or score a file: --tasks=local:FILE.jsonl"
+                           + estimates)
     return jobs, missing
 
 
@@ -184,9 +186,10 @@ def score_local(name: str, items: list[Item], anchors: tuple | None, scorer: Sco
     metrics: dict = mean("acc", right)
     if not items[0].letters and len(rows[0]) > 1:
         lengths = [[len(continuation.strip()) for _, continuation in item.pairs] for item in items]
-        metrics |= mean("acc_norm", np.array([
-            np.argmax(np.array(row) / size) == item.right
-            for item, row, size in zip(items, likely, lengths, strict=True)]))
+        if any(len(set(row)) > 1 for row in lengths):  # else the same
+            metrics |= mean("acc_norm", np.array([
+                np.argmax(np.array(row) / size) == item.right
+                for item, row, size in zip(items, likely, lengths, strict=True)]))
     if len(rows[0]) > 1:
         metrics["chance"] = float(np.mean([1 / len(row) for row in rows]))
     metrics["loglikelihood"] = float(np.mean(
