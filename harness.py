@@ -125,20 +125,30 @@ class Scorer:
 
     def batches(self, groups: list[Group]) -> list[list[Group]]:
         """Groups that go through the model together: batch_tokens in the rectangle that the rows
-        fill, those that share a beginning apart from those that are alone."""
-        def longest(group: Group) -> tuple[bool, int]:
-            return len(group[1]) > 1, max(map(len, group[1]))
+        fill, unless padding costs more than going apart; those that share a beginning apart from
+        those that are alone."""
+        def alone(group: Group) -> bool:
+            return len(group[1]) == 1
+
+        def sizes(batch: list[Group]) -> tuple[int, int, int]:
+            """Rows, the longest beginning, the longest rest."""
+            begin = 0 if alone(batch[0]) else max(common for common, _ in batch)
+            rest = max(len(row) - (0 if alone(batch[0]) else common)
+                       for common, rows in batch for row in rows)
+            return sum(len(rows) for _, rows in batch), begin, rest
+
+        def cost(batch: list[Group]) -> int:
+            rows, begin, rest = sizes(batch)
+            return len(batch) * begin + rows * rest
 
         batches: list[list[Group]] = []
-        for group in sorted(groups, key=longest, reverse=True):
-            shared, length = longest(group)
+        for group in sorted(groups, key=lambda one: (
+                alone(one), 0 if alone(one) else one[0], max(map(len, one[1]))), reverse=True):
             last = batches[-1] if batches else []
-            rows = sum(len(members) for _, members in last)
-            begin = max([group[0], *(common for common, _ in last)])
-            rest = max(len(row) - common for common, members in [*last, group] for row in members)
-            length = begin + rest if shared else max([length, *(longest(one)[1] for one in last)])
-            if (last and longest(last[0])[0] == shared and length <= self.block_size
-                    and (rows + len(group[1])) * length <= self.batch_tokens):
+            rows, begin, rest = sizes([*last, group])
+            if (last and alone(last[0]) == alone(group) and begin + rest <= self.block_size
+                    and rows * (begin + rest) <= self.batch_tokens
+                    and cost([*last, group]) <= 1.1 * (cost(last) + cost([group]))):
                 last.append(group)
             else:
                 batches.append([group])

@@ -84,17 +84,21 @@ def compare(flags: Flags, scorer: tasks.Scorer, theirs, items: list[tasks.Item])
                                      for i, pair in enumerate(item.pairs)], disable_tqdm=True)
 
     seconds: dict[str, list[float]] = {"ours": [], "hf": []}
+    busy: dict[str, list[float]] = {"ours": [], "hf": []}
     found: dict[str, list] = {}
     for some in [items[:1]] + [items] * flags.rounds:
         for name, run in (("ours", ours), ("hf", hf)):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             found[name] = run(some)
             seconds[name].append(time.perf_counter() - began)
+            busy[name].append(time.process_time() - worked)
     apart = max(abs(a[0] - b[0]) for a, b in zip(found["ours"], found["hf"], strict=True))
     total, _ = scorer.model.parameter_counts()
-    mine, other = (median(seconds[name][1:]) for name in ("ours", "hf"))
+    mine, other, my_work, their_work = (median(each[name][1:]) for each in (seconds, busy)
+                                        for name in ("ours", "hf"))
     print(f"{torch.get_num_threads()} threads, {len(items)} questions, batch {flags.batch}, "
-          f"{total / 1e6:.0f} M parameters: largest difference {apart:.1e} nats")
+          f"{total / 1e6:.0f} M parameters: largest difference {apart:.1e} nats; "
+          f"processor time {my_work:.1f} and {their_work:.1f} s, ratio {their_work / my_work:.2f}")
     print(f"| tinyMMLU, 5 shots, {len(items)} questions, {total / 1e6:.0f} M parameters, s | "
           f"{mine:.1f} | lm_eval --model hf {other:.1f} | {other / mine:.2f} |")
 
