@@ -452,6 +452,12 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}},
     local = tasks.score_local("x", read_local("same.jsonl", []), None, scorer)["x"]
     assert (local["acc"], local["acc_norm"]) == (found["acc"], found["acc_norm"])
     assert harness.questions(loaded, 2) == [row["p"] for row in rows[:2]]
+    (here / "own/group.yaml").write_text("group: all_mine\ntask: [mine_tinyMMLU]\n"
+                                         "aggregate_metric_list: [{metric: acc}]\n")
+    harness.task_manager.cache_clear()
+    group = harness.load_task("all_mine", "own")
+    both = harness.score("all_mine", group, 0, None, scorer)
+    assert both["all_mine"]["acc"] == both["mine_tinyMMLU"]["acc"] == found["acc"]
 
 
 @pytest.mark.slow

@@ -161,6 +161,14 @@ def test_a_table_of_another_form_is_refused(published, monkeypatch, spoil, said)
         irt.from_pickle(data, "x")
 
 
+def test_an_npz_with_objects_is_refused(tmp_path):
+    mark = tmp_path / "ran"
+    np.savez(tmp_path / "p.npz", anchors=np.array([Evil(f"touch {mark}")], object))
+    with pytest.raises(UserError, match="does not hold the parameters"):
+        irt.load(str(tmp_path / "p.npz"))
+    assert not mark.exists()
+
+
 def test_it_is_fetched_once_and_kept_as_npz(pickled, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     asked = []
