@@ -359,6 +359,8 @@ def test_what_prompts_begin_with_is_computed_once(scorer, monkeypatch):
     pairs = [(f"{shots[i % 3]} {i} is{' so' * (i % 5)}", f" {answer}")
              for i in range(12) for answer in ("yes", "yes, it is", "no", "n")]
     pairs.append((shots[0] + "x" * 400, " alone, and too long"))
+    # one that is scored where its neighbour is only read
+    pairs += [(f"{shots[0]} so: yes, it", " is"), (f"{shots[0]} so:", " yes, it isn't")]
     encoded = [scorer.pair(*pair) for pair in pairs]
     read, hidden = [], scorer.model.hidden
 
