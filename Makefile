@@ -24,10 +24,10 @@ demo: $(VENV)/.core
 	@echo '          $(PY) train.py $(CONFIG) --dataset=mine --out_dir=out/mine'
 
 test: $(VENV)/.test
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/.test
-	$(PY) -m pytest -m ''
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m ''
 
 bench: $(VENV)/.test $(RUN)/report.html
 	$(PY) bench/all.py

@@ -9,7 +9,6 @@ H query heads, K key/value heads, D = C / H, V = vocab_size, S cached tokens.
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -232,7 +231,7 @@ class LLaMA(nn.Module):
         self.register_buffer("rope_sin", angles.sin().to(device), persistent=False)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None,
-               watch: Callable[[Tensor], object] | None = None) -> Tensor:
+               watch=None) -> Tensor:
         """Token ids (B, T) -> normalised states (B, T, C) that the output matrix reads.
 
         With a cache, the ids continue what is in it, each row from its own length on; the caller

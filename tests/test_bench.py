@@ -47,6 +47,7 @@ def check_steps(found: dict) -> None:
     assert tried == [(arm, n) for arm in ("ours", "transformers") for n in (8, 16, 32, 64)]
 
 
+@pytest.mark.slow
 def test_the_whole_rehearsal(tmp_path):
     texts = [json.dumps({"text": text}) for text in documents(60)]
     with lzma.open(tmp_path / "a.jsonl.xz", "wt") as file:

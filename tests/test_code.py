@@ -53,8 +53,10 @@ print(json.dumps([type(model).__name__, type(model).__module__, "model" in sys.m
 """
 
 
-@pytest.fixture(scope="module", params=[{}, {"tie_embeddings": True, "rope_scaling": "linear",
-                                             "rope_factor": 4.0}], ids=["gqa", "tied"])
+@pytest.fixture(scope="module", params=[
+    pytest.param({}, id="gqa"), pytest.param(
+        {"tie_embeddings": True, "rope_scaling": "linear", "rope_factor": 4.0}, id="tied",
+        marks=pytest.mark.slow)])
 def opened(request, tmp_path_factory):
     """(folder with --code, the same without, ids, what the fresh process found)."""
     place = tmp_path_factory.mktemp("code")

@@ -32,7 +32,7 @@ LEFT_OUT = {"make": "test_make_demo_is_the_readme; `make test` is what runs this
 # the lines that must work exactly as written
 FOUR = ("python prepare.py", "torchrun --nproc_per_node=8 train.py config/llama100m.py",
         "python sample.py --ckpt out/", "python eval.py")
-SLOW = r"torchrun|python (export|eval)\.py|python prepare\.py$|.*--sources=hf:"
+SLOW = r"torchrun|python (export|eval)\.py|python prepare\.py$|.*--sources=hf:|.*--prompts"
 
 
 def commands() -> list[str]:

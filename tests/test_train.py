@@ -81,6 +81,7 @@ def test_a_new_run_has_a_checkpoint_soon(home, monkeypatch):
     assert len(list((home / "out/toy/checkpoints").iterdir())) == 2  # none more after a resume
 
 
+@pytest.mark.slow  # test_parallel.py compares all modes within one launch
 def test_same_course_on_two_ranks_ddp_and_fsdp(home):
     assert run("toy.py", "--out_dir=out/one", "--max_steps=20") == 0
     for mode in ("ddp", "fsdp"):
@@ -287,6 +288,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(home, capsys):
     assert (home / "out/a/checkpoints/step_20.damaged").is_dir()  # and is not counted by keep_last
 
 
+@pytest.mark.slow
 def test_rows_of_documents_and_mixtures(home):
     """Loss and tokens count real targets only, over all ranks; a resumed run is the same run."""
     import numpy as np
