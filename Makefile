@@ -1,5 +1,5 @@
 # make demo    environment, data, training, samples, score, report: some minutes on two cores
-# make test    the whole suite, offline, on the CPU
+# make test    some minutes of tests, offline, on the CPU; make test-all: all of them
 # make bench   what can be measured on this machine
 VENV ?= .venv
 PY := $(VENV)/bin/python

@@ -146,10 +146,10 @@ class Saver:
         """Copy weights and optimizer to host memory, once the save before is done; a thread writes
         them as checkpoints/step_N."""
         self.wait()
+        slices = slices_of(model, optimizer, self.world)
         need = 4 * sum(tensor.numel() for p in model.parameters()
                        for tensor in (p, *optimizer.state[p].values()))
         weights = gather_weights(model, self.world)
-        slices = slices_of(model, optimizer, self.world)
         self.thread = threading.Thread(target=self.write, name="saver", daemon=True, args=(
             step, need, weights, slices, model.config, {"format": FORMAT, **state}))
         self.thread.start()

@@ -102,7 +102,7 @@ def measure(flags: Flags, named: bool, world: World) -> int:
     import tasks
 
     say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
-    folders = walk(flags.all) if flags.all else [checkpoint.find(flags.ckpt, world.rank > 0)]
+    folders = world.decide(lambda: walk(flags.all) if flags.all else [checkpoint.find(flags.ckpt)])
     run, tokenizer = checkpoint.run_of(folders[0]), Tokenizer.load(folders[0])
     block_size = checkpoint.model_config(folders[0]).block_size
     if flags.context > block_size:
@@ -112,8 +112,14 @@ def measure(flags: Flags, named: bool, world: World) -> int:
     # every input is looked at before anything slow begins; rank 0 downloads, then the others read
     rows = (Text(flags.text, tokenizer, length) if flags.text
             else validation(flags, folders[0], run, length, say))
-    jobs, missing = tasks.find(flags, first=True) if world.rank == 0 else ({}, [])
-    names = world.agree(list(jobs))
+    jobs, missing = {}, []  # type: ignore[var-annotated]
+
+    def look() -> list[str]:
+        nonlocal jobs, missing
+        jobs, missing = tasks.find(flags, first=True)
+        return list(jobs)
+
+    names = world.decide(look)
     if names and world.rank > 0:
         found = tasks.find(flags, first=False)[0]
         jobs = {name: found[name] for name in names}
@@ -159,7 +165,8 @@ def score(flags: Flags, folder: Path, run: Path | None, keep: Path | None, rows,
     batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
     state = checkpoint.read_state(folder) if run else {}
     # tokens: targets trained on, as in metrics.jsonl
-    result: dict = {"step": state["step"], "tokens": state["rows"] * block_size} if run else {}
+    result: dict = {"step": state["step"], "tokens": state.get(
+        "tokens", state["rows"] * block_size)} if run else {}
     if rows:
         length, micro_batch = rows.block_size, max(1, batch_tokens // rows.block_size)
         tokens = flags.eval_tokens or config_of(run).get("eval_tokens") or 1 << 20

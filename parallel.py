@@ -35,7 +35,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu", mode: str = "one",
                  group=None, hosts=None):
         self.rank, self.size, self.group, self.hosts = rank, size, group, hosts
-        self.device = torch.device(device)
+        self.device, self.timeout = torch.device(device), watch.PATIENT
         self.store: dist.Store | None = None  # of this attempt, if there are other ranks
         self.share(mode)
 
@@ -230,6 +230,7 @@ class World:
 
     def set_timeout(self, timeout: timedelta) -> None:
         """How long collectives that begin from now on may take."""
+        self.timeout = timeout
         for group in list(dist.distributed_c10d._world.pg_map) if self.size > 1 else []:
             if group is not self.hosts:  # a save may take as long as the disk wants
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
@@ -237,9 +238,12 @@ class World:
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
         """Around work in which ranks may wait long for each other, after the first step."""
+        before = self.timeout
         self.set_timeout(watch.PATIENT)
-        yield
-        self.set_timeout(watch.BRISK)
+        try:
+            yield
+        finally:
+            self.set_timeout(before)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -100,7 +100,7 @@ def main(command) -> int:
 
 def work(f: Any, rows: list[dict], table: Any, complete: bool, world: parallel.World) -> int:
     """From rows to what is written or shown, the longest prompts first."""
-    folder = world.agree(checkpoint.find(f.ckpt) if world.rank == 0 else None)
+    folder = world.decide(lambda: checkpoint.find(f.ckpt))
     owner, config = checkpoint.run_of(folder), checkpoint.model_config(folder)
     if f.save and owner is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
@@ -114,11 +114,12 @@ def work(f: Any, rows: list[dict], table: Any, complete: bool, world: parallel.W
                             + " and at least one more" * (f.embed == "none") + "; shorten it")
     generate.layers_of(f.layers, config.n_layer + 1)
     journal = Journal(Path(f.out), made_with(f, folder)) if f.out else None
-    done = set(world.agree(list(journal.read()) if journal and world.rank == 0 else []))
+    done = set(world.decide(lambda: list(journal.read()) if journal else []))
     if complete and journal:
         if world.rank == 0:
             journal.remove()  # there if a kill came just before this line
-            print(f"{f.out} is complete, with all {len(rows)} rows; move it away to make it anew")
+            print(f"{f.out} is complete, with all {len(rows)} rows, from an earlier start; "
+                  "move it away to make it anew")
         return 0
     if journal:
         journal.begin(world.rank)

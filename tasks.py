@@ -185,7 +185,8 @@ def score_local(name: str, items: list[Item], anchors: tuple | None, scorer: Sco
     scorer.keep(name, items, rows, right)
     metrics: dict = mean("acc", right)
     if not items[0].letters and len(rows[0]) > 1:
-        lengths = [[len(continuation.strip()) for _, continuation in item.pairs] for item in items]
+        lengths = [[max(1, len(continuation.strip())) for _, continuation in item.pairs]
+                   for item in items]
         if any(len(set(row)) > 1 for row in lengths):  # else the same
             metrics |= mean("acc_norm", np.array([
                 np.argmax(np.array(row) / size) == item.right

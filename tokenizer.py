@@ -158,7 +158,7 @@ def _tiktoken(spec: dict, model, kind: np.dtype) -> Callable[[str, bool], np.nda
     """
     vocab, merges = spec["model"]["vocab"], spec["model"].get("merges")
     added = {entry["content"] for entry in spec["added_tokens"]}
-    if (spec["model"]["type"] != "BPE" or merges is None
+    if (spec["model"]["type"] != "BPE" or merges is None or spec["model"].get("ignore_merges")
             or not all(entry["special"] for entry in spec["added_tokens"])):
         return None
     joined = ["".join(m.split(" ") if isinstance(m, str) else m) for m in merges]
@@ -186,8 +186,9 @@ def _tiktoken(spec: dict, model, kind: np.dtype) -> Callable[[str, bool], np.nda
         table = {ord(c): byte for c, byte in BYTES.items()}
         utf8 = {piece: piece.translate(table).encode("latin-1") for piece in pieces}
         ids |= {utf8[piece]: [pieces[piece]] for piece in BYTES}
-    if not ids or len(set(made)) < len(made):  # no order of pieces gives the order of merges
-        return None
+    if not ids or set(made) - utf8.keys() or len(set(made)) < len(made) or any(
+            len(model.tokenize(piece)) > 1 for piece in made):
+        return None  # no order of pieces gives the order of merges, or one is not reached by them
     ids |= {utf8[piece]: [pieces[piece]] for piece in made}
     try:
         import tiktoken
@@ -212,7 +213,7 @@ def _tiktoken(spec: dict, model, kind: np.dtype) -> Callable[[str, bool], np.nda
             return first[found]
 
         if not spaced or all(len(engine.encode_ordinary(utf8[piece].decode())) == 1
-                             == len(model.tokenize(piece)) for piece in made):
+                             for piece in made):
             return encode
     return None
 

@@ -33,6 +33,7 @@ import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -98,11 +99,12 @@ def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
                       f"{command.config.max_steps}")
                 log.write_status(run.folder, "done", run.step)
             return 0
-        signs.farewell = lambda: log.write_status(run.folder, "failed", run.step)
+        if world.rank == 0:
+            signs.farewell = lambda: log.write_status(run.folder, "failed", run.step)
         try:
             code = run.loop()
         except BaseException:
-            run.saver.wait(20)  # of the 30 seconds that torchrun gives
+            run.saver.wait(20 if world.size > 1 else None)  # torchrun gives 30 seconds
             run.log.status("failed", run.step)
             raise
         stop.close(leaving=__name__ == "__main__")
@@ -114,6 +116,10 @@ def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
             time.sleep(1)  # torchrun names the first to die as the cause
             signs.end(f"rank {world.rank}: another rank has gone or hangs ({error!s:.160}); "
                       f"{watch.GO_ON}")
+        signs.broken = f"rank {world.rank}: {error!s:.160}; {watch.GO_ON}"
+        raise
+    except UserError as error:
+        signs.broken = f"rank {world.rank}: {error!s:.160}"
         raise
     finally:
         signs.close()
@@ -213,6 +219,7 @@ class Run:
             if checkpoint.steps_of(self.folder):
                 raise UserError(f"another process has begun to train in {self.folder}; start again "
                                 "to go on from there")
+        log.write_status(self.folder, "running", self.step)  # not `stopped` any more
 
     def loop(self) -> int:
         """Train from the first or resumed step to the last; the exit code."""
@@ -239,7 +246,8 @@ class Run:
                 self.profiler.step()
                 self.step += 1
                 if self.step == self.first_step + 1:
-                    self.world.set_timeout(watch.BRISK)
+                    took = timedelta(seconds=time.perf_counter() - self.clock.since)
+                    self.world.set_timeout(max(watch.BRISK, 10 * took))
                 unread.append((self.step, stats, rate))
                 last = self.step == config.max_steps
                 evaluating = last or self.step % config.eval_interval == 0
@@ -367,7 +375,8 @@ class Run:
     def save(self) -> None:
         """Begin to write a checkpoint; a failure is said when it comes, and training goes on."""
         evaluated, loss = self.val_loss
-        state = {"step": self.step, "rows": self.rows_at(self.step), "seed": self.config.seed,
+        state = {"step": self.step, "rows": self.rows_at(self.step),
+                 "tokens": self.tokens_at(self.step), "seed": self.config.seed,
                  "data_hash": self.data_hash, "micro_batch": self.engine.micro,
                  "dtype": str(self.engine.dtype)[6:], "compile": self.engine.compiled,
                  "skipped": self.skipped_ever, "loss_scale": self.engine.optimizer.scale_state(),

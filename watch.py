@@ -114,6 +114,7 @@ class Watch:
         self.heard: dict[int, tuple[bytes, float]] = {}  # rank -> its last sign, seconds since then
         self.over, self.cut_off = threading.Event(), 0.0  # seconds without an answer of the store
         self.farewell: Callable[[], None] = lambda: None
+        self.broken = ""  # why this rank leaves early, which close() tells the others
         self.threads: list[threading.Thread] = []
         if store is None:  # nobody else
             return
@@ -168,14 +169,15 @@ class Watch:
             leave(reason)
 
     def close(self) -> None:
-        """This rank leaves in good order. A thread inside the store when Python ends would abort
-        the process."""
+        """This rank leaves, in good order or `broken`. A thread inside the store when Python ends
+        would abort the process."""
         self.over.set()
         for thread in self.threads:
             thread.join(timeout=5)
         if self.threads and not any(thread.is_alive() for thread in self.threads):
             with contextlib.suppress(RuntimeError):
-                self.store.set(f"sign {self.rank}", "done")
+                self.store.set(*(("end", self.broken) if self.broken
+                                 else (f"sign {self.rank}", "done")))
 
 
 class StopFlag:
@@ -205,8 +207,8 @@ class StopFlag:
                 first, self.signalled = not self.signalled, self.signalled or time.monotonic()
                 if first and os.environ.get("RANK", "0") == "0":
                     with contextlib.suppress(OSError):
-                        print(f"{signal.Signals(number[0]).name}: finishing the step and saving; "
-                              "a second signal leaves at once", flush=True)
+                        print(f"{signal.Signals(number[0]).name}: asked to finish the step and "
+                              "save; a second signal leaves at once", flush=True)
 
     def asked(self) -> bool:
         """Whether this rank wants to stop."""

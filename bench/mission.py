@@ -114,7 +114,7 @@ class Mission:
                                                                    "mmlu_dev.jsonl")))
         if name != "base":
             self.script("eval.py", *where, "--tasks=", f"--context={self.block}")
-        if (Path(self.flags.eval) / "tinyMMLU.jsonl").exists():
+        if self.flags.eval and (Path(self.flags.eval) / "tinyMMLU.jsonl").exists():
             self.script("eval.py", *where, f"--tasks=local:{self.flags.eval}/tinyMMLU.jsonl",
                         f"--shots={self.flags.eval}/mmlu_dev.jsonl")
         self.script("report.py", str(run))

@@ -74,7 +74,7 @@ until grep -q '"step": 240' out/cut/metrics.jsonl 2> /dev/null; do sleep 0.1; do
 ip link set cable-a down
 began=$SECONDS
 echo "the link is cut"
-ended "after $((SECONDS - began)) s"
+ended "the link cut"
 echo "both had ended after $((SECONDS - began)) s; what they said:"
 grep -h '^error: ' cut-a.log cut-b.log || true
 cat out/cut/status.json
