@@ -1,6 +1,7 @@
 """AdamW's arm of bench/optimizers.py: the quickstart's model, evaluated often, without samples."""
 
 base = "quickstart.py"
+optimizer = "adamw"
 eval_interval = 50
 sample_tokens = 0
 save_interval = 400

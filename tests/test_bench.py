@@ -155,3 +155,11 @@ def test_the_mission_goes_on_where_a_call_ended(tmp_path):
         assert not list(run.rglob("*.safetensors"))
     assert json.loads((tmp_path / "kept/interpolated/run.json").read_text())["config"][
         "rope_scaling"] == "linear"
+
+
+def test_the_optimizers_differ_in_nothing_else():
+    adamw, muon = (vars(settings.parse([str(ROOT / f"config/bench_{arm}.py")], "").config)
+                   for arm in ("adamw", "muon"))
+    differing = {key: (adamw[key], muon[key]) for key in adamw if adamw[key] != muon[key]}
+    differing.pop("out_dir")
+    assert differing == {"optimizer": ("adamw", "muon")}
