@@ -33,11 +33,14 @@ NETWORK = ("usual cures: NCCL_DEBUG=INFO shows where it stands; NCCL_P2P_DISABLE
 GO_ON = "the last checkpoint stands, the same command goes on from there"
 
 
-def leave(message: str) -> None:
-    """End this process at once, whatever its threads wait for. Two ranks of a machine say why, as
-    one of them may be the lost one."""
+def leave(message: str, torchrun: bool = False) -> None:
+    """End this process at once, whatever its threads wait for; also the `torchrun` that started it.
+    Two ranks of a machine say why, as one of them may be the lost one."""
     if os.environ.get("LOCAL_RANK", "0") in "01":
         complain(message, 1)
+    if torchrun and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(2 * BEAT)  # the other ranks of this machine leave now too
+        os.kill(os.getppid(), signal.SIGKILL)
     os._exit(1)
 
 
@@ -158,15 +161,17 @@ class Watch:
         while not self.over.wait(BEAT):
             self.cut_off += BEAT
             if self.cut_off >= SILENCE + BEAT:
+                # torchrun would ask the lost store for minutes more
                 self.end(f"rank {self.rank} ({self.name}) cannot reach the first machine for "
-                         f"{SILENCE:.0f} s: it, its torchrun or the network is gone; {GO_ON}")
+                         f"{SILENCE:.0f} s: it, its torchrun or the network is gone; {GO_ON}",
+                         torchrun=True)
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, torchrun: bool = False) -> None:
         """Leave with the reason."""
         if not self.over.is_set():
             with deadline(5, reason), contextlib.suppress(OSError):  # a disk may be gone too
                 self.farewell()
-            leave(reason)
+            leave(reason, torchrun)
 
     def close(self) -> None:
         """This rank leaves, in good order or `broken`. A thread inside the store when Python ends

@@ -134,7 +134,7 @@ def left(monkeypatch) -> list[str]:
     """What processes would have said in leaving; in a hurry, and only the thread ends."""
     said: list[str] = []
 
-    def leave(message: str) -> None:
+    def leave(message: str, torchrun: bool = False) -> None:
         said.append(message)
         raise SystemExit(1)
 
