@@ -1,5 +1,6 @@
 """sample.py: the cache, batches, the distributions against their definition, the command."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -467,7 +468,11 @@ def test_ten_kills_at_random(ckpt, tmp_path, ranks):
                    and process.poll() is None and time.time() - begun < 60):
                 time.sleep(0.01)
             time.sleep(rng.random() * 0.15)
-            os.killpg(process.pid, signal.SIGKILL)
+            # torchrun's ranks have groups of their own
+            ranks_of = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in (process.pid, *map(int, ranks_of)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             growth.append(sum(p.stat().st_size for p in tmp_path.glob("G.jsonl.part*")))
             kills += 1
         _, error = process.communicate(timeout=120)
