@@ -34,7 +34,7 @@ class Flags:
     eval: str = key("", "folder with tinyMMLU.jsonl, mmlu_dev.jsonl and other local sets")
     tokenizer: str = key("mistral", "as in a config")
     config: str = key("config/mission.py", "the run at the short context")
-    total: float = key(22.0, "minutes of training, of all calls and runs together", low=0.05)
+    total: float = key(22.0, "minutes of training, of all calls and runs together", low=0.01)
     minutes: float = key(9.5, "minutes of this call", low=0.05)
     tune_share: float = key(0.1, "of the training time, for each long run", (), 0.01, 0.4)
     out: str = key("bench/results/mission", "the folder for what is kept")
