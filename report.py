@@ -5,6 +5,8 @@
   report.py out/A out/B out/C    one page for several, in the first one's folder; runs that differ
                                  only in their seed are drawn as their mean and a band around it,
                                  from the lowest to the highest
+  report.py out/RUN --compare=reference/quickstart.json
+                                 how many sigmas its losses are from those of the same recipe
 
 The page needs nothing but itself: no scripts, no network. Its figures are embedded as data too:
 <script type="application/json" id="data"> holds {"runs": [{"name", "info", "metrics", ...}]}, of
@@ -24,6 +26,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+import compare
 import settings
 from settings import UserError, key
 
@@ -72,6 +75,8 @@ class Flags:
     """What report.py takes besides run folders."""
 
     out: str = key("", "the page to write (default: report.html in the first run's folder)")
+    compare: str = key("", "no page: how far a run is from this file of reference curves")
+    reference: str = key("", "no page: write the runs' curves, of one seed each, to this file")
 
 
 @dataclass
@@ -440,8 +445,15 @@ def page(runs: list, out: Path) -> list:
 
 
 def main(command) -> int:
-    """Read the runs, write the page and its Markdown twin."""
+    """Read the runs, write the page and its Markdown twin; or compare with reference curves."""
     folders = list(dict.fromkeys(map(find, command.files or ["out"])))
+    if command.flags.compare or command.flags.reference:
+        runs = [load(folder) for folder in folders]
+        if command.flags.reference:
+            print(compare.save(runs, Path(command.flags.reference)))
+        for run in runs if command.flags.compare else ():
+            print("\n".join(compare.compare(run, Path(command.flags.compare))))
+        return 0
     out = Path(command.flags.out or folders[0] / "report.html")
     if out.suffix != ".html":
         raise UserError(f"--out={out} must end in .html; the Markdown goes beside it")

@@ -6,8 +6,12 @@ scored by position, at the short context, on tinyMMLU's questions and the other 
 FOLDER, and report.py makes a page of them. As many steps as fit in --total minutes of training;
 a call ends within --minutes, with exit code 75 if the same command has to go on.
 
-OUT keeps what is worth keeping, a few MB: plan.json, and of every run metrics, samples, scores and
-report; checkpoints and the data set lie in out/mission and data/. --rehearse: tiny, on the CPU.
+--predict stops before the first of them: a ladder of three short runs, each with a schedule of its
+own, says which loss the long one will reach. The next call goes on and compares at the end.
+
+OUT keeps what is worth keeping, a few MB: plan.json, prediction.json, result.json, and of every run
+metrics, samples, scores and report; checkpoints and the data set lie in out/mission and data/.
+--rehearse: tiny, on the CPU.
 """
 
 import json
@@ -38,6 +42,7 @@ class Flags:
     minutes: float = key(9.5, "minutes of this call", low=0.05)
     tune_share: float = key(0.1, "of the training time, for each long run", (), 0.01, 0.4)
     out: str = key("bench/results/mission", "the folder for what is kept")
+    predict: bool = key(False, "climb the ladder, write prediction.json, and stop")
     rehearse: bool = key(False, "tiny sizes on the CPU")
 
 
@@ -50,6 +55,7 @@ ARMS = {"base": [], "interpolated": ["--rope_scaling=linear", f"--rope_factor={T
 TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--d_ff=64", "--block_size=64",
         "--global_batch_tokens=512", "--eval_tokens=1024", "--device=cpu", "--compile=false",
         "--optimizer=adamw"]
+LADDER = (16, 8, 4)  # the parts of the long run's steps that three short runs take
 KEPT = ("*.json", "*.jsonl", "report*", "eval/*")
 
 
@@ -105,6 +111,24 @@ class Mission:
             shutil.rmtree(trial)
         return json.loads(path.read_text())
 
+    def predict(self, plan: dict) -> dict:
+        """What the run at the short context will come to: made once, then read."""
+        path = self.out / "prediction.json"
+        if not path.exists():
+            rungs, seconds = [], 0.0
+            for part in LADDER:
+                run, steps = self.home / f"ladder_{part}", max(2, plan["base"] // part)
+                self.train(run, *schedule(steps), f"--eval_interval={steps}", "--sample_tokens=0")
+                self.keep(run)
+                tokens, loss, _ = last_of(run)
+                seconds = training_seconds(run) / tokens  # of the longest
+                rungs.append([tokens, loss])
+            settings.to_json(path, {
+                "rungs": rungs, "tokens": plan["base"] * plan["batch_tokens"],
+                "val_loss": extrapolated([loss for _, loss in rungs]),
+                "minutes": seconds * plan["base"] * plan["batch_tokens"] / 60})
+        return json.loads(path.read_text())
+
     def score(self, run: Path, name: str) -> None:
         """Loss by position, at the short context, and the local sets."""
         where = [f"--ckpt={run}"] + ["--device=cpu"] * bool(self.tiny)
@@ -133,6 +157,37 @@ def rows_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def last_of(run: Path) -> tuple[int, float, float]:
+    """Tokens, loss and bits per byte of a run's last evaluation."""
+    row = [row for row in rows_of(run) if "val_loss" in row][-1]
+    return row["tokens"], row["val_loss"], row["val_bpb"]
+
+
+def training_seconds(run: Path) -> float:
+    """Seconds of training alone, from the speeds that a run logged."""
+    rows = [row for row in rows_of(run) if "tokens_per_second" in row]
+    done = [0, *(row["tokens"] for row in rows)]
+    return sum((row["tokens"] - before) / row["tokens_per_second"]
+               for row, before in zip(rows, done, strict=False))
+
+
+def extrapolated(losses: list) -> float:
+    """Loss after two more doublings of the tokens, from losses at three numbers of tokens that
+    double: the power law with an offset that goes through all three (E + A / D^b, as in
+    https://arxiv.org/abs/2203.15556), of which each step down is a constant part of the last."""
+    first, second = losses[0] - losses[1], losses[1] - losses[2]
+    if first <= 0 or second <= 0:
+        raise UserError(f"the ladder's losses do not fall: {losses}")
+    part = second / first
+    return losses[2] - second * part - second * part**2
+
+
+def schedule(steps: int) -> list[str]:
+    """The keys that a run's length sets."""
+    return [f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 20)}",
+            f"--save_interval={1 + steps // 4}"]
+
+
 def main(command: settings.CommandLine) -> int:
     """Go on where the call before ended."""
     mission = Mission(command.flags)
@@ -148,11 +203,16 @@ def main(command: settings.CommandLine) -> int:
     plan = mission.plan()
     print(f"{plan['base']} steps of {plan['batch_tokens']:,} tokens, then {plan['tune']} in two "
           f"ways: {plan['epochs']:.2f} epochs", flush=True)
+    if command.flags.predict:
+        foreseen = mission.predict(plan)
+        print(f"prediction: {foreseen['val_loss']:.3f} nats/token after {foreseen['tokens']:,} "
+              f"tokens and {foreseen['minutes']:.1f} minutes of training")
+        return 0
+    result = {}
     for name, keys in ARMS.items():
         run, long = mission.home / name, name != "base"
         steps = plan["tune" if long else "base"]
-        words = [f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 20)}",
-                 f"--eval_interval={1 + steps // 8}", f"--save_interval={1 + steps // 4}", *keys]
+        words = [*schedule(steps), f"--eval_interval={1 + steps // 8}", *keys]
         if long:
             base = settings.parse([mission.config, *mission.tiny], "").config
             words += [f"--init_from={mission.home / 'base'}",
@@ -165,9 +225,18 @@ def main(command: settings.CommandLine) -> int:
         finally:
             if run.exists():
                 mission.keep(run)
-        last = [row for row in rows_of(run) if "val_loss" in row][-1]
-        print(f"{name}: {last['val_loss']:.4f} nats/token, {last['val_bpb']:.4f} bits/byte after "
-              f"{last['tokens']:,} tokens", flush=True)
+        tokens, loss, bpb = last_of(run)
+        result[name] = {"tokens": tokens, "val_loss": loss, "val_bpb": bpb,
+                        "minutes": training_seconds(run) / 60}
+        print(f"{name}: {loss:.4f} nats/token, {bpb:.4f} bits/byte after {tokens:,} tokens",
+              flush=True)
+    if (mission.out / "prediction.json").exists():
+        foreseen = mission.predict(plan)
+        result["base"] |= {"off_by_nats": result["base"]["val_loss"] - foreseen["val_loss"],
+                           "off_by_time": result["base"]["minutes"] / foreseen["minutes"] - 1}
+        print(f"off the prediction by {result['base']['off_by_nats']:+.3f} nats and "
+              f"{result['base']['off_by_time']:+.1%} of the time")
+    settings.to_json(mission.out / "result.json", result)
     return 0
 
 

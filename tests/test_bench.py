@@ -13,9 +13,11 @@ import torch
 from conftest import ROOT, documents, run_script
 
 import settings
+from settings import UserError
 
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu
+import mission
 
 
 def rows(out: Path) -> dict[str, list[dict]]:
@@ -130,6 +132,13 @@ def test_bad_input_is_one_line(tmp_path, words, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_ladder_is_continued_as_a_power_law():
+    losses = [2 + 30 * tokens**-0.3 for tokens in (1e6, 2e6, 4e6, 16e6)]
+    assert mission.extrapolated(losses[:3]) == pytest.approx(losses[3])
+    with pytest.raises(UserError, match="do not fall"):
+        mission.extrapolated([5, 5.1, 4.9])
+
+
 @pytest.mark.slow
 def test_the_mission_goes_on_where_a_call_ended(tmp_path):
     (tmp_path / "sets").mkdir()
@@ -137,13 +146,19 @@ def test_the_mission_goes_on_where_a_call_ended(tmp_path):
         (tmp_path / f"sets/{name}.jsonl").write_text("\n".join(json.dumps(
             {"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": "B"})
             for i in range(6)))
-    for _ in range(20):
-        done = run_script("bench/gpu.py", "mission", "--rehearse", "--total=0.02", "--minutes=1",
-                          "--tokenizer=bytes", "--eval=sets", "--out=kept", cwd=tmp_path,
-                          timeout=300)
-        if done.returncode != 75:
-            break
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ("bench/gpu.py", "mission", "--rehearse", "--total=0.02", "--minutes=1",
+             "--tokenizer=bytes", "--eval=sets", "--out=kept")
+    for more in (["--predict"], []):
+        for _ in range(20):
+            done = run_script(*words, *more, cwd=tmp_path, timeout=300)
+            if done.returncode != 75:
+                break
+        assert done.returncode == 0, done.stdout + done.stderr
+    foreseen, result = (json.loads((tmp_path / f"kept/{name}.json").read_text())
+                        for name in ("prediction", "result"))
+    last = result["base"]["val_loss"]
+    assert result["base"]["off_by_nats"] == pytest.approx(last - foreseen["val_loss"])
+    assert f"{last - foreseen['val_loss']:+.3f} nats" in done.stdout
     plan = json.loads((tmp_path / "kept/plan.json").read_text())
     for name, steps in (("base", plan["base"]), ("interpolated", plan["tune"]),
                         ("plain", plan["tune"])):

@@ -383,3 +383,60 @@ def test_help_is_quick_and_torch_is_not_loaded():
     done = subprocess.run([sys.executable, report.__file__, "--help"], capture_output=True,
                           text=True, check=True, timeout=10)
     assert "--out=" in done.stdout
+
+
+def references(tmp_path, capsys, *seeds: int) -> list[Path]:
+    runs = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in seeds]
+    for run in runs:
+        write(run / "status.json", {"state": "done", "step": 100})
+    assert run_main([*map(str, runs), f"--reference={tmp_path}/curves/ours.json"]) == 0
+    assert f"{len(seeds)} run(s)" in capsys.readouterr().out
+    return runs
+
+
+def test_how_far_a_run_is_from_the_reference(tmp_path, capsys):
+    runs = references(tmp_path, capsys, 1, 2, 3)
+    fourth = make_run(tmp_path / "fourth", seed=4, save_interval=7, micro_batch=2)
+    assert run_main([str(fourth), f"--compare={tmp_path}/curves/ours.json"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and not (fourth / "report.html").exists()
+    for line, step in zip(lines, (0, 50, 100), strict=True):
+        losses = [next(row["val_loss"] for row in metrics_of(run)
+                       if row["step"] == step and "val_loss" in row)
+                  for run in (*runs, fourth)]
+        assert f"{step * 512:,} tokens: {losses[3]:.4f} nats" in line
+        assert f"reference {np.mean(losses[:3]):.4f}" in line
+        if step:
+            sigmas = (losses[3] - np.mean(losses[:3])) / np.std(losses[:3], ddof=1)
+            assert line.endswith(f"± {np.std(losses[:3], ddof=1):.4f}, {sigmas:+.1f} sigma")
+    # Student's t of two degrees of freedom, 4.3027, times the root of 1 + 1/3
+    assert f"{sigmas:+.1f} sigma; 95 %" in last and "within 5.0 sigma" in last
+
+
+def test_one_run_has_no_sigma(tmp_path, capsys):
+    references(tmp_path, capsys, 1)
+    other = make_run(tmp_path / "other", seed=2)
+    assert run_main([str(other), f"--compare={tmp_path}/curves/ours.json"]) == 0
+    said = capsys.readouterr().out
+    assert " sigma" not in said and "off by" in said
+
+
+def test_what_a_run_is_not_compared_with(tmp_path, capsys):
+    runs = references(tmp_path, capsys, 1, 2)
+    curves = f"--compare={tmp_path}/curves/ours.json"
+    assert "learning_rate=0.003 (0.002)" in fails(make_run(tmp_path / "a", learning_rate=3e-3),
+                                                  curves)
+    info = json.loads((runs[0] / "run.json").read_text())
+    info["data"]["manifest_sha256"] = "0" * 64
+    write(runs[0] / "run.json", info)
+    assert "hash 000000000000, the reference's ffffffffffff" in fails(runs[0], curves)
+    new = f"--reference={tmp_path}/new.json"
+    assert "another data set" in fails(*runs, new)
+    twin = make_run(tmp_path / "twin", seed=2)
+    write(twin / "status.json", {"state": "done", "step": 100})
+    assert "one of its own" in fails(runs[1], twin, new)
+    assert "no file" in fails(runs[1], "--compare=none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    assert "reference curves" in fails(runs[1], f"--compare={tmp_path}/bad.json")
+    write(runs[1] / "status.json", {"state": "stopped", "step": 50})
+    assert "is stopped" in fails(runs[1], new) and not (tmp_path / "new.json").exists()
