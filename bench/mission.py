@@ -15,7 +15,6 @@ metrics, samples, scores and report; checkpoints and the data set lie in out/mis
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -192,7 +191,7 @@ def main(command: settings.CommandLine) -> int:
     """Go on where the call before ended."""
     mission = Mission(command.flags)
     mission.out.mkdir(parents=True, exist_ok=True)
-    sources = [os.path.abspath(path) for path in mission.flags.text.split(",") if path]
+    sources = [path for path in mission.flags.text.split(",") if path]
     if missing := [path for path in sources if not os.path.isfile(path)]:
         raise UserError(f"--text: no file {missing[0]}")
     if mission.flags.eval and not os.path.isdir(mission.flags.eval):
