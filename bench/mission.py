@@ -192,9 +192,9 @@ def main(command: settings.CommandLine) -> int:
     mission = Mission(command.flags)
     mission.out.mkdir(parents=True, exist_ok=True)
     sources = [path for path in mission.flags.text.split(",") if path]
-    if missing := [path for path in sources if not os.path.isfile(path)]:
+    if missing := [path for path in sources if not Path(path).is_file()]:
         raise UserError(f"--text: no file {missing[0]}")
-    if mission.flags.eval and not os.path.isdir(mission.flags.eval):
+    if mission.flags.eval and not Path(mission.flags.eval).is_dir():
         raise UserError(f"--eval: no folder {mission.flags.eval}")
     mission.script("prepare.py", mission.config, "--dataset=mission",
                    f"--sources={sources or ['embedded']!r}",
