@@ -62,8 +62,8 @@ class Mission:
     """One call: what it was asked, and until when."""
 
     def __init__(self, flags: Flags):
-        self.flags, self.out = flags, Path(flags.out).absolute()
-        self.home, self.until = Path("out/mission").absolute(), time.time() + 60 * flags.minutes
+        self.flags, self.out = flags, Path(flags.out)
+        self.home, self.until = Path("out/mission"), time.time() + 60 * flags.minutes
         self.config = flags.config if Path(flags.config).exists() else str(ROOT / flags.config)
         self.tiny = TINY if flags.rehearse else []
         self.block = settings.parse([self.config, *self.tiny], "").config.block_size
