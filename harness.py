@@ -1,6 +1,6 @@
 """Log-likelihoods as lm-eval's harness defines them, and lm-eval's tasks on our model: any of its
 thousands by name, own ones with --include_path, and tinyMMLU, whose built-in form cannot be loaded
-without a package that is not on PyPI."""
+without a package that pip does not find."""
 
 import difflib
 import os

@@ -30,6 +30,8 @@ def read_rows(path: Path, column: str) -> list[dict]:
         return parquet(path).to_pylist()
     plain, rows = path.suffix == ".txt", []
     data = path.read_bytes()
+    if not (data if plain else data.strip()):
+        return []
     for number, line in enumerate((data.removesuffix(b"\n") if plain else data.rstrip())
                                   .split(b"\n"), 1):
         try:
@@ -40,7 +42,7 @@ def read_rows(path: Path, column: str) -> list[dict]:
         except (ValueError, RecursionError) as error:  # also invalid UTF-8
             raise UserError(f"{path}:{number} is not " + ("a line of text" if plain else
                             'a JSON object such as {"prompt": "text"}') + f": {error}") from None
-    return rows if data or not plain else []
+    return rows
 
 
 def parquet(path: Path) -> Any:

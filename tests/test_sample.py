@@ -521,6 +521,7 @@ def test_several_texts_are_saved_with_the_run(tmp_path, capsys):
     ('{"prompt": "a"}\n', ("--embed=mean", "--out=G.parquet", "--layers=3"), "has 3, 0 to 2"),
     ('{"prompt": "a"}\n', ("--layers=2:1",), "names no states"),
     ("[" * 99999, (), "F.jsonl:1 is not a JSON object"),
+    ("\n", (), "has no rows"),
 ])
 def test_bad_input(ckpt, tmp_path, monkeypatch, content, words, says):
     source = tmp_path / "F.jsonl"
