@@ -508,7 +508,7 @@ def test_several_texts_are_saved_with_the_run(tmp_path, capsys):
     ('{"prompt": "a"}\n{"prompt": "b', (), "F.jsonl:2 is not a JSON object"),
     (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', (), "F.jsonl:2 is not a JSON object"),
     ("[1]\n", (), "F.jsonl:1 is not a JSON object"),
-    ("", (), "F.jsonl:1 is not a JSON object"),
+    ("", (), "has no rows"),
     ('{"prompt": "ok"}\n{"prompt": "' + "x" * 47 + '"}\n', (), "F.jsonl:2: the prompt has 48"),
     (None, (), "no file"),
     ('{"prompt": "a"}\n', ("--prompt=b",), "without --prompt"),
