@@ -14,24 +14,33 @@ import settings
 from settings import UserError
 
 FORMAT = 1
-# keys that change neither what is learned nor how, but for rounding
-ELSEWHERE = ("out_dir", "resume", "seed", "workers", "strict", "sources", "micro_batch", "device",
-             "dtype", "compile", "parallel", "attention", "activation_checkpointing",
-             "max_minutes", "deterministic", "log_interval", "logger", "eval_interval",
-             "sample_tokens", "sample_prompt", "save_interval", "keep_last", "keep_every")
+# keys that change neither what is learned nor how, but for rounding, or that the data's hash covers
+ELSEWHERE = ("dataset", "tokenizer", "val_fraction", "min_chars", "max_chars", "dedup", "sources",
+             "strict", "workers", "out_dir", "resume", "seed", "micro_batch", "device", "dtype",
+             "compile", "parallel", "attention", "activation_checkpointing", "max_minutes",
+             "deterministic", "log_interval", "logger", "eval_interval", "sample_tokens",
+             "sample_prompt", "save_interval", "keep_last", "keep_every")
 # Student's t, two-sided 95 %, by degrees of freedom
 T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def recipe(info: dict) -> dict:
-    """What of a run's config makes its curve; keys that the run is older than have defaults."""
-    of = vars(settings.Settings()) | info["config"]
-    return {name: of[name] for name in sorted(of) if name not in ELSEWHERE}
+def recipe(config: dict) -> dict:
+    """What of a config makes a run's curve; keys that it is older than have their defaults."""
+    known = vars(settings.Settings())
+    return {name: config.get(name, known[name]) for name in sorted(known) if name not in ELSEWHERE}
 
 
 def evaluations(run) -> list:
     """[(tokens, validation loss in nats per token)] of a run, oldest first."""
-    return [(row["tokens"], row["val_loss"]) for row in run.metrics if "val_loss" in row]
+    found = [(row["tokens"], row["val_loss"]) for row in run.metrics if "val_loss" in row]
+    if any(loss is None for _, loss in found):
+        raise UserError(f"{run.name} has a validation loss that is not finite")
+    return found
+
+
+def data_hash(run) -> str:
+    """The hash of the manifest of a run's data set."""
+    return run.info["data"].get("manifest_sha256", "unknown")
 
 
 def differing(ours: dict, theirs: dict) -> str:
@@ -43,23 +52,25 @@ def differing(ours: dict, theirs: dict) -> str:
 
 def save(runs: list, path: Path) -> str:
     """Write the curves of finished runs that differ in their seed alone; what was done."""
-    first, seeds = runs[0].info, [run.info["config"]["seed"] for run in runs]
+    first, seeds = runs[0].info, [run.info["config"].get("seed") for run in runs]
+    if path.exists():
+        raise UserError(f"{path} is there; remove it to make it anew (--compare only reads it)")
     for run in runs:
         if run.status.get("state") != "done":
             raise UserError(f"{run.name} is {run.status.get('state', 'not done')}; a reference is "
                             "made of finished runs")
-        if keys := differing(recipe(run.info), recipe(first)):
+        if keys := differing(recipe(run.info["config"]), recipe(first["config"])):
             raise UserError(f"{run.name} is of another recipe than {runs[0].name}: {keys}")
-        if run.info["data"]["manifest_sha256"] != first["data"]["manifest_sha256"]:
+        if data_hash(run) != data_hash(runs[0]):
             raise UserError(f"{run.name} was trained on another data set than {runs[0].name}")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"the runs have the seeds {seeds}; each needs one of its own")
     path.parent.mkdir(parents=True, exist_ok=True)
     settings.to_json(path, {
-        "format": FORMAT, "recipe": recipe(first), "data": first["data"],
-        "runs": [{"seed": run.info["config"]["seed"], "git": run.info["git"],
-                  "device": run.info["device"], "versions": run.info["versions"],
-                  "evaluations": evaluations(run)} for run in runs]})
+        "format": FORMAT, "recipe": recipe(first["config"]), "data": first["data"],
+        "runs": [{"seed": seed, "evaluations": evaluations(run),
+                  **{name: run.info.get(name) for name in ("git", "device", "versions")}}
+                 for run, seed in zip(runs, seeds, strict=True)]})
     return f"{len(runs)} run(s) -> {path}"
 
 
@@ -68,9 +79,13 @@ def read(path: Path) -> dict:
     try:
         reference = json.loads(path.read_text(encoding="utf-8"))
         curves = [dict(map(tuple, run["evaluations"])) for run in reference["runs"]]
-        if reference["format"] != FORMAT or not curves:
+        if reference["format"] > FORMAT:
+            raise UserError(f"{path} has format {reference['format']}, newer than this program's "
+                            f"{FORMAT}; update it")
+        if not curves:
             raise ValueError
-        return reference | {"curves": curves, "hash": reference["data"]["manifest_sha256"]}
+        return {"curves": curves, "hash": reference["data"]["manifest_sha256"],
+                "recipe": recipe(reference["recipe"])}
     except FileNotFoundError:
         raise UserError(f"no file {path}; reference/ holds the curves that are kept") from None
     except (ValueError, KeyError, TypeError):
@@ -81,11 +96,10 @@ def compare(run, path: Path) -> list:
     """Lines that say how far a run's validation losses are from the reference's, in standard
     deviations between its seeds. UserError where data set or recipe are not the same."""
     reference = read(path)
-    if run.info["data"]["manifest_sha256"] != reference["hash"]:
+    if data_hash(run) != reference["hash"]:
         raise UserError(f"{run.name} was trained on another data set than {path}: its manifest has "
-                        f"the hash {run.info['data']['manifest_sha256'][:12]}, the reference's "
-                        f"{reference['hash'][:12]}")
-    if keys := differing(recipe(run.info), reference["recipe"]):
+                        f"the hash {data_hash(run)[:12]}, the reference's {reference['hash'][:12]}")
+    if keys := differing(recipe(run.info["config"]), reference["recipe"]):
         raise UserError(f"{run.name} is of another recipe than {path}: {keys}")
     curves = reference["curves"]
     count, lines, verdict = len(curves), [], ""
@@ -101,8 +115,9 @@ def compare(run, path: Path) -> list:
             lines[-1] += f" ± {spread:.4f}, {sigmas:+.1f} sigma"
             # of one more draw, from a mean and a deviation that are themselves estimates
             bound = T_95[min(count, len(T_95)) - 1] * math.sqrt(1 + 1 / count)
-            verdict += (f", {sigmas:+.1f} sigma; 95 % of such runs lie within {bound:.1f} sigma of "
-                        f"the mean of {count} seeds")
+            verdict += (f", {sigmas:+.1f} sigma, {'within' if abs(sigmas) <= bound else 'OUTSIDE'} "
+                        f"the {bound:.1f} sigma around the mean of {count} seeds in which 95 % of "
+                        "such runs lie")
     if not lines:
         raise UserError(f"{run.name} has no evaluation at the tokens of one in {path}")
     return [*lines, f"{run.name} and {path}: at the last of these {verdict}"]

@@ -29,11 +29,10 @@ def read_rows(path: Path, column: str) -> list[dict]:
     if path.suffix == ".parquet":
         return parquet(path).to_pylist()
     plain, rows = path.suffix == ".txt", []
-    data = path.read_bytes()
-    if not (data if plain else data.strip()):
+    data = path.read_bytes() if plain else path.read_bytes().rstrip()
+    if not data:
         return []
-    for number, line in enumerate((data.removesuffix(b"\n") if plain else data.rstrip())
-                                  .split(b"\n"), 1):
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
         try:
             text = line.decode("utf-8-sig")
             rows.append({column: text.removesuffix("\r")} if plain else json.loads(text))

@@ -7,6 +7,7 @@
                                  from the lowest to the highest
   report.py out/RUN --compare=reference/quickstart.json
                                  how many sigmas its losses are from those of the same recipe
+                                 (made by report.py out/A out/B out/C --save_reference=FILE)
 
 The page needs nothing but itself: no scripts, no network. Its figures are embedded as data too:
 <script type="application/json" id="data"> holds {"runs": [{"name", "info", "metrics", ...}]}, of
@@ -76,7 +77,7 @@ class Flags:
 
     out: str = key("", "the page to write (default: report.html in the first run's folder)")
     compare: str = key("", "no page: how far a run is from this file of reference curves")
-    reference: str = key("", "no page: write the runs' curves, of one seed each, to this file")
+    save_reference: str = key("", "no page: make this file of the curves of runs, a seed each")
 
 
 @dataclass
@@ -447,14 +448,16 @@ def page(runs: list, out: Path) -> list:
 def main(command) -> int:
     """Read the runs, write the page and its Markdown twin; or compare with reference curves."""
     folders = list(dict.fromkeys(map(find, command.files or ["out"])))
-    if command.flags.compare or command.flags.reference:
+    flags = command.flags
+    if flags.compare or flags.save_reference:
+        if sum(map(bool, (flags.compare, flags.save_reference, flags.out))) > 1:
+            raise UserError("--compare, --save_reference and --out exclude each other")
         runs = [load(folder) for folder in folders]
-        if command.flags.reference:
-            print(compare.save(runs, Path(command.flags.reference)))
-        for run in runs if command.flags.compare else ():
-            print("\n".join(compare.compare(run, Path(command.flags.compare))))
+        print(compare.save(runs, Path(flags.save_reference)) if flags.save_reference else
+              "\n".join(itertools.chain.from_iterable(
+                  compare.compare(run, Path(flags.compare)) for run in runs)))
         return 0
-    out = Path(command.flags.out or folders[0] / "report.html")
+    out = Path(flags.out or folders[0] / "report.html")
     if out.suffix != ".html":
         raise UserError(f"--out={out} must end in .html; the Markdown goes beside it")
     runs = [load(folder) for folder in folders]

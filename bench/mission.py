@@ -1,17 +1,18 @@
-"""The mission's run: python bench/gpu.py mission --text=F.jsonl.xz,G.jsonl.xz [--eval=FOLDER]
+"""The mission: python bench/gpu.py mission --text=F.jsonl.xz,G.jsonl.xz [--eval=FOLDER]
 
-A LLaMA learns at a short context, which is then made four times as long in two ways with the same
-tokens: by position interpolation (https://arxiv.org/abs/2306.15595), and plainly. All three are
-scored by position, at the short context, on tinyMMLU's questions and the other local sets of
-FOLDER, and report.py makes a page of them. As many steps as fit in --total minutes of training;
-a call ends within --minutes, with exit code 75 if the same command has to go on.
+What this project is for, as one long run made of calls of some minutes. A LLaMA learns at a short
+context, which is then made four times as long in two ways with the same tokens: by position
+interpolation (https://arxiv.org/abs/2306.15595), and plainly. All three are scored by position, at
+the short context, on tinyMMLU's questions and the other local sets of FOLDER, and report.py makes a
+page of them. As many steps as fit in --total minutes; a call ends within --minutes, with exit code
+75 if the same command has to go on.
 
 --predict stops before the first of them: a ladder of three short runs, each with a schedule of its
 own, says which loss the long one will reach. The next call goes on and compares at the end.
 
 OUT keeps what is worth keeping, a few MB: plan.json, prediction.json, result.json, and of every run
-metrics, samples, scores and report; checkpoints and the data set lie in out/mission and data/.
---rehearse: tiny, on the CPU.
+metrics, samples, scores and report; the data set is data/mission, checkpoints are in a folder of
+OUT's name under out/. --rehearse: tiny, on the CPU, with bytes as tokens.
 """
 
 import json
@@ -21,6 +22,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,24 +39,24 @@ class Flags:
     eval: str = key("", "folder with tinyMMLU.jsonl, mmlu_dev.jsonl and other local sets")
     tokenizer: str = key("mistral", "as in a config")
     config: str = key("config/mission.py", "the run at the short context")
-    total: float = key(22.0, "minutes of training, of all calls and runs together", low=0.01)
+    total: float = key(22.0, "minutes of training in the three runs; trial and ladder come on top",
+                       low=0.01)
     minutes: float = key(9.5, "minutes of this call", low=0.05)
     tune_share: float = key(0.1, "of the training time, for each long run", (), 0.01, 0.4)
     out: str = key("bench/results/mission", "the folder for what is kept")
     predict: bool = key(False, "climb the ladder, write prediction.json, and stop")
     rehearse: bool = key(False, "tiny sizes on the CPU")
 
-
-if __name__ == "__main__":
-    COMMAND = settings.command(__doc__, Flags, takes="files")
-
 TIMES = 4  # the long context is so many times the short one
 ARMS = {"base": [], "interpolated": ["--rope_scaling=linear", f"--rope_factor={TIMES}.0"],
         "plain": []}
+SOFTER = 6  # the long runs' rates are so much lower, as in config/llama100m_pi1024.py
 TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--d_ff=64", "--block_size=64",
         "--global_batch_tokens=512", "--eval_tokens=1024", "--device=cpu", "--compile=false",
         "--optimizer=adamw"]
+FEW = "[{'path': 'embedded', 'max_documents': 40}]"  # the rehearsal's text
 LADDER = (16, 8, 4)  # the parts of the long run's steps that three short runs take
+LEAST = 4  # steps of the shortest
 KEPT = ("*.json", "*.jsonl", "report*", "eval/*")
 
 
@@ -63,10 +65,12 @@ class Mission:
 
     def __init__(self, flags: Flags):
         self.flags, self.out = flags, Path(flags.out)
-        self.home, self.until = Path("out/mission"), time.time() + 60 * flags.minutes
+        self.home = Path("out") / self.out.absolute().name
+        self.until = time.time() + 60 * flags.minutes
         self.config = flags.config if Path(flags.config).exists() else str(ROOT / flags.config)
         self.tiny = TINY if flags.rehearse else []
-        self.block = settings.parse([self.config, *self.tiny], "").config.block_size
+        self.keys = settings.parse([self.config, *self.tiny], "").config
+        self.tokenizer = "bytes" if flags.rehearse else flags.tokenizer
 
     def script(self, name: str, *words: str, ok: tuple[int, ...] = (0,)) -> int:
         """Run a script of ours; its exit code. What it says is added to OUT/commands.log."""
@@ -78,7 +82,9 @@ class Mission:
             except subprocess.TimeoutExpired:
                 raise SystemExit(75) from None
         if done.returncode not in ok:
-            raise UserError(f"{name} ended with {done.returncode}; see {self.out}/commands.log")
+            said = (self.out / "commands.log").read_text("utf-8", "replace").rstrip()
+            line = f"{name} ended with {done.returncode}: {said.rsplit(chr(10), 1)[-1]}"
+            raise UserError(line) if done.returncode == 2 else SystemExit(f"error: {line}")
         return done.returncode
 
     def train(self, run: Path, *words: str) -> None:
@@ -91,32 +97,41 @@ class Mission:
 
     def plan(self) -> dict:
         """Steps of the runs, from the speed of a short trial: made once, then read."""
-        path = self.out / "plan.json"
+        path, asked = self.out / "plan.json", {name: getattr(self.flags, name) for name in (
+            "config", "tokenizer", "total", "tune_share", "rehearse")}
         if not path.exists():
             trial, steps = self.home / "trial", 12 if self.tiny else 60
             self.train(trial, f"--max_steps={steps}", "--warmup_steps=5", "--eval_interval=1000000",
                        "--save_interval=1000000", "--sample_tokens=0", "--log_interval=10",
                        "--eval_tokens=1024")
-            rows = [row for row in rows_of(trial) if "tokens_per_second" in row]
             run = json.loads((trial / "run.json").read_text())
-            speed = rows[-2]["tokens_per_second"]  # past the compiler's work
+            speed = median(row["tokens_per_second"] for row in rows_of(trial)
+                           if "tokens_per_second" in row and row["step"] > 1)  # it is compiled
             batch = run["config"]["global_batch_tokens"]
             every = 60 * self.flags.total * speed / batch
             tune = max(2, int(every * self.flags.tune_share))
             steps = max(4, int(every) - 2 * tune)
             settings.to_json(path, {
-                "base": steps, "tune": tune, "tokens_per_second": speed, "batch_tokens": batch,
+                "asked": asked, "base": steps, "tune": tune, "tokens_per_second": speed,
+                "batch_tokens": batch,
                 "epochs": (steps + tune) * batch / run["data"]["train_tokens"]})
             shutil.rmtree(trial)
-        return json.loads(path.read_text())
+        plan = json.loads(path.read_text())
+        if plan["asked"] != asked:
+            raise UserError(f"{path} was made for {plan['asked']}, not for {asked}; take another "
+                            "--out")
+        return plan
 
     def predict(self, plan: dict) -> dict:
         """What the run at the short context will come to: made once, then read."""
         path = self.out / "prediction.json"
         if not path.exists():
+            if plan["base"] < LADDER[0] * LEAST:
+                raise UserError(f"{plan['base']} steps are too few for a ladder, which needs "
+                                f"{LADDER[0] * LEAST}; take more minutes (--total)")
             rungs, seconds = [], 0.0
             for part in LADDER:
-                run, steps = self.home / f"ladder_{part}", max(2, plan["base"] // part)
+                run, steps = self.home / f"ladder_{part}", plan["base"] // part
                 self.train(run, *schedule(steps), f"--eval_interval={steps}", "--sample_tokens=0")
                 self.keep(run)
                 tokens, loss, _ = last_of(run)
@@ -129,17 +144,22 @@ class Mission:
         return json.loads(path.read_text())
 
     def score(self, run: Path, name: str) -> None:
-        """Loss by position, at the short context, and the local sets."""
-        where = [f"--ckpt={run}"] + ["--device=cpu"] * bool(self.tiny)
-        found = sorted(Path(self.flags.eval).glob("*.jsonl*")) if self.flags.eval else []
-        self.script("eval.py", *where, "--by_position", "--tasks=" + ",".join(
-            f"local:{path}" for path in found if path.name not in ("tinyMMLU.jsonl",
-                                                                   "mmlu_dev.jsonl")))
+        """Loss by position, at the short context, and the local sets; what is done is not done
+        again by the next call."""
+        device = ["--device=cpu"] * bool(self.tiny)
+        found = sets_of(self.flags.eval)
+        others = ",".join(f"local:{path}" for name, path in found.items()
+                          if name not in ("tinyMMLU", "mmlu_dev"))
+        wanted = [["--by_position", f"--tasks={others}"]]
         if name != "base":
-            self.script("eval.py", *where, "--tasks=", f"--context={self.block}")
-        if self.flags.eval and (Path(self.flags.eval) / "tinyMMLU.jsonl").exists():
-            self.script("eval.py", *where, f"--tasks=local:{self.flags.eval}/tinyMMLU.jsonl",
-                        f"--shots={self.flags.eval}/mmlu_dev.jsonl")
+            wanted.append(["--tasks=", f"--context={self.keys.block_size}"])
+        if "tinyMMLU" in found:
+            wanted.append([f"--tasks=local:{found['tinyMMLU']}", f"--shots={found['mmlu_dev']}"])
+        for number, words in enumerate(wanted):
+            mark = run / f"scored.{number}"
+            if not mark.exists():
+                self.script("eval.py", f"--ckpt={run}", *device, *words)
+                mark.touch()
         self.script("report.py", str(run))
 
     def keep(self, run: Path) -> None:
@@ -156,9 +176,15 @@ def rows_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def sets_of(folder: str) -> dict[str, Path]:
+    """The local sets of a folder by name: tinyMMLU.jsonl or tinyMMLU.jsonl.xz is tinyMMLU."""
+    return {path.name.split(".")[0]: path for path in sorted(Path(folder).glob("*.jsonl*"))
+            } if folder else {}
+
+
 def last_of(run: Path) -> tuple[int, float, float]:
     """Tokens, loss and bits per byte of a run's last evaluation."""
-    row = [row for row in rows_of(run) if "val_loss" in row][-1]
+    row = [row for row in rows_of(run) if row.get("val_loss") is not None][-1]
     return row["tokens"], row["val_loss"], row["val_bpb"]
 
 
@@ -175,8 +201,9 @@ def extrapolated(losses: list) -> float:
     double: the power law with an offset that goes through all three (E + A / D^b, as in
     https://arxiv.org/abs/2203.15556), of which each step down is a constant part of the last."""
     first, second = losses[0] - losses[1], losses[1] - losses[2]
-    if first <= 0 or second <= 0:
-        raise UserError(f"the ladder's losses do not fall: {losses}")
+    if not first > second > 0:
+        raise UserError(f"the ladder's losses {losses} do not fall by less and less; its runs are "
+                        "too short")
     part = second / first
     return losses[2] - second * part - second * part**2
 
@@ -190,33 +217,49 @@ def schedule(steps: int) -> list[str]:
 def main(command: settings.CommandLine) -> int:
     """Go on where the call before ended."""
     mission = Mission(command.flags)
-    mission.out.mkdir(parents=True, exist_ok=True)
-    sources = [path for path in mission.flags.text.split(",") if path]
+    flags = mission.flags
+    sources = [path for path in [*flags.text.split(","), *command.files] if path]
     if missing := [path for path in sources if not Path(path).is_file()]:
         raise UserError(f"--text: no file {missing[0]}")
-    if mission.flags.eval and not Path(mission.flags.eval).is_dir():
-        raise UserError(f"--eval: no folder {mission.flags.eval}")
-    mission.script("prepare.py", mission.config, "--dataset=mission",
-                   f"--sources={sources or ['embedded']!r}",
-                   f"--tokenizer={mission.flags.tokenizer}")
-    plan = mission.plan()
-    print(f"{plan['base']} steps of {plan['batch_tokens']:,} tokens, then {plan['tune']} in two "
-          f"ways: {plan['epochs']:.2f} epochs", flush=True)
-    if command.flags.predict:
-        foreseen = mission.predict(plan)
-        print(f"prediction: {foreseen['val_loss']:.3f} nats/token after {foreseen['tokens']:,} "
-              f"tokens and {foreseen['minutes']:.1f} minutes of training")
-        return 0
+    if flags.eval and not (found := sets_of(flags.eval)):
+        raise UserError(f"--eval: no folder {flags.eval} with .jsonl files")
+    if flags.eval and "tinyMMLU" in found and "mmlu_dev" not in found:
+        raise UserError(f"--eval: {flags.eval} has tinyMMLU but no mmlu_dev.jsonl for its examples")
+    mission.out.mkdir(parents=True, exist_ok=True)
+    few = FEW if flags.rehearse else "embedded"
+    try:
+        mission.script("prepare.py", mission.config, "--dataset=mission",
+                       f"--sources={sources or few}",
+                       f"--tokenizer={mission.tokenizer}")
+        plan = mission.plan()
+        print(f"{plan['base']} steps of {plan['batch_tokens']:,} tokens, then {plan['tune']} in "
+              f"two ways: {plan['epochs']:.2f} epochs", flush=True)
+        if flags.predict:
+            foreseen = mission.predict(plan)
+            print(f"prediction: {foreseen['val_loss']:.3f} nats/token after "
+                  f"{foreseen['tokens']:,} tokens and {foreseen['minutes']:.1f} minutes of "
+                  "training")
+        else:
+            train_all(mission, plan)
+    except SystemExit as end:
+        if end.code == 75:
+            print(f"{flags.minutes:g} minutes are over; the same command goes on")
+        raise
+    return 0
+
+
+def train_all(mission: Mission, plan: dict) -> None:
+    """The three runs, their scores, and how good the prediction was."""
     result = {}
     for name, keys in ARMS.items():
         run, long = mission.home / name, name != "base"
         steps = plan["tune" if long else "base"]
         words = [*schedule(steps), f"--eval_interval={1 + steps // 8}", *keys]
         if long:
-            base = settings.parse([mission.config, *mission.tiny], "").config
             words += [f"--init_from={mission.home / 'base'}",
-                      f"--block_size={TIMES * mission.block}",
-                      f"--learning_rate={base.learning_rate / 6}", f"--min_lr={base.min_lr / 6}"]
+                      f"--block_size={TIMES * mission.keys.block_size}",
+                      f"--learning_rate={mission.keys.learning_rate / SOFTER}",
+                      f"--min_lr={mission.keys.min_lr / SOFTER}"]
         try:
             mission.train(run, *words)
             if not (mission.out / name / "report.html").exists():
@@ -230,14 +273,13 @@ def main(command: settings.CommandLine) -> int:
         print(f"{name}: {loss:.4f} nats/token, {bpb:.4f} bits/byte after {tokens:,} tokens",
               flush=True)
     if (mission.out / "prediction.json").exists():
-        foreseen = mission.predict(plan)
-        result["base"] |= {"off_by_nats": result["base"]["val_loss"] - foreseen["val_loss"],
-                           "off_by_time": result["base"]["minutes"] / foreseen["minutes"] - 1}
-        print(f"off the prediction by {result['base']['off_by_nats']:+.3f} nats and "
-              f"{result['base']['off_by_time']:+.1%} of the time")
+        base, foreseen = result["base"], mission.predict(plan)
+        base |= {"off_by_nats": base["val_loss"] - foreseen["val_loss"],
+                 "off_by_share_of_time": base["minutes"] / foreseen["minutes"] - 1}
+        print(f"off the prediction by {base['off_by_nats']:+.3f} nats and "
+              f"{base['off_by_share_of_time']:+.1%} of the time")
     settings.to_json(mission.out / "result.json", result)
-    return 0
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    settings.run(main, settings.command(__doc__, Flags, takes="files"))

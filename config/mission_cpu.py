@@ -1,4 +1,7 @@
-"""The mission's run at a size that two CPU cores train: all else is mission.py's."""
+"""The mission at a size that two CPU cores train: all else is mission.py's.
+
+python bench/gpu.py mission --config=config/mission_cpu.py --out=bench/results/mission-cpu
+"""
 
 base = "mission.py"
 n_layer = 4

@@ -137,6 +137,8 @@ def test_a_ladder_is_continued_as_a_power_law():
     assert mission.extrapolated(losses[:3]) == pytest.approx(losses[3])
     with pytest.raises(UserError, match="do not fall"):
         mission.extrapolated([5, 5.1, 4.9])
+    with pytest.raises(UserError, match="too short"):
+        mission.extrapolated([5, 4.9, 4.7])
 
 
 @pytest.mark.slow
@@ -146,19 +148,23 @@ def test_the_mission_goes_on_where_a_call_ended(tmp_path):
         (tmp_path / f"sets/{name}.jsonl").write_text("\n".join(json.dumps(
             {"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": "B"})
             for i in range(6)))
-    words = ("bench/gpu.py", "mission", "--rehearse", "--total=0.02", "--minutes=1",
-             "--tokenizer=bytes", "--eval=sets", "--out=kept")
-    for more in (["--predict"], []):
-        for _ in range(20):
-            done = run_script(*words, *more, cwd=tmp_path, timeout=300)
-            if done.returncode != 75:
-                break
-        assert done.returncode == 0, done.stdout + done.stderr
+    words = ("bench/gpu.py", "mission", "--rehearse", "--total=0.1", "--eval=sets", "--out=kept")
+    codes, plans = [], []
+    for more in ("--minutes=0.05", "--predict", "--minutes=0.15", "--minutes=5"):
+        done = run_script(*words, more, cwd=tmp_path, timeout=500)
+        codes.append(done.returncode)
+        if (tmp_path / "kept/prediction.json").exists():
+            plans.append([(tmp_path / f"kept/{name}.json").read_text()
+                          for name in ("plan", "prediction")])
+    assert codes == [75, 0, 75, 0], done.stdout + done.stderr
+    assert len(plans) == 3 and plans[0] == plans[1] == plans[2]
     foreseen, result = (json.loads((tmp_path / f"kept/{name}.json").read_text())
                         for name in ("prediction", "result"))
     last = result["base"]["val_loss"]
     assert result["base"]["off_by_nats"] == pytest.approx(last - foreseen["val_loss"])
     assert f"{last - foreseen['val_loss']:+.3f} nats" in done.stdout
+    done = run_script(*words, "--total=0.2", cwd=tmp_path)
+    assert done.returncode == 2 and "take another --out" in done.stderr
     plan = json.loads((tmp_path / "kept/plan.json").read_text())
     for name, steps in (("base", plan["base"]), ("interpolated", plan["tune"]),
                         ("plain", plan["tune"])):

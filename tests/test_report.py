@@ -389,7 +389,7 @@ def references(tmp_path, capsys, *seeds: int) -> list[Path]:
     runs = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in seeds]
     for run in runs:
         write(run / "status.json", {"state": "done", "step": 100})
-    assert run_main([*map(str, runs), f"--reference={tmp_path}/curves/ours.json"]) == 0
+    assert run_main([*map(str, runs), f"--save_reference={tmp_path}/curves/ours.json"]) == 0
     assert f"{len(seeds)} run(s)" in capsys.readouterr().out
     return runs
 
@@ -410,7 +410,8 @@ def test_how_far_a_run_is_from_the_reference(tmp_path, capsys):
             sigmas = (losses[3] - np.mean(losses[:3])) / np.std(losses[:3], ddof=1)
             assert line.endswith(f"± {np.std(losses[:3], ddof=1):.4f}, {sigmas:+.1f} sigma")
     # Student's t of two degrees of freedom, 4.3027, times the root of 1 + 1/3
-    assert f"{sigmas:+.1f} sigma; 95 %" in last and "within 5.0 sigma" in last
+    assert f"{sigmas:+.1f} sigma, " in last and "5.0 sigma around" in last
+    assert ("OUTSIDE" in last) == (abs(sigmas) > 4.3027 * (4 / 3)**0.5)
 
 
 def test_one_run_has_no_sigma(tmp_path, capsys):
@@ -430,7 +431,7 @@ def test_what_a_run_is_not_compared_with(tmp_path, capsys):
     info["data"]["manifest_sha256"] = "0" * 64
     write(runs[0] / "run.json", info)
     assert "hash 000000000000, the reference's ffffffffffff" in fails(runs[0], curves)
-    new = f"--reference={tmp_path}/new.json"
+    new = f"--save_reference={tmp_path}/new.json"
     assert "another data set" in fails(*runs, new)
     twin = make_run(tmp_path / "twin", seed=2)
     write(twin / "status.json", {"state": "done", "step": 100})
@@ -438,5 +439,18 @@ def test_what_a_run_is_not_compared_with(tmp_path, capsys):
     assert "no file" in fails(runs[1], "--compare=none.json")
     (tmp_path / "bad.json").write_text("{}")
     assert "reference curves" in fails(runs[1], f"--compare={tmp_path}/bad.json")
+    assert "is there" in fails(runs[1], f"--save_reference={tmp_path}/curves/ours.json")
+    assert "exclude each other" in fails(runs[1], curves, new)
+    later = make_run(tmp_path / "later")
+    (later / "metrics.jsonl").write_text('{"step": 7, "tokens": 7, "val_loss": 5.5}\n')
+    assert "no evaluation at the tokens" in fails(later, curves)
+    (later / "metrics.jsonl").write_text('{"step": 0, "tokens": 0, "val_loss": null}\n')
+    assert "not finite" in fails(later, curves)
+    reference = json.loads((tmp_path / "curves/ours.json").read_text())
+    write(tmp_path / "newer.json", reference | {"format": 99})
+    assert "newer than" in fails(runs[1], f"--compare={tmp_path}/newer.json")
+    del reference["recipe"]["doc_mask"]  # a key that the reference is older than: its default
+    write(tmp_path / "older.json", reference)
+    assert run_main([str(runs[1]), f"--compare={tmp_path}/older.json"]) == 0
     write(runs[1] / "status.json", {"state": "stopped", "step": 50})
     assert "is stopped" in fails(runs[1], new) and not (tmp_path / "new.json").exists()
