@@ -231,7 +231,8 @@ def load(file: str = "") -> tuple[Parameters | None, str]:
             with urllib.request.urlopen(URL, timeout=20) as answer:
                 found = from_pickle(answer.read(1 << 26), URL)
         except (OSError, ValueError, UserError) as error:
-            return None, f"{error}; fetch {URL} and put it at {copy}, or name it with --irt-file"
+            place = str(copy).replace(str(Path.home()), "~", 1)  # this is kept with the scores
+            return None, f"{error}; fetch {URL} and put it at {place}, or name it with --irt-file"
     if not kept.is_file():
         try:
             cache.mkdir(parents=True, exist_ok=True)
