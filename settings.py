@@ -410,6 +410,7 @@ def run(main, *args) -> None:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main(*args)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is done: nothing is left to interrupt
     except UserError as error:
         code = complain(str(error), 2)
     except KeyboardInterrupt:
