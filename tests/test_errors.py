@@ -142,6 +142,7 @@ def test_one_line_that_says_what_to_do(place, monkeypatch, capfd, name, words, s
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
     with pytest.raises(SystemExit) as left:
         settings.run(module.main, settings.command(module.__doc__, module.Flags, takes))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored is so for children
     error = capfd.readouterr().err
     assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert re.search(says, error), error
