@@ -47,6 +47,7 @@ class Flags:
     predict: bool = key(False, "climb the ladder, write prediction.json, and stop")
     rehearse: bool = key(False, "tiny sizes on the CPU")
 
+
 TIMES = 4  # the long context is so many times the short one
 ARMS = {"base": [], "interpolated": ["--rope_scaling=linear", f"--rope_factor={TIMES}.0"],
         "plain": []}
@@ -226,10 +227,9 @@ def main(command: settings.CommandLine) -> int:
     if flags.eval and "tinyMMLU" in found and "mmlu_dev" not in found:
         raise UserError(f"--eval: {flags.eval} has tinyMMLU but no mmlu_dev.jsonl for its examples")
     mission.out.mkdir(parents=True, exist_ok=True)
-    few = FEW if flags.rehearse else "embedded"
     try:
         mission.script("prepare.py", mission.config, "--dataset=mission",
-                       f"--sources={sources or few}",
+                       f"--sources={sources or (FEW if flags.rehearse else 'embedded')}",
                        f"--tokenizer={mission.tokenizer}")
         plan = mission.plan()
         print(f"{plan['base']} steps of {plan['batch_tokens']:,} tokens, then {plan['tune']} in "

@@ -37,12 +37,12 @@ from itertools import pairwise
 from statistics import mean, stdev
 
 import log
+from compare import T_95
 
 ARMS = ("adamw", "muon")
 # Muon's steps are scaled to AdamW's size, so that the range is shared
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 SEEDS = (1, 2, 3)
-T_95 = 4.303  # Student's t, two-sided 95 %, two degrees of freedom
 
 Curve = list[tuple[int, float, float]]  # tokens, seconds of training, validation loss
 
@@ -70,7 +70,7 @@ def main(command: settings.CommandLine) -> int:
             print(f"{what}: Muon did not reach {goal:.4f} with every seed: AdamW is ahead")
             continue
         logs = [math.log(a / b) for a, b in zip(reached["adamw"], reached["muon"], strict=True)]
-        half = T_95 * stdev(logs) / math.sqrt(len(logs))
+        half = T_95[len(logs) - 1] * stdev(logs) / math.sqrt(len(logs))
         low, middle, high = (math.exp(mean(logs) + x) for x in (-half, 0, half))
         print(f"| {what} to {goal:.4f} nats: Muon beside AdamW | {mean(reached['muon']):,.0f} | "
               f"{mean(reached['adamw']):,.0f} | {middle:.2f} ({low:.2f} to {high:.2f}) |")

@@ -13,5 +13,5 @@ global_batch_tokens = 16 * 256
 learning_rate = 4e-3  # the best of five for Muon at a smaller size: docs/log.md
 min_lr = learning_rate / 10
 optimizer = "muon"
-compile = "true"  # half a minute at every start, and a third faster
+compile = "true"  # half a minute at every start; bench/step.py: a third faster
 eval_tokens = 64 * 1024
