@@ -26,8 +26,10 @@ A local file (also packed: .xz, .gz) holds rows of one kind:
 
 from dataclasses import dataclass
 
-import settings
-from settings import UserError
+from plainllama import settings
+from plainllama.command import parse_arguments, run_command
+from plainllama.files import run_of, steps_of
+from plainllama.settings import UserError
 
 
 @dataclass
@@ -59,28 +61,21 @@ class Flags:
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
-import itertools
 import json
-import math
-import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-import checkpoint
-import parallel
-import shards
-from attention import bounds
-from log import Progress
-from model import IGNORE
-from parallel import World
-from tokenizer import ByteInfo, Tokenizer, byte_info, decoded_bytes
+from plainllama import parallel
+from plainllama.evaluation.likelihood import Text, by_position, evaluate
+from plainllama.parallel import World
+from plainllama.tokens import shards
+from plainllama.tokens.rows import Rows
+from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.tokens.tokenizer_json import byte_info
+from plainllama.weights import checkpoint
+from plainllama.weights.huggingface import load_model, model_config
 
 
 def main(command) -> int:
@@ -99,12 +94,12 @@ def main(command) -> int:
 
 def measure(flags: Flags, named: bool, world: World) -> int:
     """The whole command; `named`: the user asked for these tasks. The exit code."""
-    import tasks
+    from plainllama.evaluation import tasks
 
     say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
     folders = world.decide(lambda: walk(flags.all) if flags.all else [checkpoint.find(flags.ckpt)])
-    run, tokenizer = checkpoint.run_of(folders[0]), Tokenizer.load(folders[0])
-    block_size = checkpoint.model_config(folders[0]).block_size
+    run, tokenizer = run_of(folders[0]), Tokenizer.load(folders[0])
+    block_size = model_config(folders[0]).block_size
     if flags.context > block_size:
         raise UserError(f"--context={flags.context} is more than the {block_size} tokens of the "
                         "model's context")
@@ -130,9 +125,9 @@ def measure(flags: Flags, named: bool, world: World) -> int:
                         "set is here, without --data, --context and --text")
     unfit: dict = {}
     if flags.contamination:
-        import ngram
+        from plainllama.evaluation import counting
 
-        unfit = ngram.contamination({name: job.questions() for name, job in jobs.items()},
+        unfit = counting.contamination({name: job.questions() for name, job in jobs.items()},
                                     training_data(flags, run), tokenizer, world)
     special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
                if getattr(flags, name) != getattr(Flags, name)]
@@ -157,9 +152,10 @@ def score(flags: Flags, folder: Path, run: Path | None, keep: Path | None, rows,
           unfit: dict, world: World, say) -> int:
     """One checkpoint: validation, then every task; each score is recorded as soon as it is there.
     How many tasks could not be scored."""
-    import tasks
+    from plainllama.evaluation import tasks
+    from plainllama.results import record, score_table, write_samples
 
-    model = checkpoint.load_model(folder, world.device, parallel.pick_dtype(
+    model = load_model(folder, world.device, parallel.pick_dtype(
         flags.dtype, world.device))
     tokenizer, block_size = Tokenizer.load(folder), model.config.block_size
     batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
@@ -176,19 +172,19 @@ def score(flags: Flags, folder: Path, run: Path | None, keep: Path | None, rows,
         shown = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
         kept = {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
         windows = f" in windows of {length}" * (length < block_size)
-        say(tasks.table(f"{flags.text or 'validation'}{windows}, {found['tokens']:,} tokens, "
+        say(score_table(f"{flags.text or 'validation'}{windows}, {found['tokens']:,} tokens, "
                   f"{found['bytes']:,} bytes", shown))
         if flags.by_position:
             kept["by_position"] = by_position(model, rows, tokens, micro_batch, world, begin)
-            say(tasks.table(f"loss by position{windows}, nats per token", kept["by_position"]))
+            say(score_table(f"loss by position{windows}, nats per token", kept["by_position"]))
         result |= ({"texts": {flags.text + windows: kept}} if flags.text else
                    kept if length == block_size else {"contexts": {str(length): kept}})
         if flags.baselines and run and world.rank == 0:
-            import ngram
+            from plainllama.evaluation import counting
 
-            result["baselines"] = ngram.compare(rows, state["rows"], found, config_of(run), say)
+            result["baselines"] = counting.compare(rows, state["rows"], found, config_of(run), say)
     result["tasks"] = {}
-    tasks.record(keep, result, world)
+    record(keep, result, world)
     scorer, failed = tasks.Scorer(model, tokenizer, batch_tokens, world), 0
     for name, job in jobs.items():
         scorer.truncated.clear()
@@ -201,12 +197,12 @@ def score(flags: Flags, folder: Path, run: Path | None, keep: Path | None, rows,
             continue
         for task, metrics in scores.items():
             metrics |= {"begin": tokenizer.begin} | unfit.get(name, {})
-            say(tasks.table(f"{task}, {metrics['n']} prompts", metrics))
+            say(score_table(f"{task}, {metrics['n']} prompts", metrics))
         result["tasks"] |= scores
-        tasks.record(keep, result, world)  # after each task: what is finished is kept
+        record(keep, result, world)  # after each task: what is finished is kept
         if flags.log_samples and world.rank == 0:
             for task, samples in scorer.samples.items():
-                tasks.write_samples(keep, result.get("step"), task, samples)
+                write_samples(keep, result.get("step"), task, samples)
     if flags.json:
         say(json.dumps(result))
     return failed
@@ -214,7 +210,7 @@ def score(flags: Flags, folder: Path, run: Path | None, keep: Path | None, rows,
 
 def walk(run: str) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = checkpoint.steps_of(Path(run))[::-1]
+    found = steps_of(Path(run))[::-1]
     if not found:
         raise UserError(f"--all={run} is not a run with checkpoints; name one, such as out/NAME")
     return found
@@ -222,9 +218,9 @@ def walk(run: str) -> list[Path]:
 
 def complete(run: Path, folder: Path, rows: bool, flags: Flags, jobs: dict) -> bool:
     """Whether RUN/eval has what is asked for of a checkpoint."""
-    import tasks
+    from plainllama.results import read_scores
 
-    old = tasks.read_scores(run, int(folder.name.removeprefix("step_")))
+    old = read_scores(run, int(folder.name.removeprefix("step_")))
     where = old.get("contexts", {}).get(str(flags.context), {}) if flags.context else old
     if flags.text:
         windows = f" in windows of {flags.context}" * bool(flags.context)
@@ -236,8 +232,8 @@ def complete(run: Path, folder: Path, rows: bool, flags: Flags, jobs: dict) -> b
 
 def from_samples(flags: Flags) -> int:
     """tinyMMLU's scores from the answers that another program has kept."""
-    import irt
-    import tasks
+    from plainllama.evaluation import irt
+    from plainllama.results import score_table
 
     right, told = irt.read_samples(flags.irt)
     known = irt.load(flags.irt_file)
@@ -246,7 +242,7 @@ def from_samples(flags: Flags) -> int:
                         f"{len(known[0].anchors)} questions; run it without --limit")
     metrics = {"acc": float(right.mean()), "chance": 1 / 4, "n": len(right), **told}
     metrics |= irt.scores(right, known)
-    print(tasks.table(f"{flags.irt}, {len(right)} prompts", metrics))
+    print(score_table(f"{flags.irt}, {len(right)} prompts", metrics))
     if flags.json:
         print(json.dumps(metrics))
     return 0
@@ -254,109 +250,9 @@ def from_samples(flags: Flags) -> int:
 
 # ---- bits per byte
 
-class Text:
-    """The windows of a text, the last one filled up with shards.PAD; as evaluate() reads rows."""
-
-    def __init__(self, file: str, tokenizer: Tokenizer, block_size: int):
-        import sources
-
-        path, dropped = Path(file), sources.Tally()
-        if path.is_file() and not re.fullmatch(sources.KINDS, path.name):
-            parts = [[sources.Piece(file, file, "txt", "text", path.stat().st_size)]]
-        else:
-            _, parts = sources.survey(sources.described(file), [])
-        texts = list(sources.documents(itertools.chain(*parts), dropped))
-        for rule, found in dropped.items():
-            if rule != "empty":
-                raise UserError(f"--text: {found['first']}: {rule}")
-        ids = np.concatenate([np.zeros(0, np.int64), *tokenizer.encode_documents(texts)])
-        self.block_size, self.windows = block_size, -(-(len(ids) - 1) // block_size)
-        if self.windows < 1:
-            raise UserError(f"--text={file} holds no text")
-        filled = np.full(self.windows * block_size + 1, shards.PAD, np.int64)
-        filled[:len(ids)] = ids
-        self.all = np.lib.stride_tricks.sliding_window_view(filled, block_size + 1)[::block_size]
-
-    def read_windows(self, windows) -> np.ndarray:
-        """The given windows, int64 (m, T + 1)."""
-        return self.all[list(windows)]
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, rows: shards.Rows, token_byte_info: ByteInfo, tokens: int,
-             micro_batch: int, world: World, begin: int | None = None) -> dict:
-    """{val_loss, val_bpb, tokens, bytes, ppl} of the first `tokens` // T windows, in their order.
-
-    val_loss is nats per target; val_bpb is nats / ln 2 / utf-8 bytes of the decoded targets, so
-    boundary tokens count above the line only. Independent of micro_batch (rows per pass) and of the
-    number of ranks: rank r takes every W-th window, and rows whose targets are ignored fill up the
-    last passes, so that all passes have one shape and all ranks do as many. `begin`: the id that
-    begins a document, if tokens see their own document only (doc_mask). Calls only
-    model(ids, targets), the summed loss. Collective.
-    """
-    count = max(1, min(tokens // rows.block_size, rows.windows))
-    losses, n_bytes, targets = [], 0, 0
-    progress = Progress("validation", count, "rows", world.rank == 0,
-                        world.device.type)
-    for first in range(0, count, micro_batch * world.size):
-        mine = range(first + world.rank, min(first + micro_batch * world.size, count), world.size)
-        ids = np.zeros((micro_batch, rows.block_size + 1), np.int64)
-        if mine:
-            ids[:len(mine)] = rows.read_windows(mine)
-        nothing = torch.from_numpy(ids[:, 1:] == shards.PAD)
-        nothing[len(mine):] = True
-        ids[ids == shards.PAD] = token_byte_info.bos  # which has no bytes
-        n_bytes += decoded_bytes(ids[:len(mine)], token_byte_info)
-        targets += nothing.numel() - int(nothing.sum())
-        x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
-        y[nothing] = IGNORE
-        own = [] if begin is None else [None, bounds(x, begin).to(world.device)]
-        losses.append(model(x.to(world.device), y.to(world.device), *own))
-        progress.add(min(micro_batch * world.size, count - first))
-    progress.close()
-    nll = torch.stack(losses).cpu().double().sum()  # read once: passes are not held up
-    sums = world.sum(torch.cat([nll[None], torch.tensor([n_bytes, targets]).double()])).tolist()
-    loss = sums[0] / sums[2]
-    return {"val_loss": loss, "val_bpb": sums[0] / math.log(2) / max(sums[1], 1),
-            "tokens": int(sums[2]), "bytes": int(sums[1]), "ppl": math.exp(min(loss, 700))}
-
-
-@torch.no_grad()
-def by_position(model: nn.Module, rows: shards.Rows, tokens: int, micro_batch: int,
-                world: World, begin: int | None = None) -> dict:
-    """{'0-255': nats per target that follows one of these positions, '0-255_stderr': ..., n}: the
-    windows of evaluate(), in quarters; the standard errors are over the n windows. `begin`: as
-    there. Collective."""
-    count, T = max(1, min(tokens // rows.block_size, rows.windows)), rows.block_size
-    losses = torch.zeros(2, count, T, dtype=torch.float64)  # nats, and whether there is a target
-    progress = Progress("by position", count, "rows", world.rank == 0, world.device.type)
-    for first in range(0, count, micro_batch * world.size):
-        mine = range(first + world.rank, min(first + micro_batch * world.size, count), world.size)
-        if mine:
-            ids = torch.from_numpy(rows.read_windows(mine).astype(np.int64))
-            there = ids[:, 1:] != shards.PAD
-            ids.clamp_(min=0)
-            own = [] if begin is None else [None, None, bounds(ids[:, :-1], begin).to(world.device)]
-            logits = model(ids[:, :-1].to(world.device), *own).float().flatten(0, 1)
-            nats = F.cross_entropy(logits, ids[:, 1:].flatten().to(world.device), reduction="none")
-            losses[0, list(mine)] = nats.view(-1, T).cpu().double() * there
-            losses[1, list(mine)] = there.double()
-        progress.add(min(micro_batch * world.size, count - first))
-    progress.close()
-    found: dict = {}
-    quarters = world.sum(losses).split(-(-T // 4), dim=2)
-    for first, (nats, there) in zip(range(0, T, -(-T // 4)), quarters, strict=True):
-        if there.any():
-            held, name = there.sum(1) > 0, f"{first}-{first + nats.shape[1] - 1}"
-            means = nats.sum(1)[held] / there.sum(1)[held]
-            found[name] = (nats.sum() / there.sum()).item()
-            found[f"{name}_stderr"] = (means.std(correction=0).item()
-                                       / math.sqrt(max(1, len(means) - 1)))
-    return found | {"n": count}
-
 
 def validation(flags: Flags, folder: Path, run: Path | None, block_size: int,
-               say) -> shards.Rows | None:
+               say) -> Rows | None:
     """The windows of the validation split; None, which is said, if no data set was named and the
     run's is not here."""
     name = flags.data or config_of(run).get("dataset", "")
@@ -367,7 +263,7 @@ def validation(flags: Flags, folder: Path, run: Path | None, block_size: int,
         say(f"no bits per byte: {f'no data set data/{name}' if name else 'the model has no run'}; "
             "name a data set with --data=FOLDER")
         return None
-    rows = shards.Rows(shards.open_split(data, "val"), block_size, seed=0)
+    rows = Rows(shards.open_split(data, "val"), block_size, seed=0)
     if Tokenizer.load(data).sha256 != Tokenizer.load(folder).sha256:
         raise UserError(f"{data} was made with another tokenizer than {folder} (the sha256 of "
                         "tokenizer.json differs); name one that fits with --data=FOLDER")
@@ -402,4 +298,4 @@ def config_of(run: Path | None) -> dict:
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

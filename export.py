@@ -12,8 +12,10 @@ Hugging Face hub, once everything here is done.
 
 from dataclasses import asdict, dataclass
 
-import settings
-from settings import UserError, key
+from plainllama import settings
+from plainllama.command import complain, parse_arguments, run_command
+from plainllama.files import CHECKOUT, read_json, sync, write_json
+from plainllama.settings import UserError, key
 
 
 @dataclass
@@ -29,13 +31,11 @@ class Flags:
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import importlib.util
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -45,13 +45,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import report
 from model import LLaMA
-from parallel import World
-from tokenizer import SAMPLE, Tokenizer, write_hf_files
+from plainllama.parallel import World
+from plainllama.report.card import card
+from plainllama.tokens.tokenizer import SAMPLE, Tokenizer
+from plainllama.tokens.tokenizer_json import write_hf_files
+from plainllama.weights import checkpoint
+from plainllama.weights.huggingface import (
+    hf_config,
+    load_model,
+    load_weights,
+    model_config,
+    write_weights,
+)
 
-CODE = ("modeling_plainllama.py", "model.py", "attention.py")
+CODE = ("model.py", "plainllama/weights/modeling_plainllama.py")  # imported by their last names
 SHARD_BYTES = 5_000_000_000
 TOLERANCE = 1e-4  # largest difference of logits in fp32, as a share of the largest logit
 # Run by a fresh Python process: arguments are the folder and a place for questions and answers.
@@ -74,60 +82,14 @@ ids = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts
 """
 TEXTS = [SAMPLE, "", " ", "Once upon a time", "  two  spaces ", "\n\n\tif x == 1:\n\t\treturn",
          "naïve café 北京 😀👩‍👩‍👧 ½", "<s>[INST] text that spells specials </s><|endoftext|>"]
-CARD = """---
-{license_line}library_name: transformers
-pipeline_tag: text-generation
-tags: [llama, plainllama]
----
-# {name}
-
-A LLaMA of {total:,} parameters ({inner:,} without embeddings), trained from text by plainllama, a
-LLaMA trainer in plain PyTorch. The weights are {dtype}. Licence: {license}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
-ids = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=50)
-print(tokenizer.decode(ids[0], skip_special_tokens=True))
-```
-"""
-
-
-def write_weights(model: LLaMA, folder: Path, dtype: torch.dtype, limit: int) -> None:
-    """model.safetensors, or shards of at most `limit` bytes and their index; a tied matrix once."""
-    weights, filled = dict(model.named_parameters()), 0
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    for name, weight in weights.items():
-        filled += weight.numel() * dtype.itemsize
-        if filled > limit and shards[-1]:
-            shards.append({})
-            filled = weight.numel() * dtype.itemsize
-        shards[-1][name] = weight.data
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        one_of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        where |= dict.fromkeys(shard, f"model{one_of}.safetensors")
-        save_file({name: weight.to(dtype).contiguous() for name, weight in shard.items()},
-                  folder / f"model{one_of}.safetensors", {"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / f"model{one_of}.safetensors")
-    if len(shards) > 1:
-        total = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
-        checkpoint.write_json(folder / "model.safetensors.index.json",
-                              {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def write_code(folder: Path, model: LLaMA) -> None:
     """Our model beside the weights, and where config.json says that it is."""
     for name in CODE:
-        text = (Path(__file__).parent / name).read_text(encoding="utf-8")
-        for other in CODE:  # in a package of transformers' making they are neighbours
-            module = other.removesuffix(".py")
-            text = re.sub(rf"^from {module} import", f"from .{module} import", text,
-                          flags=re.MULTILINE)
-        (folder / name).write_text(text, encoding="utf-8")
+        shutil.copyfile(CHECKOUT / name, folder / Path(name).name)
     where = "modeling_plainllama.PlainLlama"
-    checkpoint.write_json(folder / "config.json", read(folder / "config.json") | {
+    write_json(folder / "config.json", read_json(folder / "config.json") | {
         "model_type": "plainllama", "architectures": ["PlainLlamaForCausalLM"],
         "plainllama": asdict(model.config),
         "auto_map": {"AutoConfig": f"{where}Config",
@@ -137,7 +99,7 @@ def write_code(folder: Path, model: LLaMA) -> None:
 def check(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool = False) -> str:
     """Open `folder` with transformers in a fresh process and compare; what differs, or ''."""
     again = LLaMA(model.config)
-    checkpoint.load_weights(folder, again, World())
+    load_weights(folder, again, World())
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         if not torch.equal(ours, theirs):
             return f"{name} is not what was written"
@@ -174,56 +136,6 @@ def check(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool = False) 
     return ""
 
 
-def card(model: LLaMA, folder: Path, flags, to: Path) -> str:
-    """README.md: what the model is, how it was trained and what it scored, from its run's files.
-    The curve goes into the folder `to`."""
-    total, inner = model.parameter_counts()
-    run, state = checkpoint.run_of(folder), read(folder / "training" / "state.json")
-    info = read(run / "run.json") if run else {}
-    step, config, data = state.get("step", 0), info.get("config") or {}, info.get("data") or {}
-    device, git = info.get("device") or {}, info.get("git") or {}
-    words = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
-    sources = [source["path"] for source in data.get("sources") or []]
-    tokens = state.get("rows", 0) * config.get("block_size", 0)
-    facts = {
-        "data set": data.get("name"), "sources": ", ".join(sources) or None,
-        "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
-        "steps": step, "tokens trained on": f"{tokens:,}",
-        "device": f"{device.get('count')} x {device.get('name')}" if device else None,
-        "commit": f"{git['commit']}{' (edited)' * bool(git.get('dirty'))}" if git else None,
-        "command": shlex.join(["python", "train.py", info.get("config_file") or "", *words])}
-    text = CARD.format(license=flags.license or "not stated", total=total, inner=inner,
-                       license_line=f"license: {flags.license}\n" * bool(flags.license),
-                       name=flags.push or Path(flags.to).name, dtype=flags.dtype,
-                       trust=", trust_remote_code=True" * flags.code)
-    for title, table in (("Architecture", vars(model.config)), ("Training", facts if info else {})):
-        lines = [f"| {name} | {value} |" for name, value in table.items() if value is not None]
-        text += "\n".join([f"\n## {title}\n\n| | |\n| --- | --- |", *lines, ""]) if lines else ""
-    return text + (measured(run, step, to) if run else "")
-
-
-def measured(run: Path, step: int, to: Path) -> str:
-    """The card's curve, a picture in `to`, and the scores of the step that is exported."""
-    found, text = read(run / "eval" / f"step_{step}.json"), ""
-    try:
-        whole = report.load(run)
-        whole.metrics = [row for row in whole.metrics if row["step"] <= step]
-        blocks = report.charts([[whole]], to / "curve.html", report.CHARTS[:1])
-        text += "".join(f"\n{picture}\n" for _, picture in blocks)
-    except UserError as error:
-        print(f"no curve in the model card: {error}")
-    if found:
-        one = [report.Run(run.name, {}, [], {}, [], [found])]
-        text += "\n## Scores\n" + "".join(f"\n{block}\n" for _, block in
-                                         [*report.scores(one), *report.baselines(one)])
-    return text
-
-
-def read(path: Path) -> dict:
-    """A JSON object, {} if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def push(folder: Path, name: str) -> int:
     """Upload the folder; what fails there leaves it as it is."""
     from huggingface_hub import HfApi
@@ -233,7 +145,7 @@ def push(folder: Path, name: str) -> int:
         HfApi().upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # no network, no login, no rights: the library has many kinds
         reason = str(error).strip().split("\n")[0]
-        return settings.complain(f"{folder} is complete, but was not uploaded to {name}: {reason}; "
+        return complain(f"{folder} is complete, but was not uploaded to {name}: {reason}; "
                                  f"try again with: hf upload {name} {folder}", 1)
     print(f"uploaded to {url}")
     return 0
@@ -251,12 +163,12 @@ def main(command) -> int:
     if flags.push and importlib.util.find_spec("huggingface_hub") is None:
         raise UserError("--push needs huggingface_hub: " + settings.install("hf"))
     source = checkpoint.find(flags.ckpt)
-    tokenizer, config = Tokenizer.load(source), checkpoint.model_config(source)
+    tokenizer, config = Tokenizer.load(source), model_config(source)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{source}: its tokenizer has {tokenizer.vocab_size} entries, the model's "
                         f"embedding only {config.vocab_size}; they do not belong together")
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[flags.dtype]
-    model = checkpoint.load_model(source)
+    model = load_model(source)
     for weight in model.parameters():
         weight.data = weight.data.to(kind).float()  # from here on the model holds what is exported
     folder = final.absolute().with_name(final.absolute().name + ".tmp")
@@ -265,9 +177,9 @@ def main(command) -> int:
     try:
         end = tokenizer.stop_ids[0] if tokenizer.stop_ids else None
         dtypes = dict.fromkeys(("torch_dtype", "dtype"), str(kind).removeprefix("torch."))
-        checkpoint.write_json(folder / "config.json", {
-            **checkpoint.hf_config(config, tokenizer.bos, end), **dtypes})
-        checkpoint.write_json(folder / "generation_config.json",
+        write_json(folder / "config.json", {
+            **hf_config(config, tokenizer.bos, end), **dtypes})
+        write_json(folder / "generation_config.json",
                               {"bos_token_id": tokenizer.bos, "eos_token_id": end})
         write_hf_files(source / "tokenizer.json", folder, config.block_size)
         write_weights(model, folder, kind, SHARD_BYTES)
@@ -275,9 +187,9 @@ def main(command) -> int:
             write_code(folder, model)
         (folder / "README.md").write_text(card(model, source, flags, folder), encoding="utf-8")
         if wrong := check(model, tokenizer, folder, flags.code):
-            return settings.complain(f"the export was not right and is removed: {wrong}", 1)
+            return complain(f"the export was not right and is removed: {wrong}", 1)
         for path in [*folder.iterdir(), folder]:
-            checkpoint.sync(path)
+            sync(path)
         os.rename(folder, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -286,4 +198,4 @@ def main(command) -> int:
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

@@ -26,7 +26,10 @@ goes on with what is missing. The bytes are the same for any number of workers a
 import sys
 from dataclasses import dataclass, replace
 
-import settings
+from plainllama import settings
+from plainllama.command import CommandLine, complain, parse_arguments, run_command
+from plainllama.files import write_json
+from plainllama.settings import Settings, UserError
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Flags:
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before anything slow is loaded
     LOOKS = any(word.startswith(("--verify", "--inspect")) for word in sys.argv[1:])
-    COMMAND = settings.command(__doc__, Flags, "files" if LOOKS else "config")
+    COMMAND = parse_arguments(__doc__, Flags, "files" if LOOKS else "config")
 
 import contextlib
 import fcntl
@@ -55,24 +58,14 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from parts import (
-    COUNTS,
-    NOTES,
-    Job,
-    make_marks,
-    make_part,
-    marks_of,
-    run_workers,
-    text_hash,
-    without_repeats,
-)
-from settings import Settings, UserError
-from shards import Split, file_entry, read_manifest, write_manifest
-from shards import verify as check_bytes
-from sources import Piece, Rules, Tally, described, size_of, survey
-from tokenizer import Tokenizer, compared, make
+from plainllama.text.documents import Job, Piece, Rules, Tally
+from plainllama.text.selection import NOTES, hash_below, marks_of, without_repeats
+from plainllama.text.sources import described, size_of, survey
+from plainllama.tokens.parts import COUNTS, make_marks, make_part, run_workers
+from plainllama.tokens.shards import Split, file_entry, read_manifest, write_manifest
+from plainllama.tokens.shards import verify as check_bytes
+from plainllama.tokens.tokenizer import Tokenizer, compared, make
 
-SCAN = 16 << 20  # characters read before any work: bad input is met before anything is written
 SAMPLE = 32 << 20  # characters that bpe:N is trained on
 CHECKED = 1 << 16  # characters from each of some files on which the tokenizer's engine is verified
 MADE = ("sources", "tokenizer", "val_fraction", "min_chars", "max_chars", "dedup")  # the recipe
@@ -80,36 +73,10 @@ MADE = ("sources", "tokenizer", "val_fraction", "min_chars", "max_chars", "dedup
 
 # ---- documents -> their split
 
-def hash_below(jobs: list[Job], fraction: float) -> int:
-    """Documents with a hash below this are validation. If negative, the end of a text is: of each
-    text (-1), or what follows this many characters of the one document (that was cut).
-
-    Reads SCAN characters, all of a smaller corpus, and goes on until both splits have a document.
-    """
-    below, smallest, largest, size, count = int(fraction * 2**64), 2**64, -1, 0, 0
-    dropped = Tally()
-    for text in itertools.chain.from_iterable(job.texts(dropped) for job in jobs):
-        smallest, largest = min(smallest, text_hash(text)), max(largest, text_hash(text))
-        size, count = size + len(text), count + 1
-        if size > SCAN and dropped.records > 1 and (not below or smallest < below <= largest):
-            break
-    if largest < 0:
-        raise UserError("sources: no document is left; dropped: " + "; ".join(
-            f"{entry['count']} {rule} (first {entry['first']})" for rule, entry in dropped.items())
-            + "; another column is named like this: --sources=\"{'path': 'my.jsonl', 'column': "
-            "'content'}\"" * any(rule.startswith("no column") for rule in dropped))
-    if below and dropped.records == 1 < count:
-        return -int(size * (1 - fraction))
-    if not below or smallest < below <= largest:
-        return below
-    if smallest == largest:
-        return -1
-    return largest if largest < below else smallest + 1
-
 
 # ---- the command
 
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Prepare, verify or inspect."""
     look: Flags = command.flags  # type: ignore[assignment]
     if look.verify or look.inspect:
@@ -133,7 +100,7 @@ def main(command: settings.CommandLine) -> int:
         raise UserError(f"{folder}: another prepare.py is at work in it; wait for it, or take "
                         "another --dataset name") from None
     except BrokenProcessPool:
-        return settings.complain("a worker process was killed (out of memory? take fewer --workers)"
+        return complain("a worker process was killed (out of memory? take fewer --workers)"
                                  "; the same command goes on from the finished parts", 1)
     finally:
         os.close(handle)
@@ -232,7 +199,7 @@ def start(config: Settings, folder: Path, jobs: list[Job], begun: dict) -> Token
     notes.mkdir(exist_ok=True)
     # in a folder of its own: other shares may do the same now
     with tempfile.TemporaryDirectory(dir=notes) as own:
-        settings.to_json(Path(own) / "state.json", begun)
+        write_json(Path(own) / "state.json", begun)
         tokenizer.save(own)
         os.replace(Path(own) / "state.json", notes / "state.json")
         os.replace(Path(own) / "tokenizer.json", path)
@@ -315,7 +282,7 @@ def verify(folder: Path) -> int:
     """Check every byte of a data set; the exit code."""
     code, problems = check_bytes(folder)
     for problem in problems:
-        settings.complain(problem, code)
+        complain(problem, code)
     if not code:
         manifest = read_manifest(folder)
         counts = [f"{split} {n['tokens']:,} tokens" for split, n in manifest["splits"].items()]
@@ -339,4 +306,4 @@ def inspect(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

@@ -18,8 +18,10 @@ in the order in which they stand here, which is that of transformers.
 
 from dataclasses import dataclass
 
-import settings
-from settings import Sampling, UserError, key
+from plainllama import settings
+from plainllama.command import parse_arguments, run_command
+from plainllama.files import read_rows, run_of
+from plainllama.settings import Sampling, UserError, key
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Flags(Sampling):
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import base64
 import importlib.util
@@ -60,13 +62,14 @@ from typing import Any
 
 import torch
 
-import checkpoint
-import generate
-import log
-import parallel
 from model import LLaMA
-from prompts import Journal, as_line, made_with, read_prompts, write_out
-from tokenizer import Tokenizer
+from plainllama import parallel
+from plainllama.generation import generate
+from plainllama.generation.prompt_files import Journal, as_line, made_with, read_prompts, write_out
+from plainllama.progress import Progress
+from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.weights import checkpoint
+from plainllama.weights.huggingface import model_config
 
 
 def main(command) -> int:
@@ -101,7 +104,7 @@ def main(command) -> int:
 def work(f: Any, rows: list[dict], table: Any, complete: bool, world: parallel.World) -> int:
     """From rows to what is written or shown, the longest prompts first."""
     folder = world.decide(lambda: checkpoint.find(f.ckpt))
-    owner, config = checkpoint.run_of(folder), checkpoint.model_config(folder)
+    owner, config = run_of(folder), model_config(folder)
     if f.save and owner is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
     tokenizer, room = Tokenizer.load(folder), config.block_size - (f.embed == "none")
@@ -140,7 +143,7 @@ def work(f: Any, rows: list[dict], table: Any, complete: bool, world: parallel.W
               f"{found[i]['completion']}")
     if f.save and owner:
         file, step = owner / "samples.jsonl", int(folder.name.removeprefix("step_"))
-        there = log.whole_rows(file)  # a text that is there is not added again
+        there = read_rows(file, tolerant=True)  # a text that is there is not added again
         texts = [{"step": step, "prompt": row[f.column], **found[i]} for i, row in enumerate(rows)]
         with open(file, "ab") as kept:
             kept.writelines(as_line(text) for text in texts if text not in there)
@@ -160,7 +163,7 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]],
         capacity = min(config.block_size, len(prompts[mine[0][0]]) + f.max_new_tokens)
         compiled = generate.compile_step(model, f.batch, capacity, f.compile == "true")
     print(f.prompt * stream, end="", flush=True)
-    progress = log.Progress("embedding" if embed else "sampling", sum(map(len, mine)), "rows",
+    progress = Progress("embedding" if embed else "sampling", sum(map(len, mine)), "rows",
                             not stream and world.rank == 0)
     found: dict[int, dict] = {}
     start, speed, tokens, cut = time.perf_counter(), generate.Speed(), 0, 0
@@ -198,4 +201,4 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]],
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

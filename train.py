@@ -8,8 +8,10 @@ stopped early with a whole checkpoint (start me again), 143 on a second signal.
 
 from dataclasses import asdict, dataclass
 
-import settings
-from settings import Settings, UserError
+from plainllama import settings
+from plainllama.command import CommandLine, complain, parse_arguments, run_command
+from plainllama.files import lock_run, read_status, steps_of, write_json, write_status
+from plainllama.settings import Settings, UserError
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Flags:
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
-    COMMAND = settings.command(__doc__, Flags)
+    COMMAND = parse_arguments(__doc__, Flags)
 
 import gc
 import math
@@ -40,33 +42,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import attention
-import check
-import checkpoint
-import generate
-import log
-import optim
-import parallel
-import resume
-import shards
-import tokenizer
-import watch
-from engine import Batch, Engine, model_config
-from eval import evaluate
-from model import IGNORE, flops_per_token
-from parallel import World
+from model import IGNORE, attention_refusal, flops_per_token
+from plainllama import parallel, watch
+from plainllama.evaluation.likelihood import evaluate
+from plainllama.generation import generate
+from plainllama.parallel import World
+from plainllama.progress import duration
+from plainllama.tokens import shards, tokenizer
+from plainllama.tokens.rows import PAD, Rows, data_hash, training_rows
+from plainllama.tokens.tokenizer_json import byte_info
+from plainllama.training import log, optim, preflight, resume
+from plainllama.training.engine import Batch, Engine, model_config
+from plainllama.weights import checkpoint
 
 STOPPED = 75  # EX_TEMPFAIL: start me again
 FIRST_SAVE = 300  # seconds after which a new run has its first checkpoint, whatever its interval
 PATIENCE = 10  # updates in a row with non-finite gradients after which a run gives up
 
 
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Join the other ranks and train; the exit code."""
     config = command.config
     device = parallel.pick_device(config.device)
     dtype = parallel.pick_dtype(config.dtype, torch.device(device))
-    if problem := attention.refusal(config.attention, device, dtype, config.doc_mask):
+    if problem := attention_refusal(config.attention, device, dtype, config.doc_mask):
         raise UserError(problem)
     if Path(config.out_dir).exists() and not Path(config.out_dir).is_dir():
         raise UserError(f"out_dir {config.out_dir} is a file; name a folder")
@@ -74,20 +73,20 @@ def main(command: settings.CommandLine) -> int:
     if command.flags.replay:
         return resume.replay(config, manifest, command.flags.replay)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (
-            log.read_status(Path(config.out_dir)) == "stopped"):
+            read_status(Path(config.out_dir)) == "stopped"):
         return STOPPED  # --max-restarts took the first 75 for a failure
     world = parallel.start(config.device, config.parallel)
     try:
         if command.flags.check:
             config.vocab_size = vocabulary(config, manifest)
-            return check.check(config, manifest, world, command.flags.price)
+            return preflight.check(config, manifest, world, command.flags.price)
         return train(command, manifest, world)
     finally:
         gc.enable()
         world.close()
 
 
-def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
+def train(command: CommandLine, manifest: dict, world: World) -> int:
     """Train, heedful of signals and of the other ranks; the exit code."""
     stop = watch.StopFlag(command.config.max_minutes)
     signs = watch.Watch(world.store, world.rank, world.size)
@@ -97,10 +96,10 @@ def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
             if world.rank == 0:
                 print(f"{run.folder} is already complete: step {run.step} of "
                       f"{command.config.max_steps}")
-                log.write_status(run.folder, "done", run.step)
+                write_status(run.folder, "done", run.step)
             return 0
         if world.rank == 0:
-            signs.farewell = lambda: log.write_status(run.folder, "failed", run.step)
+            signs.farewell = lambda: write_status(run.folder, "failed", run.step)
         try:
             code = run.loop()
         except BaseException:
@@ -129,16 +128,16 @@ def train(command: settings.CommandLine, manifest: dict, world: World) -> int:
 class Run:
     """One training run: set up by the constructor, trained by loop()."""
 
-    def __init__(self, command: settings.CommandLine, manifest: dict, world: World,
+    def __init__(self, command: CommandLine, manifest: dict, world: World,
                  stop: watch.StopFlag):
         config = self.config = command.config
         self.world, self.folder, self.stop = world, Path(config.out_dir), stop
         self.data, block = Path("data") / config.dataset, config.block_size
-        self.rows = shards.training_rows(self.data, manifest, config)
-        self.data_hash = shards.data_hash(self.data, config)
+        self.rows = training_rows(self.data, manifest, config)
+        self.data_hash = data_hash(self.data, config)
         self.counted = (0, 0)  # rows, and their targets
-        self.validation = shards.Rows(shards.Split(self.data, "val", manifest), block, config.seed)
-        self.byte_info = tokenizer.byte_info(self.data)
+        self.validation = Rows(shards.Split(self.data, "val", manifest), block, config.seed)
+        self.byte_info = byte_info(self.data)
         self.tokenizer, self.prompt = prompt(config, self.data)
         config.vocab_size = vocabulary(config, manifest)
         for name in ("sources", "tokenizer", "val_fraction"):  # run.json says what is in the data
@@ -174,7 +173,7 @@ class Run:
                     "sources": manifest["recipe"].get("sources"),
                     **{f"{split}_{of}": manifest["splits"][split].get(of)
                        for split in ("train", "val") for of in ("tokens", "bytes")}}
-            settings.to_json(self.folder / "run.json", log.describe(
+            write_json(self.folder / "run.json", log.describe(
                 self.folder, command, world.device, world.size, data, counts))
         self.log.say(f"model: {counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M without "
                      f"embeddings; {world.device.type}, {str(engine.dtype)[6:]}, "
@@ -208,18 +207,18 @@ class Run:
         """The checkpoint to go on from and its state; nobody else may train in the run's folder
         then."""
         if self.folder.is_dir():
-            self.lock = log.lock(self.folder)
+            self.lock = lock_run(self.folder)
         return resume.starting_point(self.folder, self.config, self.data_hash, extend)
 
     def claim(self) -> None:
         """Make the folder of a new run, unless another process has just done so."""
         if not self.lock:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = log.lock(self.folder)
-            if checkpoint.steps_of(self.folder):
+            self.lock = lock_run(self.folder)
+            if steps_of(self.folder):
                 raise UserError(f"another process has begun to train in {self.folder}; start again "
                                 "to go on from there")
-        log.write_status(self.folder, "running", self.step)  # not `stopped` any more
+        write_status(self.folder, "running", self.step)  # not `stopped` any more
 
     def loop(self) -> int:
         """Train from the first or resumed step to the last; the exit code."""
@@ -264,7 +263,7 @@ class Run:
             self.saver.wait()
         if self.saver.saved != self.step:
             self.log.status("failed", self.step)
-            return settings.complain(f"no checkpoint could be written at step {self.step}", 1)
+            return complain(f"no checkpoint could be written at step {self.step}", 1)
         state = "done" if self.step == config.max_steps else "stopped"
         self.log.status(state, self.step)
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
@@ -297,8 +296,8 @@ class Run:
             ids[:len(windows)] = self.rows.read_windows(windows)
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         y[len(windows):] = IGNORE  # fills up the last micro-batch and counts nothing
-        y[y == shards.PAD] = IGNORE
-        x[x == shards.PAD] = 0
+        y[y == PAD] = IGNORE
+        x[x == PAD] = 0
         if self.world.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
         return x, y
@@ -335,7 +334,7 @@ class Run:
                    "tokens_per_second": speed, "mfu": mfu, "skipped": self.skipped_ever,
                    "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
             self.log.row(row | spent)
-            left = log.duration((self.config.max_steps - step) * targets / speed)
+            left = duration((self.config.max_steps - step) * targets / speed)
             self.log.say(f"step {step}/{self.config.max_steps}: loss {loss:.4f}, lr {rate:.2e}, "
                          f"grad norm {norm:.2f}, {speed:,.0f} tok/s, "
                          f"MFU {f'{mfu:.1%}' if mfu else 'n/a'}, {log.shares(spent)}{left} left")
@@ -414,4 +413,4 @@ def prompt(config: Settings, data: Path) -> tuple[tokenizer.Tokenizer | None, li
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

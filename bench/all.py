@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import log
+from plainllama.training import log
 
 SCRIPTS = ["quickstart.py", "rows.py", "step.py"]
 

@@ -19,7 +19,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import settings
+import prepare
+import train
+from model import LLaMA
+from plainllama import settings
+from plainllama.command import parse, parse_arguments, run_command
+from plainllama.evaluation import tasks
+from plainllama.evaluation.likelihood import by_position
+from plainllama.parallel import World
+from plainllama.tokens import shards
+from plainllama.tokens.rows import Rows
+from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.weights import checkpoint
+from plainllama.weights.huggingface import load_weights, model_config
 
 SHORT, LONG = 64, 256
 FACTOR = LONG / SHORT
@@ -39,26 +51,16 @@ class Flags:
 
 
 if __name__ == "__main__":
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import torch
-
-import checkpoint
-import eval as scoring
-import prepare
-import shards
-import tasks
-import train
-from model import LLaMA
-from parallel import World
-from tokenizer import Tokenizer
 
 
 def command(module, *words: str) -> None:
     """Run a command in this process; what it prints is shown only if it fails."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        code = module.main(settings.parse([str(ROOT / "config/quickstart.py"), "--dataset=context",
+        code = module.main(parse([str(ROOT / "config/quickstart.py"), "--dataset=context",
                                            *words], "", module.Flags))
     if code:
         raise SystemExit(f"{said.getvalue()}\n{module.__name__} {' '.join(words)} failed")
@@ -66,8 +68,8 @@ def command(module, *words: str) -> None:
 
 def load(folder: Path, **changes) -> LLaMA:
     """A checkpoint's weights under its config with `changes`, as init_from would begin."""
-    model = LLaMA(replace(checkpoint.model_config(folder), **changes))
-    checkpoint.load_weights(folder, model, World())
+    model = LLaMA(replace(model_config(folder), **changes))
+    load_weights(folder, model, World())
     return model.eval()
 
 
@@ -76,8 +78,8 @@ def measure(model: LLaMA, words: Tokenizer) -> dict:
     found: dict = {}
     T = model.config.block_size
     for length in (SHORT, LONG)[:1 + (T == LONG)]:
-        rows = shards.Rows(shards.open_split(Path("data/context"), "val"), length, 0)
-        by = scoring.by_position(model, rows, TOKENS, 4096 // length, World())
+        rows = Rows(shards.open_split(Path("data/context"), "val"), length, 0)
+        by = by_position(model, rows, TOKENS, 4096 // length, World())
         by = {name: value for name, value in by.items() if name[0].isdigit() and "_" not in name}
         found |= by if length == LONG else {f"in {SHORT}": statistics.fmean(by.values())}
     if T == LONG:
@@ -110,7 +112,7 @@ def one_seed(flags: Flags, seed: int) -> dict:
 def long_documents(flags: Flags) -> float:
     """The share of the targets at the long context that stand behind more than SHORT tokens of
     their own document."""
-    rows = shards.Rows(shards.open_split(Path("data/context"), "train"), LONG, 0)
+    rows = Rows(shards.open_split(Path("data/context"), "train"), LONG, 0)
     ids = torch.from_numpy(rows.rows(0, min(rows.windows, 1000)).astype("int64"))
     places = torch.arange(LONG + 1).expand_as(ids)
     begin = Tokenizer.load("data/context").bos
@@ -130,7 +132,7 @@ def main(parsed) -> int:
             with contextlib.redirect_stdout(io.StringIO()):  # progress lines
                 tables.append(one_seed(flags, seed))
             print(f"seed {seed} of {flags.seeds}: {time.perf_counter() - start:.0f} s", flush=True)
-    tokens = settings.parse([str(ROOT / "config/quickstart.py")], "").config.global_batch_tokens
+    tokens = parse([str(ROOT / "config/quickstart.py")], "").config.global_batch_tokens
     print(f"{flags.text}, {flags.steps * tokens:,} tokens in rows of {SHORT}, then "
           f"{flags.tune_steps * tokens:,} in rows of {LONG}; {share:.0%} of the targets there\n"
           f"stand behind more than {SHORT} tokens of their own document.\n"
@@ -157,4 +159,4 @@ def main(parsed) -> int:
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

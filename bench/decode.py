@@ -15,8 +15,14 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import settings
-from settings import key
+import train
+from model import LLaMA
+from plainllama import settings
+from plainllama.command import CommandLine, parse, parse_arguments, run_command
+from plainllama.generation import generate
+from plainllama.parallel import World
+from plainllama.settings import key
+from plainllama.weights.huggingface import hf_config
 
 
 @dataclass
@@ -27,25 +33,19 @@ class Flags:
 
 
 if __name__ == "__main__":
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import generate
-import train
-from checkpoint import hf_config
-from model import LLaMA
-from parallel import World
-
 NEW = 33
 CASES = [(1, 32), (16, 32), (16, 256)]  # texts, tokens of each prompt
 
 
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Measure and print."""
-    config = settings.parse([str(ROOT / "config/llama100m.py")], "").config
+    config = parse([str(ROOT / "config/llama100m.py")], "").config
     config.vocab_size = 32000
     ours = LLaMA(train.model_config(config)).eval()
     World().initialise(ours, 0)
@@ -93,4 +93,4 @@ def main(command: settings.CommandLine) -> int:
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

@@ -12,8 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import settings
-from settings import key
+from plainllama.command import CommandLine, parse_arguments
+from plainllama.files import read_rows
+from plainllama.settings import key
 
 
 @dataclass
@@ -26,15 +27,13 @@ class Flags:
 
 
 if __name__ == "__main__":
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import hashlib
 import os
 import subprocess
 import tempfile
 from statistics import median
-
-import log
 
 # for the bits; a rate that does not depend on max_steps, which is where a run is broken off
 SMALL = ["--n_layer=2", "--d_model=96", "--n_head=4", "--d_ff=256", "--warmup_steps=0",
@@ -61,7 +60,7 @@ def bits(run: Path, step: int) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Measure and print; 1 if bits differ."""
     flags, hashes = command.flags, set()
     numbers = [int(n) for n in flags.ranks.split(",")]
@@ -81,7 +80,7 @@ def main(command: settings.CommandLine) -> int:
             for arm in list(speeds)[::1 - 2 * turn]:
                 run = train(f"{folder}/{arm}{turn}", 2, *LARGE, arm, f"--max_steps={flags.timed}",
                             "--save_interval=1000000")
-                rows = log.whole_rows(run / "metrics.jsonl")
+                rows = read_rows(run / "metrics.jsonl", tolerant=True)
                 speeds[arm] += [row["tokens_per_second"] for row in rows if row["step"] > 5
                                 and "loss" in row]
     if flags.timed:

@@ -15,8 +15,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import settings
-from settings import UserError, key
+from model import LLaMA, ModelConfig, initial_weight
+from plainllama.command import CommandLine, parse, parse_arguments, run_command
+from plainllama.evaluation import tasks
+from plainllama.files import write_json
+from plainllama.parallel import World
+from plainllama.settings import UserError, key
+from plainllama.tokens import tokenizer
+from plainllama.tokens.tokenizer_json import write_hf_files
+from plainllama.weights.huggingface import hf_config, load_model
 
 
 @dataclass
@@ -30,7 +37,7 @@ class Flags:
 
 
 if __name__ == "__main__":
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import os
 import tempfile
@@ -40,21 +47,15 @@ from statistics import median
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
-import tasks
-import tokenizer
-from model import LLaMA, ModelConfig, initial_weight
-from parallel import World
 
-
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Measure and print."""
     flags = command.flags
     if len(command.files) != 1 or not (Path(command.files[0]) / "tinyMMLU.jsonl").is_file():
         raise UserError("name the folder that holds tinyMMLU.jsonl and mmlu_dev.jsonl")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     items = chosen(Path(command.files[0]), flags.questions)
-    config = settings.parse([str(ROOT / "config/llama100m.py")], "").config
+    config = parse([str(ROOT / "config/llama100m.py")], "").config
     shape = dict(n_layer=4, n_head=4, d_model=256, d_ff=688) if flags.small else {
         name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model",
                                                  "d_ff", "tie_embeddings")}
@@ -62,7 +63,7 @@ def main(command: settings.CommandLine) -> int:
         folder = saved(Path(home), ModelConfig(**shape, vocab_size=32000,
                                                block_size=config.block_size))
         began = time.perf_counter()
-        scorer = tasks.Scorer(checkpoint.load_model(folder), tokenizer.Tokenizer.load(folder),
+        scorer = tasks.Scorer(load_model(folder), tokenizer.Tokenizer.load(folder),
                               flags.batch * config.block_size, World())
         loaded = time.perf_counter()
         theirs = harness(folder, flags.batch)
@@ -122,8 +123,8 @@ def saved(folder: Path, config: ModelConfig) -> Path:
     words = tokenizer.make("mistral")
     words.save(folder)
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    settings.to_json(folder / "config.json", checkpoint.hf_config(config, words.bos, words.eos))
-    tokenizer.write_hf_files(folder / "tokenizer.json", folder, config.block_size)
+    write_json(folder / "config.json", hf_config(config, words.bos, words.eos))
+    write_hf_files(folder / "tokenizer.json", folder, config.block_size)
     return folder
 
 
@@ -135,4 +136,4 @@ def harness(folder: Path, batch: int):
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

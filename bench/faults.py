@@ -58,7 +58,8 @@ if os.environ.get("RANK", "0") in {ranks}:
     model.LLaMA.forward = forward
 """
 SLOW = """
-import optim, time
+import time
+from plainllama.training import optim
 step = optim.step
 def slow(*args):
     time.sleep({seconds})

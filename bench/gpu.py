@@ -19,8 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import settings
-from settings import UserError, key
+import train
+from model import IGNORE, Linear, LLaMA, flops_per_token
+from plainllama import parallel, settings
+from plainllama.command import CommandLine, parse, parse_arguments, run_command
+from plainllama.generation import generate
+from plainllama.parallel import World
+from plainllama.settings import UserError, key
+from plainllama.training import log, optim
+from plainllama.training.engine import Engine
+from plainllama.weights.huggingface import hf_config
 
 
 @dataclass
@@ -40,8 +48,8 @@ if __name__ == "__main__":  # --help and a misspelt option are answered before t
         import mission
 
         del sys.argv[1]
-        settings.run(mission.main, settings.command(mission.__doc__, mission.Flags, takes="files"))
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+        run_command(mission.main, parse_arguments(mission.__doc__, mission.Flags, takes="files"))
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import hashlib
 import json
@@ -56,16 +64,6 @@ from statistics import median
 from typing import Any
 
 import torch
-
-import generate
-import log
-import optim
-import parallel
-import train
-from checkpoint import hf_config
-from engine import Engine
-from model import IGNORE, Linear, LLaMA, flops_per_token
-from parallel import World
 
 PROMPTS = ("", "The history of", "In the year 1905", "Water is", "def ")
 PACKAGES = ("torch", "transformers", "triton", "xformers", "numpy", "tokenizers")
@@ -82,7 +80,7 @@ class Bench:
         self.deadline = self.stage_ends = time.time() + 60 * flags.minutes
         self.out = Path(flags.out).absolute()
         self.config_file = str(ROOT / f"config/bench_{'tiny' if self.tiny else 'gpu'}.py")
-        self.config = settings.parse([self.config_file], "").config
+        self.config = parse([self.config_file], "").config
         self.config.vocab_size = self.config.vocab_size or 32000  # Mistral's
         self.shape = train.model_config(self.config)
         self.world = World(0, 1, "cpu" if self.tiny else "cuda")
@@ -437,7 +435,7 @@ def conduct(bench: Bench, name: str, function, limit: float) -> None:
                      why=over or f"its process ended with {process.exitcode}")
 
 
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Run the stages in order; the exit code."""
     flags: Any = command.flags
     text = [os.path.abspath(path) for path in (flags.text, *command.files) if path]
@@ -466,4 +464,4 @@ def main(command: settings.CommandLine) -> int:
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-import log
 import model
+from plainllama.training import log
 
 TOKENS, WIDTH, VOCAB = 4608, 256, 32000
 

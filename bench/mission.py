@@ -27,8 +27,9 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import settings
-from settings import UserError, key
+from plainllama.command import CommandLine, parse, parse_arguments, run_command
+from plainllama.files import write_json
+from plainllama.settings import UserError, key
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Mission:
         self.until = time.time() + 60 * flags.minutes
         self.config = flags.config if Path(flags.config).exists() else str(ROOT / flags.config)
         self.tiny = TINY if flags.rehearse else []
-        self.keys = settings.parse([self.config, *self.tiny], "").config
+        self.keys = parse([self.config, *self.tiny], "").config
         self.tokenizer = "bytes" if flags.rehearse else flags.tokenizer
 
     def script(self, name: str, *words: str, ok: tuple[int, ...] = (0,)) -> int:
@@ -112,7 +113,7 @@ class Mission:
             every = 60 * self.flags.total * speed / batch
             tune = max(2, int(every * self.flags.tune_share))
             steps = max(4, int(every) - 2 * tune)
-            settings.to_json(path, {
+            write_json(path, {
                 "asked": asked, "base": steps, "tune": tune, "tokens_per_second": speed,
                 "batch_tokens": batch,
                 "epochs": (steps + tune) * batch / run["data"]["train_tokens"]})
@@ -138,7 +139,7 @@ class Mission:
                 tokens, loss, _ = last_of(run)
                 seconds = training_seconds(run) / tokens  # of the longest
                 rungs.append([tokens, loss])
-            settings.to_json(path, {
+            write_json(path, {
                 "rungs": rungs, "tokens": plan["base"] * plan["batch_tokens"],
                 "val_loss": extrapolated([loss for _, loss in rungs]),
                 "minutes": seconds * plan["base"] * plan["batch_tokens"] / 60})
@@ -215,7 +216,7 @@ def schedule(steps: int) -> list[str]:
             f"--save_interval={1 + steps // 4}"]
 
 
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Go on where the call before ended."""
     mission = Mission(command.flags)
     flags = mission.flags
@@ -278,8 +279,8 @@ def train_all(mission: Mission, plan: dict) -> None:
                  "off_by_share_of_time": base["minutes"] / foreseen["minutes"] - 1}
         print(f"off the prediction by {base['off_by_nats']:+.3f} nats and "
               f"{base['off_by_share_of_time']:+.1%} of the time")
-    settings.to_json(mission.out / "result.json", result)
+    write_json(mission.out / "result.json", result)
 
 
 if __name__ == "__main__":
-    settings.run(main, settings.command(__doc__, Flags, takes="files"))
+    run_command(main, parse_arguments(__doc__, Flags, takes="files"))

@@ -15,8 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import settings
-from settings import UserError, key
+from plainllama.command import CommandLine, parse_arguments, run_command
+from plainllama.files import read_rows
+from plainllama.report.compare import T_95
+from plainllama.settings import UserError, key
 
 
 @dataclass
@@ -29,15 +31,12 @@ class Flags:
 
 
 if __name__ == "__main__":
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import math
 import subprocess
 from itertools import pairwise
 from statistics import mean, stdev
-
-import log
-from compare import T_95
 
 ARMS = ("adamw", "muon")
 # Muon's steps are scaled to AdamW's size, so that the range is shared
@@ -47,7 +46,7 @@ SEEDS = (1, 2, 3)
 Curve = list[tuple[int, float, float]]  # tokens, seconds of training, validation loss
 
 
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Run what is missing, then print."""
     flags = command.flags
     tuned = {(arm, rate): train(flags, arm, rate, 0) for rate in RATES for arm in ARMS}
@@ -87,7 +86,7 @@ def train(flags: Flags, arm: str, rate: float, seed: int) -> Curve:
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise UserError(f"{run}: {done.stderr.strip()}")
-    return curve(log.whole_rows(run / "metrics.jsonl"))
+    return curve(read_rows(run / "metrics.jsonl", tolerant=True))
 
 
 def curve(rows: list[dict]) -> Curve:
@@ -114,4 +113,4 @@ def first(curve: Curve, goal: float, column: int) -> float:
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

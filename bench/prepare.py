@@ -26,9 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sources
-import tokenizer
-import vocabulary
+from plainllama.text import sources
+from plainllama.text.documents import Tally, documents
+from plainllama.tokens import tokenizer, vocabulary
 
 
 def bare(text: str, where: str) -> None:
@@ -36,7 +36,7 @@ def bare(text: str, where: str) -> None:
     words, batch, size = tokenizer.Tokenizer.load(where), [], 0
     _, parts = sources.survey(sources.described(text), [])
     for part in parts:
-        for document in sources.documents(part, sources.Tally()):
+        for document in documents(part, Tally()):
             batch.append(document)
             size += len(document)
             if size > 1 << 20:
@@ -86,7 +86,7 @@ def gather(corpus: str, megabytes: float, path: Path) -> float:
     pattern = f"{corpus}/train*.jsonl*" if os.path.isdir(corpus) else corpus
     _, parts = sources.survey(sources.described(pattern), [])
     with open(path, "w", encoding="utf-8") as file:
-        for text in (t for part in parts for t in sources.documents(part, sources.Tally())):
+        for text in (t for part in parts for t in documents(part, Tally())):
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             size += len(text.encode())
             if size >= budget:

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint
-import generate
-import settings
-import shards
-from tokenizer import Tokenizer
+from plainllama import settings
+from plainllama.command import parse_arguments, run_command
+from plainllama.files import run_of
+from plainllama.generation import generate
+from plainllama.tokens import shards
+from plainllama.tokens.tokenizer import Tokenizer
 
 SAMPLES, COPY = 20, 50
 # as in the Makefile
@@ -69,7 +70,7 @@ def main(command) -> int:
     """Print the table."""
     flags = command.flags
     model, words, folder = generate.load(flags.ckpt, "cpu", "auto")
-    run = checkpoint.run_of(folder)
+    run = run_of(folder)
     file = run / "eval" / f"{folder.name}.json" if run else folder
     scores = json.loads(file.read_text()) if file.is_file() else {}
     if run is None or "baselines" not in scores:
@@ -100,4 +101,4 @@ def main(command) -> int:
 
 
 if __name__ == "__main__":
-    settings.run(main, settings.command(__doc__, Flags, takes="files"))
+    run_command(main, parse_arguments(__doc__, Flags, takes="files"))

@@ -22,16 +22,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import shards
-import tokenizer
+from plainllama.files import file_entry
+from plainllama.tokens import shards, tokenizer
+from plainllama.tokens.rows import DocumentRows, Mixture, Rows
 
 FIRST = """
 import resource, sys, time
 began = time.perf_counter()
 sys.path.insert(0, sys.argv[1])
-import shards
 from pathlib import Path
-rows = shards.Rows(shards.open_split(Path(sys.argv[2]), "train"), 1024, 1337)
+from plainllama.tokens import shards
+from plainllama.tokens.rows import Rows
+rows = Rows(shards.open_split(Path(sys.argv[2]), "train"), 1024, 1337)
 row = rows.rows(7_654_321, 1)
 print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
       row.shape[1], rows.windows)
@@ -41,7 +43,9 @@ print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_m
 LOOP = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
-import engine, settings, train
+import train
+from plainllama.command import parse_arguments
+from plainllama.training import engine
 times, update = [], engine.Engine.update
 def timed(self, *words):
     times.append(time.perf_counter())
@@ -49,7 +53,7 @@ def timed(self, *words):
     times.append(time.perf_counter())
     return stats
 engine.Engine.update = timed
-code = train.main(settings.command(train.__doc__, train.Flags))
+code = train.main(parse_arguments(train.__doc__, train.Flags))
 inside = sum(b - a for a, b in zip(times[2::2], times[3::2]))
 print(1 - inside / (times[-1] - times[2]), (times[-1] - times[2]) / (len(times) // 2 - 1))
 raise SystemExit(code)
@@ -61,7 +65,7 @@ def make_set(folder: Path, tokens: int, of_file: int, document: int, fill: bool)
     folder.mkdir(parents=True)
     words = tokenizer.make("bytes")
     words.save(folder)
-    files = {"tokenizer.json": shards.file_entry(folder / "tokenizer.json")}
+    files = {"tokenizer.json": file_entry(folder / "tokenizer.json")}
     rng = np.random.default_rng(0)
     for i in range(tokens // of_file):
         for name in ("train", "val")[:1 + (not i)]:
@@ -107,8 +111,8 @@ def speed(home: Path) -> None:
     flat = home / "flat.bin"
     flat.write_bytes(b"".join(split.shard(i).tobytes() for i in range(len(split.names))))
     rng = np.random.default_rng(1)
-    rows, documents = shards.Rows(split, T, 1), shards.DocumentRows(split, T, 1)
-    mixed = shards.Mixture([rows, shards.Rows(split, T, 2)], [0.7, 0.3])
+    rows, documents = Rows(split, T, 1), DocumentRows(split, T, 1)
+    mixed = Mixture([rows, Rows(split, T, 2)], [0.7, 0.3])
 
     def usual(first: int) -> None:
         data = np.memmap(flat, np.uint16, "r")

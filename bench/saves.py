@@ -13,8 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import settings
-from settings import key
+from plainllama.command import CommandLine, parse_arguments
+from plainllama.files import read_rows
+from plainllama.settings import key
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Flags:
 
 
 if __name__ == "__main__":
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import json
 import os
@@ -35,8 +36,6 @@ import subprocess
 import tempfile
 import time
 from statistics import median
-
-import log
 
 TRAIN = ["config/quickstart.py", "--n_layer=8", "--n_head=8", "--d_model=512", "--d_ff=1376",
          "--global_batch_tokens=8192", "--optimizer=adamw", "--sample_tokens=0", "--warmup_steps=0",
@@ -46,8 +45,9 @@ TRAIN = ["config/quickstart.py", "--n_layer=8", "--n_head=8", "--d_model=512", "
 CHILD = """
 import json, sys, threading, time
 began = time.perf_counter()
-import settings, train
-from engine import Engine
+import train
+from plainllama.command import parse
+from plainllama.training.engine import Engine
 imported, notes, most, real = time.perf_counter(), {}, [0], Engine.update
 def watch():
     while not notes:
@@ -61,7 +61,7 @@ def update(self, *args):
     return real(self, *args)
 threading.Thread(target=watch, daemon=True).start()
 Engine.update = update
-code = train.main(settings.parse(sys.argv[1:], "", train.Flags))
+code = train.main(parse(sys.argv[1:], "", train.Flags))
 print(json.dumps(notes))
 sys.exit(code)
 """
@@ -76,7 +76,7 @@ def train(*words: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) | {"wall": time.perf_counter() - began}
 
 
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Measure and print."""
     flags = command.flags
     arms: dict[str, list[dict]] = {"saving": [], "not": []}
@@ -87,7 +87,7 @@ def main(command: settings.CommandLine) -> int:
                 arms[arm].append(train(f"--out_dir={folder}/{arm}{turn}",
                                        f"--save_interval={every}", f"--max_steps={flags.steps}"))
         run = Path(folder) / "saving0"
-        rows = log.whole_rows(run / "metrics.jsonl")
+        rows = read_rows(run / "metrics.jsonl", tolerant=True)
         again = train(f"--out_dir={run}", f"--max_steps={flags.steps + 1}", "--extend")
     saving, without = (median(one["wall"] for one in arms[arm]) for arm in arms)
     fresh, saves = arms["saving"][0], -(-flags.steps // flags.every)

@@ -14,8 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import settings
-from settings import Settings, key
+from model import flops_per_token
+from plainllama.command import CommandLine, parse_arguments, run_command
+from plainllama.parallel import World
+from plainllama.settings import Settings, key
+from plainllama.training.engine import Engine
+from plainllama.weights.huggingface import hf_config
 
 
 @dataclass
@@ -27,7 +31,7 @@ class Flags:
 
 
 if __name__ == "__main__":
-    COMMAND = settings.command(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import importlib
 import time
@@ -38,18 +42,13 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from checkpoint import hf_config
-from engine import Engine
-from model import flops_per_token
-from parallel import World
-
 CONTEXT, ROWS, VOCAB = 256, 8, 4096
 SIZES: dict[str, dict] = {"7 M": dict(n_layer=6, n_head=4, d_model=256, d_ff=688),
                           "30 M": dict(n_layer=8, n_head=8, d_model=512, d_ff=1376)}
 Arm = Callable[[], float]  # seconds of one step
 
 
-def main(command: settings.CommandLine) -> int:
+def main(command: CommandLine) -> int:
     """Measure and print."""
     flags = command.flags
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {ROWS} x {CONTEXT} "
@@ -206,4 +205,4 @@ def rows() -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    settings.run(main, COMMAND)
+    run_command(main, COMMAND)

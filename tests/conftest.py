@@ -13,8 +13,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 
 import torch
 
-import shards
-import tokenizer
+from plainllama.files import file_entry
+from plainllama.tokens import shards, tokenizer
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(2)
@@ -35,7 +35,7 @@ def write_data_set(folder: Path, texts: dict[str, list[str]], files_per_split: i
         tokens = sum(e.get("tokens", 0) for n, e in files.items() if n.startswith(split))
         splits[split] = {"documents": len(documents), "tokens": tokens, "tail": 0,
                          "bytes": sum(len(d.encode()) for d in documents)}
-    files["tokenizer.json"] = shards.file_entry(folder / "tokenizer.json")
+    files["tokenizer.json"] = file_entry(folder / "tokenizer.json")
     shards.write_manifest(folder, {
         "recipe": {}, "source": [], "splits": splits, "files": files,
         "tokenizer": {"spec": "bytes", "sha256": words.sha256, "vocab_size": 258,

@@ -14,12 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.profiler
 
-import checkpoint
-import tokenizer
-from engine import Batch, Engine
 from model import IGNORE
-from parallel import World
-from settings import Settings, UserError
+from plainllama.parallel import World
+from plainllama.settings import Settings, UserError
+from plainllama.tokens import tokenizer
+from plainllama.training.engine import Batch, Engine
+from plainllama.weights import checkpoint
 
 ROWS, LENGTH = 10, 24
 TOKENIZER = Path("tokenizer.json")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, documents, run_script
 
-import settings
-from settings import UserError
+from plainllama.command import parse
+from plainllama.settings import UserError
 
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu
@@ -107,7 +107,7 @@ def test_a_stage_that_fails_dies_or_hangs_stops_no_other(tmp_path, monkeypatch, 
         monkeypatch.setenv(name, os.environ.get(name, "1"))
     words = ["--rehearse", "--minutes=0.5", f"--out={tmp_path}"]
     try:
-        assert gpu.main(settings.parse(words, "", gpu.Flags, "files")) == 1
+        assert gpu.main(parse(words, "", gpu.Flags, "files")) == 1
     finally:
         torch.set_num_threads(2)
     found = rows(tmp_path)
@@ -119,7 +119,7 @@ def test_a_stage_that_fails_dies_or_hangs_stops_no_other(tmp_path, monkeypatch, 
     assert found["before"] and "Traceback" in capfd.readouterr().err
     page = (tmp_path / "results.md").read_text()
     assert "| 12,346 | 0.5, n/a | 2.000 GiB | a/b c |" in page
-    assert gpu.main(settings.parse([*words, "--only=works"], "", gpu.Flags, "files")) == 0
+    assert gpu.main(parse([*words, "--only=works"], "", gpu.Flags, "files")) == 0
     assert len(rows(tmp_path)["works"]) == 2  # an earlier use's rows stay
     torch.set_num_threads(2)
 
@@ -179,7 +179,7 @@ def test_the_mission_goes_on_where_a_call_ended(tmp_path):
 
 
 def test_the_optimizers_differ_in_nothing_else():
-    adamw, muon = (vars(settings.parse([str(ROOT / f"config/bench_{arm}.py")], "").config)
+    adamw, muon = (vars(parse([str(ROOT / f"config/bench_{arm}.py")], "").config)
                    for arm in ("adamw", "muon"))
     differing = {key: (adamw[key], muon[key]) for key in adamw if adamw[key] != muon[key]}
     differing.pop("out_dir")

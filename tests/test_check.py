@@ -10,17 +10,21 @@ import torch
 import torch.nn.functional as F
 from conftest import documents, metrics, run_script, write_data_set
 
-import attention
 import model
-import optim
-import settings
-import shards
-import tokenizer
 import train
+from model import causal
+from model import initial_weight as real
+from plainllama import parallel, settings
+from plainllama.command import parse
+from plainllama.files import file_entry
+from plainllama.tokens import shards, tokenizer
+from plainllama.tokens.rows import Rows
+from plainllama.tokens.tokenizer_json import sha256_of
+from plainllama.training import optim, preflight
 
 
 def check(*words: str) -> int:
-    return train.main(settings.parse(["toy.py", "--check", *words], "", train.Flags))
+    return train.main(parse(["toy.py", "--check", *words], "", train.Flags))
 
 
 def leaky_mask(monkeypatch):
@@ -28,11 +32,11 @@ def leaky_mask(monkeypatch):
     def leaky(q, k, v):
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    monkeypatch.setattr(attention, "causal", leaky)
+    monkeypatch.setattr(model, "causal", leaky)
 
 
 def no_mask(monkeypatch):
-    monkeypatch.setattr(attention, "causal", lambda q, k, v: F.scaled_dot_product_attention(
+    monkeypatch.setattr(model, "causal", lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, enable_gqa=True))
 
 
@@ -77,22 +81,20 @@ def no_rope(monkeypatch):
 
 def wrong_heads(monkeypatch):
     """Query head h uses key head h mod K."""
-    real = attention.causal
-    monkeypatch.setattr(attention, "causal", lambda q, k, v: real(
+    real = causal
+    monkeypatch.setattr(model, "causal", lambda q, k, v: real(
         q, *(x.repeat(1, q.shape[1] // x.shape[1], 1, 1) for x in (k, v))))
 
 
 def zero_head(monkeypatch):
-    from model import initial_weight as real
 
-    monkeypatch.setattr("parallel.initial_weight", lambda name, *rest: real(name, *rest) * (
+    monkeypatch.setattr(parallel, "initial_weight", lambda name, *rest: real(name, *rest) * (
         name != "lm_head.weight"))
 
 
 def wide_head(monkeypatch):
-    from model import initial_weight as real
 
-    monkeypatch.setattr("parallel.initial_weight", lambda name, *rest: real(name, *rest) * (
+    monkeypatch.setattr(parallel, "initial_weight", lambda name, *rest: real(name, *rest) * (
         40 if name == "lm_head.weight" else 1))
 
 
@@ -101,7 +103,7 @@ def no_learning(monkeypatch):
 
 
 def lossy_checkpoint(monkeypatch):
-    import checkpoint
+    from plainllama.weights import checkpoint
 
     real = checkpoint.gather_weights
     monkeypatch.setattr(checkpoint, "gather_weights", lambda m, w: {
@@ -130,7 +132,7 @@ def full_disk(monkeypatch):
 ])
 def test_sabotage_is_caught(home, monkeypatch, capsys, sabotage, caught):
     sabotage(monkeypatch)
-    monkeypatch.setattr("check.forecast", lambda *_: None)  # not what is tested
+    monkeypatch.setattr(preflight, "forecast", lambda *_: None)  # not what is tested
     assert check() == 1
     failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert any(re.search(caught, line) for line in failures), failures
@@ -149,11 +151,11 @@ def test_a_wrong_tokenizer_is_caught(home, monkeypatch, capsys):
     manifest = json.loads((data / "manifest.json").read_text())
     manifest["tokenizer"] |= {"vocab_size": one.vocab_size, "sha256": one.sha256}
     assert one.vocab_size == other.vocab_size
-    manifest["files"]["tokenizer.json"] = shards.file_entry(data / "tokenizer.json")
+    manifest["files"]["tokenizer.json"] = file_entry(data / "tokenizer.json")
     for right_hash, found in ((False, "tokenizer.json is not the one that the manifest names"),
                               (True, "30 of 30 documents, decoded and encoded again, have other")):
         if right_hash:
-            manifest["tokenizer"]["sha256"] = tokenizer.sha256_of(data / "tokenizer.json")
+            manifest["tokenizer"]["sha256"] = sha256_of(data / "tokenizer.json")
         shards.write_manifest(data, manifest)
         assert check() == 1
         assert f"FAIL  Data set and tokenizer agree: {found}" in capsys.readouterr().out
@@ -176,15 +178,15 @@ def test_check_on_two_ranks_that_share_the_model(home):
 
 
 def test_replay_shows_the_rows_of_any_step(home, capsys):
-    assert train.main(settings.parse(["toy.py", "--max_steps=4"], "", train.Flags)) == 0
-    assert train.main(settings.parse(["toy.py", "--max_steps=7", "--global_batch_tokens=64",
+    assert train.main(parse(["toy.py", "--max_steps=4"], "", train.Flags)) == 0
+    assert train.main(parse(["toy.py", "--max_steps=7", "--global_batch_tokens=64",
                                       "--extend"], "", train.Flags)) == 0
     capsys.readouterr()
     manifest = shards.read_manifest(home / "data/toy")
-    rows = shards.Rows(shards.Split(home / "data/toy", "train", manifest), 32, 1337)
+    rows = Rows(shards.Split(home / "data/toy", "train", manifest), 32, 1337)
     words = tokenizer.Tokenizer.load(home / "data/toy")
     for step, first, n in ((1, 0, 8), (4, 24, 8), (5, 32, 2), (7, 36, 2)):
-        assert train.main(settings.parse(["toy.py", f"--replay={step}",
+        assert train.main(parse(["toy.py", f"--replay={step}",
                                           "--global_batch_tokens=64"], "", train.Flags)) == 0
         out = capsys.readouterr().out
         assert out.startswith(f"step {step}: rows {first} to {first + n - 1}\n")
@@ -193,4 +195,4 @@ def test_replay_shows_the_rows_of_any_step(home, capsys):
     assert metrics(home / "out/toy")[-1]["step"] == 7
     assert np.array_equal(rows.rows(36, 2), rows.read_windows(rows.window_of(36, 2)))
     with pytest.raises(settings.UserError, match="seed=1337, now it is 1"):
-        train.main(settings.parse(["toy.py", "--replay=1", "--seed=1"], "", train.Flags))
+        train.main(parse(["toy.py", "--replay=1", "--seed=1"], "", train.Flags))

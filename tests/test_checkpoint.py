@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import optim
-import settings
-import tokenizer
 from model import LLaMA, ModelConfig, initial_weight
-from parallel import World
-from settings import Settings, UserError
+from plainllama.command import parse
+from plainllama.files import as_json, sha256, steps_of, sync, write_json
+from plainllama.parallel import World
+from plainllama.settings import Settings, UserError
+from plainllama.tokens import tokenizer
+from plainllama.training import optim
+from plainllama.weights import checkpoint
+from plainllama.weights.huggingface import hf_config, load_model, load_weights, model_config
 
 
 def build(**keys) -> LLaMA:
@@ -68,12 +71,12 @@ def test_opens_in_transformers_as_it_lies(tmp_path, words, keys):
     assert pieces(text, split_special_tokens=True)["input_ids"] == [own.bos, *own.encode(text)]
     assert twin.config.max_position_embeddings == 64
     assert twin.config.bos_token_id == own.bos and twin.config.eos_token_id == own.eos
-    again = checkpoint.load_model(folder)
+    again = load_model(folder)
     assert again.config == model.config and torch.equal(again(ids), ours)
 
 
 def test_config_has_both_forms_of_rope():
-    config = checkpoint.hf_config(build(rope_scaling="linear", rope_factor=2.0).config, 1, 2)
+    config = hf_config(build(rope_scaling="linear", rope_factor=2.0).config, 1, 2)
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
@@ -82,10 +85,10 @@ def test_config_has_both_forms_of_rope():
     {"model_type": "gpt2"}, {"attention_bias": True}, {"hidden_act": "gelu"}, {"head_dim": 5},
     {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}])
 def test_other_architectures_are_refused_with_the_reason(tmp_path, change):
-    config = checkpoint.hf_config(build().config, 1, 2) | change
+    config = hf_config(build().config, 1, 2) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="only plain LLaMA"):
-        checkpoint.model_config(tmp_path)
+        model_config(tmp_path)
 
 
 def test_every_damage_is_found(tmp_path, words):
@@ -115,7 +118,7 @@ def test_every_damage_is_found(tmp_path, words):
             shutil.rmtree(copy)
     sums = json.loads((folder / "checksums.json").read_text())
     sums["files"]["../../outside"] = {"size": 1, "sha256": "0"}
-    checkpoint.write_json(folder / "checksums.json", sums)
+    write_json(folder / "checksums.json", sums)
     assert "outside the checkpoint" in checkpoint.damage(folder)
 
 
@@ -145,7 +148,7 @@ def test_the_last_the_best_and_the_milestones_are_kept(tmp_path, words):
     for step in range(10, 90, 10):
         saver.start(step, model, optimizer, {"step": step, "val_loss": losses.get(step)})
     saver.wait()
-    assert [p.name[5:] for p in checkpoint.steps_of(tmp_path)] == ["80", "70", "60", "30", "20"]
+    assert [p.name[5:] for p in steps_of(tmp_path)] == ["80", "70", "60", "30", "20"]
 
 
 def test_training_waits_for_the_copy_only(tmp_path, words, monkeypatch):
@@ -153,7 +156,7 @@ def test_training_waits_for_the_copy_only(tmp_path, words, monkeypatch):
     model = build()
     optimizer = optim.make(model, Settings())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    disk, real = threading.Event(), checkpoint.sync
+    disk, real = threading.Event(), sync
     monkeypatch.setattr(checkpoint, "sync", lambda path: disk.wait(20) and real(path))
     saver = checkpoint.Saver(tmp_path, words, World())
     saver.start(1, model, optimizer, {"step": 1})
@@ -161,7 +164,7 @@ def test_training_waits_for_the_copy_only(tmp_path, words, monkeypatch):
         for p in model.parameters():
             p.zero_()
             optimizer.state[p]["exp_avg"].fill_(7.0)
-    assert not checkpoint.steps_of(tmp_path) and saver.saved == -1
+    assert not steps_of(tmp_path) and saver.saved == -1
     disk.set()
     saver.start(2, model, optimizer, {"step": 2})  # waits for the first
     assert saver.saved == 1
@@ -245,10 +248,10 @@ def test_weights_must_fit_the_config(tmp_path, words):
     for keys, message in (({"n_layer": 1}, "unknown weights"), ({"n_layer": 3}, "missing"),
                           ({"d_ff": 40}, "shape")):
         with pytest.raises(UserError, match=message):
-            checkpoint.load_weights(folder, build(**keys), World())
+            load_weights(folder, build(**keys), World())
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load_weights(folder, build(), World())
+        load_weights(folder, build(), World())
 
 
 def test_random_damage_is_named_and_the_one_before_is_taken(tmp_path, words, capsys):
@@ -280,10 +283,10 @@ def test_random_damage_is_named_and_the_one_before_is_taken(tmp_path, words, cap
         shutil.copytree(tmp_path / "whole", newest)
     sums = json.loads((newest / "checksums.json").read_text())
     for change in ({"format": 3}, {"files": {}}, {"files": []}, {"files": None}):
-        checkpoint.write_json(newest / "checksums.json", sums | change)
+        write_json(newest / "checksums.json", sums | change)
         assert checkpoint.newest_good(tmp_path) == older
         assert "is damaged" in capsys.readouterr().out
-    whole = checkpoint.as_json(sums)
+    whole = as_json(sums)
     for text in (whole[:-1], whole.replace("\n", " "), whole + " ", whole.replace(": ", ":", 1)):
         (newest / "checksums.json").write_text(text)
         assert checkpoint.newest_good(tmp_path) == older
@@ -296,9 +299,9 @@ def test_nothing_in_a_checkpoint_leads_out_of_it(tmp_path, words):
     sums = json.loads((folder / "checksums.json").read_text())
     (folder / "link").symlink_to(tmp_path / "secret")
     (folder / "away").symlink_to(tmp_path)
-    entry = {"size": 4, "sha256": checkpoint.sha256(tmp_path / "secret")}
+    entry = {"size": 4, "sha256": sha256(tmp_path / "secret")}
     for name in ("../../../secret", str(tmp_path / "secret"), "link", "away/secret", "pipe"):
-        checkpoint.write_json(folder / "checksums.json", sums | {"files": sums["files"] | {
+        write_json(folder / "checksums.json", sums | {"files": sums["files"] | {
             name: entry if name != "pipe" else {"size": 0, "sha256": ""}}})
         said = checkpoint.damage(folder)
         assert ("does not match" if name == "pipe" else "outside the checkpoint") in said, name
@@ -308,7 +311,7 @@ def test_nothing_in_a_checkpoint_leads_out_of_it(tmp_path, words):
         {"weight_map": dict.fromkeys(load_file(tmp_path / "model.safetensors"),
                                      "../../../model.safetensors")}))
     with pytest.raises(UserError, match="outside the folder"):
-        checkpoint.load_model(folder)
+        load_model(folder)
 
 
 def test_what_is_planted_does_no_harm(tmp_path, words, monkeypatch):
@@ -331,7 +334,7 @@ def test_what_is_planted_does_no_harm(tmp_path, words, monkeypatch):
     reseal(folder)
     (folder / "training/optimizer-00008.safetensors").write_bytes(evil)  # not in the checksums
     assert checkpoint.damage(folder) == ""
-    assert checkpoint.load_model(checkpoint.find(str(tmp_path / "run"))).config == model.config
+    assert load_model(checkpoint.find(str(tmp_path / "run"))).config == model.config
     checkpoint.load_optimizer(folder, model, optimizer, World())
     good = (folder / "training/optimizer-00000.safetensors").read_bytes()
     length = int.from_bytes(good[:8], "little")
@@ -354,7 +357,7 @@ def test_what_is_planted_does_no_harm(tmp_path, words, monkeypatch):
     (folder / "training/state.json").write_text("[" * 100_000)
     reseal(folder)
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load_weights(folder, model, World())
+        load_weights(folder, model, World())
     with pytest.raises(UserError, match="not a run's state"):
         checkpoint.read_state(folder)
     assert not (tmp_path / "harmed").exists()
@@ -375,15 +378,14 @@ def test_loading_holds_no_more_than_a_fresh_start(tmp_path, words):
             return out
 
     with Watch():
-        checkpoint.load_weights(folder, model, World())
+        load_weights(folder, model, World())
         checkpoint.load_optimizer(folder, model, optimizer, World())
     assert 0 < max(seen) <= limit
 
 
 def test_nothing_is_unpickled(tmp_path, words, home):
     """No module of the program loads pickles, and a planted one is not touched."""
-    root = Path(checkpoint.__file__).parent
-    for path in root.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("plainllama/**/*.py")):
         text = path.read_text()
         for word in ("torch.load", "import pickle", "dcp.", "allow_pickle=True"):
             if path.name == "irt.py" and word == "import pickle":
@@ -392,7 +394,7 @@ def test_nothing_is_unpickled(tmp_path, words, home):
     import train
 
     def run():
-        return train.main(settings.parse(["toy.py", "--out_dir=out/a", "--max_steps=10"], "",
+        return train.main(parse(["toy.py", "--out_dir=out/a", "--max_steps=10"], "",
                                          train.Flags))
 
     assert run() == 0

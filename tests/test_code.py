@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_export import TINY, run, write_run
 
-import checkpoint
+from plainllama.files import CHECKOUT
+from plainllama.weights.huggingface import load_model
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,13 +126,13 @@ def test_the_folder(opened):
     place = opened[0]
     config = json.loads((place / "code/config.json").read_text())
     assert config["model_type"] == "plainllama" and config["max_position_embeddings"] == 48
-    assert {"modeling_plainllama.py", "model.py", "attention.py"} <= {
+    assert {"modeling_plainllama.py", "model.py"} <= {
         file.name for file in (place / "code").iterdir()}
-    source = (Path(checkpoint.__file__).parent / "modeling_plainllama.py").read_text()
+    source = (CHECKOUT / "plainllama/weights/modeling_plainllama.py").read_text()
     assert len([line for line in source.splitlines() if line.strip()]) <= 60
     # it is read here like any other folder, also as transformers saved it again
     for folder in (place / "code", next(place.glob("elsewhere*/again"))):
-        model = checkpoint.load_model(folder)
+        model = load_model(folder)
         with torch.no_grad():
             again = model(opened[1]["ids"])
         assert (again - opened[2]["logits"]).abs().max() <= 1e-5 * again.abs().max()

@@ -10,15 +10,13 @@ from conftest import documents as some_documents
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import attention
-import generate
-import log
-import optim
-import settings
-from attention import attend
-from engine import Engine
-from model import LLaMA, ModelConfig
-from parallel import World
+import model
+from model import LLaMA, ModelConfig, attend, document_bounds
+from plainllama import settings
+from plainllama.generation import generate
+from plainllama.parallel import World
+from plainllama.training import log, optim
+from plainllama.training.engine import Engine
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -233,7 +231,7 @@ def test_an_update_never_waits_for_the_host(keys):
 @pytest.mark.parametrize("kv", [8, 2])
 def test_varlen_equals_the_reference(kv, documents):
     inputs = [heads(n, grad=True) for n in (8, kv, kv)]
-    where = attention.bounds(pinned()[0][:2], 1).cuda() if documents else None
+    where = document_bounds(pinned()[0][:2], 1).cuda() if documents else None
     y = attend(*inputs, "varlen", documents=where)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     z = attend(*exact, "reference", documents=where)
@@ -246,7 +244,7 @@ def test_varlen_equals_the_reference(kv, documents):
 def test_varlen_without_grouped_heads_is_the_same(monkeypatch):
     q, k, v = heads(8), heads(2), heads(2)
     grouped = attend(q, k, v, "varlen")
-    monkeypatch.setattr(attention, "VARLEN_GROUPS", False)  # as in torch 2.11
+    monkeypatch.setattr(model, "VARLEN_GROUPS", False)  # as in torch 2.11
     assert (attend(q, k, v, "varlen") - grouped).abs().max() < 1e-2
 
 

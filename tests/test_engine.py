@@ -12,14 +12,22 @@ import torch.nn.functional as F
 from conftest import metrics
 from torch import nn
 
-import attention
 import model
-import optim
-import settings
 import train
-from engine import Engine
-from model import IGNORE, LLaMA, ModelConfig
-from parallel import World
+from model import (
+    IGNORE,
+    LLaMA,
+    ModelConfig,
+    attend,
+    attention_refusal,
+    by_document,
+    document_bounds,
+)
+from plainllama import settings
+from plainllama.command import parse
+from plainllama.parallel import World
+from plainllama.training import optim
+from plainllama.training.engine import Engine
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=300, block_size=32)
 
@@ -87,13 +95,13 @@ def test_fp16_scale_is_divided_out_and_follows_overflows(optimizer):
 
 def test_fp16_resumes_with_its_scale(home):
     words = ["toy.py", "--dtype=fp16", "--max_steps=6", "--save_interval=3"]
-    assert train.main(settings.parse(words, "", train.Flags)) == 0
+    assert train.main(parse(words, "", train.Flags)) == 0
     there = home / "out/toy/checkpoints/step_6"
     state = json.loads((there / "training/state.json").read_text())
     assert state["loss_scale"] == [2.0**16, 6.0] and state["dtype"] == "float16"
     rows = [r["loss"] for r in metrics(home / "out/toy") if "loss" in r]
     shutil.rmtree(there)
-    assert train.main(settings.parse(words, "", train.Flags)) == 0
+    assert train.main(parse(words, "", train.Flags)) == 0
     again = json.loads((there / "training/state.json").read_text())
     assert again["loss_scale"] == state["loss_scale"]
     assert [r["loss"] for r in metrics(home / "out/toy") if "loss" in r] == rows
@@ -105,7 +113,7 @@ def test_fp16_resumes_with_its_scale(home):
 def test_documents_compute_what_each_computes_alone(backend):
     made = engine(attention=backend, doc_mask=True)
     x, y = batch()
-    bounds = attention.bounds(x, 1)
+    bounds = document_bounds(x, 1)
     count = len(bounds) - 1
     assert count & (count - 1) == 0 and bounds[-1] == x.numel() and bounds.dtype == torch.int32
     expected = torch.zeros(())
@@ -125,10 +133,10 @@ def test_documents_compute_what_each_computes_alone(backend):
 
 
 def test_a_run_with_documents_trains_and_evaluates_with_them(home, monkeypatch):
-    seen, real = [], attention.by_document
-    monkeypatch.setattr(attention, "by_document", lambda *a: seen.append(
+    seen, real = [], by_document
+    monkeypatch.setattr(model, "by_document", lambda *a: seen.append(
         torch.is_grad_enabled()) or real(*a))
-    assert train.main(settings.parse(["toy.py", "--doc_mask", "--max_steps=2"], "",
+    assert train.main(parse(["toy.py", "--doc_mask", "--max_steps=2"], "",
                                      train.Flags)) == 0
     assert True in seen and False in seen
 
@@ -139,7 +147,7 @@ def test_a_run_with_documents_trains_and_evaluates_with_them(home, monkeypatch):
     (("sdpa", "cuda", torch.bfloat16, True), "doc_mask on CUDA needs attention=varlen"),
 ])
 def test_back_ends_that_cannot_run_say_so(words, says):
-    assert says in attention.refusal(*words)
+    assert says in attention_refusal(*words)
 
 
 def test_varlen_is_called_as_the_kernel_wants_it(monkeypatch):
@@ -154,13 +162,13 @@ def test_varlen_is_called_as_the_kernel_wants_it(monkeypatch):
             for a, b in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True) if b > a]
         return torch.cat(out)
 
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(model, "varlen_attn", kernel)
     q, k, v = torch.randn(3, 4, 32, 8), torch.randn(3, 2, 32, 8), torch.randn(3, 2, 32, 8)
-    for documents in (None, attention.bounds(batch(3)[0], 1)):
-        expected = attention.attend(q, k, v, "reference", documents=documents)
+    for documents in (None, document_bounds(batch(3)[0], 1)):
+        expected = attend(q, k, v, "reference", documents=documents)
         for groups in (True, False):  # torch 2.11 has no grouped heads
-            monkeypatch.setattr(attention, "VARLEN_GROUPS", groups)
-            found = attention.attend(q, k, v, "varlen", documents=documents)
+            monkeypatch.setattr(model, "VARLEN_GROUPS", groups)
+            found = attend(q, k, v, "varlen", documents=documents)
             assert (found - expected).abs().max() < 1e-5
 
 
@@ -229,10 +237,10 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(home, mon
         return real(self, ids, *rest)
 
     words = ["toy.py", "--max_steps=6", "--save_interval=6"]
-    assert train.main(settings.parse([*words, "--micro_batch=2", "--out_dir=out/small"], "",
+    assert train.main(parse([*words, "--micro_batch=2", "--out_dir=out/small"], "",
                                      train.Flags)) == 0
     monkeypatch.setattr(LLaMA, "forward", forward)
-    assert train.main(settings.parse([*words, "--micro_batch=7", "--out_dir=out/large"], "",
+    assert train.main(parse([*words, "--micro_batch=7", "--out_dir=out/large"], "",
                                      train.Flags)) == 0
     out = capsys.readouterr().out
     assert "out of memory with micro-batches of 7 rows: taking 4" in out
@@ -287,7 +295,7 @@ def test_training_evaluating_and_sampling_compile_at_most_twice(home, monkeypatc
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(LLaMA, "compile", lambda self: nn.Module.compile(self, backend=counter))
-    assert train.main(settings.parse(["toy.py", "--compile=true", "--sample_tokens=8"], "",
+    assert train.main(parse(["toy.py", "--compile=true", "--sample_tokens=8"], "",
                                      train.Flags)) == 0
     assert 1 <= counter.frame_count <= 2
     torch._dynamo.reset()
@@ -329,7 +337,7 @@ def test_skipped_updates_are_counted_and_their_rows_named(home, monkeypatch, cap
 
     monkeypatch.setattr(optim, "step", step)
     monkeypatch.setattr(Engine, "__init__", hooked)
-    assert train.main(settings.parse(["toy.py", "--max_steps=10"], "", train.Flags)) == 0
+    assert train.main(parse(["toy.py", "--max_steps=10"], "", train.Flags)) == 0
     out = capsys.readouterr().out
     assert "step 4: loss or gradient is not finite, no update; rows 24 to 31 (shown by --replay=4" \
         in out
@@ -337,7 +345,7 @@ def test_skipped_updates_are_counted_and_their_rows_named(home, monkeypatch, cap
     assert [rows[n]["skipped"] for n in (3, 4, 5, 6, 10)] == [0, 1, 2, 2, 2]
     assert rows[4]["loss"] > 0 and rows[4]["grad_norm"] is None and rows[6]["grad_norm"] > 0
     monkeypatch.setattr(Engine, "__init__", init)
-    assert train.main(settings.parse(["toy.py", "--max_steps=12", "--extend"], "",
+    assert train.main(parse(["toy.py", "--max_steps=12", "--extend"], "",
                                      train.Flags)) == 0
     assert metrics(home / "out/toy")[-2]["skipped"] == 2  # also after a resume
 
@@ -353,17 +361,17 @@ def test_a_logger_gets_the_rows_and_its_failure_is_one_warning(home, monkeypatch
     stub = types.SimpleNamespace(init=lambda **keys: types.SimpleNamespace(log=log))
     monkeypatch.setitem(sys.modules, "wandb", stub)
     words = ["toy.py", "--logger=wandb", "--max_steps=20"]
-    assert train.main(settings.parse(words, "", train.Flags)) == 0
+    assert train.main(parse(words, "", train.Flags)) == 0
     assert [step for step, _ in sent] == [0, 1, 2, 3, 4]
     assert [row for _, row in sent] == metrics(home / "out/toy")[:5]
     assert capsys.readouterr().out.count("WARNING: no more rows to the logger") == 1
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    assert train.main(settings.parse([*words, "--out_dir=out/b"], "", train.Flags)) == 0
+    assert train.main(parse([*words, "--out_dir=out/b"], "", train.Flags)) == 0
     assert capsys.readouterr().out.count("WARNING: logger=wandb does not work") == 1
 
 
 def test_profile_writes_a_trace(home):
-    assert train.main(settings.parse(["toy.py", "--profile", "--max_steps=8"], "",
+    assert train.main(parse(["toy.py", "--profile", "--max_steps=8"], "",
                                      train.Flags)) == 0
     events = json.loads((home / "out/toy/trace.json").read_text())["traceEvents"]
     assert sum(e.get("name", "").startswith("Optimizer.step") for e in events) == 3

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TOY, documents, run_script, write_data_set
 
-import settings
-import shards
-import tokenizer
+from plainllama.command import parse_arguments, run_command
+from plainllama.files import file_entry
+from plainllama.tokens import shards, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def place(tmp_path_factory) -> Path:
     words.save(home / "data/other")
     manifest = json.loads((home / "data/other/manifest.json").read_text())
     manifest["tokenizer"] |= {"sha256": words.sha256, "vocab_size": 300}
-    manifest["files"]["tokenizer.json"] = shards.file_entry(home / "data/other/tokenizer.json")
+    manifest["files"]["tokenizer.json"] = file_entry(home / "data/other/tokenizer.json")
     shards.write_manifest(home / "data/other", manifest)
     return home
 
@@ -141,7 +141,7 @@ def test_one_line_that_says_what_to_do(place, monkeypatch, capfd, name, words, s
     takes = "config" if name in ("train", "prepare") and not looks else "files"
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
     with pytest.raises(SystemExit) as left:
-        settings.run(module.main, settings.command(module.__doc__, module.Flags, takes))
+        run_command(module.main, parse_arguments(module.__doc__, module.Flags, takes))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored is so for children
     error = capfd.readouterr().err
     assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error

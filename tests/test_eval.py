@@ -12,21 +12,23 @@ import pytest
 import torch
 from conftest import documents, run_script, write_data_set
 
-import checkpoint
-import eval as scoring
-import harness
-import irt
-import ngram
-import optim
-import settings
-import shards
-import tasks
-from eval import evaluate
+import eval
 from model import LLaMA, ModelConfig, initial_weight
-from parallel import World
-from settings import UserError
-from tasks import Item, Scorer, local_item, read_local, score_local
-from tokenizer import Tokenizer, byte_info
+from plainllama import settings
+from plainllama.command import parse
+from plainllama.evaluation import counting, irt, likelihood, lm_eval_tasks, tasks
+from plainllama.evaluation.likelihood import by_position, evaluate
+from plainllama.evaluation.tasks import Item, Scorer, local_item, read_local, score_local
+from plainllama.files import write_json
+from plainllama.parallel import World
+from plainllama.settings import UserError
+from plainllama.tokens import shards
+from plainllama.tokens.rows import Rows
+from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.tokens.tokenizer_json import byte_info
+from plainllama.training import optim
+from plainllama.weights import checkpoint
+from plainllama.weights.huggingface import load_model
 
 BLOCK = 592
 SUBJECTS = ("high_school_sums", "colours", "animals")
@@ -46,7 +48,7 @@ def home(tmp_path_factory) -> Path:
             p.copy_(value if p.dim() == 1 else value * 6)
     run = home / "out" / "toy"
     run.mkdir(parents=True)
-    settings.to_json(run / "run.json", {"config": {
+    write_json(run / "run.json", {"config": {
         "dataset": "toy", "eval_tokens": 5 * BLOCK, "seed": 3}})
     digest = (home / "data" / "toy" / "manifest.sha256").read_text().strip()
     checkpoint.save(run, 30, model, optim.make(model, settings.Settings()),
@@ -69,13 +71,13 @@ def folder(home) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(home) -> shards.Rows:
-    return shards.Rows(shards.open_split(home / "data" / "toy", "val"), BLOCK, 0)
+def rows(home) -> Rows:
+    return Rows(shards.open_split(home / "data" / "toy", "val"), BLOCK, 0)
 
 
 @pytest.fixture(scope="module")
 def scorer(folder) -> Scorer:
-    return Scorer(checkpoint.load_model(folder), Tokenizer.load(folder), 4096, World())
+    return Scorer(load_model(folder), Tokenizer.load(folder), 4096, World())
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def hf(folder):
 
 def main(*words: str) -> int:
     """eval.py in this process."""
-    return scoring.main(settings.parse(list(words), "", scoring.Flags, "files"))
+    return eval.main(parse(list(words), "", eval.Flags, "files"))
 
 
 # ---- bits per byte
@@ -134,7 +136,7 @@ def test_bits_per_byte_equal_those_of_transformers(folder, rows):
     n_bytes = sum(len(piece.encode()) for piece in text)
     assert n_bytes < 5 * BLOCK  # the boundaries are targets and no bytes
 
-    scores = evaluate(checkpoint.load_model(folder), rows, byte_info(folder), 5 * BLOCK + 9, 2,
+    scores = evaluate(load_model(folder), rows, byte_info(folder), 5 * BLOCK + 9, 2,
                       World())
     assert scores["tokens"] == 5 * BLOCK and scores["bytes"] == n_bytes
     assert scores["val_loss"] == pytest.approx(nats / (5 * BLOCK), abs=1e-5)
@@ -144,15 +146,15 @@ def test_bits_per_byte_equal_those_of_transformers(folder, rows):
 
 @pytest.mark.parametrize("begin", [None, 256])  # the begin token: every document by itself
 def test_loss_by_position_averages_to_the_loss(folder, rows, begin):
-    model = checkpoint.load_model(folder)
+    model = load_model(folder)
     whole = evaluate(model, rows, byte_info(folder), 3 * BLOCK, 2, World(), begin)["val_loss"]
-    found = scoring.by_position(model, rows, 3 * BLOCK, 2, World(), begin)
+    found = by_position(model, rows, 3 * BLOCK, 2, World(), begin)
     quarters = [value for name, value in found.items() if name[-1].isdigit()]
     assert len(quarters) == 4 and np.mean(quarters) == pytest.approx(whole, rel=1e-5)
 
 
 def test_bits_per_byte_do_not_depend_on_the_batch(folder, rows):
-    model, info = checkpoint.load_model(folder), byte_info(folder)
+    model, info = load_model(folder), byte_info(folder)
     shapes = set()
     model.register_forward_pre_hook(lambda _, given: shapes.add(tuple(given[0].shape)))
     found = {}
@@ -193,8 +195,8 @@ def test_loss_by_position_equals_that_of_transformers(here, folder, rows):
     assert short["by_position"]["39-49"] == pytest.approx(nats[:, 39:].mean(), abs=1e-5)
     assert short["val_tokens"] == 5 * BLOCK // 50 * 50
 
-    model = checkpoint.load_model(folder)
-    parts = [scoring.by_position(model, rows, 5 * BLOCK, 2, Part(rank, 3)) for rank in range(3)]
+    model = load_model(folder)
+    parts = [by_position(model, rows, 5 * BLOCK, 2, Part(rank, 3)) for rank in range(3)]
     for name in ("0-147", "444-591"):
         assert np.average([part[name] for part in parts], weights=[2, 2, 1]) == pytest.approx(
             found[name], rel=1e-6)
@@ -212,7 +214,7 @@ class Part(World):
 
 
 def test_ranks_share_the_windows_and_the_prompts(folder, rows, scorer, items):
-    model, info = checkpoint.load_model(folder), byte_info(folder)
+    model, info = load_model(folder), byte_info(folder)
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     whole = evaluate(model, rows, info, 7 * BLOCK, 2, World())
@@ -371,7 +373,7 @@ def test_what_prompts_begin_with_is_computed_once(scorer, monkeypatch):
     monkeypatch.setattr(scorer.model, "hidden", counted)
     found = scorer.score(encoded)
     shared, read[:] = sum(read), []
-    monkeypatch.setattr(harness, "WORTH", 10**6)
+    monkeypatch.setattr(likelihood, "WORTH", 10**6)
     alone = scorer.score(encoded)
     assert shared < sum(read) / 4
     for one, other in zip(found, alone, strict=True):
@@ -439,9 +441,9 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}},
 """)
     assert main("--tasks=mine_tinyMMLU", "--include_path=own", "--log_samples") == 0
     found = json.loads((here / "out/toy/eval/step_30.json").read_text())["tasks"]["mine_tinyMMLU"]
-    loaded = harness.load_task("mine_tinyMMLU", "own")
+    loaded = lm_eval_tasks.load_task("mine_tinyMMLU", "own")
     theirs = simple_evaluate(hf, tasks=[*loaded["tasks"].values()], bootstrap_iters=1,
-                             task_manager=harness.task_manager(False), log_samples=True)
+                             task_manager=lm_eval_tasks.task_manager(False), log_samples=True)
     assert found["acc"] == theirs["results"]["mine_tinyMMLU"]["acc,none"]
     assert found["acc_norm"] == theirs["results"]["mine_tinyMMLU"]["acc_norm,none"]
     kept = (here / "out/toy/eval/samples_mine_tinyMMLU_step_30.jsonl").read_text().splitlines()
@@ -453,12 +455,12 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}},
         {"context": p, "choices": c, "answer": i % 3}) for i, (p, c) in enumerate(choices)))
     local = tasks.score_local("x", read_local("same.jsonl", []), None, scorer)["x"]
     assert (local["acc"], local["acc_norm"]) == (found["acc"], found["acc_norm"])
-    assert harness.questions(loaded, 2) == [row["p"] for row in rows[:2]]
+    assert lm_eval_tasks.questions(loaded, 2) == [row["p"] for row in rows[:2]]
     (here / "own/group.yaml").write_text("group: all_mine\ntask: [mine_tinyMMLU]\n"
                                          "aggregate_metric_list: [{metric: acc}]\n")
-    harness.task_manager.cache_clear()
-    group = harness.load_task("all_mine", "own")
-    both = harness.score("all_mine", group, 0, None, scorer)
+    lm_eval_tasks.task_manager.cache_clear()
+    group = lm_eval_tasks.load_task("all_mine", "own")
+    both = lm_eval_tasks.score("all_mine", group, 0, None, scorer)
     assert both["all_mine"]["acc"] == both["mine_tinyMMLU"]["acc"] == found["acc"]
 
 
@@ -494,7 +496,7 @@ def test_every_kind_of_request_equals_lm_eval(scorer, hf, tmp_path):
 
     text = "def add_1(a, b):\n    return a + b\n" * 40
     rolling = [Instance("loglikelihood_rolling", {}, (t,), 0) for t in (text, "short")]
-    ours = harness.lm_eval_model(scorer)
+    ours = lm_eval_tasks.lm_eval_model(scorer)
     theirs = hf.loglikelihood_rolling(rolling, disable_tqdm=True)
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs, abs=2e-3)
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
@@ -508,20 +510,20 @@ def test_tiny_mmlu_through_lm_eval(scorer, items, hf, tmp_path, monkeypatch):
 
     rows = [{"input_formatted": item.pairs[0][0], "answer": item.right} for item in items[:12]]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(harness, "TINY_MMLU", harness.TINY_MMLU | {
+    monkeypatch.setattr(lm_eval_tasks, "TINY_MMLU", lm_eval_tasks.TINY_MMLU | {
         "dataset_path": "json", "dataset_kwargs": {
             "data_files": {"test": str(tmp_path / "t.jsonl")}, "cache_dir": str(tmp_path)}})
-    loaded = harness.load_task("tinyMMLU")
+    loaded = lm_eval_tasks.load_task("tinyMMLU")
     scorer.truncated.clear()
-    ours = harness.score("tinyMMLU", loaded, 0, None, scorer)["tinyMMLU"]
+    ours = lm_eval_tasks.score("tinyMMLU", loaded, 0, None, scorer)["tinyMMLU"]
     local = score_local("x", items[:12], None, scorer)["x"]
     theirs = simple_evaluate(hf, tasks=[*loaded["tasks"].values()], bootstrap_iters=1,
-                             task_manager=harness.task_manager(False))["results"]["tinyMMLU"]
+                             task_manager=lm_eval_tasks.task_manager(False))["results"]["tinyMMLU"]
     assert ours == pytest.approx({key: value for key, value in local.items()
                                   if key not in ("loglikelihood", "shots", "letters")})
     assert ours["acc"] == theirs["acc,none"]
     assert ours["acc_stderr"] == pytest.approx(theirs["acc_stderr,none"])
-    assert harness.score("tinyMMLU", loaded, 7, None, scorer)["tinyMMLU"]["n"] == 7
+    assert lm_eval_tasks.score("tinyMMLU", loaded, 7, None, scorer)["tinyMMLU"]["n"] == 7
 
 
 class Reader(Scorer):
@@ -669,9 +671,9 @@ def test_baselines_stand_beside_the_model(here, rows, folder, capsys):
     assert main("--tasks=", "--baselines") == 0
     kept = json.loads((here / "out/toy/eval/step_30.json").read_text())
     found = kept["baselines"]
-    train = shards.Rows(shards.open_split(here / "data/toy", "train"), BLOCK, 3)
+    train = Rows(shards.open_split(here / "data/toy", "train"), BLOCK, 3)
     scored = rows.read_windows(range(5)).astype(np.int64)
-    assert found == pytest.approx(ngram.baselines(train, 120, scored, kept["val_bytes"], 258))
+    assert found == pytest.approx(counting.baselines(train, 120, scored, kept["val_bytes"], 258))
     assert "5-gram" in capsys.readouterr().out
     shutil.copytree(folder, here / "model")
     for words in (["--ckpt=model"], ["--data=toy"]):

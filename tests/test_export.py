@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import export
 from model import LLaMA, ModelConfig, initial_weight
-from settings import UserError, parse
-from tokenizer import make
+from plainllama.command import parse
+from plainllama.files import write_json
+from plainllama.settings import UserError
+from plainllama.tokens.tokenizer import make
+from plainllama.weights import checkpoint, huggingface
+from plainllama.weights.huggingface import hf_config, load_model, model_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=264, block_size=48)
@@ -33,15 +36,15 @@ def write_run(folder: Path, **changes) -> Path:
     (step / "training").mkdir(parents=True)
     (folder / "eval").mkdir()
     tokenizer.save(step)
-    checkpoint.write_json(step / "config.json",
-                          checkpoint.hf_config(model.config, tokenizer.bos, tokenizer.eos))
-    checkpoint.write_json(step / "training" / "state.json", {"step": 7, "rows": 70})
+    write_json(step / "config.json",
+                          hf_config(model.config, tokenizer.bos, tokenizer.eos))
+    write_json(step / "training" / "state.json", {"step": 7, "rows": 70})
     save_file(dict(model.named_parameters()), step / "model.safetensors", {"format": "pt"})
-    checkpoint.write_json(folder / "run.json", {
+    write_json(folder / "run.json", {
         "config": {"block_size": 100}, "data": {"name": "code", "sources": [{"path": "a.txt"}]},
         "config_file": "config/quickstart.py", "overrides": {"max_steps": 7},
         "parameters": {"total": 1}, "device": {"count": 1, "name": "cpu"}})
-    checkpoint.write_json(folder / "eval" / "step_7.json", {
+    write_json(folder / "eval" / "step_7.json", {
         "step": 7, "tokens": 7000, "val_loss": 1.5, "val_bpb": 2.25,
         "tasks": {"arc": {"acc": 0.25, "acc_stderr": 0.01, "chance": 0.2, "n": 9}},
         "baselines": {"unigram_bpb": 5.0, "5-gram_bpb": 2.5}})
@@ -76,14 +79,14 @@ def test_transformers_computes_the_same(tmp_path, unchecked, variant, dtype):
     auto = transformers.AutoModelForCausalLM
     assert auto.from_pretrained(tmp_path / "hub", dtype="auto").dtype == kind
     theirs = auto.from_pretrained(tmp_path / "hub", dtype=torch.float32)
-    ours = checkpoint.load_model(step)
+    ours = load_model(step)
     for weight in ours.parameters():
         weight.data = weight.data.to(kind).float()
     ids = torch.randint(264, (2, 48), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want, got = ours(ids), theirs(ids).logits
     assert (want - got).abs().max() <= 1e-5 * want.abs().max()
-    assert checkpoint.model_config(tmp_path / "hub") == ours.config
+    assert model_config(tmp_path / "hub") == ours.config
 
 
 def test_shards_with_an_index(tmp_path, unchecked, monkeypatch):
@@ -97,7 +100,7 @@ def test_shards_with_an_index(tmp_path, unchecked, monkeypatch):
     whole = {name: weight for p in files for name, weight in load_file(p).items()}
     assert index["metadata"]["total_size"] == sum(w.numel() * 4 for w in whole.values())
     for state in (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub").state_dict(),
-                  checkpoint.load_model(tmp_path / "hub").state_dict()):
+                  load_model(tmp_path / "hub").state_dict()):
         for name, weight in load_file(step / "model.safetensors").items():
             assert state[name].equal(weight), name
 
@@ -131,7 +134,7 @@ def test_a_flipped_weight_is_caught(tmp_path, monkeypatch, capsys):
         save_file(tensors, path, metadata)
 
     step = write_run(tmp_path / "run")
-    monkeypatch.setattr(export, "save_file", damaged)
+    monkeypatch.setattr(huggingface, "save_file", damaged)
     assert run("--ckpt", step, "--to", tmp_path / "hub") == 1
     assert "up_proj.weight is not what was written" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -139,8 +142,8 @@ def test_a_flipped_weight_is_caught(tmp_path, monkeypatch, capsys):
 
 def test_what_transformers_would_compute_otherwise_is_caught(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
-    step, right = write_run(tmp_path / "run"), checkpoint.hf_config
-    monkeypatch.setattr(checkpoint, "hf_config", lambda *args: {
+    step, right = write_run(tmp_path / "run"), hf_config
+    monkeypatch.setattr(export, "hf_config", lambda *args: {
         **right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}})
     assert run("--ckpt", step, "--to", tmp_path / "hub") == 1
     assert "its logits differ by" in capsys.readouterr().err

@@ -17,17 +17,16 @@ from conftest import documents, metrics
 from safetensors.torch import load_file, save_file
 from test_code import assert_as_llama, export_both, look
 
-import checkpoint
-import huggingface
-import optim
-import resume
-import settings
-import shards
-import tokenizer
 import train
 from model import LLaMA, ModelConfig, initial_weight
-from parallel import World
-from settings import Settings, UserError
+from plainllama.command import parse
+from plainllama.parallel import World
+from plainllama.settings import Settings, UserError
+from plainllama.tokens import shards, tokenizer
+from plainllama.tokens.tokenizer_json import write_hf_files
+from plainllama.training import optim, resume
+from plainllama.weights import checkpoint, huggingface
+from plainllama.weights.huggingface import load_model, weight_files
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +106,7 @@ def assert_equal_logits(folder: Path) -> None:
     """What we compute from a folder is what transformers did that wrote it."""
     known = load_file(f"{folder}.safetensors")
     with torch.no_grad():
-        logits = checkpoint.load_model(folder)(known["ids"])
+        logits = load_model(folder)(known["ids"])
     assert known["logits"].abs().max() > 1
     assert (logits - known["logits"]).abs().max() <= 1e-5 * known["logits"].abs().max()
 
@@ -115,7 +114,7 @@ def assert_equal_logits(folder: Path) -> None:
 def go_on(home: Path, folder: Path, *words: str) -> None:
     """Train on, as the message tells; the first evaluation is what transformers measures."""
     def start(*more: str) -> int:
-        return train.main(settings.parse(
+        return train.main(parse(
             ["toy.py", f"--init_from={folder}", f"--out_dir=out/{folder.name}", "--max_steps=6",
              "--learning_rate=1e-3", "--block_size=64", "--global_batch_tokens=512",
              "--eval_tokens=128", *words, *more], "", train.Flags))
@@ -142,7 +141,7 @@ def test_what_transformers_writes_is_read(written):
     config = huggingface.model_config(written / "llama")
     assert (config.rope_scaling, config.rope_factor, config.rope_original) == ("llama3", 8.0, 16)
     assert config.tie_embeddings and config.kv_heads == 2 and config.rope_theta == 5e5
-    assert len(checkpoint.weight_files(written / "llama")) > 3
+    assert len(weight_files(written / "llama")) > 3
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -215,7 +214,7 @@ def test_what_would_compute_something_else_is_refused(tmp_path, change, says):
     config = {key: value for key, value in config.items() if value is not ...}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=says) as refused:
-        checkpoint.load_model(checkpoint.find(str(tmp_path)))
+        load_model(checkpoint.find(str(tmp_path)))
     assert "\n" not in str(refused.value)
 
 
@@ -228,7 +227,7 @@ def test_half_copied_folders_are_refused(tmp_path, written):
                 (folder / file.name).write_bytes(file.read_bytes())
         return folder
 
-    shard = checkpoint.weight_files(written / "llama")[2]
+    shard = weight_files(written / "llama")[2]
     cut, index, outside = copy("mistral"), copy("llama"), copy("llama")
     os.truncate(cut / "model.safetensors", 50_000)
     (index / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "mo')
@@ -242,13 +241,13 @@ def test_half_copied_folders_are_refused(tmp_path, written):
             (cut, "weights cannot be read: .* copy it again"), (index, "not an index of weights"),
             (outside, "names '../a.bin', outside the folder"), (pickled, "pickled weights")):
         with pytest.raises(UserError, match=says):
-            checkpoint.load_model(checkpoint.find(str(folder)))
+            load_model(checkpoint.find(str(folder)))
     biased = copy("mistral")
     weights = load_file(biased / "model.safetensors")
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
     save_file(weights, biased / "model.safetensors")
     with pytest.raises(UserError, match=r"unknown weights, the first is .*q_proj\.bias"):
-        checkpoint.load_model(biased)
+        load_model(biased)
 
 
 def test_a_tokenizer_that_transformers_wrote(tmp_path):
@@ -256,7 +255,7 @@ def test_a_tokenizer_that_transformers_wrote(tmp_path):
     embedding does not."""
     words = tokenizer.make("bpe:300", lambda: documents(9))
     words.save(tmp_path)
-    tokenizer.write_hf_files(tmp_path / "tokenizer.json", tmp_path, 64)
+    write_hf_files(tmp_path / "tokenizer.json", tmp_path, 64)
     folder = tmp_path / "theirs"
     transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(huggingface.hf_config(
@@ -267,7 +266,7 @@ def test_a_tokenizer_that_transformers_wrote(tmp_path):
     with pytest.raises(UserError, match="not the tokenizer of the data set; prepare one with"):
         resume.refuse_other_model(folder, model, {"tokenizer": {"sha256": words.sha256[::-1]}})
     with pytest.raises(UserError, match="entries, the model's embedding only"):
-        checkpoint.load_model(folder)
+        load_model(folder)
 
 
 def test_a_sentencepiece_model_beside_the_weights(tmp_path):

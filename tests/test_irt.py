@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import eval as scoring
-import irt
-import settings
-from settings import UserError
+import eval
+from plainllama.command import parse
+from plainllama.evaluation import irt
+from plainllama.settings import UserError
 
 N, D, SUBJECTS = 400, 3, 7
 
@@ -221,7 +221,7 @@ def test_samples_are_taken_in_the_order_of_their_questions(pickled, tmp_path, ca
     path = tmp_path / "samples_tinyMMLU.jsonl"
     path.write_text("\n".join(map(json.dumps, mixed)) + "\n")
     words = [f"--irt={path}", f"--irt-file={pickled}", "--json"]
-    assert scoring.main(settings.parse(words, "", scoring.Flags, "files")) == 0
+    assert eval.main(parse(words, "", eval.Flags, "files")) == 0
     shown = capsys.readouterr().out
     found = json.loads(shown.splitlines()[-1])
     right = np.array([i % 7 < 2 for i in range(100)])
@@ -244,5 +244,5 @@ def test_samples_that_are_not_all_there(pickled, tmp_path, rows, said):
     path = tmp_path / "s.jsonl"
     path.write_text("\n".join(rows))
     with pytest.raises(UserError, match=said):
-        scoring.main(settings.parse([f"--irt={path}", f"--irt-file={pickled}"], "", scoring.Flags,
+        eval.main(parse([f"--irt={path}", f"--irt-file={pickled}"], "", eval.Flags,
                                     "files"))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from conftest import documents, write_data_set
 
-import ngram
-from shards import Rows, open_split
+from plainllama.evaluation import counting
+from plainllama.tokens.rows import Rows
+from plainllama.tokens.shards import open_split
 
 
 def by_hand(train: list, order: int, vocab: int):
@@ -50,7 +51,7 @@ def test_kneser_ney_equals_the_formula(order):
     train, test = walk(9), walk(4)
     test[0] = train[0]  # contexts of every order that were seen
     test[1, 3] = 6  # a token that never was
-    model, p = ngram.KneserNey(train, order, vocab), by_hand(train.tolist(), order, vocab)
+    model, p = counting.KneserNey(train, order, vocab), by_hand(train.tolist(), order, vocab)
     expected = [[p(row[i], tuple(row[max(0, i - order + 1):i])) for i in range(1, 12)]
                 for row in test.tolist()]
     np.testing.assert_allclose(model.probabilities(test), expected, rtol=1e-12)
@@ -58,7 +59,7 @@ def test_kneser_ney_equals_the_formula(order):
 
 def test_probabilities_sum_to_one():
     draw = np.random.default_rng(0)
-    model = ngram.KneserNey(draw.integers(0, 5, (6, 20)), 4, 6)
+    model = counting.KneserNey(draw.integers(0, 5, (6, 20)), 4, 6)
     start = draw.integers(0, 5, (1, 3)).repeat(6, 0)
     rows = np.concatenate([start, np.arange(6)[:, None]], 1)  # every word after one context
     assert model.probabilities(rows)[:, -1].sum() == pytest.approx(1)
@@ -68,7 +69,7 @@ def test_baselines_of_a_run(tmp_path):
     write_data_set(tmp_path / "d", {"train": documents(40), "val": documents(5)})
     train, val = (Rows(open_split(tmp_path / "d", s), 16, 3) for s in ("train", "val"))
     scored = val.read_windows(range(10)).astype(np.int64)
-    found = ngram.baselines(train, 20, scored, 160, 258)
+    found = counting.baselines(train, 20, scored, 160, 258)
     everything = np.concatenate([train.split.shard(i) for i in range(2)])
     p = (np.bincount(everything, minlength=258) + 1) / (len(everything) + 258)
     assert found["unigram_bpb"] == pytest.approx(-np.log2(p[scored[:, 1:]]).sum() / 160)
@@ -78,4 +79,4 @@ def test_baselines_of_a_run(tmp_path):
     assert found["5-gram_bpb"] == pytest.approx(bits / 160)
     assert found["tokens"] == 20 * 17
     # a run longer than one epoch has seen no more than the windows there are
-    assert ngram.baselines(train, 10**6, scored, 160, 258)["tokens"] == train.windows * 17
+    assert counting.baselines(train, 10**6, scored, 160, 258)["tokens"] == train.windows * 17

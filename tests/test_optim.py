@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-import optim
 from model import LLaMA, ModelConfig, initial_weight
-from settings import Settings
+from plainllama.settings import Settings
+from plainllama.training import optim
 
 
 def config(**keys):

@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-import checkpoint
-import optim
-import parallel
 from model import LLaMA, ModelConfig
-from parallel import World
-from settings import Settings, UserError
+from plainllama import parallel
+from plainllama.parallel import World
+from plainllama.settings import Settings, UserError
+from plainllama.training import optim
+from plainllama.weights import checkpoint
 
 SHAPES = [(mode, size) for size in (2, 3, 4) for mode in ("ddp", "fsdp")] + [("hsdp", 4)]
 ALL = [(mode, size, tied, many) for mode, size in SHAPES for tied in (False, True)

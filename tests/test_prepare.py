@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from hub_stub import SHA, Hub
 
-import parts
 import prepare
-import shards
-import sources
-from settings import Settings, UserError
+from plainllama.settings import Settings, UserError
+from plainllama.text import documents as text_documents
+from plainllama.text import sources
+from plainllama.text.documents import Rules, Tally, documents
+from plainllama.text.selection import hash_below, placed
+from plainllama.tokens import shards, tokenizer
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -74,8 +76,8 @@ def inside(tmp_path, monkeypatch, **keys):
     monkeypatch.chdir(tmp_path)
     config = Settings(**{"dataset": "d", "tokenizer": "bytes", "workers": 1, "block_size": 64,
                          "val_fraction": 0.1} | keys)
-    import settings
-    command = settings.CommandLine(config, prepare.Flags(), [], "", "", {}, keys)
+    from plainllama.command import CommandLine
+    command = CommandLine(config, prepare.Flags(), [], "", "", {}, keys)
     assert prepare.main(command) == 0
     return tmp_path / "data" / config.dataset
 
@@ -193,7 +195,7 @@ def test_a_cut_at_or_beside_a_line_end_loses_nothing(width, packed, tmp_path):
     path.write_bytes(gzip.compress(data) if packed else data)
     _, parts = sources.survey([{"path": str(path)}], [])
     assert packed or len(parts) >= 4
-    assert list(sources.documents([p for part in parts for p in part], sources.Tally())) == lines
+    assert list(documents([p for part in parts for p in part], Tally())) == lines
 
 
 def test_standard_input(tmp_path):
@@ -233,7 +235,7 @@ def test_embedded_is_the_packages_source(tmp_path, monkeypatch):
                 want[name.as_posix()] = path.read_bytes().decode()
     records, parts = sources.survey(sources.described("embedded"), [])
     assert len(parts) >= 8 and str(ROOT) not in json.dumps(records)
-    have = list(sources.documents([p for part in parts for p in part], sources.Tally()))
+    have = list(documents([p for part in parts for p in part], Tally()))
     assert have == [want[name] for name in sorted(want)] and sum(map(len, have)) > 20e6
 
 
@@ -494,10 +496,9 @@ def test_shares_and_a_merge_write_the_same_bytes(dedup, tmp_path):
 
 
 def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path, monkeypatch):
-    import tokenizer
 
-    monkeypatch.setattr(sources, "DOCUMENT", 1000)
-    monkeypatch.setattr(sources, "LINE", 30000)
+    monkeypatch.setattr(text_documents, "DOCUMENT", 1000)
+    monkeypatch.setattr(text_documents, "LINE", 30000)
     rng = random.Random(4)
     long = " ".join("".join(rng.choices("aя你🎉", k=rng.randint(1, 9))) for _ in range(900))
     word = "я" * 1801
@@ -506,10 +507,10 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
     (tmp_path / "c.parquet").write_bytes(parquet([long, "short"]))
     for name, want in (("a.jsonl", ["short", long, word, "end"]), ("b.txt", [long]),
                        ("c.parquet", [long, "short"])):
-        dropped, cut = sources.Tally(), sources.Tally()
+        dropped, cut = Tally(), Tally()
         _, parts = sources.survey([{"path": str(tmp_path / name)}], [])
         pieces = [piece for part in parts for piece in part]
-        have = list(sources.documents(pieces, dropped, cut=cut))
+        have = list(documents(pieces, dropped, cut=cut))
         assert "".join(have) == "".join(want) and max(len(t.encode()) for t in have) <= 1003
         assert cut["document over 0 MB"]["count"] == 1 + (name == "a.jsonl")
         assert dropped.records == len(want)
@@ -530,13 +531,13 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
 
 def test_one_long_text_is_held_out_at_its_end(tmp_path, monkeypatch):
 
-    monkeypatch.setattr(sources, "DOCUMENT", 1000)
+    monkeypatch.setattr(text_documents, "DOCUMENT", 1000)
     text = "\n".join(f"line {i} of it" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
-    jobs = [prepare.Job(part, sources.Rules(), {})
+    jobs = [prepare.Job(part, Rules(), {})
             for part in sources.survey([{"path": str(tmp_path / "a.txt")}], [])[1]]
-    below = prepare.hash_below(jobs, 0.1)
-    have = list(parts.placed(jobs[0].texts(sources.Tally()), below, 0.1))
+    below = hash_below(jobs, 0.1)
+    have = list(placed(jobs[0].texts(Tally()), below, 0.1))
     assert "".join(t for _, t in have) == text
     assert [s for s, _ in have] == sorted(s for s, _ in have)
     held = "".join(t for s, t in have if s == "val")

@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 
 import report
-import settings
+from plainllama import settings
+from plainllama.command import parse
+from plainllama.report.blocks import short
+from plainllama.report.charts import HEIGHT, LEFT, RIGHT, STYLE, curve, draw, ticks
+from plainllama.report.runs import grouped, load
 
 NASTY = '</script><script>alert("x")</script> <b>&amp; ``` | \ud800'
 
@@ -65,7 +69,7 @@ def build(*folders: Path, **flags: str) -> tuple[str, dict, str]:
 
 
 def run_main(argv: list[str]) -> int:
-    return report.main(settings.parse(argv, "", report.Flags, takes="files"))
+    return report.main(parse(argv, "", report.Flags, takes="files"))
 
 
 def cells(text: str) -> list[list[str]]:
@@ -197,8 +201,8 @@ def test_scores_are_drawn_against_tokens(tmp_path):
     svg = next(one for one in page.split("<svg") if "against tokens" in one)
     points = re.search(r'd="M([\d., ]+)h0', svg)[1].split()
     (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points)
-    assert (x0 - report.LEFT) * 2 == pytest.approx(x1 - report.LEFT, abs=0.2)  # twice the tokens
-    assert y0 - y1 == pytest.approx(report.HEIGHT * 0.5 / ((0.75 + 1.96 * 0.05) * 1.05), abs=0.2)
+    assert (x0 - LEFT) * 2 == pytest.approx(x1 - LEFT, abs=0.2)  # twice the tokens
+    assert y0 - y1 == pytest.approx(HEIGHT * 0.5 / ((0.75 + 1.96 * 0.05) * 1.05), abs=0.2)
     assert "a&amp;b acc against tokens" in svg and ">tokens</text>" in svg and "<polygon" in svg
     assert "_score_0.svg)" in markdown and (run / "report_score_0.svg").is_file()
     rows = {row[1]: row[2:] for row in cells(page) if len(row) == 4}
@@ -208,10 +212,10 @@ def test_scores_are_drawn_against_tokens(tmp_path):
 
 def test_seeds_are_a_mean_and_a_band(tmp_path):
     folders = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2, 3)]
-    groups = report.grouped([report.load(folder) for folder in folders])
+    groups = grouped([load(folder) for folder in folders])
     assert len(groups) == 1
     table = np.array([[row["loss"] for row in metrics_of(run) if "loss" in row] for run in folders])
-    steps, mean, low, high = np.array(report.curve(groups[0], "loss")).T
+    steps, mean, low, high = np.array(curve(groups[0], "loss")).T
     assert list(steps) == list(range(10, 101, 10))
     np.testing.assert_allclose(mean, table.mean(0), rtol=1e-15)
     np.testing.assert_array_equal(low, table.min(0))
@@ -229,8 +233,8 @@ def test_a_group_ends_where_its_shortest_run_ends(tmp_path):
     folders = [make_run(tmp_path / "long", seed=1), make_run(tmp_path / "short", seed=2)]
     rows = metrics_of(folders[1])
     (folders[1] / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:5]))
-    runs = [report.load(folder) for folder in folders]
-    assert [row[0] for row in report.curve(runs, "loss")] == [10, 20, 30, 40]
+    runs = [load(folder) for folder in folders]
+    assert [row[0] for row in curve(runs, "loss")] == [10, 20, 30, 40]
 
 
 def test_runs_that_differ_are_drawn_apart(tmp_path):
@@ -266,27 +270,27 @@ def test_pictures_stand_alone(tmp_path):
     for name in pictures:
         svg = (run / name).read_text()
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
-        assert report.STYLE in svg and svg.replace(f"<style>{report.STYLE}</style>", "") in page
+        assert STYLE in svg and svg.replace(f"<style>{STYLE}</style>", "") in page
 
 
 def test_a_curve_is_drawn_where_the_numbers_are():
     rows = [(step, value, value, value) for step, value in ((0, 0.0), (60, 5.0), (100, 10.0))]
-    svg = report.draw("t", [], [("red", "lr", rows)], log=False)
+    svg = draw("t", [], [("red", "lr", rows)], log=False)
     points = re.search(r'<path d="M([0-9., ]*)h0"', svg)
     assert points
     at = np.array([[float(v) for v in point.split(",")] for point in points[1].split()])
     assert re.findall(r'x="([0-9.]*)" y="[0-9]*">(?:0|60|100)<', svg) == [
         f"{x:.1f}" for x in at[:, 0]]  # the labels below them
-    assert at[0, 0] == report.LEFT and at[2, 0] == report.RIGHT
-    np.testing.assert_allclose(at[:, 1], 36 + report.HEIGHT * (1 - np.array([0, 5, 10]) / 10.5),
+    assert at[0, 0] == LEFT and at[2, 0] == RIGHT
+    np.testing.assert_allclose(at[:, 1], 36 + HEIGHT * (1 - np.array([0, 5, 10]) / 10.5),
                                atol=0.05)
 
 
 def test_a_logarithmic_curve_is_drawn_where_the_numbers_are():
     rows = [(step, value, value, value) for step, value in ((0, 1.0), (1, 10.0), (2, 100.0))]
-    svg = report.draw("t", [], [("red", "loss", rows)], log=True)
+    svg = draw("t", [], [("red", "loss", rows)], log=True)
     heights = [float(y) for y in re.findall(r",([0-9.]+)", svg.split('<path d="M')[1])]
-    grid = [float(y) for y in re.findall(rf'class="rule" d="M{report.LEFT} ([0-9.]+)H', svg)]
+    grid = [float(y) for y in re.findall(rf'class="rule" d="M{LEFT} ([0-9.]+)H', svg)]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
     assert set(heights) <= set(grid)  # 1, 10 and 100 have a line each
 
@@ -295,7 +299,7 @@ def test_a_logarithmic_curve_is_drawn_where_the_numbers_are():
     (0, 1e-9, False), (2.9, 3.1, True), (1, 9, True), (1e-4, 1e5, True), (0, 7e5, False),
     (100, 101, False), (1, 8.9, True), (2.1, 8.9, True), (4, 125, True)])
 def test_ticks_are_few_and_inside(low, high, log):
-    marks = report.ticks(low, high, log)
+    marks = ticks(low, high, log)
     assert 2 <= len(marks) <= 10 and marks == sorted(marks)
     assert low * (1 - 1e-9) <= marks[0] and marks[-1] <= high * (1 + 1e-9)
 
@@ -304,7 +308,7 @@ def test_ticks_are_few_and_inside(low, high, log):
     (None, "–"), (0, "0"), (6e-4, "0.0006"), (1e-10, "1e-10"), (0.25, "0.25"), (20000, "20k"),
     (124_085_760, "124.1M"), (999_999_999, "1B"), (1.5e12, "1.5T"), (-3e6, "-3M")])
 def test_short_numbers(value, text):
-    assert report.short(value) == text
+    assert short(value) == text
 
 
 def test_a_truncated_last_line_is_a_run_at_work(tmp_path):

@@ -16,14 +16,16 @@ import pytest
 import torch
 from conftest import run_script
 
-import checkpoint
-import generate
-import parallel
-import prompts
 import sample
 from model import KVCache, LLaMA, ModelConfig, initial_weight
-from settings import Sampling, UserError, parse
-from tokenizer import make
+from plainllama import parallel
+from plainllama.command import parse
+from plainllama.files import write_json
+from plainllama.generation import generate, prompt_files
+from plainllama.settings import Sampling, UserError
+from plainllama.tokens.tokenizer import make
+from plainllama.weights import checkpoint
+from plainllama.weights.huggingface import hf_config
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
@@ -48,8 +50,8 @@ def write_checkpoint(folder: Path, model: LLaMA) -> Path:
     tokenizer = make("bytes", None)
     folder.mkdir(parents=True)
     tokenizer.save(folder)
-    checkpoint.write_json(folder / "config.json",
-                          checkpoint.hf_config(model.config, tokenizer.bos, tokenizer.eos))
+    write_json(folder / "config.json",
+                          hf_config(model.config, tokenizer.bos, tokenizer.eos))
     save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -327,7 +329,7 @@ def test_prompts_to_file(ckpt, tmp_path):
                                        [generate.row_seed(3, i)], [])[0]
         assert (why, text) == (row["stop"], row["completion"])
     # again into the same file: nothing to do; another input is refused and the file kept
-    same = prompts.read_prompts(source, out, 1, "prompt", ADDED)
+    same = prompt_files.read_prompts(source, out, 1, "prompt", ADDED)
     assert same == (rows, None, True)
     before = out.read_bytes()
     source.write_text(json.dumps(rows[0]) + "\n")
@@ -335,7 +337,7 @@ def test_prompts_to_file(ckpt, tmp_path):
         run("--ckpt", ckpt, "--prompts", source, "--out", out)
     assert out.read_bytes() == before
     with pytest.raises(UserError, match="would be overwritten"):
-        prompts.read_prompts(out, tmp_path / "H.jsonl", 1, "prompt", ADDED)
+        prompt_files.read_prompts(out, tmp_path / "H.jsonl", 1, "prompt", ADDED)
 
 
 def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):
@@ -345,7 +347,7 @@ def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--ckpt", ckpt, "--prompts", source, "--max_new_tokens=6", "--batch=3"]
     assert run(*words, "--out", tmp_path / "whole.jsonl") == 0
-    made, complete, add = [], generate.complete, prompts.Journal.add
+    made, complete, add = [], generate.complete, prompt_files.Journal.add
 
     def counted(*args, **_):
         made.extend(args[5])  # the seeds of the rows
@@ -359,17 +361,17 @@ def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "complete", counted)
-    monkeypatch.setattr(prompts.Journal, "add", dies)
+    monkeypatch.setattr(prompt_files.Journal, "add", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(*words, "--out", out)
         assert not out.exists()
     with pytest.raises(UserError, match=r"begun with temperature=1.0, now it is 0.5"):
         run(*words, "--out", out, "--temperature=0.5")
-    monkeypatch.setattr(prompts.Journal, "add", add)
+    monkeypatch.setattr(prompt_files.Journal, "add", add)
     folder = checkpoint.find(str(ckpt))
-    recipe = prompts.made_with(flags_of(*words, "--out", out), folder)
-    done = list(prompts.Journal(out, recipe).read())
+    recipe = prompt_files.made_with(flags_of(*words, "--out", out), folder)
+    done = list(prompt_files.Journal(out, recipe).read())
     assert len(done) == len(made) == 18
     for rank in (1, 0):  # rank 0 gathers, so it comes last here
         two, answers = parallel.World(rank, 2), iter([folder, done])

@@ -1,5 +1,6 @@
 """Config files are parsed and checked, never run."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -7,8 +8,9 @@ import time
 import pytest
 from conftest import ROOT
 
-import settings
-from settings import UserError, parse
+from plainllama import settings
+from plainllama.command import parse
+from plainllama.settings import UserError
 
 COMMANDS = ("train.py", "prepare.py", "sample.py", "eval.py", "export.py", "report.py")
 
@@ -95,7 +97,7 @@ def test_help_in_under_a_second_without_torch(command, tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[0]
     assert "| torch" not in done.stderr and seconds < 5  # 5: other tests may be running
     if command in ("train.py", "prepare.py"):
-        for item in settings.fields(settings.Settings):
+        for item in dataclasses.fields(settings.Settings):
             assert f"--{item.name}=" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import documents, write_data_set
 
-import shards
-import tokenizer
-from settings import UserError
+from plainllama.settings import UserError
+from plainllama.tokens import shards, tokenizer
+from plainllama.tokens.rows import PAD, DocumentRows, Rows, permute, training_rows
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_documents_come_back_with_their_boundaries(folder):
 @pytest.mark.parametrize("T", [7, 64, 1000])
 def test_each_window_once_an_epoch_for_any_number_of_ranks(folder, T):
     split = shards.open_split(folder, "train")
-    rows = shards.Rows(split, T, seed=5)
+    rows = Rows(split, T, seed=5)
     tokens = all_tokens(folder)
     assert rows.windows == (len(tokens) - 1) // T
     assert rows.tail == len(tokens) - 1 - rows.windows * T
@@ -65,15 +65,15 @@ def test_each_window_once_an_epoch_for_any_number_of_ranks(folder, T):
 
 def test_rows_are_a_function_of_seed_and_position(folder):
     split = shards.open_split(folder, "train")
-    a, b = (shards.Rows(split, 16, seed) for seed in (1, 2))
+    a, b = (Rows(split, 16, seed) for seed in (1, 2))
     assert np.array_equal(a.window_of(5, 9)[3:], a.window_of(8, 6))
     assert not np.array_equal(a.window_of(0, 50), b.window_of(0, 50))
-    assert set(shards.Rows(split, 16, 1, limit=2).window_of(0, 9)) == {0, 1}
+    assert set(Rows(split, 16, 1, limit=2).window_of(0, 9)) == {0, 1}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 63, 64, 65, 1000])
 def test_permutation_is_one(size):
-    order = shards.permute(np.arange(size), size, ("key", 1))
+    order = permute(np.arange(size), size, ("key", 1))
     assert sorted(order) == list(range(size))
 
 
@@ -81,14 +81,14 @@ def test_permutation_shuffles_evenly():
     """Over many keys, each position goes everywhere about equally often."""
     hits = np.zeros((20, 20))
     for key in range(2000):
-        hits[np.arange(20), shards.permute(np.arange(20), 20, (key, 0))] += 1
+        hits[np.arange(20), permute(np.arange(20), 20, (key, 0))] += 1
     chi_square = ((hits - 100) ** 2 / 100).sum()
     assert chi_square < 361 + 6 * (2 * 361) ** 0.5  # 19 x 19 degrees of freedom
 
 
 def test_no_row_can_be_made(folder):
     with pytest.raises(UserError, match="fewer than one row"):
-        shards.Rows(shards.open_split(folder, "val"), 10_000, 0)
+        Rows(shards.open_split(folder, "val"), 10_000, 0)
 
 
 def test_every_byte_is_verified(folder, tmp_path):
@@ -144,7 +144,7 @@ def test_document_starts_are_those_of_the_index(folder):
     split = shards.open_split(folder, "train")
     tokens, bos = all_tokens(folder), tokenizer.Tokenizer.load(folder).bos
     for T in (7, 64, 1000):
-        rows = shards.Rows(split, T, seed=5)
+        rows = Rows(split, T, seed=5)
         for window in range(rows.windows):
             expected = np.flatnonzero(tokens[window * T:window * T + T] == bos)
             assert np.array_equal(rows.document_starts(window), expected)
@@ -152,7 +152,7 @@ def test_document_starts_are_those_of_the_index(folder):
 
 @pytest.mark.parametrize("T", [7, 64, 5000])
 def test_rows_of_one_document_lose_nothing_and_share_nothing(folder, T):
-    rows = shards.DocumentRows(shards.open_split(folder, "train"), T, seed=5)
+    rows = DocumentRows(shards.open_split(folder, "train"), T, seed=5)
     expected = []
     for i in range(3):
         for text in documents(40)[i::3]:
@@ -171,14 +171,14 @@ def test_rows_of_one_document_lose_nothing_and_share_nothing(folder, T):
 
 @pytest.mark.parametrize("packing", ["concat", "doc"])
 def test_mixture_is_exact_by_its_table(tmp_path, packing):
-    from settings import Settings
+    from plainllama.settings import Settings
 
     for name, n in (("a", 40), ("b", 15), ("c", 7)):
         write_data_set(tmp_path / name, {"train": [name + d for d in documents(n)],
                                          "val": documents(3)}, 3)
     weights = {"b": 3, "a": 1.0, "c": 0.5}
     config = Settings(mixture=weights, block_size=16, seed=3, packing=packing)
-    mixed = shards.training_rows(tmp_path / "a", shards.read_manifest(tmp_path / "a"), config)
+    mixed = training_rows(tmp_path / "a", shards.read_manifest(tmp_path / "a"), config)
     counts = {"a": 222, "b": 667, "c": 111}  # thousandths
     alone = {name: type(mixed.sets[0])(shards.open_split(tmp_path / name, "train"), 16, (3, name))
              for name in counts}
@@ -191,12 +191,12 @@ def test_mixture_is_exact_by_its_table(tmp_path, packing):
         assert all(abs(used[k] - counts[k] * (r + 1) / 1000) < 1.5 for k in used)
     assert {k: v for k, v in zip("abc", np.bincount(mixed.table), strict=True)} == counts
     assert np.array_equal(mixed.rows(1700, 50), rows[1700:1750])
-    assert mixed.targets(1700, 700) == int((rows[1700:2400, 1:] != shards.PAD).sum())
+    assert mixed.targets(1700, 700) == int((rows[1700:2400, 1:] != PAD).sum())
     window = int(mixed.window_of(1, 1)[0])
     assert np.array_equal(mixed.document_starts(window), np.flatnonzero(rows[1][:-1] == 256))
     config.mixture = {"a": 1, "c": 1e-9}
     with pytest.raises(UserError, match="less than one in 1000"):
-        shards.training_rows(tmp_path / "a", shards.read_manifest(tmp_path / "a"), config)
+        training_rows(tmp_path / "a", shards.read_manifest(tmp_path / "a"), config)
 
 
 def test_the_hash_file_is_verified_to_its_last_byte(folder):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-import tokenizer as room
-import vocabulary
-from settings import UserError
+from plainllama.settings import UserError
+from plainllama.tokens import fast_bpe, tokenizer, vocabulary
+from plainllama.tokens.tokenizer_json import boundaries, byte_info, decoded_bytes, write_hf_files
 
 PROSE = [f"The {a} {b} of {n} rivers runs {c}ly past, isn't it?\n\tx_{n} = [{n}, {n * n}]  # {b}\n"
          for n, (a, b, c) in enumerate((a, b, c) for a in ("old", "quiet", "naïve", "большой")
@@ -107,7 +108,7 @@ def made(tmp_path_factory):
             if kind in ("llama3", "plain", "metaspace"):
                 spec = folder / "given.json"
                 spec.write_text(json.dumps(foreign(kind)))
-            tok = room.make(str(spec), lambda: PROSE)
+            tok = tokenizer.make(str(spec), lambda: PROSE)
             tok.save(folder)
             done[kind] = tok, folder
         return done[kind]
@@ -146,7 +147,7 @@ def test_mistral_ids_are_sentencepiece_ids(mistral_model, made):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
     tok, _ = made("mistral")
     assert (tok.vocab_size, tok.bos, tok.eos, tok.stop_ids) == (32000, 1, 2, [2])
-    assert tok.sha256 == room.CONVERTED["mistral"]
+    assert tok.sha256 == tokenizer.CONVERTED["mistral"]
     pool = "".join(NASTY)
     rng = random.Random(0)
     mixed = ["".join(rng.choices(pool, k=60)) for _ in range(200)]
@@ -162,15 +163,15 @@ def test_gpt2_ids_are_tiktoken_ids(gpt2_cache, made, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
     reference = tiktoken.get_encoding("gpt2")
     tok, folder = made("gpt2")
-    assert tok.engine == "tiktoken" and tok.sha256 == room.CONVERTED["gpt2"]
+    assert tok.engine == "tiktoken" and tok.sha256 == tokenizer.CONVERTED["gpt2"]
     assert (tok.vocab_size, tok.bos, tok.eos, tok.stop_ids) == (50257, 50256, None, [50256])
     for text in NASTY:
         assert tok.encode(text) == reference.encode_ordinary(text), repr(text)
         assert tok._ids([text])[0] == reference.encode_ordinary(text), repr(text)
     assert tok.encode_documents(["ab", ""])[0].tolist()[0] == 50256
     # a faster engine that disagrees is not used
-    monkeypatch.setattr(room, "GPT2_SPLIT", r"\p{L}+|[^\p{L}]+")
-    other = room.Tokenizer.load(folder)
+    monkeypatch.setattr(fast_bpe, "GPT2_SPLIT", r"\p{L}+|[^\p{L}]+")
+    other = tokenizer.Tokenizer.load(folder)
     assert other.engine == "tokenizers" and other.encode("it's 1") == tok.encode("it's 1")
 
 
@@ -181,16 +182,16 @@ def test_gpt2_from_tiktokens_cache_and_damage(gpt2_cache, tmp_path, monkeypatch)
     monkeypatch.setattr(vocabulary, "download", unreachable)
     monkeypatch.setattr(vocabulary, "VOCAB_BPE", (vocabulary.VOCAB_BPE[0], "no-such-package", "x"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
-    assert room.make("gpt2").sha256 == room.CONVERTED["gpt2"]
+    assert tokenizer.make("gpt2").sha256 == tokenizer.CONVERTED["gpt2"]
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"vocab\.bpe.*no network.*pip install"):
-        room.make("gpt2")
+        tokenizer.make("gpt2")
     (tmp_path / "vocab.bpe").write_bytes(b"damaged")
     with pytest.raises(UserError, match="wrong sha256"):
-        room.make("gpt2", search=[tmp_path])
+        tokenizer.make("gpt2", search=[tmp_path])
     monkeypatch.setattr(vocabulary, "download", lambda name: b"an error page")
     with pytest.raises(UserError, match="the download has the wrong sha256"):
-        room.make("gpt2")
+        tokenizer.make("gpt2")
 
 
 def test_mistral_is_found_in_the_data_set(mistral_model, made, tmp_path, monkeypatch):
@@ -200,13 +201,13 @@ def test_mistral_is_found_in_the_data_set(mistral_model, made, tmp_path, monkeyp
     tok, folder = made("mistral")
     monkeypatch.setattr(vocabulary, "download", unreachable)
     monkeypatch.setattr(vocabulary, "MISTRAL", (vocabulary.MISTRAL[0], "no-such-package", "x"))
-    assert room.make("mistral", search=[tmp_path, folder]).json_bytes == tok.json_bytes
+    assert tokenizer.make("mistral", search=[tmp_path, folder]).json_bytes == tok.json_bytes
     (tmp_path / "tokenizer.model").write_bytes(mistral_model.read_bytes())
-    assert room.make("mistral", search=[tmp_path]).json_bytes == tok.json_bytes
+    assert tokenizer.make("mistral", search=[tmp_path]).json_bytes == tok.json_bytes
     (tmp_path / "tokenizer.model").write_bytes(b"another")
     (tmp_path / "tokenizer.json").write_bytes(b"{}")  # another tokenizer's is passed over
     with pytest.raises(UserError, match=r"wrong sha256.*no network.*pip install no-such"):
-        room.make("mistral", search=[tmp_path])
+        tokenizer.make("mistral", search=[tmp_path])
 
 
 @pytest.mark.parametrize("options", [
@@ -221,8 +222,8 @@ def test_mistral_is_found_in_the_data_set(mistral_model, made, tmp_path, monkeyp
 @pytest.mark.parametrize("method", ["bpe", "unigram"])
 def test_sentencepiece_models(tmp_path, method, options):
     path, reference = sentencepiece_model(tmp_path, vocab_size=420, model_type=method, **options)
-    tok = room.make(str(path))
-    assert room.make(str(tmp_path)).sha256 == tok.sha256  # the folder that holds it
+    tok = tokenizer.make(str(path))
+    assert tokenizer.make(str(tmp_path)).sha256 == tok.sha256  # the folder that holds it
     assert tok.vocab_size == reference.vocab_size()
     for text in NASTY:
         ids = reference.encode(text)
@@ -250,7 +251,7 @@ def test_sentencepiece_features_that_cannot_be_written(tmp_path):
         options = {"model_type": "bpe", "vocab_size": 420, **options}
         path, _ = sentencepiece_model(tmp_path, **options)
         with pytest.raises(UserError, match=found):
-            room.make(str(path))
+            tokenizer.make(str(path))
 
 
 # ---- the same promises for every kind
@@ -258,7 +259,7 @@ def test_sentencepiece_features_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_and_specials(made, kind):
     tok, folder = made(kind)
-    again = room.Tokenizer.load(folder)
+    again = tokenizer.Tokenizer.load(folder)
     assert again.json_bytes == tok.json_bytes == (folder / "tokenizer.json").read_bytes()
     assert again.sha256 == hashlib.sha256(tok.json_bytes).hexdigest()
     spec = json.loads(tok.json_bytes)
@@ -282,7 +283,7 @@ def test_round_trip_and_specials(made, kind):
 def test_transformers_reads_the_same(made, kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     tok, folder = made(kind)
-    room.write_hf_files(folder / "tokenizer.json", tmp_path, 77)
+    write_hf_files(folder / "tokenizer.json", tmp_path, 77)
     assert (tmp_path / "tokenizer.json").read_bytes() == tok.json_bytes
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.model_max_length == 77 and len(theirs) == tok.vocab_size
@@ -298,15 +299,15 @@ def test_transformers_reads_the_same(made, kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_of_targets(made, kind):
     tok, folder = made(kind)
-    info = room.byte_info(folder)
-    lengths = room.byte_info(folder / "tokenizer.json").lengths  # the file, or its folder
+    info = byte_info(folder)
+    lengths = byte_info(folder / "tokenizer.json").lengths  # the file, or its folder
     assert lengths.dtype == np.int32 and len(lengths) == tok.vocab_size
     assert lengths[tok.bos] == 0 and not any(lengths[i] for i in tok.stop_ids)
     texts = [t for t in NASTY if kind not in LOSSY or "\ufffd" not in t]
     documents = tok.encode_documents(texts)
     for text, ids in zip(texts, documents, strict=True):
         size = len(tok.decode(ids).encode())
-        assert room.decoded_bytes(ids, info) == size, repr(text)
+        assert decoded_bytes(ids, info) == size, repr(text)
         if kind not in LOSSY and lossless(text):
             assert size == len(text.encode())
     # windows cut anywhere, also inside a character: the decoded prefixes' difference
@@ -319,14 +320,14 @@ def test_bytes_of_targets(made, kind):
         if "\ufffd" in texts[0] + texts[1]:
             continue
         expected = len(texts[1].encode()) - len(texts[0].encode())
-        assert room.decoded_bytes(document[low - 1:high], info) == expected
+        assert decoded_bytes(document[low - 1:high], info) == expected
     cuts = [0, *sorted(rng.sample(range(1, len(stream) - 1), 40)), len(stream) - 1]
-    parts = sum(room.decoded_bytes(stream[a:b + 1], info)
+    parts = sum(decoded_bytes(stream[a:b + 1], info)
                 for a, b in itertools.pairwise(cuts))
-    assert parts == room.decoded_bytes(stream, info) == sum(
+    assert parts == decoded_bytes(stream, info) == sum(
         len(tok.decode(d).encode()) for d in documents)
     rows = stream[:len(stream) // 8 * 8].reshape(8, -1).astype(np.int64)
-    assert room.decoded_bytes(rows, info) == sum(room.decoded_bytes(row, info) for row in rows)
+    assert decoded_bytes(rows, info) == sum(decoded_bytes(row, info) for row in rows)
 
 
 # ---- boundaries, training, errors
@@ -347,7 +348,7 @@ def test_boundaries(tokens, expected):
     spec = {"added_tokens": [{"id": i, "content": token, "special": True}
                              for i, token in enumerate(tokens)]}
     spec["added_tokens"].append({"id": 99, "content": "<bos>x", "special": False})
-    assert room.boundaries(spec) == expected
+    assert boundaries(spec) == expected
 
 
 def test_boundaries_of_every_kind(made):
@@ -361,7 +362,7 @@ def test_boundaries_of_every_kind(made):
 
 
 def test_bpe_training_is_deterministic(made, tmp_path):
-    code = ("import sys, tokenizer; "
+    code = ("import sys; from plainllama.tokens import tokenizer; "
             "lines = open(sys.argv[1], encoding='utf-8', newline='').read().split('\\0'); "
             "print(tokenizer.make('bpe:400', lambda: iter(lines)).sha256)")
     (tmp_path / "text").write_text("\0".join(PROSE), encoding="utf-8")
@@ -369,13 +370,13 @@ def test_bpe_training_is_deterministic(made, tmp_path):
     for threads in ("1", "2", "7"):
         env = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
         hashes.add(subprocess.run([sys.executable, "-c", code, str(tmp_path / "text")], env=env,
-                                  cwd=Path(room.__file__).parent, check=True, text=True,
+                                  cwd=ROOT, check=True, text=True,
                                   capture_output=True).stdout.strip())
     assert len(hashes) == 1
 
 
 def test_bpe_splits():
-    tok = room.make("bpe:289", lambda: ["12345678 हिन्दी don't\n\n  foo(bar)\n"] * 99)
+    tok = tokenizer.make("bpe:289", lambda: ["12345678 हिन्दी don't\n\n  foo(bar)\n"] * 99)
     pieces = [tok.decode([i]) for i in tok.encode("12345678 हिन्दी don't foo(bar)\n")]
     assert pieces == ["123", "456", "78", " हिन्दी", " don", "'t", " foo", "(bar", ")\n"]
 
@@ -386,13 +387,13 @@ def test_json_part_needs_no_library(made, tmp_path):
     code = ("import sys; from pathlib import Path\n"
             "for name in ('tokenizers', 'tiktoken', 'sentencepiece', 'huggingface_hub'):\n"
             "    sys.modules[name] = None\n"
-            "import json, numpy, tokenizer as t\n"
+            "import json, numpy, plainllama.tokens.tokenizer_json as t\n"
             "folder, out = map(Path, sys.argv[1:])\n"
             "t.boundaries(json.loads((folder / 'tokenizer.json').read_text()))\n"
             "t.decoded_bytes(numpy.array([398, 5, 6]), t.byte_info(folder))\n"
             "t.write_hf_files(folder / 'tokenizer.json', out, 64)\n")
     subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path)], check=True,
-                   cwd=Path(room.__file__).parent)
+                   cwd=ROOT)
 
 
 @pytest.mark.parametrize(("spec", "found"), [
@@ -401,11 +402,11 @@ def test_json_part_needs_no_library(made, tmp_path):
 ])
 def test_bad_specs(spec, found):
     with pytest.raises(UserError, match=found):
-        room.make(spec, lambda: ["a little text"])
+        tokenizer.make(spec, lambda: ["a little text"])
 
 
 def test_a_small_text_gives_a_small_vocabulary():
-    small = room.make("bpe:4096", lambda: ["a little text"])
+    small = tokenizer.make("bpe:4096", lambda: ["a little text"])
     assert 258 < small.vocab_size < 300 and small.eos == small.vocab_size - 1
     assert small.decode(small.encode("another text")) == "another text"
 
@@ -420,13 +421,13 @@ def test_bad_files(tmp_path):
     for text, found in cases.items():
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(UserError, match=found) as caught:
-            room.make(str(tmp_path))
+            tokenizer.make(str(tmp_path))
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
     with pytest.raises(UserError, match="no tokenizer at"):
-        room.Tokenizer.load(tmp_path / "missing")
+        tokenizer.Tokenizer.load(tmp_path / "missing")
     (tmp_path / "broken.model").write_bytes(b"\x0a\xff\xff junk")
     with pytest.raises(UserError, match="not a sentencepiece model"):
-        room.make(str(tmp_path / "broken.model"))
+        tokenizer.make(str(tmp_path / "broken.model"))
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.model"):
-        room.make(str(tmp_path))
+        tokenizer.make(str(tmp_path))

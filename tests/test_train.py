@@ -12,14 +12,15 @@ import torch
 from conftest import metrics, run_script
 from safetensors.torch import load_file
 
-import resume
-import settings
 import train
+from plainllama import settings
+from plainllama.command import parse
+from plainllama.training import resume
 
 
 def run(*words: str) -> int:
     """train.py in this process."""
-    return train.main(settings.parse(list(words), "", train.Flags))
+    return train.main(parse(list(words), "", train.Flags))
 
 
 def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -33,7 +34,8 @@ def digest(run_folder: Path, step: int) -> str:
 
 
 DIE_TRAINING = """
-import optim, os, signal, threading
+import os, signal, threading
+from plainllama.training import optim
 real, count = optim.step, [0]
 def step(*args):
     count[0] += 1
@@ -44,7 +46,8 @@ def step(*args):
 optim.step = step
 """
 DIE_SAVING = """
-import checkpoint, os, signal
+import os, signal
+from plainllama.weights import checkpoint
 real = checkpoint.os.rename
 def rename(a, b):
     if str(b).endswith('step_20'): os.kill(os.getpid(), signal.SIGKILL)
@@ -155,8 +158,8 @@ def test_metrics_are_the_contract(home):
     for row in training:
         assert row["tokens"] == row["step"] * 8 * 32
         assert row["mfu"] is None and row["tokens_per_second"] > 0 and row["grad_norm"] > 0
-        config = settings.parse(["toy.py"], "").config
-        import optim
+        config = parse(["toy.py"], "").config
+        from plainllama.training import optim
         assert row["lr"] == optim.lr(row["step"] - 1, config)
     assert abs(evaluations[0]["val_loss"] - math.log(258)) < 0.1
     assert evaluations[-1]["val_loss"] < 3
@@ -203,7 +206,8 @@ def test_time_limit_and_signal_stop_with_a_whole_checkpoint(home, monkeypatch):
     assert run("toy.py", "--out_dir=out/b") == 0
     assert digest(home / "out/a", 40) == digest(home / "out/b", 40)
     code = """
-import optim, os, signal
+import os, signal
+from plainllama.training import optim
 real, count = optim.step, [0]
 def step(*args):
     count[0] += 1
@@ -252,7 +256,7 @@ def test_resume_refuses_what_would_make_it_another_run(home):
     state = home / "out/a/checkpoints/step_10/training/state.json"  # by an older plainllama, that
     old = json.loads(state.read_text())  # knew fewer keys: they have their defaults
     del old["config"]["optimizer"], old["config"]["sample_tokens"]
-    resume.refuse_other_run(old, settings.parse(["toy.py", "--max_steps=10"], "").config,
+    resume.refuse_other_run(old, parse(["toy.py", "--max_steps=10"], "").config,
                             old["data_hash"], False, state)
     for words, message in ((["--seed=1"], "seed=1337, now it is 1"),
                            (["--n_layer=3"], "n_layer"),
@@ -294,9 +298,10 @@ def test_rows_of_documents_and_mixtures(home):
     import numpy as np
     from conftest import documents, write_data_set
 
-    import checkpoint
-    import shards
-    from settings import UserError
+    from plainllama.settings import UserError
+    from plainllama.tokens import shards
+    from plainllama.tokens.rows import training_rows
+    from plainllama.weights.huggingface import load_model
 
     shared = (home / "data").resolve()
     (home / "data").unlink()
@@ -315,9 +320,9 @@ def test_rows_of_documents_and_mixtures(home):
                       processes=2)
     assert done.returncode == 0, done.stderr
 
-    config = settings.parse(list(words), "", train.Flags).config
-    rows = shards.training_rows(home / "data/toy", shards.read_manifest(home / "data/toy"), config)
-    model = checkpoint.load_model(home / "out/frozen/checkpoints/step_1")
+    config = parse(list(words), "", train.Flags).config
+    rows = training_rows(home / "data/toy", shards.read_manifest(home / "data/toy"), config)
+    model = load_model(home / "out/frozen/checkpoints/step_1")
     ids = torch.from_numpy(rows.rows(0, 8))
     real = ids[:, 1:] >= 0
     assert 0 < real.sum() < real.numel()

@@ -18,19 +18,19 @@ import torch.distributed as dist
 from conftest import ROOT, metrics, run_script
 from safetensors.torch import load_file
 
-import log
-import resume
-import settings
 import train
-import watch
-from parallel import World
+from plainllama import settings, watch
+from plainllama.command import parse
+from plainllama.files import lock_run
+from plainllama.parallel import World
+from plainllama.training import resume
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 def run(*words: str) -> int:
     """train.py in this process."""
-    return train.main(settings.parse(list(words), "", train.Flags))
+    return train.main(parse(list(words), "", train.Flags))
 
 
 # ---- signals
@@ -38,7 +38,7 @@ def run(*words: str) -> int:
 STUCK = """
 import ctypes, sys, time
 sys.path.insert(0, sys.argv[1])
-import watch
+from plainllama import watch
 stop = watch.StopFlag(0)
 print("ready", flush=True)
 mutex = ctypes.create_string_buffer(64)
@@ -89,7 +89,8 @@ def test_torchrun_does_not_start_again_what_was_told_to_stop(home, monkeypatch):
 
 FAULTS = """
 import os, signal, time
-import model, optim
+import model
+from plainllama.training import optim
 rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
 forward, step, calls = model.LLaMA.forward, optim.step, [0, 0]
 def nan(self, *args):
@@ -251,7 +252,7 @@ def test_collectives_have_less_time_after_the_first_step_and_more_in_a_save():
 
 def test_a_second_job_on_a_run_is_refused(home, monkeypatch):
     assert run("toy.py", "--max_steps=1") == 0
-    rows, held = metrics(home / "out/toy"), log.lock(home / "out/toy")
+    rows, held = metrics(home / "out/toy"), lock_run(home / "out/toy")
     with pytest.raises(settings.UserError, match="another process is training in out/toy"):
         run("toy.py", "--max_steps=2", "--extend")
     assert metrics(home / "out/toy") == rows
@@ -265,7 +266,7 @@ def test_a_second_job_on_a_run_is_refused(home, monkeypatch):
         def look(*args, out=out, others=others):
             found = real(*args)
             (out / "checkpoints/step_1").mkdir(parents=True)
-            others.append(log.lock(out))
+            others.append(lock_run(out))
             if out.name == "b":
                 others.pop().close()
             return found

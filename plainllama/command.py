@@ -1,0 +1,280 @@
+"""Config files and command lines: parsed, never run; --help, exit codes, Ctrl-C.
+
+A config file holds assignments of literals, of arithmetic on literals and on names assigned above,
+and may begin with `base = 'other.py'`: it is then a difference from that file. Precedence: default,
+base, file, command line.
+"""
+
+import ast
+import difflib
+import errno
+import importlib.util
+import io
+import operator
+import os
+import signal
+import sys
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from plainllama.files import CHECKOUT
+from plainllama.settings import Settings, UserError, check, install, nearest
+
+DEFAULT_CONFIG = "config/llama100m.py"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # it is full or broken
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+INTERRUPTED = "interrupted; the same command goes on from what is complete"
+GROUPS = {"dataset": "data", "n_layer": "model", "out_dir": "training", "log_interval": "cadence"}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
+
+
+@dataclass
+class CommandLine:
+    """What a command was given, and where each value of the config came from."""
+
+    config: Settings
+    flags: Any
+    files: list
+    config_file: str
+    base: str  # the config file's parent, '' if it has none
+    changed: dict  # keys set by the config file itself
+    overrides: dict  # keys set on the command line
+
+
+def parse(argv: list, doc: str | None, flags: type | None = None,
+          takes: str = "config") -> CommandLine:
+    """Read a command line. `takes`: 'config' (a file and all its keys) or 'files' (flags alone).
+
+    Answers --help and exits. Raises UserError for anything it does not understand.
+    """
+    known = {f.name: f for f in (fields(flags) if flags else ())}
+    if takes == "config":
+        known |= {f.name: f for f in fields(Settings)}
+    files, given = [], {}
+    words = iter(argv)
+    for word in words:
+        if word in ("--help", "-h"):
+            print(help_text(doc, known))
+            raise SystemExit(0)
+        if not word.startswith("--"):
+            files.append(word)
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            raise UserError(f"unknown option --{name}{nearest(name, known)}")
+        if not equals:
+            text = "true" if known[name].type is bool else next(words, None)
+            if text is None:
+                raise UserError(f"--{name} needs a value: --{name}=VALUE")
+        given[name] = from_text(known[name], text)
+    names = {f.name for f in fields(Settings)} if takes == "config" else set()
+    own = flags(**{k: v for k, v in given.items() if k not in names}) if flags else None
+    if takes != "config":
+        return CommandLine(Settings(), own, files, "", "", {}, given)
+    if len(files) > 1:
+        raise UserError(f"expected one config file, found {len(files)}: {' '.join(files)}")
+    if not files:
+        print(f"no config named: taking {DEFAULT_CONFIG}", flush=True)
+    config_file = files[0] if files else str(CHECKOUT / DEFAULT_CONFIG)
+    layers = read_config(config_file)
+    overrides = {k: v for k, v in given.items() if k in names}
+    config = Settings()
+    for name, value in (pair for _, layer in layers for pair in layer.items()):
+        setattr(config, name, value)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    config.out_dir = config.out_dir or f"out/{Path(config_file).stem}"
+    check(config)
+    base = layers[-2][0] if len(layers) > 1 else ""
+    return CommandLine(config, own, files, config_file, base, layers[-1][1], overrides)
+
+
+def parse_arguments(doc: str | None, flags: type | None = None,
+                    takes: str = "config") -> CommandLine:
+    """parse() of this process's arguments; what the user can mend is one line and exit code 2.
+
+    Commands call it before their heavy imports, so that --help and a misspelt key answer at once,
+    and so that Ctrl-C during those imports is one line too (run() takes over from there).
+    """
+    try:
+        found = parse(sys.argv[1:], doc, flags, takes)
+    except UserError as error:
+        raise SystemExit(complain(str(error), 2)) from None
+    for package in ("numpy", "torch"):
+        if importlib.util.find_spec(package) is None:
+            raise SystemExit(complain(
+                f"{package} is not installed for {sys.executable}; first: . .venv/bin/activate "
+                f"(or, once: {install('')})", 2))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: started with &
+        signal.signal(signal.SIGINT, lambda *_: os._exit(complain(INTERRUPTED, 1)))
+    return found
+
+
+def read_config(path: str, seen: tuple = ()) -> list:
+    """[(file name, {key: value}), ...] from the outermost base to `path` itself. Nothing is run."""
+    if Path(path).is_file() and not path.endswith(".py"):
+        raise UserError(f"{path} is not a config file, which ends in .py; text to prepare is named "
+                        f"with --sources={path}")
+    if not Path(path).is_file():
+        hint = "" if path.endswith(".py") else " (a config file ends in .py; options begin with --)"
+        raise UserError(f"no config file {path}{hint}; there are: {configs_beside(path)}")
+    if os.path.realpath(path) in seen:
+        raise UserError(f"{path}: its chain of base files comes back to itself")
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+    except (SyntaxError, ValueError) as error:  # ValueError: NUL bytes, not UTF-8
+        raise UserError(f"{path} is not a config file: {error}") from None
+    known = {f.name: f for f in fields(Settings)}
+    values: dict = {}
+    names: dict = {}
+    bases: list = []
+    for node in tree.body:
+        where = f"{path}:{node.lineno}"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1
+                and isinstance(node.targets[0], ast.Name)):
+            raise UserError(f"{where}: only `key = value` lines are allowed; configs are not run")
+        name, value = node.targets[0].id, literal(node.value, names, where)
+        names[name] = value
+        if name == "base":
+            bases = read_config(str(Path(path).parent / str(value)),
+                                (*seen, os.path.realpath(path)))
+        elif name in known:
+            values[name] = checked(known[name], value, where)
+        elif not name.startswith("_"):  # _name: a help value for the arithmetic below it
+            raise UserError(f"{where}: unknown key {name}{nearest(name, known)}")
+    return [*bases, (str(path), values)]
+
+
+def literal(node: ast.expr, names: dict, where: str):
+    """The value of a literal, of arithmetic on numbers, or of a name assigned above."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [literal(item, names, where) for item in node.elts]
+    if isinstance(node, ast.Dict) and all(node.keys):
+        return {literal(k, names, where): literal(v, names, where)
+                for k, v in zip(node.keys, node.values, strict=True) if k}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = literal(node.operand, names, where)
+        if isinstance(value, int | float):
+            return -value
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = literal(node.left, names, where), literal(node.right, names, where)
+        numbers = isinstance(left, int | float) and isinstance(right, int | float)
+        if numbers and not (isinstance(node.op, ast.Pow) and abs(right) > 64):
+            try:
+                return OPERATORS[type(node.op)](left, right)
+            except (ZeroDivisionError, OverflowError) as error:
+                raise UserError(f"{where}: {error}") from None
+    raise UserError(f"{where}: {ast.unparse(node)!r} is not a literal, arithmetic, or a name "
+                    "assigned above; configs are parsed, not run")
+
+
+def from_text(item, text: str):
+    """A value of the command line, read by the type of its key."""
+    kind, name = item.type, f"--{item.name}"
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise UserError(f"{name}: {text!r} is not true or false")
+        return text.lower() in ("true", "1", "yes")
+    if kind is object:  # sources: a list with commas, or a literal
+        if text[:1] in "[{":
+            try:
+                return ast.literal_eval(text)
+            except (SyntaxError, ValueError):
+                raise UserError(f"{name}: {text!r} is not a Python literal") from None
+        return text.split(",") if "," in text else text
+    if kind in (int, float):
+        try:
+            number = float(text.replace("_", ""))
+            if kind is int and number != int(number):
+                raise ValueError
+            value = int(text.replace("_", "")) if kind is int and text.isdigit() else kind(number)
+        except (ValueError, OverflowError):
+            noun = "a whole number" if kind is int else "a number"
+            raise UserError(f"{name}: {text!r} is not {noun}") from None
+        return checked(item, value, name)
+    return checked(item, text, name)
+
+
+def checked(item, value, where: str):
+    """`value` if it has the type and lies in the range of its key, else UserError."""
+    kind, meta = item.type, item.metadata
+    if kind is float and type(value) is int:
+        value = float(value)
+    if item.metadata["choices"] == ("auto", "true", "false") and isinstance(value, bool):
+        value = str(value).lower()
+    if kind is not object and type(value) is not kind:
+        raise UserError(f"{where}: {item.name} takes {kind.__name__}, not {value!r}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{where}: {item.name} is one of {' | '.join(meta['choices'])}, "
+                        f"not {value!r}{nearest(str(value), meta['choices'])}")
+    low, high = meta["low"], meta["high"]
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+        raise UserError(f"{where}: {item.name} is {value!r}, must be {bounds}")
+    return value
+
+
+def configs_beside(path: str) -> str:
+    """The config files that could have been meant by `path`, for a message."""
+    folder = Path(path).parent
+    if not folder.name and Path("config").is_dir():
+        folder = Path("config")
+    found = sorted(str(p) for p in folder.glob("*.py"))
+    near = difflib.get_close_matches(path, [*found, *(Path(p).name for p in found)], 1, 0.7)
+    return ", ".join(found[:12]) + (
+        f"; did you mean {folder / Path(near[0]).name}?" if near else "") or "none here"
+
+
+def help_text(doc: str | None, known: dict) -> str:
+    """The command's docstring and a line for every option."""
+    lines = [(doc or "").strip(), "", "options:"]
+    for name, item in known.items():
+        if name in GROUPS and item.metadata["why"]:
+            lines.append(f"\n  {GROUPS[name]} (config file or command line)")
+        default = item.default if item.default is not MISSING else []
+        shown = " | ".join(item.metadata["choices"]) or item.metadata["why"]
+        if item.metadata["choices"]:
+            shown = f"{item.metadata['why']}: {shown}"
+        lines.append(f"  --{name + '=' + str(default):<36} {shown}")
+    return "\n".join(lines)
+
+
+def run_command(main, *args) -> None:
+    """Run a command and leave with its exit code; what the user can mend is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):  # a screen without UTF-8 shows ? for what it lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = main(*args)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is done: nothing is left to interrupt
+    except UserError as error:
+        code = complain(str(error), 2)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # we are leaving: no more of it
+        code = complain(INTERRUPTED, 1)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if error.errno not in (*DISK, *REFUSED):
+            raise
+        code = complain(f"{error.strerror}: {error.filename or 'while writing'}; nothing that was "
+                        "complete is lost", 1 if error.errno in DISK else 2)
+    raise SystemExit(code or 0)
+
+
+def complain(message: str, code: int) -> int:
+    """Print one line on stderr and hand back the exit code."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return code

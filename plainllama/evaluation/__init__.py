@@ -1,0 +1,1 @@
+"""Scores: bits per byte, likelihoods, tasks, what counting reaches."""

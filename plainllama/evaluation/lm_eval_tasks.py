@@ -1,0 +1,170 @@
+"""Log-likelihoods as lm-eval's harness defines them, and lm-eval's tasks on our model: any of its
+thousands by name, own ones with --include_path, and tinyMMLU, whose built-in form cannot be loaded
+without a package that pip does not find."""
+
+import difflib
+import os
+import urllib.request
+from functools import cache
+from typing import Any
+
+from plainllama import settings
+from plainllama.evaluation import irt
+from plainllama.evaluation.likelihood import Scorer
+from plainllama.settings import UserError
+
+# The 100 questions of https://arxiv.org/abs/2402.14992. `input_formatted` is a whole prompt, five
+# worked examples included. lm-eval's task of this name shows gpirt under the name acc_norm; here
+# acc is the accuracy, and irt.py estimates.
+TINY_MMLU: dict = {
+    "task": "tinyMMLU", "dataset_path": "tinyBenchmarks/tinyMMLU", "dataset_name": "all",
+    "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{input_formatted}}",
+    "doc_to_choice": ["A", "B", "C", "D"], "doc_to_target": "answer", "num_fewshot": 0,
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+class Unavailable(Exception):
+    """A task whose library or data cannot be had here; the other scores still come."""
+
+
+# ---- lm-eval
+
+def lm_eval_model(scorer: Scorer):
+    """lm-eval's view of a Scorer. Every rank runs the whole harness and sees all the results
+    in document order: its own way of sharing the work mixes the order."""
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    class Model(TemplateLM):
+        """The methods that lm-eval calls."""
+
+        @property
+        def eot_token_id(self) -> int:
+            """What an empty context is replaced by: the begin token, as in training."""
+            return scorer.begin[0]
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+            """Ids, with the begin token unless it is declined."""
+            return (scorer.tokenizer.encode(string) if add_special_tokens is False
+                    else scorer.encode(string))
+
+        def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+            return scorer.score([(context, continuation) for _, context, continuation in requests])
+
+        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+            """Log-likelihood of whole texts, in windows as the `hf` model cuts them."""
+            texts = [[utils.make_disjoint_window(window) for window in
+                      utils.get_rolling_token_windows(
+                          token_list=scorer.encode(request.args[0]), context_len=1,
+                          prefix_token=self.eot_token_id, max_seq_len=scorer.block_size)]
+                     for request in requests]
+            values = iter(scorer.score([window for windows in texts for window in windows]))
+            return [sum(next(values)[0] for _ in windows) for windows in texts]
+
+        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            """Greedy continuations; half of the context at least is left to the prompt."""
+            from plainllama.generation import generate
+
+            answers = []
+            for text, options in (request.args for request in requests):
+                ids, until = scorer.encode(text), options.get("until") or []
+                until = [until] if isinstance(until, str) else list(until)
+                room = min(options.get("max_gen_toks", 256), scorer.block_size // 2)
+                if len(ids) + room > scorer.block_size:
+                    scorer.truncated.add(hash(tuple(ids)))
+                [(_, answer, _)] = generate.complete(
+                    scorer.model, scorer.tokenizer, [ids[room - scorer.block_size:]], room,
+                    settings.Sampling(temperature=0.0), [0], until)
+                answers.append(answer)
+            return answers
+
+    return Model()
+
+
+@cache
+def task_manager(defaults: bool, include_path: str = ""):
+    """lm-eval's finder of tasks; `defaults`: with its own thousands, which takes a while;
+    `include_path`: with those of this folder."""
+    # Without a network the hub's client retries for long; told so, it takes its cache at once. It
+    # reads the variables when it is imported.
+    if "HF_HUB_OFFLINE" not in os.environ:
+        try:
+            hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=5).close()
+        except (OSError, ValueError) as error:
+            if not hasattr(error, "code"):  # an HTTP error is an answer
+                os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"TQDM_DISABLE": "1", "LMEVAL_LOG_LEVEL": "ERROR"}
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults, include_path=include_path or None)
+
+
+def load_task(name: str, include_path: str = "") -> dict[str, Any]:
+    """What a name stands for, its data downloaded: {tasks: {name: task}, groups, group_map}."""
+    if include_path and not os.path.isdir(include_path):
+        raise UserError(f"no folder {include_path}; --include_path holds lm-eval's .yaml files")
+    tiny = False
+    try:
+        manager = task_manager(False, include_path)
+        if name not in manager.all_tasks:
+            tiny = name == TINY_MMLU["task"]
+            manager = manager if tiny else task_manager(True, include_path)
+        if tiny or name in manager.all_tasks:
+            return manager.load([TINY_MMLU if tiny else name])
+    except ImportError as error:
+        raise Unavailable(f"{error}; {settings.install('eval')}") from None
+    except Exception as error:  # whatever the library, its plug-ins or the network raise
+        source = f"data set {TINY_MMLU['dataset_path']}" if tiny else "its data"
+        cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        raise Unavailable(f"{source} cannot be had from huggingface.co, nor from its cache "
+                          f"{cache}; run it once with a network, or copy that folder from a "
+                          f"machine that did ({' '.join(str(error).split())[:160]})") from None
+    near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 4, 0.5))
+    raise UserError(f"no task {name}; {f'near it: {near}; ' if near else ''}`lm-eval ls tasks` "
+                    "lists all, a file of your own is local:FILE.jsonl")
+
+
+def questions(loaded: dict, limit: int) -> list[str]:
+    """The texts that tasks ask about, without worked examples."""
+    found = []
+    for task in loaded["tasks"].values():
+        for doc in list(task.eval_docs)[:limit or None]:
+            asked = doc.get("question")
+            found.append(asked if isinstance(asked, str) else str(task.doc_to_text(doc)))
+    return found
+
+
+def score(name: str, loaded: dict, limit: int, anchors: tuple | None,
+          scorer: Scorer) -> dict:
+    """{task: metrics} of lm-eval's tasks; `name` also stands for the members of a group.
+    `anchors`: what irt.load gave, if the task is tinyMMLU."""
+    from lm_eval import simple_evaluate
+
+    members = {member for group in loaded["group_map"].values() for member in group}
+    wanted = [one for key, one in [*loaded["groups"].items(), *loaded["tasks"].items()]
+              if key not in members]
+    output = simple_evaluate(lm_eval_model(scorer), tasks=wanted, limit=limit or None,
+                             task_manager=task_manager(False), bootstrap_iters=1000)
+    scores: dict = {}
+    for task, values in output["results"].items() if output else ():
+        # 'acc,none' is the metric acc through the filter none
+        scores[task] = {key.removesuffix(",none"): value for key, value in values.items()
+                        if isinstance(value, float)}
+        samples = [one for one in output["samples"].get(task, ()) if one["filter"] == "none"]
+        samples.sort(key=lambda one: one["doc_id"])
+        if output["configs"].get(task, {}).get("output_type") == "multiple_choice" and samples:
+            scores[task]["chance"] = sum(1 / len(s["resps"]) for s in samples) / len(samples)
+            scorer.samples[task] = [{key: one[key] for key in (
+                "doc_id", "target", "arguments", "resps", "acc", "acc_norm") if key in one}
+                for one in samples]
+        scores[task]["n"] = len(samples) or values.get("sample_len")
+        if anchors:
+            prompt = samples[0]["arguments"][0][0]
+            right, likely = irt.answers(scorer.samples[task], name)
+            scores[task] |= likely | {"shots": prompt.count("\nAnswer:") - 1}
+            scores[task] |= irt.scores(right, anchors)
+    if name in scores or len(scores) == 1:  # prompts are counted over the members of a group
+        scores[name if name in scores else next(iter(scores))]["truncated"] = len(scorer.truncated)
+    return scores

@@ -1,0 +1,161 @@
+"""The one place for small files: JSON, JSON lines, hashes, locks, what lies in a run's folder.
+
+What is written here appears whole or not at all: a temporary name, then a rename.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from plainllama.settings import UserError
+
+CHECKOUT = Path(__file__).resolve().parent.parent  # where the commands and config/ lie
+
+# ---- JSON
+
+
+def as_json(value) -> str:
+    """The form in which we write JSON; dataclasses become objects."""
+    return json.dumps(value, indent=1, default=asdict) + "\n"
+
+
+def write_json(path: Path | str, value) -> None:
+    """Write `value` as JSON so that a reader sees the old file or the new one, never half of it."""
+    write_text(path, as_json(value))
+
+
+def write_text(path: Path | str, text: str, durable: bool = False) -> None:
+    """Write `text` so that a reader sees the old file or the new one; `durable`: on the disk when
+    this returns."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path, tolerant: bool = False) -> dict:
+    """Read a JSON object, {} if there is no such file. UserError if it is damaged, or {} then too
+    if the caller is `tolerant`."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, RecursionError):
+        if tolerant:
+            return {}
+        raise UserError(f"{path} is damaged: it is not a JSON object") from None
+
+
+def read_rows(path: Path, tolerant: bool = False) -> list[dict]:
+    """Read the objects of a .jsonl file, [] if there is none, without a last one that is only half
+    written: its writer may be at work or killed. Any other damaged line is a UserError that names
+    it, or is passed over if the caller is `tolerant`."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            if number < len(lines) and not tolerant:
+                raise UserError(f"{path}:{number} is damaged: it is not JSON") from None
+    return rows
+
+
+def cut_rows(path: Path, step: int) -> None:
+    """Drop the rows of a .jsonl file after `step`: the resumed run writes them again."""
+    if path.exists():
+        kept = [row for row in read_rows(path, tolerant=True) if row.get("step", step + 1) <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+# ---- bytes on the disk
+
+def sha256(path: Path) -> str:
+    """Hash a file; the hex digest."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(path: Path) -> dict:
+    """Describe a file as manifests and checksums do: {size, sha256}."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_space(folder: Path, need: int) -> None:
+    """Raise OSError before a byte is written if `need` bytes would not fit on the disk."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(28, f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", str(folder))
+
+
+def hold(file, problem: str) -> None:
+    """Lock an open file until it is closed; UserError(problem) if another process holds it."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(problem) from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"WARNING: {file.name} cannot be locked ({error}); start no second job on it",
+              flush=True)
+
+
+# ---- a run's folder
+
+def lock_run(run: Path):
+    """Hold a run's folder; UserError if another process does. The lock dies with its owner."""
+    file = open(run / ".lock", "w")  # noqa: SIM115
+    hold(file, f"another process is training in {run}; choose another out_dir")
+    return file
+
+
+def write_status(run: Path, state: str, step: int) -> None:
+    """Write status.json; state: running, done, stopped (start me again) or failed."""
+    write_json(run / "status.json", {"state": state, "step": step})
+
+
+def read_status(run: Path) -> str:
+    """Read the state in status.json, '' without one."""
+    return str(read_json(run / "status.json", tolerant=True).get("state", ""))
+
+
+def steps_of(run: Path) -> list[Path]:
+    """List the committed checkpoints of a run, newest first, not yet verified."""
+    found = [p for p in run.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+
+def newest_run(folder: Path) -> Path | None:
+    """Choose the run in a folder of runs, None if it holds none: the one with the newest checkpoint
+    or, where none has a checkpoint, the newest row of metrics. Every command uses this rule."""
+    def age(run: Path) -> tuple[float, float]:
+        saved = max((step.stat().st_mtime for step in steps_of(run)), default=0.0)
+        rows = run / "metrics.jsonl"
+        return saved, rows.stat().st_mtime if rows.is_file() else 0.0
+
+    runs = {path.parent for path in (*folder.glob("*/checkpoints"), *folder.glob("*/run.json"))}
+    return max(sorted(runs), key=age, default=None)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Find the run that a checkpoint lies in, None for a model folder from elsewhere."""
+    run = checkpoint.absolute().parent.parent
+    in_run = checkpoint.absolute().parent.name == "checkpoints" and (run / "run.json").is_file()
+    return run if in_run else None

@@ -1,0 +1,312 @@
+"""One process, DDP, FSDP2 or HSDP behind one small interface; reductions and agreed decisions.
+
+torchrun starts W processes (ranks). ddp keeps the whole model on each and adds up gradients; fsdp
+(FSDP2) shards parameters, gradients and optimizer state by rows over the ranks, block by block;
+hsdp shards over the ranks of a machine and keeps a copy on each machine.
+"""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model import LLaMA, initial_weight
+from plainllama import watch
+from plainllama.settings import UserError
+
+FULL = 0.6  # share of a device's memory that weights and optimizer may take with parallel=auto
+
+
+class World:
+    """This process among the ranks of the run. Without arguments: one process on the CPU.
+
+    `group`: the ranks, None for all that torchrun started. `hosts`: a second group of the same
+    ranks, in host memory, for a thread beside training.
+    """
+
+    why = ""  # the reason for what parallel=auto took
+
+    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu", mode: str = "one",
+                 group=None, hosts=None):
+        self.rank, self.size, self.group, self.hosts = rank, size, group, hosts
+        self.device, self.timeout = torch.device(device), watch.PATIENT
+        self.store: dist.Store | None = None  # of this attempt, if there are other ranks
+        self.share(mode)
+
+    def share(self, mode: str) -> None:
+        """Fix how ranks share the work: `shards` neighbouring ranks hold a whole model between
+        them, and there are `replicas` of it."""
+        self.mode, self.sharded = mode, mode in ("fsdp", "hsdp")
+        self.shards = {"fsdp": self.size, "hsdp": per_machine(self.size)}.get(mode, 1)
+        self.replicas, self.shard = self.size // self.shards, self.rank % self.shards
+        if mode == "hsdp" and 1 in (self.shards, self.replicas):
+            raise UserError(f"parallel=hsdp cannot cut {self.size} ranks into copies of several "
+                            "shards; say parallel=fsdp")
+
+    def choose(self, model: LLaMA) -> None:
+        """parallel=auto: ddp, which sends least, while the model fits on each device beside its
+        activations; else shards, within the machine if that is enough."""
+        need = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two moments
+        if self.device.type == "cuda":
+            room = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size(self.size)
+        machine = per_machine(self.size)
+        fits = need <= FULL * room
+        self.share("ddp" if fits else "hsdp" if local_size(self.size) == machine < self.size and
+                   need <= FULL * room * machine else "fsdp")
+        self.why = (f"parallel=auto takes {self.mode}: weights, gradients and moments need "
+                    f"{need / 1e9:.2f} GB, {'not more' if fits else 'more'} than {FULL:.0%} of a "
+                    f"rank's {room / 1e9:.1f} GB")
+
+    @functools.cached_property
+    def mesh(self):
+        """The ranks as FSDP2 wants to know them: (shards,) or, with hsdp, (replicas, shards)."""
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+        if self.mode == "hsdp":
+            return init_device_mesh(self.device.type, (self.replicas, self.shards),
+                                    mesh_dim_names=("replicas", "shards"))
+        group = self.group or dist.group.WORLD
+        return DeviceMesh.from_group(group, self.device.type)  # type: ignore[arg-type]
+
+    @property
+    def holds_a_piece(self) -> bool:
+        """Whether this rank has optimizer state that no rank before it has."""
+        return self.rank < self.shards
+
+    def place(self, model: LLaMA, dtype: torch.dtype) -> None:
+        """Shard a model built on the meta device, if this mode shards, and allocate it on this
+        rank's device."""
+        if self.mode == "auto":
+            self.choose(model)
+        if self.sharded:
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            # inputs are not cast: the rotary tables stay fp32
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                          cast_forward_inputs=False)
+            for block in model.model.layers:
+                fully_shard(block, mesh=self.mesh, mp_policy=policy)
+            fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        model.to_empty(device=self.device)
+        model.reset_derived(self.device)
+        model.compute_dtype = dtype
+
+    def initialise(self, model: LLaMA, seed: int) -> None:
+        """Every parameter from its own generator: the same weights however they are sharded."""
+        for name, parameter in model.named_parameters():
+            local, offset = self.piece(parameter.data)
+            value = initial_weight(name, parameter.shape, model.config, seed)
+            with torch.no_grad():
+                local.copy_(value[offset:offset + local.shape[0]])
+
+    def wrap(self, model: LLaMA) -> nn.Module:
+        """The module to call in training: gradients are averaged over ranks in its backward."""
+        if self.mode == "ddp":
+            from torch.nn.parallel import DistributedDataParallel
+
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # renamed in torch 2.13
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
+                                           broadcast_buffers=False, process_group=self.group)
+        return model
+
+    @contextlib.contextmanager
+    def accumulating(self, module: nn.Module, last: bool):
+        """Around forward and backward of a micro-batch: gradients are exchanged in the last."""
+        if self.sharded:
+            module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            yield
+        elif not last and hasattr(module, "no_sync"):  # DDP
+            with module.no_sync():  # type: ignore[operator]
+                yield
+        else:
+            yield
+
+    def reshard(self, model: LLaMA) -> None:
+        """After a forward pass without a backward: FSDP2 leaves the root's parameters gathered."""
+        if self.sharded:
+            model.reshard()  # type: ignore[operator]
+
+    def piece(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """(this rank's rows of a tensor, the number of its first row)."""
+        if not hasattr(tensor, "to_local"):
+            return tensor, 0
+        local = tensor.to_local()
+        rows = -(-tensor.shape[0] // self.shards)  # fully_shard cuts like torch.chunk
+        return local, min(self.shard * rows, tensor.shape[0])
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All rows of a tensor; collective if it is sharded."""
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def square_norm(self, model: nn.Module) -> Tensor:
+        """This rank's share of the squared gradient norm, fp32 (): the shares add up to the norm
+        of the whole model, squared."""
+        grads = [self.piece(p.grad)[0] for p in model.parameters() if p.grad is not None]
+        norms = torch._foreach_norm([g for g in grads if g.numel()])
+        total = torch.stack(norms).square().sum()
+        return total / self.replicas
+
+    def add_in_tree(self, part: list[Tensor]) -> list[Tensor]:
+        """Tensors added up over the ranks, a power of two of them, in an order that more ranks
+        only lengthen at its end: with the rank half of all away first, with the neighbour last.
+        a + b = b + a to the bit, so all get the same."""
+        if self.size == 1:
+            return part
+        flat = torch.cat([tensor.reshape(-1) for tensor in part])
+        distance = self.size // 2
+        while distance:
+            other, theirs = self.rank ^ distance, torch.empty_like(flat)
+            for request in dist.batch_isend_irecv([
+                    dist.P2POp(dist.isend, flat, group=self.group, group_peer=other),
+                    dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=other)]):
+                request.wait()
+            flat += theirs
+            distance //= 2
+        return [piece.view_as(tensor) for piece, tensor in zip(
+            flat.split([tensor.numel() for tensor in part]), part, strict=True)]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added up over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def least(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        if self.size == 1:
+            return value
+        box = torch.tensor([value], device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MIN, group=self.group)
+        return int(box.item())
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; all get the same answer."""
+        if self.size == 1:
+            return flag
+        return self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0
+
+    def agree(self, value):
+        """Rank 0's value (anything that pickles), on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
+        return box[0]
+
+    def decide(self, call: Callable):
+        """What `call` gives on rank 0, on every rank. A UserError there ends all of them, with one
+        message."""
+        value = None
+        if self.rank == 0:
+            try:
+                value = call()
+            except UserError as error:
+                value = error
+        value = self.agree(value)
+        if isinstance(value, UserError):
+            try:
+                raise value if self.rank == 0 else SystemExit(2)
+            finally:
+                del value  # its traceback leads here, and such a circle would keep the run's lock
+        return value
+
+    def gather(self, value) -> list:
+        """Every rank's value (anything that pickles), on every rank, by the hosts' own group: a
+        thread may ask while training goes on."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.hosts)
+        return values
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """How long collectives that begin from now on may take."""
+        self.timeout = timeout
+        for group in list(dist.distributed_c10d._world.pg_map) if self.size > 1 else []:
+            if group is not self.hosts:  # a save may take as long as the disk wants
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Around work in which ranks may wait long for each other, after the first step."""
+        before = self.timeout
+        self.set_timeout(watch.PATIENT)
+        try:
+            yield
+        finally:
+            self.set_timeout(before)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device: str, mode: str) -> World:
+    """Join the ranks that torchrun started, or be alone. `device`, `mode` as in the config."""
+    device = pick_device(device)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 and mode == "auto":
+        return World(0, 1, device, "one")
+    if "RANK" not in os.environ:
+        raise UserError(f"parallel={mode} needs several processes: "
+                        "torchrun --nproc_per_node=N train.py ...")
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU: torch sees "
+                            f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    store = watch.join(backend, device)
+    hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # a slow disk is no error
+    world = World(rank, size, device, mode, hosts=hosts)
+    world.store = store
+    return world
+
+
+def local_size(size: int) -> int:
+    """How many of `size` ranks run on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+
+def per_machine(size: int) -> int:
+    """Over how many ranks hsdp shards: those of a machine; on one machine, the largest proper part
+    of them that divides them, as if it were several."""
+    local = local_size(size)
+    return local if 1 < local < size and size % local == 0 else next(
+        (n for n in range(size // 2, 0, -1) if size % n == 0), 1)
+
+
+def pick_device(device: str) -> str:
+    """'auto' is cuda, then mps, then cpu; a device that is not there is a UserError."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+               "cpu": True}
+    if device == "auto":
+        return next(name for name, there in present.items() if there)
+    if not present[device]:
+        raise UserError(f"device={device} is not available to this torch ({torch.__version__}); "
+                        f"there is: {', '.join(n for n, there in present.items() if there)}")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bf16 where the GPU has it (emulation does not count), fp16 on an older one, fp32
+    elsewhere. UserError if an older GPU is asked for bf16."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if name == "auto":
+        name = "fp32" if device.type != "cuda" else "fp16" if old else "bf16"
+    if name == "bf16" and old:
+        raise UserError(f"dtype=bf16: {torch.cuda.get_device_name(device)} only emulates it; use "
+                        "dtype=fp16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

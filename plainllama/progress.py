@@ -1,0 +1,44 @@
+"""The one line that shows how far a long piece of work is."""
+
+import sys
+import time
+
+import torch
+
+
+class Progress:
+    """How far a stage is: one line that is rewritten on a terminal, elsewhere a line at times."""
+
+    def __init__(self, what: str, total: int, unit: str, active: bool = True, device: str = "cpu"):
+        self.what, self.total, self.unit, self.active = what, total, unit, active
+        self.device = device  # on which the work is: a GPU is waited for before a line is shown
+        self.terminal, self.done = sys.stdout.isatty(), 0
+        self.began = self.shown = time.monotonic()
+
+    def add(self, n: int) -> None:
+        """`n` more are done."""
+        self.done += n
+        if self.active and time.monotonic() - self.shown >= (0.2 if self.terminal else 10):
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            self.shown = time.monotonic()
+            rate = self.done / (self.shown - self.began)
+            self.line(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a "
+                      f"second, {duration((self.total - self.done) / max(rate, 1e-9))} left")
+
+    def line(self, text: str) -> None:
+        """Show `text` as the state of things."""
+        print(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n",
+              flush=True)
+
+    def close(self) -> None:
+        """Leave the line to what is printed next."""
+        if self.active and self.terminal:
+            print("\r\033[K", end="", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """'2:05' or '3:20:00'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

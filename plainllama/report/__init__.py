@@ -1,0 +1,1 @@
+"""Run folders -> pages, curves, model cards; neither torch nor numpy."""

@@ -1,0 +1,199 @@
+"""The on-disk token format, its checks, and rows(first, n): the stateless batch stream.
+
+A data set is a folder: per split `train` and `val` numbered token files NAME.bin with an index
+NAME.idx of document starts, the tokenizer, and a manifest that is written last: a folder without
+one is unfinished. docs/format.md describes every byte.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from plainllama.files import file_entry
+from plainllama.settings import UserError
+
+FORMAT = 1
+HEADER = struct.Struct("<8sIIQ40x")  # magic, format, bytes per token, tokens; 64 bytes in all
+MAGIC = b"plnllama"
+DTYPES: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 while every id fits, else uint32."""
+    return DTYPES[2 if vocab_size <= 1 << 16 else 4]
+
+
+class ShardWriter:
+    """Writes FOLDER/NAME.bin and NAME.idx as *.tmp; close() makes them appear, complete."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype):
+        self.paths = [folder / f"{name}.bin", folder / f"{name}.idx"]
+        self.files = [open(f"{path}.tmp", "wb") for path in self.paths]  # noqa: SIM115
+        self.files[0].write(bytes(HEADER.size))
+        self.dtype, self.tokens, self.documents, self.largest = dtype, 0, 0, 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append one document's token ids, boundaries included."""
+        self.files[1].write(struct.pack("<Q", self.tokens))
+        self.files[0].write(ids.astype(self.dtype, copy=False).data)
+        self.tokens += len(ids)
+        self.documents += 1
+        self.largest = max(self.largest, int(ids.max(initial=0)))
+
+    def close(self) -> dict:
+        """Finish both files; {file name: {size, sha256, tokens, ...}} for the manifest."""
+        self.files[0].seek(0)
+        self.files[0].write(HEADER.pack(MAGIC, FORMAT, self.dtype.itemsize, self.tokens))
+        entries = {}
+        for path, file in zip(self.paths, self.files, strict=True):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            entries[path.name] = file_entry(Path(f"{path}.tmp"))
+            os.replace(f"{path}.tmp", path)
+        entries[self.paths[0].name] |= {"tokens": self.tokens, "documents": self.documents,
+                                        "largest_id": self.largest}
+        return entries
+
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write manifest.json and its hash: from here on the data set is complete."""
+    text = json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    for name, content in (("manifest.sha256", digest + "\n"), ("manifest.json", text)):
+        with open(folder / f"{name}.tmp", "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a complete data set whose files have the sizes it names, or UserError."""
+    if not folder.is_dir():
+        raise UserError(f"no data set {folder}; make it with: python prepare.py CONFIG "
+                        f"--dataset={folder.name} (--sources=YOUR.txt for text of your own)")
+    path = folder / "manifest.json"
+    if not path.is_file():
+        unfinished = any(folder.glob("*.bin")) or any(folder.glob("*.tmp"))
+        raise UserError(f"data set {folder} is unfinished (no manifest.json); run prepare.py again "
+                        "to complete it" if unfinished else
+                        f"{folder} is not a data set: it has no manifest.json")
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        version = manifest["format"]
+        if version == FORMAT:
+            sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
+            manifest["splits"]["train"]["tokens"], manifest["tokenizer"]["vocab_size"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a plainllama manifest ({error!r}); prepare the data set "
+                        "again in an empty folder") from None
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, this program reads {FORMAT}; use the "
+                        "plainllama that wrote it, or prepare the data set again")
+    digest, expected = folder / "manifest.sha256", hashlib.sha256(content).hexdigest() + "\n"
+    if not digest.is_file() or digest.read_bytes() != expected.encode():
+        raise UserError(f"{path} does not match manifest.sha256: one of them is damaged")
+    for name, size in sizes.items():
+        if Path(name).name != name or (folder / name).is_symlink():
+            raise UserError(f"{path} names {name!r}, which leaves the data set's folder")
+        if not (folder / name).is_file():
+            raise UserError(f"data set {folder}: {name} is missing; prepare it again")
+        if (folder / name).stat().st_size != size:
+            raise UserError(f"data set {folder}: {name} has {(folder / name).stat().st_size} bytes "
+                            f"where the manifest says {size}; it is damaged, prepare it again")
+    return manifest
+
+
+def verify(folder: Path) -> tuple[int, list[str]]:
+    """Check every byte: (0, []) good, (1, problems) damaged, (2, [why]) not a data set."""
+    if not (folder / "manifest.json").is_file():
+        return 2, [f"{folder} is not a data set: it has no manifest.json"]
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return 1, [str(error)]
+    problems = [f"{folder / name}: its sha256 is not the manifest's"
+                for name, entry in manifest["files"].items()
+                if file_entry(folder / name)["sha256"] != entry["sha256"]]
+    known = {*manifest["files"], "manifest.json", "manifest.sha256"}
+    problems += [f"{path}: not named by the manifest"
+                 for path in sorted(folder.iterdir()) if path.name not in known]
+    return (1 if problems else 0), problems
+
+
+class Split:
+    """The token files of one split, joined in order; opened when first read."""
+
+    def __init__(self, folder: Path, split: str, manifest: dict):
+        self.folder, self.split, self.manifest = folder, split, manifest
+        self.names = [name for name in manifest["files"]
+                      if name.startswith(f"{split}-") and name.endswith(".bin")]
+        counts = [manifest["files"][name]["tokens"] for name in self.names]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.tokens = int(self.starts[-1])
+        self.maps: dict[str, np.ndarray] = {}
+        vocab = manifest["tokenizer"]["vocab_size"]
+        for name in self.names:
+            if manifest["files"][name]["largest_id"] >= vocab:
+                raise UserError(f"{folder / name} holds id {manifest['files'][name]['largest_id']} "
+                                f"but the tokenizer has {vocab} entries; prepare it again")
+
+    def shard(self, i: int) -> np.ndarray:
+        """Token file i as a memory map, its header checked against the manifest."""
+        name = self.names[i]
+        if name not in self.maps:
+            path = self.folder / name
+            with open(path, "rb") as file:
+                magic, version, width, count = HEADER.unpack(file.read(HEADER.size))
+            if (magic != MAGIC or version != FORMAT or width not in DTYPES
+                    or count != self.manifest["files"][name]["tokens"]):
+                raise UserError(f"{path}: its header does not match the manifest; prepare it again")
+            self.maps[name] = mapped(path, DTYPES[width], HEADER.size)
+        return self.maps[name]
+
+    def index(self, i: int) -> np.ndarray:
+        """Where the documents of token file i start in it, as a memory map."""
+        name = self.names[i].removesuffix(".bin") + ".idx"
+        if name not in self.maps:
+            self.maps[name] = mapped(self.folder / name, np.dtype("<u8"))
+        return self.maps[name]
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens start..stop-1 of the joined files begin a document."""
+        first = int(np.searchsorted(self.starts, start, "right")) - 1
+        found = []
+        for i in range(first, int(np.searchsorted(self.starts, stop))):
+            index, offset = self.index(i), int(self.starts[i])
+            low, high = (np.searchsorted(index, np.uint64(max(at - offset, 0)))
+                         for at in (start, stop))
+            found.append(index[low:high].astype(np.int64) + offset)
+        return np.concatenate(found)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 of the joined files, in their stored dtype."""
+        i = int(np.searchsorted(self.starts, start, "right")) - 1
+        piece = self.shard(i)[start - self.starts[i]:stop - self.starts[i]]
+        if len(piece) == stop - start:  # nearly always: the window lies in one file
+            return piece
+        pieces = [piece]
+        while (start := start + len(pieces[-1])) < stop:
+            i += 1
+            pieces.append(self.shard(i)[:stop - self.starts[i]])
+        return np.concatenate(pieces)
+
+
+def mapped(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
+    """A file as an array that is read when touched. (Slices of np.memmap itself are slow.)"""
+    return np.asarray(np.memmap(path, dtype, "r", offset))
+
+
+def open_split(folder: Path, split: str) -> Split:
+    """A split of a complete data set."""
+    return Split(folder, split, read_manifest(folder))

@@ -1,0 +1,1 @@
+"""One update and what surrounds it: engine, optimizer, where a run stands, what it logs."""

@@ -1,0 +1,172 @@
+"""Parameter groups, AdamW and Muon, and lr(step), a pure function."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from plainllama.parallel import World
+from plainllama.settings import Settings
+
+DECAY_SHARE = 0.2  # wsd: the last fifth of the run decays (https://arxiv.org/abs/2405.18392)
+MOMENTUM = 0.95  # of Muon
+STACK = 8  # matrices that Muon works on at a time: bounds its memory, also where they are sharded
+# The coefficients of Muon's five Newton-Schulz steps, for singular values in 0..1
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def lr(step: int, config: Settings) -> float:
+    """Learning rate of update `step` (the first is 0): linear warm-up, then the schedule.
+
+    cosine, linear: from the peak to min_lr at max_steps. wsd: constant, then linear to min_lr.
+    """
+    c = config
+    if step < c.warmup_steps:
+        return c.learning_rate * (step + 1) / c.warmup_steps
+    start = c.warmup_steps
+    if c.schedule == "wsd":
+        start = max(start, c.max_steps - round(DECAY_SHARE * c.max_steps))
+    if step < start:
+        return c.learning_rate
+    done = min((step - start) / max(c.max_steps - start, 1), 1.0)
+    share = 0.5 * (1 + math.cos(math.pi * done)) if c.schedule == "cosine" else 1 - done
+    return c.min_lr + (c.learning_rate - c.min_lr) * share
+
+
+def make(model: nn.Module, config: Settings, world: World | None = None) -> "Optimizer":
+    """The optimizer that the config names, its state allocated at once, so that a checkpoint can
+    be copied into it.
+
+    adamw: AdamW (https://arxiv.org/abs/1711.05101) for all. muon: Muon for the matrices inside the
+    blocks, AdamW for embedding, output matrix and gains. Matrices are decayed, gains are not.
+    """
+    hidden, ends, gains = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            gains.append(parameter)
+        elif config.optimizer == "muon" and name.startswith("model.layers."):
+            hidden.append(parameter)
+        else:
+            ends.append(parameter)
+    groups = [{"params": ends, "weight_decay": config.weight_decay},
+              {"params": gains, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-8, fused=True,
+                              betas=(config.beta1, config.beta2))
+    for p in (*ends, *gains):
+        adamw.state[p] = {"step": torch.zeros((), device=p.device),
+                          "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return Optimizer(adamw, Muon(hidden, config.weight_decay, world or World()) if hidden else None)
+
+
+class Muon:
+    """Momentum, orthogonalised, for matrices (https://kellerjordan.github.io/posts/muon).
+
+    The direction is the nearest semi-orthogonal matrix to the Nesterov momentum, scaled by
+    0.2 sqrt(max(rows, columns)) so that its entries are as large as AdamW's and learning rate and
+    decay can be shared with it (https://arxiv.org/abs/2502.16982).
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], weight_decay: float, world: World):
+        self.weight_decay, self.world = weight_decay, world
+        self.state: dict[Tensor, dict[str, Tensor]] = {
+            p: {"momentum": torch.zeros_like(p)} for p in parameters}
+        shapes: dict[tuple, list] = {}  # matrices of one shape, tall ones turned, work together
+        for p in parameters:
+            shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
+        self.stacks = [some[i:i + STACK] for some in shapes.values()
+                       for i in range(0, len(some), STACK)]
+
+    @torch.no_grad()
+    def step(self, rate: float, scale: Tensor, skipped: Tensor) -> None:
+        """One update with gradients divided by `scale` (); none where `skipped` () is true."""
+        for parameters in self.stacks:
+            directions = []
+            for p in parameters:
+                momentum = self.state[p]["momentum"]
+                grad, buffer = self.world.piece(p.grad)[0] / scale, self.world.piece(momentum)[0]
+                buffer.copy_(torch.where(skipped, buffer, buffer.lerp(grad, 1 - MOMENTUM)))
+                ahead = torch.zeros_like(momentum)
+                self.world.piece(ahead)[0].copy_(grad.lerp(buffer, MOMENTUM))
+                whole = self.world.whole(ahead)
+                directions.append(whole if whole.shape[0] <= whole.shape[1] else whole.T)
+            turned = orthogonal(torch.stack(directions))
+            turned *= 0.2 * math.sqrt(turned.shape[-1]) * rate
+            for p, direction in zip(parameters, turned, strict=True):
+                local, offset = self.world.piece(p)
+                whole = direction if p.shape[0] <= p.shape[1] else direction.T
+                change = whole[offset:offset + local.shape[0]] + rate * self.weight_decay * local
+                local.sub_(torch.where(skipped, 0.0, change))
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(n, r, c), r <= c -> matrices with the same singular vectors and singular values near 1, by
+    five steps of a quintic Newton-Schulz iteration; in bf16 on a GPU, else in fp32."""
+    a, b, c = QUINTIC
+    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype)
+
+
+class LossScale:
+    """What fp16 losses are multiplied with, so that small gradients do not round to zero; on the
+    device. Halved when an update was skipped, doubled after 2,000 that were not, and first 2^16:
+    the rule of torch.amp.GradScaler (https://arxiv.org/abs/1710.03740, section 3.2)."""
+
+    def __init__(self, device: torch.device):
+        self.value = torch.tensor(2.0**16, device=device)
+        self.good = torch.zeros((), device=device)  # updates since it last changed
+
+    def adjust(self, skipped: Tensor) -> None:
+        """After an update; `skipped` () says whether it was."""
+        full = self.good >= 1999
+        self.value.mul_(torch.where(skipped, 0.5, torch.where(full, 2.0, 1.0)))
+        self.good.copy_(torch.where(skipped | full, 0.0, self.good + 1))
+
+
+class Optimizer:
+    """AdamW and, if there is one, the Muon of the matrices inside the blocks, as one."""
+
+    def __init__(self, adamw: torch.optim.AdamW, muon: Muon | None):
+        self.adamw, self.muon = adamw, muon
+        self.loss_scale: LossScale | None = None  # gradients are those of the loss times its value
+        # parameter -> its state by name; the tensors are those that updates change in place
+        self.state: dict[Tensor, dict[str, Tensor]] = {**adamw.state}
+        self.state.update(muon.state if muon else {})
+
+    def scale_state(self) -> list[float] | None:
+        """Loss scale and updates since it changed, for a checkpoint; None without one."""
+        scale = self.loss_scale
+        return [scale.value.item(), scale.good.item()] if scale else None
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.state:
+            parameter.grad = None
+
+
+def step(optimizer: Optimizer, rate: float, norm: Tensor, clip: float) -> Tensor:
+    """One update with gradients clipped to norm `clip` (0: not clipped).
+
+    `norm` is the gradient norm over all ranks, loss scale divided out, (). If it is
+    not finite nothing changes, neither weights nor moments. AdamW does both inside its fused kernel
+    (it divides gradients by `grad_scale` and does nothing where `found_inf` is 1), so the host
+    never waits for the device.
+    Returns whether the update was skipped, 0. or 1., ().
+    """
+    skipped = ~norm.isfinite()
+    scale = (norm / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
+    scale = torch.where(skipped, torch.ones_like(scale), scale)
+    if optimizer.loss_scale:
+        scale = scale * optimizer.loss_scale.value
+        optimizer.loss_scale.adjust(skipped)
+    adamw = optimizer.adamw
+    adamw.grad_scale, adamw.found_inf = scale, skipped.float()  # type: ignore[attr-defined]
+    for group in adamw.param_groups:
+        group["lr"] = rate
+    adamw.step()
+    if optimizer.muon:
+        optimizer.muon.step(rate, scale, skipped)
+    return skipped.float()

@@ -1,0 +1,351 @@
+"""train.py --check: what must hold before a long run, and what that run will take.
+
+The checks share nothing with what they check but the weights: positions, attention and
+the rest of the network are written down here a second time, in float64 and one formula a line.
+"""
+
+import hashlib
+import math
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import ModelConfig, flops_per_token
+from plainllama.parallel import World
+from plainllama.progress import duration
+from plainllama.settings import Settings
+from plainllama.tokens import shards, tokenizer
+from plainllama.tokens.rows import Rows
+from plainllama.training import log
+from plainllama.training.engine import Batch, Engine
+from plainllama.weights import checkpoint
+from plainllama.weights.huggingface import load_weights
+
+TOKENS = 128  # of a row that is checked
+
+
+class Failed(Exception):
+    """What was found in place of what must hold."""
+
+
+def check(config: Settings, manifest: dict, world: World, price: float) -> int:
+    """Try what a long run relies on and say what it will take; 0, or 1 if something failed.
+    Collective. Nothing is left behind."""
+    trial = Trial(config, manifest, world)
+    failures = 0
+    for test in (trial.collectives, trial.tokenizer, trial.first_loss, trial.future, trial.network,
+                 trial.gradients, trial.overfits, trial.checkpoint):
+        began, problem = time.perf_counter(), ""
+        try:
+            detail = test()
+        except Exception as error:  # a check that breaks has found something too
+            detail = problem = str(error) if isinstance(error, Failed) else repr(error)
+        failed = world.any(bool(problem))
+        failures += failed
+        what = (test.__doc__ or "").split(".")[0]
+        trial.say(f"{'FAIL' if failed else 'ok  '}  {what}: {detail or 'failed on another rank'} "
+                  f"({time.perf_counter() - began:.1f} s)")
+    del trial.engine
+    forecast(config, manifest, world, price, trial.say)
+    trial.say("all of it holds" if not failures else f"{failures} checks failed: do not train yet")
+    return 1 if failures else 0
+
+
+class Trial:
+    """The checks: each returns what it saw or raises; its docstring's first sentence names it."""
+
+    def __init__(self, config: Settings, manifest: dict, world: World):
+        self.config, self.world, self.manifest = config, world, manifest
+        self.say: Callable[[str], None] = print if world.rank == 0 else lambda _: None
+        self.data = Path("data") / config.dataset
+        self.length = T = min(TOKENS, config.block_size)
+        self.split = shards.Split(self.data, "train", manifest)
+        rows = Rows(self.split, T, config.seed).rows(0, 8).astype(np.int64)
+        self.x, self.y = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+        self.one: Batch = (self.x[:1], self.y[:1])
+        # one row a rank and first weights, whatever the run will start from
+        small = replace(config, block_size=T, global_batch_tokens=T * world.size, micro_batch=1,
+                        compile="false")
+        self.engine = Engine(small, world, manifest["tokenizer"]["bos"])
+        self.engine.ready()
+        self.model = self.engine.model
+        self.vocab = self.model.config.vocab_size
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V) on the host, without regard to documents."""
+        out = self.model(ids.to(self.world.device)).float().cpu()
+        self.world.reshard(self.model)
+        return out
+
+    def collectives(self) -> str:
+        """Ranks answer each other."""
+        answers: list[Tensor] = []
+        asked = threading.Thread(target=lambda: answers.append(
+            self.world.sum(torch.ones(1 << 20, device=self.world.device)).cpu()), daemon=True)
+        began = time.perf_counter()
+        asked.start()
+        asked.join(60)
+        if not answers:
+            raise Failed("no answer within 60 s; on GPUs try NCCL_P2P_DISABLE=1, between nodes "
+                         "NCCL_IB_DISABLE=1 and NCCL_SOCKET_IFNAME")
+        if not torch.equal(answers[0], torch.full((1 << 20,), float(self.world.size))):
+            raise Failed(f"a sum of ones over {self.world.size} ranks is {answers[0][0].item()}")
+        return f"{self.world.size} x {self.world.device.type}, 4 MB added up in " \
+               f"{1e3 * (time.perf_counter() - began):.1f} ms"
+
+    def tokenizer(self) -> str:
+        """Data set and tokenizer agree."""
+        words = tokenizer.Tokenizer.load(self.data)
+        if words.sha256 != self.manifest["tokenizer"]["sha256"]:
+            raise Failed("tokenizer.json is not the one that the manifest names")
+        if words.vocab_size != self.manifest["tokenizer"]["vocab_size"]:
+            raise Failed(f"the tokenizer has {words.vocab_size} entries, the manifest says "
+                         f"{self.manifest['tokenizer']['vocab_size']}")
+        found = [ids for ids in stored_documents(self.split) if len(ids) <= 1 << 14]
+        special = {words.bos, words.eos}
+        texts = [words.decode([i for i in ids.tolist() if i not in special]) for ids in found]
+        again = words.encode_documents(texts)
+        same = sum(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+        if found and same < 0.9 * len(found):
+            raise Failed(f"{len(found) - same} of {len(found)} documents, decoded and encoded "
+                         f"again, have other ids; the first begins {texts[0][:60]!r}")
+        return f"{same} of {len(found)} documents, decoded and encoded again, have the same ids"
+
+    @torch.no_grad()
+    def first_loss(self) -> str:
+        """The loss before the first step is ln V."""
+        x, y = self.x.to(self.world.device), self.y.to(self.world.device)
+        loss, expected = self.model(x, y).item() / y.numel(), math.log(self.vocab)
+        self.world.reshard(self.model)
+        if not abs(loss - expected) < 0.2:
+            raise Failed(f"it is {loss:.3f} nats, ln {self.vocab} = {expected:.3f}")
+        return f"{loss:.3f} nats, ln {self.vocab} = {expected:.3f}"
+
+    def future(self) -> str:
+        """No token sees its future."""
+        before = self.logits(self.x[:1])
+        noise = 1e-5 * before.abs().max()
+        for place in sorted({1, self.length // 2, self.length - 1}):
+            changed = self.x[:1].clone()
+            changed[:, place:] = (changed[:, place:] + 1) % self.vocab
+            moved = (self.logits(changed) - before).abs().amax(-1)[0]
+            if moved[:place].max() > noise:
+                first = int((moved[:place] > noise).nonzero()[0])
+                raise Failed(f"another token at {place} changes what is predicted at {first}")
+            if not (moved[place:] > 0).all():
+                raise Failed(f"another token at {place} changes nothing at "
+                             f"{place + int((moved[place:] == 0).nonzero()[0])}")
+        return f"no prediction before a changed token moved, all {self.length - 1} after it did"
+
+    @torch.no_grad()
+    def network(self) -> str:
+        """RoPE, attention and the rest equal the formulas in float64."""
+        # sharper attention, so that positions matter more than they do at first; and back, exactly
+        sharp = [p for n, p in self.model.named_parameters() if n.endswith("q_proj.weight")]
+        for p in sharp:
+            p.mul_(8)
+        try:
+            ours = self.logits(self.x[:1])[0].double()
+            theirs = reference(self.whole, self.model.config, self.x[0])
+        finally:
+            for p in sharp:
+                p.div_(8)
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+        limit = 1e-4 if self.engine.dtype == torch.float32 else 0.05
+        if not error < limit:
+            raise Failed(f"logits are off by {error:.2g} of their size, more than {limit}")
+        return f"logits are off by {error:.1g} of their size"
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter in float64 on the host; collective."""
+        return self.world.whole(self.model.get_parameter(name).data).cpu().double()
+
+    def gradients(self) -> str:
+        """Every parameter has a gradient and moves."""
+        before = {name: self.world.piece(p.data)[0].clone()
+                  for name, p in self.model.named_parameters()}
+        self.engine.gradients(self.one)
+        still = [name for name, p in self.model.named_parameters()
+                 if p.grad is None or not self.world.any(bool(self.world.piece(p.grad)[0].any()))]
+        self.engine.optimizer.zero_grad()
+        if still:
+            raise Failed(f"none reaches {len(still)} of {len(before)}, the first is {still[0]}")
+        self.engine.update(self.one, self.rate)
+        still = [name for name, p in self.model.named_parameters()
+                 if not self.world.any(not torch.equal(self.world.piece(p.data)[0], before[name]))]
+        if still:
+            raise Failed(f"an update leaves {len(still)} as they were, the first is {still[0]}")
+        return f"{len(before)} of {len(before)}"
+
+    @property
+    def rate(self) -> float:
+        """A learning rate at which a model of this width learns a row by heart."""
+        return 3e-3 * min(1.0, 256 / self.config.d_model)
+
+    def overfits(self) -> str:
+        """One row is learned by heart."""
+        targets, losses = self.length * self.world.size, list[float]()
+        goal = 0.5 * math.log(self.vocab)
+        while len(losses) < 100 and (not losses or not losses[-1] < goal):
+            losses.append(self.engine.update(self.one, self.rate)[0].item() / targets)
+        if not losses[-1] < goal:
+            raise Failed(f"from {losses[0]:.2f} to {losses[-1]:.2f} nats in {len(losses)} updates, "
+                         f"not below {goal:.2f}")
+        return f"from {losses[0]:.2f} to {losses[-1]:.2f} nats in {len(losses)} updates"
+
+    def checkpoint(self) -> str:
+        """A checkpoint fits on the disk and comes back equal."""
+        place = next(p for p in Path(self.config.out_dir).absolute().parents if p.is_dir())
+        folder = Path(self.world.agree(tempfile.mkdtemp(prefix="plainllama-check-", dir=place)
+                                       if self.world.rank == 0 else None))
+        try:
+            before = self.fingerprint()
+            state = {"step": 1, "loss_scale": self.engine.optimizer.scale_state()}
+            saved = checkpoint.save(folder, 1, self.model, self.engine.optimizer, state,
+                                    self.data / "tokenizer.json", self.world)
+            size = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file())
+            if problem := checkpoint.damage(saved):
+                raise Failed(problem)
+            with torch.no_grad():
+                for p in self.model.parameters():
+                    p.zero_()
+                    for value in self.engine.optimizer.state[p].values():
+                        value.zero_()
+            load_weights(saved, self.model, self.world)
+            checkpoint.load_optimizer(saved, self.model, self.engine.optimizer, self.world)
+            if self.fingerprint() != before:
+                raise Failed("what was read is not what was written")
+        finally:
+            self.world.any(False)  # all have read
+            if self.world.rank == 0:
+                shutil.rmtree(folder)
+        kept = self.config.keep_last + 2  # with the best, and while the next is written
+        need, free = size * kept, shutil.disk_usage(place).free
+        said = f"{kept} of {size / 1e9:.2f} GB need {need / 1e9:.1f} GB, " \
+               f"{free / 1e9:.1f} GB are free in {place}"
+        if need > free:
+            raise Failed(said)
+        return said
+
+    def fingerprint(self) -> str:
+        """Of this rank's part of weights and optimizer state, to the bit."""
+        digest = hashlib.sha256()
+        for p in self.model.parameters():
+            for value in (p.data, *self.engine.optimizer.state[p].values()):
+                digest.update(self.world.piece(value)[0].cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def stored_documents(split: shards.Split, most: int = 32) -> Iterator[np.ndarray]:
+    """The ids of the first documents of a split's first token file, boundaries included."""
+    ids = split.shard(0)
+    starts = np.fromfile((split.folder / split.names[0]).with_suffix(".idx"), "<u8")
+    for a, b in zip(starts[:most], [*starts[1:most], starts[most] if len(starts) > most
+                                    else len(ids)], strict=False):
+        yield ids[int(a):int(b)]
+
+
+def reference(weight: Callable[[str], Tensor], c: ModelConfig, ids: Tensor) -> Tensor:
+    """The network in float64, from the papers alone: ids (T,) -> logits (T, V).
+
+    RoPE as a complex number that is turned: channels i and i + D/2 of a head are its parts
+    (https://arxiv.org/abs/2104.09864, equation 14, in Hugging Face's order of channels).
+    """
+    T, D, H, K = len(ids), c.head_dim, c.n_head, c.kv_heads
+    angles = []
+    for i in range(D // 2):
+        turn = c.rope_theta ** (-2 * i / D)
+        if c.rope_scaling == "linear":
+            turn /= c.rope_factor
+        elif c.rope_scaling == "llama3":  # by wavelength, as Meta's code has it
+            length = 2 * math.pi / turn
+            if length > c.rope_original / c.rope_low:
+                turn /= c.rope_factor
+            elif length > c.rope_original / c.rope_high:
+                smooth = (c.rope_original / length - c.rope_low) / (c.rope_high - c.rope_low)
+                turn = (1 - smooth) * turn / c.rope_factor + smooth * turn
+        angles.append([position * turn for position in range(T)])
+    turns = torch.polar(torch.ones(T, D // 2, dtype=torch.float64),
+                        torch.tensor(angles, dtype=torch.float64).T)
+
+    def turned(x: Tensor) -> Tensor:
+        z = torch.complex(x[..., :D // 2], x[..., D // 2:]) * turns[:, None]
+        return torch.cat((z.real, z.imag), -1)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight(name)
+
+    x = weight("model.embed_tokens.weight")[ids]
+    hidden_future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    for n in range(c.n_layer):
+        at = f"model.layers.{n}."
+        h = norm(x, at + "input_layernorm.weight")
+        q, k, v = (
+            (h @ weight(f"{at}self_attn.{name}_proj.weight").T).view(T, -1, D) for name in "qkv")
+        q, k, heads = turned(q), turned(k), []
+        for i in range(H):
+            j = i // (H // K)
+            scores = (q[:, i] @ k[:, j].T / math.sqrt(D)).masked_fill(hidden_future, -math.inf)
+            heads.append(scores.softmax(-1) @ v[:, j])
+        x = x + torch.cat(heads, -1) @ weight(at + "self_attn.o_proj.weight").T
+        h = norm(x, at + "post_attention_layernorm.weight")
+        gate = h @ weight(at + "mlp.gate_proj.weight").T
+        up = h @ weight(at + "mlp.up_proj.weight").T
+        x = x + (gate * gate.sigmoid() * up) @ weight(at + "mlp.down_proj.weight").T
+    head = "model.embed_tokens.weight" if c.tie_embeddings else "lm_head.weight"
+    return norm(x, "model.norm.weight") @ weight(head).T
+
+
+def forecast(config: Settings, manifest: dict, world: World, price: float,
+             say: Callable[[str], None]) -> None:
+    """Measure the real step and say what the run will take. `price`: of a device for an hour."""
+    engine = Engine(config, world, manifest["tokenizer"]["bos"], say=say)
+    engine.ready()
+    block, share = config.block_size, -(-engine.batch_rows // world.size)
+
+    def seconds(rows: int, update: bool) -> float:
+        ids = torch.randint(engine.model.config.vocab_size, (rows, block))
+        began = time.perf_counter()
+        if update:
+            engine.update((ids, ids), 0.0)[0].item()
+        else:
+            engine.gradients((ids, ids)).item()
+            engine.optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    rows = engine.micro
+    if world.device.type == "cpu" and world.least(int(1e3 * seconds(1, False))) * rows > 5000:
+        rows = 1  # a micro-batch would take too long to look at
+    seconds(rows, True)
+    rounds = 1 if world.least(int(seconds(rows, False))) > 2 else 5
+    forward_backward = median(seconds(rows, False) for _ in range(rounds))
+    update = max(0.0, median(seconds(rows, True) for _ in range(rounds)) - forward_backward)
+    step = forward_backward * share / rows + update
+    speed = engine.batch_rows * block / step
+    flops, peak = flops_per_token(engine.model.config, block), log.peak_flops(world.device)
+    mfu = f"{speed * flops / peak / world.size:.1%}" if peak else "n/a"
+    total, inner = engine.model.parameter_counts()
+    evaluations = (config.max_steps // config.eval_interval + 1) * config.eval_tokens / speed / 3
+    hours = (config.max_steps * step + evaluations) / 3600
+    say(f"parameters   {total:,}, {inner:,} without embeddings")
+    say(f"memory       {log.peak_memory(world.device) / 2**30:.2f} GiB at most on "
+        f"{world.device.type}, micro-batch {engine.micro}, {engine.accumulate} a step")
+    say(f"speed        {speed:,.0f} tok/s, MFU {mfu}, {step:.2f} s a step "
+        f"({'compiled' if engine.compiled else 'eager'}, {str(engine.dtype)[6:]}, measured with "
+        f"{rows} rows of {block})")
+    tokens = config.max_steps * engine.batch_rows * block
+    say(f"run          {config.max_steps:,} steps, {tokens:,} tokens, {flops * tokens:.2g} FLOP")
+    say(f"time         {duration(3600 * hours)}, of it evaluations about "
+        f"{duration(evaluations)}; saving comes on top")
+    say(f"cost         {hours * world.size * price:,.2f} at {price:g} an hour and device"
+        if price else "cost         n/a: name the price of a device for an hour with --price=")

@@ -1,0 +1,99 @@
+"""Where a run stands: the checkpoint to go on from, what is refused then, and any step's text."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from model import ModelConfig
+from plainllama.files import read_rows, steps_of
+from plainllama.settings import Settings, UserError
+from plainllama.tokens import tokenizer
+from plainllama.tokens.rows import PAD, data_hash, training_rows
+from plainllama.tokens.tokenizer_json import sha256_of
+from plainllama.weights import checkpoint, huggingface
+from plainllama.weights.huggingface import model_config
+
+# On resume these must be as they were, or the run would be another one ...
+FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
+         "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
+         "tie_embeddings", "overfit_rows", "optimizer", "doc_mask",
+         "packing", "mixture")
+# ... and these change the course of the optimisation, so they need --extend.
+COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule",
+          "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
+
+
+# ---- may this run go on, or start from there?
+
+def starting_point(run: Path, config: Settings, data_hash: str,
+                   extend: bool) -> tuple[Path | None, dict]:
+    """The checkpoint to go on from and its state; (None, {}) for a fresh start."""
+    there = steps_of(run)
+    if config.resume == "never" and there:
+        raise UserError(f"resume=never, but {run} holds a run at {there[0].name}; choose another "
+                        "out_dir or remove the folder")
+    good = checkpoint.newest_good(run) if there else None
+    if config.resume == "must" and good is None:
+        raise UserError(f"resume=must, but {run} holds no whole checkpoint")
+    if there and good is None:
+        raise UserError(f"no checkpoint in {run} can be used ({there[0].name}: "
+                        f"{checkpoint.damage(there[0])}); choose another out_dir")
+    state = checkpoint.read_state(good) if good else {}
+    if good:
+        refuse_other_run(state, config, data_hash, extend, good)
+    return good, state
+
+
+def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool,
+                     source: Path) -> None:
+    """Refuse to go on from `source` with a config that is not that run's."""
+    old, new = state["config"], asdict(config)
+    defaults = asdict(Settings())  # of keys that the run is older than
+    for keys, remedy in ((FIXED, "choose another out_dir"), (COURSE, "say --extend to accept it")):
+        for name in keys:
+            if old.get(name, defaults[name]) != new[name] and not (keys is COURSE and extend):
+                raise UserError(f"{source} was trained with {name}={old.get(name)}, now it is "
+                                f"{new[name]}; {remedy}")
+    if state["data_hash"] != data_hash:
+        raise UserError(f"{source} was trained on another data/{config.dataset} (its manifest has "
+                        "another hash); choose another out_dir")
+
+
+def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> None:
+    """Refuse to start from a model that computes something else, or whose token ids mean something
+    else than the data set's. Context and RoPE scaling may differ: that is how context grows."""
+    if keys := huggingface.other_keys(model_config(source), config):
+        raise UserError(f"init_from: {source} is another model than the config's; to go on from it "
+                        f"say {keys}")
+    for path in (source / "tokenizer.json", source / "tokenizer.model"):
+        if path.is_file():  # the second is converted first, as prepare.py does
+            theirs = (sha256_of(path) if path.suffix == ".json" else
+                      tokenizer.make(str(path)).sha256)
+            if theirs != manifest["tokenizer"]["sha256"]:
+                raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
+                                f"--tokenizer={path}")
+            return
+
+
+def replay(config: Settings, manifest: dict, step: int) -> int:
+    """Print the text of the rows that made step `step` of metrics.jsonl; the exit code."""
+    run, data = Path(config.out_dir), Path("data") / config.dataset
+    if there := steps_of(run):
+        refuse_other_run(checkpoint.read_state(there[0]), config, data_hash(data, config), True,
+                         there[0])
+    # the batch may have changed at a resume: steps and rows as the run has written them down
+    known = {0: 0} | {row["step"]: row["rows"]
+                      for row in read_rows(run / "metrics.jsonl", tolerant=True) if "rows" in row}
+    last = max(s for s in known if s < step)
+    following = min((s for s in known if s >= step), default=None)
+    batch = config.global_batch_tokens // config.block_size
+    if following is not None:
+        batch = (known[following] - known[last]) // (following - last)
+    rows, words = training_rows(data, manifest, config), tokenizer.Tokenizer.load(data)
+    first = known[last] + (step - 1 - last) * batch
+    windows = rows.window_of(first, batch)
+    print(f"step {step}: rows {first} to {first + batch - 1}")
+    for row, window, ids in zip(range(first, first + batch), windows, rows.read_windows(windows),
+                                strict=True):
+        print(f"--- row {row}: window {window} of the train split\n"
+              f"{words.decode(ids[ids != PAD])}")
+    return 0

@@ -1,0 +1,1 @@
+"""Models on the disk: checkpoints, and Hugging Face folders."""
