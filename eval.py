@@ -68,14 +68,14 @@ from functools import partial
 from pathlib import Path
 
 from plainllama import parallel
-from plainllama.evaluation.likelihood import Text, by_position, evaluate
+from plainllama.evaluation.likelihood import TextRows, by_position, evaluate
 from plainllama.parallel import World
 from plainllama.tokens import shards
 from plainllama.tokens.rows import Rows
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import load_model, model_config
+from plainllama.weights.huggingface import load_model, read_config
 
 
 def main(command) -> int:
@@ -97,26 +97,27 @@ def measure(flags: Flags, named: bool, world: World) -> int:
     from plainllama.evaluation import tasks
 
     say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
-    folders = world.decide(lambda: walk(flags.all) if flags.all else [checkpoint.find(flags.ckpt)])
+    folders = world.decide(lambda: walk(flags.all) if flags.all else [
+        checkpoint.find_checkpoint(flags.ckpt)])
     run, tokenizer = run_of(folders[0]), Tokenizer.load(folders[0])
-    block_size = model_config(folders[0]).block_size
+    block_size = read_config(folders[0]).block_size
     if flags.context > block_size:
         raise UserError(f"--context={flags.context} is more than the {block_size} tokens of the "
                         "model's context")
     length = flags.context or block_size
     # every input is looked at before anything slow begins; rank 0 downloads, then the others read
-    rows = (Text(flags.text, tokenizer, length) if flags.text
+    rows = (TextRows(flags.text, tokenizer, length) if flags.text
             else validation(flags, folders[0], run, length, say))
     jobs, missing = {}, []  # type: ignore[var-annotated]
 
     def look() -> list[str]:
         nonlocal jobs, missing
-        jobs, missing = tasks.find(flags, first=True)
+        jobs, missing = tasks.find_tasks(flags, first=True)
         return list(jobs)
 
     names = world.decide(look)
     if names and world.rank > 0:
-        found = tasks.find(flags, first=False)[0]
+        found = tasks.find_tasks(flags, first=False)[0]
         jobs = {name: found[name] for name in names}
     for line in missing:
         say(line)
@@ -167,15 +168,15 @@ def score(flags: Flags, folder: Path, run: Path | None, keep: Path | None, rows,
         length, micro_batch = rows.block_size, max(1, batch_tokens // rows.block_size)
         tokens = flags.eval_tokens or config_of(run).get("eval_tokens") or 1 << 20
         tokens = rows.windows * length if flags.text and not flags.eval_tokens else tokens
-        begin = tokenizer.bos if config_of(run).get("doc_mask") else None
-        found = evaluate(model, rows, byte_info(folder), tokens, micro_batch, world, begin)
+        bos_id = tokenizer.bos_id if config_of(run).get("doc_mask") else None
+        found = evaluate(model, rows, byte_info(folder), tokens, micro_batch, world, bos_id)
         shown = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
         kept = {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
         windows = f" in windows of {length}" * (length < block_size)
         say(score_table(f"{flags.text or 'validation'}{windows}, {found['tokens']:,} tokens, "
                   f"{found['bytes']:,} bytes", shown))
         if flags.by_position:
-            kept["by_position"] = by_position(model, rows, tokens, micro_batch, world, begin)
+            kept["by_position"] = by_position(model, rows, tokens, micro_batch, world, bos_id)
             say(score_table(f"loss by position{windows}, nats per token", kept["by_position"]))
         result |= ({"texts": {flags.text + windows: kept}} if flags.text else
                    kept if length == block_size else {"contexts": {str(length): kept}})
@@ -196,7 +197,7 @@ def score(flags: Flags, folder: Path, run: Path | None, keep: Path | None, rows,
             failed += 1
             continue
         for task, metrics in scores.items():
-            metrics |= {"begin": tokenizer.begin} | unfit.get(name, {})
+            metrics |= {"begin": tokenizer.bos_token} | unfit.get(name, {})
             say(score_table(f"{task}, {metrics['n']} prompts", metrics))
         result["tasks"] |= scores
         record(keep, result, world)  # after each task: what is finished is kept

@@ -52,10 +52,10 @@ from plainllama.tokens.tokenizer import SAMPLE, Tokenizer
 from plainllama.tokens.tokenizer_json import write_hf_files
 from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import (
-    hf_config,
+    config_json,
     load_model,
     load_weights,
-    model_config,
+    read_config,
     write_weights,
 )
 
@@ -96,7 +96,8 @@ def write_code(folder: Path, model: LLaMA) -> None:
                      "AutoModelForCausalLM": f"{where}ForCausalLM"}})
 
 
-def check(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool = False) -> str:
+def compare_with_transformers(model: LLaMA, tokenizer: Tokenizer, folder: Path,
+                              code: bool = False) -> str:
     """Open `folder` with transformers in a fresh process and compare; what differs, or ''."""
     again = LLaMA(model.config)
     load_weights(folder, again, World())
@@ -129,7 +130,7 @@ def check(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool = False) 
     print(f"checked with transformers: largest difference of logits {share:.1e} of the largest")
     if not share <= TOLERANCE:  # nan too
         return f"its logits differ by {share:.1e} of the largest, allowed are {TOLERANCE:.0e}"
-    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for text, found in zip(TEXTS, their_ids, strict=True):
         if found != begin + tokenizer.encode(text):
             return f"its tokenizer reads {text[:40]!r} as {found[:12]}, not as ours does"
@@ -162,8 +163,8 @@ def main(command) -> int:
         raise UserError(f"--push takes user/name, not {flags.push!r}")
     if flags.push and importlib.util.find_spec("huggingface_hub") is None:
         raise UserError("--push needs huggingface_hub: " + settings.install("hf"))
-    source = checkpoint.find(flags.ckpt)
-    tokenizer, config = Tokenizer.load(source), model_config(source)
+    source = checkpoint.find_checkpoint(flags.ckpt)
+    tokenizer, config = Tokenizer.load(source), read_config(source)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{source}: its tokenizer has {tokenizer.vocab_size} entries, the model's "
                         f"embedding only {config.vocab_size}; they do not belong together")
@@ -178,15 +179,15 @@ def main(command) -> int:
         end = tokenizer.stop_ids[0] if tokenizer.stop_ids else None
         dtypes = dict.fromkeys(("torch_dtype", "dtype"), str(kind).removeprefix("torch."))
         write_json(folder / "config.json", {
-            **hf_config(config, tokenizer.bos, end), **dtypes})
+            **config_json(config, tokenizer.bos_id, end), **dtypes})
         write_json(folder / "generation_config.json",
-                              {"bos_token_id": tokenizer.bos, "eos_token_id": end})
+                              {"bos_token_id": tokenizer.bos_id, "eos_token_id": end})
         write_hf_files(source / "tokenizer.json", folder, config.block_size)
         write_weights(model, folder, kind, SHARD_BYTES)
         if flags.code:
             write_code(folder, model)
         (folder / "README.md").write_text(card(model, source, flags, folder), encoding="utf-8")
-        if wrong := check(model, tokenizer, folder, flags.code):
+        if wrong := compare_with_transformers(model, tokenizer, folder, flags.code):
             return complain(f"the export was not right and is removed: {wrong}", 1)
         for path in [*folder.iterdir(), folder]:
             sync(path)

@@ -58,13 +58,13 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from plainllama.text.documents import Job, Piece, Rules, Tally
+from plainllama.text.documents import Part, Piece, Rules, Tally
 from plainllama.text.selection import NOTES, hash_below, marks_of, without_repeats
 from plainllama.text.sources import described, size_of, survey
 from plainllama.tokens.parts import COUNTS, make_marks, make_part, run_workers
 from plainllama.tokens.shards import Split, file_entry, read_manifest, write_manifest
 from plainllama.tokens.shards import verify as check_bytes
-from plainllama.tokens.tokenizer import Tokenizer, compared, make
+from plainllama.tokens.tokenizer import Tokenizer, compared, make_tokenizer
 
 SAMPLE = 32 << 20  # characters that bpe:N is trained on
 CHECKED = 1 << 16  # characters from each of some files on which the tokenizer's engine is verified
@@ -125,7 +125,7 @@ def prepare(config: Settings, folder: Path, part: int, of: int) -> bool:
     if differs := [f"{key} was {old.get(key)!r}, is now {recipe[key]!r}" for key in recipe
                    if old.get(key) != recipe[key]] or (
             ["the tokenizer's file has changed"] if complete and Path(config.tokenizer).exists()
-            and make(config.tokenizer).sha256 != state["tokenizer"]["sha256"] else []):
+            and make_tokenizer(config.tokenizer).sha256 != state["tokenizer"]["sha256"] else []):
         raise UserError(f"{folder} was prepared with another recipe: {'; '.join(differs)}. Take "
                         f"another name (--dataset=NAME) or remove {folder}")
     found = state.get("source", [])
@@ -142,7 +142,7 @@ def prepare(config: Settings, folder: Path, part: int, of: int) -> bool:
                             f"another name (--dataset=NAME) or remove {folder}")
     if not complete:
         rules = Rules(config.strict, config.min_chars, config.max_chars)
-        jobs = [Job(pieces, rules, {}) for pieces in parts]
+        jobs = [Part(pieces, rules, {}) for pieces in parts]
         begun = {"recipe": recipe, "source": found}
         below = hash_below(jobs, config.val_fraction)
         tokenizer = start(config, folder, jobs, begun)
@@ -175,18 +175,18 @@ def prepare(config: Settings, folder: Path, part: int, of: int) -> bool:
         write_manifest(folder, state)
     shutil.rmtree(notes, ignore_errors=True)
     print(f"{folder}: " + ("already prepared" if complete else "complete"))
-    table(state)
+    print_counts(state)
     return True
 
 
-def start(config: Settings, folder: Path, jobs: list[Job], begun: dict) -> Tokenizer:
+def start(config: Settings, folder: Path, jobs: list[Part], begun: dict) -> Tokenizer:
     """Note what is begun and give the tokenizer, its engine verified on the beginnings of files."""
     path, notes = folder / "tokenizer.json", folder / NOTES
     new = config.tokenizer.startswith("bpe:") and not path.exists()
     if new:
         print(f"{folder}: training the tokenizer {config.tokenizer}", flush=True)
     tokenizer = (Tokenizer.load(folder) if path.exists()
-                 else make(config.tokenizer, lambda: beginnings(jobs, SAMPLE), [folder]))
+                 else make_tokenizer(config.tokenizer, lambda: beginnings(jobs, SAMPLE), [folder]))
     firsts = list({piece.path: replace(job, pieces=[piece])  # of each file
                    for job in reversed(jobs) for piece in reversed(job.pieces)}.values())
     texts = [text[:CHECKED] for job in firsts[::len(firsts) // 8 + 1]
@@ -228,7 +228,7 @@ def finished_part(folder: Path, number: int) -> dict | None:
         return None
 
 
-def beginnings(jobs: list[Job], size: int) -> Iterator[str]:
+def beginnings(jobs: list[Part], size: int) -> Iterator[str]:
     """The beginning of every part, `size` characters in all: spread evenly, always the same."""
     share = size / max(sum(size_of(job.pieces) for job in jobs), 1)
     for job in jobs:
@@ -257,13 +257,14 @@ def merged(folder: Path, count: int, config: Settings, tokenizer: Tokenizer, sta
     for counts in splits.values():  # T + 1 tokens make a row, and rows share their last one
         rows = max(counts["tokens"] - 1, 0) // config.block_size
         counts["tail"] = counts["tokens"] - (rows * config.block_size + 1 if rows else 0)
-    about = {"spec": config.tokenizer, **{key: getattr(tokenizer, key) for key in (
-        "sha256", "vocab_size", "bos", "eos", "engine")}}
+    about = {"spec": config.tokenizer, "sha256": tokenizer.sha256,
+             "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id,
+             "engine": tokenizer.engine}
     return {**start, "tokenizer": about, "splits": splits, "block_size": config.block_size,
             "dropped": dropped, "cut": cut, "files": files}
 
 
-def table(manifest: dict) -> None:
+def print_counts(manifest: dict) -> None:
     """Print what came in, what was dropped by which rule, and what there is."""
     dropped, splits = manifest["dropped"], manifest["splits"]
     total = sum(x.get("documents", x.get("count")) for x in (*splits.values(), *dropped.values()))
@@ -295,7 +296,7 @@ def inspect(folder: Path) -> int:
     manifest, tokenizer = read_manifest(folder), Tokenizer.load(folder)
     for key in ("recipe", "source", "tokenizer"):
         print(f"{key}: {json.dumps(manifest[key])[:1000]}")
-    table(manifest)
+    print_counts(manifest)
     for split in (Split(folder, name, manifest) for name in ("train", "val")):
         if split.names:
             index = memoryview((folder / split.names[0]).with_suffix(".idx").read_bytes()).cast("Q")

@@ -24,7 +24,7 @@ from plainllama.command import parse_arguments, run_command
 from plainllama.report import compare
 from plainllama.report.charts import STYLE
 from plainllama.report.page import PAGE, page
-from plainllama.report.runs import find, load
+from plainllama.report.runs import find_run, load
 from plainllama.settings import UserError, key
 
 
@@ -48,7 +48,7 @@ class Flags:
 
 def main(command) -> int:
     """Read the runs, write the page and its Markdown twin; or compare with reference curves."""
-    folders = list(dict.fromkeys(map(find, command.files or ["out"])))
+    folders = list(dict.fromkeys(map(find_run, command.files or ["out"])))
     flags = command.flags
     if flags.compare or flags.save_reference:
         if sum(map(bool, (flags.compare, flags.save_reference, flags.out))) > 1:

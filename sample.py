@@ -69,7 +69,7 @@ from plainllama.generation.prompt_files import Journal, as_line, made_with, read
 from plainllama.progress import Progress
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import model_config
+from plainllama.weights.huggingface import read_config
 
 
 def main(command) -> int:
@@ -103,12 +103,12 @@ def main(command) -> int:
 
 def work(f: Any, rows: list[dict], table: Any, complete: bool, world: parallel.World) -> int:
     """From rows to what is written or shown, the longest prompts first."""
-    folder = world.decide(lambda: checkpoint.find(f.ckpt))
-    owner, config = run_of(folder), model_config(folder)
+    folder = world.decide(lambda: checkpoint.find_checkpoint(f.ckpt))
+    owner, config = run_of(folder), read_config(folder)
     if f.save and owner is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
     tokenizer, room = Tokenizer.load(folder), config.block_size - (f.embed == "none")
-    prompts = [[tokenizer.bos, *tokenizer.encode(row[f.column])] for row in rows]
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(row[f.column])] for row in rows]
     for i, prompt in enumerate(prompts):
         if len(prompt) > room:
             where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""

@@ -49,10 +49,10 @@ from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.tokens import shards, tokenizer
-from plainllama.tokens.rows import PAD, Rows, data_hash, training_rows
+from plainllama.tokens.rows import PAD, Rows, hash_of_data, training_rows
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, optim, preflight, resume
-from plainllama.training.engine import Batch, Engine, model_config
+from plainllama.training.engine import Batch, Engine, architecture
 from plainllama.weights import checkpoint
 
 STOPPED = 75  # EX_TEMPFAIL: start me again
@@ -79,7 +79,7 @@ def main(command: CommandLine) -> int:
     try:
         if command.flags.check:
             config.vocab_size = vocabulary(config, manifest)
-            return preflight.check(config, manifest, world, command.flags.price)
+            return preflight.run_checks(config, manifest, world, command.flags.price)
         return train(command, manifest, world)
     finally:
         gc.enable()
@@ -134,7 +134,7 @@ class Run:
         self.world, self.folder, self.stop = world, Path(config.out_dir), stop
         self.data, block = Path("data") / config.dataset, config.block_size
         self.rows = training_rows(self.data, manifest, config)
-        self.data_hash = data_hash(self.data, config)
+        self.data_hash = hash_of_data(self.data, config)
         self.counted = (0, 0)  # rows, and their targets
         self.validation = Rows(shards.Split(self.data, "val", manifest), block, config.seed)
         self.byte_info = byte_info(self.data)
@@ -149,8 +149,8 @@ class Run:
         self.step = self.first_step = state.get("step", 0)
         self.first_row = state.get("rows", 0)
         if not source and config.init_from:
-            source = world.decide(lambda: checkpoint.find(config.init_from))
-            world.decide(lambda: resume.refuse_other_model(source, model_config(config), manifest))
+            source = world.decide(lambda: checkpoint.find_checkpoint(config.init_from))
+            world.decide(lambda: resume.refuse_other_model(source, architecture(config), manifest))
         if self.step >= config.max_steps:
             return  # complete: main says so
         world.decide(self.claim)
@@ -346,7 +346,7 @@ class Run:
             self.model.eval()
             scores = evaluate(self.engine.module, self.validation, self.byte_info,
                               self.config.eval_tokens, self.engine.micro, self.world,
-                              self.engine.begin)
+                              self.engine.bos_id)
             self.model.train()
             self.world.reshard(self.model)
             gc.collect()
@@ -405,7 +405,7 @@ def prompt(config: Settings, data: Path) -> tuple[tokenizer.Tokenizer | None, li
         words = tokenizer.Tokenizer.load(data)
     except ImportError:  # training itself does not need the library
         return None, []
-    ids = [words.bos, *words.encode(config.sample_prompt)]
+    ids = [words.bos_id, *words.encode(config.sample_prompt)]
     if len(ids) >= config.block_size:
         raise UserError(f"sample_prompt has {len(ids)} tokens, and the context of "
                         f"{config.block_size} must hold it and at least one more; shorten it")

@@ -31,7 +31,7 @@ from plainllama.tokens import shards
 from plainllama.tokens.rows import Rows
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import load_weights, model_config
+from plainllama.weights.huggingface import load_weights, read_config
 
 SHORT, LONG = 64, 256
 FACTOR = LONG / SHORT
@@ -68,7 +68,7 @@ def command(module, *words: str) -> None:
 
 def load(folder: Path, **changes) -> LLaMA:
     """A checkpoint's weights under its config with `changes`, as init_from would begin."""
-    model = LLaMA(replace(model_config(folder), **changes))
+    model = LLaMA(replace(read_config(folder), **changes))
     load_weights(folder, model, World())
     return model.eval()
 
@@ -94,7 +94,7 @@ def one_seed(flags: Flags, seed: int) -> dict:
     def trained(name: str, *words: str) -> Path:
         command(train, f"--out_dir=out/{name}", f"--seed={seed}", "--sample_tokens=0",
                 "--eval_interval=1000000", "--save_interval=1000000", "--eval_tokens=2560", *words)
-        return checkpoint.find(f"out/{name}", quiet=True)
+        return checkpoint.find_checkpoint(f"out/{name}", quiet=True)
 
     words = Tokenizer.load("data/context")
     base = trained(f"base{seed}", f"--block_size={SHORT}", f"--max_steps={flags.steps}")
@@ -115,7 +115,7 @@ def long_documents(flags: Flags) -> float:
     rows = Rows(shards.open_split(Path("data/context"), "train"), LONG, 0)
     ids = torch.from_numpy(rows.rows(0, min(rows.windows, 1000)).astype("int64"))
     places = torch.arange(LONG + 1).expand_as(ids)
-    begin = Tokenizer.load("data/context").bos
+    begin = Tokenizer.load("data/context").bos_id
     since = places - places.where(ids == begin, torch.zeros(())).long().cummax(1).values
     return (since[:, 1:] > SHORT).float().mean().item()
 

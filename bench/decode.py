@@ -15,14 +15,14 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train
 from model import LLaMA
 from plainllama import settings
 from plainllama.command import CommandLine, parse, parse_arguments, run_command
 from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.settings import key
-from plainllama.weights.huggingface import hf_config
+from plainllama.training.engine import architecture
+from plainllama.weights.huggingface import config_json
 
 
 @dataclass
@@ -47,9 +47,9 @@ def main(command: CommandLine) -> int:
     """Measure and print."""
     config = parse([str(ROOT / "config/llama100m.py")], "").config
     config.vocab_size = 32000
-    ours = LLaMA(train.model_config(config)).eval()
+    ours = LLaMA(architecture(config)).eval()
     World().initialise(ours, 0)
-    theirs = LlamaForCausalLM(LlamaConfig(**hf_config(ours.config, None, None))).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**config_json(ours.config, None, None))).eval()
     theirs.load_state_dict(ours.state_dict())
     matrices = [p for name, p in ours.named_parameters() if p.dim() > 1 and "embed" not in name]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, medians of "

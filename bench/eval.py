@@ -23,7 +23,7 @@ from plainllama.parallel import World
 from plainllama.settings import UserError, key
 from plainllama.tokens import tokenizer
 from plainllama.tokens.tokenizer_json import write_hf_files
-from plainllama.weights.huggingface import hf_config, load_model
+from plainllama.weights.huggingface import config_json, load_model
 
 
 @dataclass
@@ -120,10 +120,10 @@ def saved(folder: Path, config: ModelConfig) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_weight(name, parameter.shape, config, 0))
-    words = tokenizer.make("mistral")
+    words = tokenizer.make_tokenizer("mistral")
     words.save(folder)
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    write_json(folder / "config.json", hf_config(config, words.bos, words.eos))
+    write_json(folder / "config.json", config_json(config, words.bos_id, words.eos_id))
     write_hf_files(folder / "tokenizer.json", folder, config.block_size)
     return folder
 

@@ -27,8 +27,8 @@ from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.settings import UserError, key
 from plainllama.training import log, optim
-from plainllama.training.engine import Engine
-from plainllama.weights.huggingface import hf_config
+from plainllama.training.engine import Engine, architecture
+from plainllama.weights.huggingface import config_json
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Bench:
         self.config_file = str(ROOT / f"config/bench_{'tiny' if self.tiny else 'gpu'}.py")
         self.config = parse([self.config_file], "").config
         self.config.vocab_size = self.config.vocab_size or 32000  # Mistral's
-        self.shape = train.model_config(self.config)
+        self.shape = architecture(self.config)
         self.world = World(0, 1, "cpu" if self.tiny else "cuda")
 
     def record(self, table: str, **fields) -> None:
@@ -177,7 +177,7 @@ def their_model(bench: Bench) -> Any:
     """transformers' LlamaForCausalLM with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model: Any = LlamaForCausalLM(LlamaConfig(**hf_config(bench.shape, None, None)))
+    model: Any = LlamaForCausalLM(LlamaConfig(**config_json(bench.shape, None, None)))
     model.load_state_dict(our_model(bench).state_dict())
     return model.to(bench.world.device)
 

@@ -119,9 +119,9 @@ def main() -> None:
                 own = models[0].read_bytes() if models else vocabulary.published(
                     "tokenizer.model", vocabulary.MISTRAL, [])
                 (home / kind / "own.model").write_bytes(own)
-                words = tokenizer.make(str(home / kind / "own.model"))
+                words = tokenizer.make_tokenizer(str(home / kind / "own.model"))
             else:
-                words = tokenizer.make(kind, search=[folder / kind])
+                words = tokenizer.make_tokenizer(kind, search=[folder / kind])
             words.save(home / kind)
             measure(home, kind, size, options.repeat)
 

@@ -77,7 +77,7 @@ def main(command) -> int:
         raise settings.UserError(f"{folder}: no baselines beside it; first: python eval.py "
                                  f"--ckpt {flags.ckpt} --tasks= --baselines")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = generate.complete(model, words, [[words.bos, *words.encode(PROMPT)]] * SAMPLES, 256,
+    found = generate.complete(model, words, [[words.bos_id, *words.encode(PROMPT)]] * SAMPLES, 256,
                               HOW, [generate.row_seed(flags.seed, i) for i in range(SAMPLES)], STOP)
     texts = [PROMPT + completion for _, completion, _ in found]
     data = Path("data") / json.loads((run / "run.json").read_text())["config"]["dataset"]

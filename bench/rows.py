@@ -63,7 +63,7 @@ raise SystemExit(code)
 def make_set(folder: Path, tokens: int, of_file: int, document: int, fill: bool) -> Path:
     """A set with files of `of_file` tokens and documents of `document`; sparse unless filled."""
     folder.mkdir(parents=True)
-    words = tokenizer.make("bytes")
+    words = tokenizer.make_tokenizer("bytes")
     words.save(folder)
     files = {"tokenizer.json": file_entry(folder / "tokenizer.json")}
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def make_set(folder: Path, tokens: int, of_file: int, document: int, fill: bool)
     shards.write_manifest(folder, {
         "recipe": {}, "source": [], "splits": {"train": split, "val": split}, "files": files,
         "tokenizer": {"spec": "bytes", "sha256": words.sha256, "vocab_size": 258,
-                      "bos": words.bos, "eos": words.eos}})
+                      "bos": words.bos_id, "eos": words.eos_id}})
     return folder
 
 

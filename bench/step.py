@@ -19,7 +19,7 @@ from plainllama.command import CommandLine, parse_arguments, run_command
 from plainllama.parallel import World
 from plainllama.settings import Settings, key
 from plainllama.training.engine import Engine
-from plainllama.weights.huggingface import hf_config
+from plainllama.weights.huggingface import config_json
 
 
 @dataclass
@@ -181,7 +181,7 @@ def transformers(config: Settings, compiled: bool) -> Arm:
     """LlamaForCausalLM."""
     library = importlib.import_module("transformers")
     shape = Engine(config, World(), 0).model.config
-    model = library.LlamaForCausalLM(library.LlamaConfig(**hf_config(shape, 0, 1)))
+    model = library.LlamaForCausalLM(library.LlamaConfig(**config_json(shape, 0, 1)))
     return peer(model, compiled, lambda run, x, y: F.cross_entropy(
         run(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten()))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from plainllama.files import CHECKOUT
-from plainllama.settings import Settings, UserError, check, install, nearest
+from plainllama.settings import Settings, UserError, check_keys, install, nearest
 
 DEFAULT_CONFIG = "config/llama100m.py"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # it is full or broken
@@ -87,7 +87,7 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
     for name, value in overrides.items():
         setattr(config, name, value)
     config.out_dir = config.out_dir or f"out/{Path(config_file).stem}"
-    check(config)
+    check_keys(config)
     base = layers[-2][0] if len(layers) > 1 else ""
     return CommandLine(config, own, files, config_file, base, layers[-1][1], overrides)
 

@@ -20,7 +20,7 @@ from model import LLaMA, initial_weight
 from plainllama import watch
 from plainllama.settings import UserError
 
-FULL = 0.6  # share of a device's memory that weights and optimizer may take with parallel=auto
+DDP_SHARE = 0.6  # share of a device's memory that weights and optimizer may take with parallel=auto
 
 
 class World:
@@ -58,12 +58,12 @@ class World:
         else:
             room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size(self.size)
         machine = per_machine(self.size)
-        fits = need <= FULL * room
+        fits = need <= DDP_SHARE * room
         self.share("ddp" if fits else "hsdp" if local_size(self.size) == machine < self.size and
-                   need <= FULL * room * machine else "fsdp")
+                   need <= DDP_SHARE * room * machine else "fsdp")
         self.why = (f"parallel=auto takes {self.mode}: weights, gradients and moments need "
-                    f"{need / 1e9:.2f} GB, {'not more' if fits else 'more'} than {FULL:.0%} of a "
-                    f"rank's {room / 1e9:.1f} GB")
+                    f"{need / 1e9:.2f} GB, {'not more' if fits else 'more'} than {DDP_SHARE:.0%} "
+                    f"of a rank's {room / 1e9:.1f} GB")
 
     @functools.cached_property
     def mesh(self):

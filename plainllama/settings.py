@@ -114,7 +114,7 @@ def nearest(name: str, known) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def check(config: Settings) -> None:
+def check_keys(config: Settings) -> None:
     """Refuse, before anything slow starts, keys that do not fit together."""
     c = config
     kv = c.n_kv_head or c.n_head

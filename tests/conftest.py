@@ -23,7 +23,7 @@ torch.set_num_threads(2)
 def write_data_set(folder: Path, texts: dict[str, list[str]], files_per_split: int = 2) -> None:
     """A complete byte-level data set without prepare.py."""
     folder.mkdir(parents=True)
-    words = tokenizer.make("bytes")
+    words = tokenizer.make_tokenizer("bytes")
     words.save(folder)
     files, splits = {}, {}
     for split, documents in texts.items():
@@ -39,7 +39,7 @@ def write_data_set(folder: Path, texts: dict[str, list[str]], files_per_split: i
     shards.write_manifest(folder, {
         "recipe": {}, "source": [], "splits": splits, "files": files,
         "tokenizer": {"spec": "bytes", "sha256": words.sha256, "vocab_size": 258,
-                      "bos": words.bos, "eos": words.eos}})
+                      "bos": words.bos_id, "eos": words.eos_id}})
 
 
 def documents(n: int = 60) -> list[str]:

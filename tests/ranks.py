@@ -140,6 +140,6 @@ def rank_main(rank: int, folder: Path, cases: list[dict]) -> None:
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     home = Path.cwd()
-    tokenizer.make("bytes").save(home)
+    tokenizer.make_tokenizer("bytes").save(home)
     torch.multiprocessing.start_processes(
         rank_main, (home, json.loads((home / "cases.json").read_text())), 4, start_method="fork")

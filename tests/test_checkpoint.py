@@ -21,7 +21,7 @@ from plainllama.settings import Settings, UserError
 from plainllama.tokens import tokenizer
 from plainllama.training import optim
 from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import hf_config, load_model, load_weights, model_config
+from plainllama.weights.huggingface import config_json, load_model, load_weights, read_config
 
 
 def build(**keys) -> LLaMA:
@@ -36,7 +36,7 @@ def build(**keys) -> LLaMA:
 
 @pytest.fixture
 def words(tmp_path) -> Path:
-    tokenizer.make("bytes").save(tmp_path)
+    tokenizer.make_tokenizer("bytes").save(tmp_path)
     return tmp_path / "tokenizer.json"
 
 
@@ -68,15 +68,15 @@ def test_opens_in_transformers_as_it_lies(tmp_path, words, keys):
     pieces = transformers.AutoTokenizer.from_pretrained(folder)
     own = tokenizer.Tokenizer.load(folder)
     text = "def f(x):\n    return '<s> é 🙂'"
-    assert pieces(text, split_special_tokens=True)["input_ids"] == [own.bos, *own.encode(text)]
+    assert pieces(text, split_special_tokens=True)["input_ids"] == [own.bos_id, *own.encode(text)]
     assert twin.config.max_position_embeddings == 64
-    assert twin.config.bos_token_id == own.bos and twin.config.eos_token_id == own.eos
+    assert twin.config.bos_token_id == own.bos_id and twin.config.eos_token_id == own.eos_id
     again = load_model(folder)
     assert again.config == model.config and torch.equal(again(ids), ours)
 
 
 def test_config_has_both_forms_of_rope():
-    config = hf_config(build(rope_scaling="linear", rope_factor=2.0).config, 1, 2)
+    config = config_json(build(rope_scaling="linear", rope_factor=2.0).config, 1, 2)
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
@@ -85,10 +85,10 @@ def test_config_has_both_forms_of_rope():
     {"model_type": "gpt2"}, {"attention_bias": True}, {"hidden_act": "gelu"}, {"head_dim": 5},
     {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}])
 def test_other_architectures_are_refused_with_the_reason(tmp_path, change):
-    config = hf_config(build().config, 1, 2) | change
+    config = config_json(build().config, 1, 2) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="only plain LLaMA"):
-        model_config(tmp_path)
+        read_config(tmp_path)
 
 
 def test_every_damage_is_found(tmp_path, words):
@@ -114,7 +114,7 @@ def test_every_damage_is_found(tmp_path, words):
             assert checkpoint.damage(copy), (name, kind)
             if "training" not in str(name) and str(name) != "checksums.json":
                 with pytest.raises(UserError):
-                    checkpoint.find(str(copy))
+                    checkpoint.find_checkpoint(str(copy))
             shutil.rmtree(copy)
     sums = json.loads((folder / "checksums.json").read_text())
     sums["files"]["../../outside"] = {"size": 1, "sha256": "0"}
@@ -128,17 +128,17 @@ def test_find_takes_a_checkpoint_a_run_or_a_folder_of_runs(tmp_path, words, caps
         save(tmp_path / "out" / run, step, model, words)
     os.utime(tmp_path / "out/a/checkpoints/step_30", (1, 1))
     os.utime(tmp_path / "out/a/checkpoints/step_5", (1, 1))
-    assert checkpoint.find(str(tmp_path / "out")).name == "step_10"
+    assert checkpoint.find_checkpoint(str(tmp_path / "out")).name == "step_10"
     assert "step_10" in capsys.readouterr().out
-    assert checkpoint.find(str(tmp_path / "out/a")).name == "step_30"
-    assert checkpoint.find(str(tmp_path / "out/a/checkpoints/step_5")).name == "step_5"
+    assert checkpoint.find_checkpoint(str(tmp_path / "out/a")).name == "step_30"
+    assert checkpoint.find_checkpoint(str(tmp_path / "out/a/checkpoints/step_5")).name == "step_5"
     (tmp_path / "out/a/checkpoints/step_40.tmp").mkdir()
-    assert checkpoint.find(str(tmp_path / "out/a")).name == "step_30"
+    assert checkpoint.find_checkpoint(str(tmp_path / "out/a")).name == "step_30"
     (tmp_path / "out/a/checkpoints/step_30/model.safetensors").write_bytes(b"")
-    assert checkpoint.find(str(tmp_path / "out/a")).name == "step_5"
+    assert checkpoint.find_checkpoint(str(tmp_path / "out/a")).name == "step_5"
     for wrong, message in ((tmp_path / "none", "no folder"), (tmp_path, "no complete checkpoint")):
         with pytest.raises(UserError, match=message):
-            checkpoint.find(str(wrong))
+            checkpoint.find_checkpoint(str(wrong))
 
 
 def test_the_last_the_best_and_the_milestones_are_kept(tmp_path, words):
@@ -334,7 +334,7 @@ def test_what_is_planted_does_no_harm(tmp_path, words, monkeypatch):
     reseal(folder)
     (folder / "training/optimizer-00008.safetensors").write_bytes(evil)  # not in the checksums
     assert checkpoint.damage(folder) == ""
-    assert load_model(checkpoint.find(str(tmp_path / "run"))).config == model.config
+    assert load_model(checkpoint.find_checkpoint(str(tmp_path / "run"))).config == model.config
     checkpoint.load_optimizer(folder, model, optimizer, World())
     good = (folder / "training/optimizer-00000.safetensors").read_bytes()
     length = int.from_bytes(good[:8], "little")

@@ -201,7 +201,7 @@ def made(**keys) -> Engine:
     base = dict(n_layer=4, n_head=8, n_kv_head=4, d_model=512, d_ff=1024, vocab_size=4096,
                 block_size=512, global_batch_tokens=8 * 512, micro_batch=4, device="cuda",
                 compile="false", max_steps=10)
-    return Engine(settings.Settings(**(base | keys)), World(0, 1, "cuda"), begin=1)
+    return Engine(settings.Settings(**(base | keys)), World(0, 1, "cuda"), bos_id=1)
 
 
 def pinned() -> tuple[torch.Tensor, torch.Tensor]:

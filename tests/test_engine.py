@@ -35,7 +35,7 @@ TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=30
 def engine(**keys) -> Engine:
     """Of a tiny config, matrices enlarged so that attention matters."""
     base = dict(**TINY, global_batch_tokens=6 * 32, micro_batch=2, device="cpu", compile="false")
-    made = Engine(settings.Settings(**(base | keys)), World(), begin=1)
+    made = Engine(settings.Settings(**(base | keys)), World(), bos_id=1)
     with torch.no_grad():
         for p in made.model.parameters():
             p.mul_(4.0 if p.dim() > 1 else 1.0)

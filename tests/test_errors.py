@@ -51,7 +51,7 @@ def place(tmp_path_factory) -> Path:
     shutil.copy(home / "newer/model.safetensors", home / "weights")
     # the same data under another tokenizer
     write_data_set(home / "data/other", {"train": documents(9), "val": documents(9)})
-    words = tokenizer.make("bpe:300", lambda: documents(9))
+    words = tokenizer.make_tokenizer("bpe:300", lambda: documents(9))
     words.save(home / "data/other")
     manifest = json.loads((home / "data/other/manifest.json").read_text())
     manifest["tokenizer"] |= {"sha256": words.sha256, "vocab_size": 300}

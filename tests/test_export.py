@@ -13,9 +13,9 @@ from model import LLaMA, ModelConfig, initial_weight
 from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.settings import UserError
-from plainllama.tokens.tokenizer import make
+from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint, huggingface
-from plainllama.weights.huggingface import hf_config, load_model, model_config
+from plainllama.weights.huggingface import config_json, load_model, read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=264, block_size=48)
@@ -32,12 +32,12 @@ def write_run(folder: Path, **changes) -> Path:
     for name, p in model.named_parameters():
         value = initial_weight(name, p.shape, model.config, 0)
         p.data.copy_(value if p.dim() == 1 else value * 6)
-    step, tokenizer = folder / "checkpoints" / "step_7.tmp", make("bytes", None)
+    step, tokenizer = folder / "checkpoints" / "step_7.tmp", make_tokenizer("bytes", None)
     (step / "training").mkdir(parents=True)
     (folder / "eval").mkdir()
     tokenizer.save(step)
     write_json(step / "config.json",
-                          hf_config(model.config, tokenizer.bos, tokenizer.eos))
+                          config_json(model.config, tokenizer.bos_id, tokenizer.eos_id))
     write_json(step / "training" / "state.json", {"step": 7, "rows": 70})
     save_file(dict(model.named_parameters()), step / "model.safetensors", {"format": "pt"})
     write_json(folder / "run.json", {
@@ -61,7 +61,7 @@ def run(*words) -> int:
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    monkeypatch.setattr(export, "check", lambda *_: "")
+    monkeypatch.setattr(export, "compare_with_transformers", lambda *_: "")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -86,7 +86,7 @@ def test_transformers_computes_the_same(tmp_path, unchecked, variant, dtype):
     with torch.no_grad():
         want, got = ours(ids), theirs(ids).logits
     assert (want - got).abs().max() <= 1e-5 * want.abs().max()
-    assert model_config(tmp_path / "hub") == ours.config
+    assert read_config(tmp_path / "hub") == ours.config
 
 
 def test_shards_with_an_index(tmp_path, unchecked, monkeypatch):
@@ -142,8 +142,8 @@ def test_a_flipped_weight_is_caught(tmp_path, monkeypatch, capsys):
 
 def test_what_transformers_would_compute_otherwise_is_caught(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
-    step, right = write_run(tmp_path / "run"), hf_config
-    monkeypatch.setattr(export, "hf_config", lambda *args: {
+    step, right = write_run(tmp_path / "run"), config_json
+    monkeypatch.setattr(export, "config_json", lambda *args: {
         **right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}})
     assert run("--ckpt", step, "--to", tmp_path / "hub") == 1
     assert "its logits differ by" in capsys.readouterr().err

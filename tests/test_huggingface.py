@@ -138,7 +138,7 @@ def go_on(home: Path, folder: Path, *words: str) -> None:
 def test_what_transformers_writes_is_read(written):
     assert_equal_logits(written / "llama")
     assert_equal_logits(written / "mistral")
-    config = huggingface.model_config(written / "llama")
+    config = huggingface.read_config(written / "llama")
     assert (config.rope_scaling, config.rope_factor, config.rope_original) == ("llama3", 8.0, 16)
     assert config.tie_embeddings and config.kv_heads == 2 and config.rope_theta == 5e5
     assert len(weight_files(written / "llama")) > 3
@@ -210,11 +210,11 @@ def test_rotary_tables_are_those_of_transformers(keys):
     ({"hidden_size": ..., "n_embd": 32, "model_type": "gpt2"}, "hidden_size .model_type 'gpt2'"),
 ])
 def test_what_would_compute_something_else_is_refused(tmp_path, change, says):
-    config = huggingface.hf_config(ModelConfig(2, 4, 32, 64, 258, 64), 1, 2) | change
+    config = huggingface.config_json(ModelConfig(2, 4, 32, 64, 258, 64), 1, 2) | change
     config = {key: value for key, value in config.items() if value is not ...}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=says) as refused:
-        load_model(checkpoint.find(str(tmp_path)))
+        load_model(checkpoint.find_checkpoint(str(tmp_path)))
     assert "\n" not in str(refused.value)
 
 
@@ -241,7 +241,7 @@ def test_half_copied_folders_are_refused(tmp_path, written):
             (cut, "weights cannot be read: .* copy it again"), (index, "not an index of weights"),
             (outside, "names '../a.bin', outside the folder"), (pickled, "pickled weights")):
         with pytest.raises(UserError, match=says):
-            load_model(checkpoint.find(str(folder)))
+            load_model(checkpoint.find_checkpoint(str(folder)))
     biased = copy("mistral")
     weights = load_file(biased / "model.safetensors")
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
@@ -253,15 +253,15 @@ def test_half_copied_folders_are_refused(tmp_path, written):
 def test_a_tokenizer_that_transformers_wrote(tmp_path):
     """A data set prepared with it fits a model that lies beside it; one that is too large for the
     embedding does not."""
-    words = tokenizer.make("bpe:300", lambda: documents(9))
+    words = tokenizer.make_tokenizer("bpe:300", lambda: documents(9))
     words.save(tmp_path)
     write_hf_files(tmp_path / "tokenizer.json", tmp_path, 64)
     folder = tmp_path / "theirs"
     transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(huggingface.hf_config(
+    (folder / "config.json").write_text(json.dumps(huggingface.config_json(
         ModelConfig(2, 4, 32, 64, words.vocab_size - 1, 64), 0, 1)))
-    hashed = tokenizer.make(str(folder)).sha256
-    model = huggingface.model_config(folder)
+    hashed = tokenizer.make_tokenizer(str(folder)).sha256
+    model = huggingface.read_config(folder)
     resume.refuse_other_model(folder, model, {"tokenizer": {"sha256": hashed}})
     with pytest.raises(UserError, match="not the tokenizer of the data set; prepare one with"):
         resume.refuse_other_model(folder, model, {"tokenizer": {"sha256": words.sha256[::-1]}})
@@ -277,8 +277,8 @@ def test_a_sentencepiece_model_beside_the_weights(tmp_path):
         input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=330,
         model_type="bpe", byte_fallback=True, minloglevel=9)
     model = ModelConfig(2, 4, 32, 64, 330, 64)
-    (tmp_path / "config.json").write_text(json.dumps(huggingface.hf_config(model, 1, 2)))
-    hashed = tokenizer.make(str(tmp_path)).sha256
+    (tmp_path / "config.json").write_text(json.dumps(huggingface.config_json(model, 1, 2)))
+    hashed = tokenizer.make_tokenizer(str(tmp_path)).sha256
     resume.refuse_other_model(tmp_path, model, {"tokenizer": {"sha256": hashed}})
     with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer of the data set"):
         resume.refuse_other_model(tmp_path, model, {"tokenizer": {"sha256": hashed[::-1]}})
@@ -312,10 +312,10 @@ def test_our_checkpoints_as_they_lie(tmp_path, request, line):
     packages = request.getfixturevalue("older") if line == "older" else None
     chance, ids = random.Random(1), torch.randint(258, (2, 48))
     texts, folders, wanted = hard_strings(300), [], []
-    words = {"bytes": tokenizer.make("bytes"),
-             "bpe": tokenizer.make("bpe:400", lambda: documents(30))}
+    words = {"bytes": tokenizer.make_tokenizer("bytes"),
+             "bpe": tokenizer.make_tokenizer("bpe:400", lambda: documents(30))}
     if importlib.util.find_spec("mistral_common"):
-        words["mistral"] = tokenizer.make("mistral")
+        words["mistral"] = tokenizer.make_tokenizer("mistral")
     for number in range(9 if line == "older" else 3):
         heads, kv = chance.choice([(4, 4), (4, 2), (6, 2), (8, 1)])
         config = ModelConfig(
@@ -343,7 +343,8 @@ def test_our_checkpoints_as_they_lie(tmp_path, request, line):
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
     by_transformers(READ, *folders, cwd=tmp_path, packages=packages)
-    ours = {kind: [[one.bos, *one.encode(text)] for text in texts] for kind, one in words.items()}
+    ours = {kind: [[one.bos_id, *one.encode(text)] for text in texts]
+            for kind, one in words.items()}
     for folder, (logits, kind, config) in zip(folders, wanted, strict=True):
         theirs = load_file(folder / "theirs.safetensors")["logits"]
         assert (logits - theirs).abs().max() <= 1e-4 * logits.abs().max(), config

@@ -123,7 +123,7 @@ def meta(**keys) -> LLaMA:
 
 
 def test_auto_takes_ddp_while_the_model_fits_and_says_why(monkeypatch):
-    room = 16 * sum(p.numel() for p in meta().parameters()) / parallel.FULL
+    room = 16 * sum(p.numel() for p in meta().parameters()) / parallel.DDP_SHARE
     monkeypatch.setattr(parallel.os, "sysconf", lambda name: int(room) if "PHYS" in name else 1)
     for local, size, factor, mode in ((1, 8, 1.01, "ddp"), (1, 8, 0.99, "fsdp"),
                                       (2, 8, 2.02, "ddp"), (2, 8, 1.9, "hsdp"),

@@ -23,7 +23,7 @@ import prepare
 from plainllama.settings import Settings, UserError
 from plainllama.text import documents as text_documents
 from plainllama.text import sources
-from plainllama.text.documents import Rules, Tally, documents
+from plainllama.text.documents import Part, Rules, Tally, documents
 from plainllama.text.selection import hash_below, placed
 from plainllama.tokens import shards, tokenizer
 
@@ -519,7 +519,7 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
             assert dropped == {"line over 0 MB": {"count": 1, "first": "a.jsonl:4"}}
     monkeypatch.setattr(tokenizer, "CUT", 500)
     for spec in ("mistral", "gpt2", "bpe:300"):
-        words = tokenizer.make(spec, lambda: [long])
+        words = tokenizer.make_tokenizer(spec, lambda: [long])
         assert words.engine == "tiktoken"
         for text in (long, "  b \t c" * 300, "x\n\n y z" * 300):
             assert words.encode(text) == words._ids([text])[0]
@@ -534,7 +534,7 @@ def test_one_long_text_is_held_out_at_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(text_documents, "DOCUMENT", 1000)
     text = "\n".join(f"line {i} of it" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
-    jobs = [prepare.Job(part, Rules(), {})
+    jobs = [Part(part, Rules(), {})
             for part in sources.survey([{"path": str(tmp_path / "a.txt")}], [])[1]]
     below = hash_below(jobs, 0.1)
     have = list(placed(jobs[0].texts(Tally()), below, 0.1))

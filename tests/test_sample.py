@@ -23,9 +23,9 @@ from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.generation import generate, prompt_files
 from plainllama.settings import Sampling, UserError
-from plainllama.tokens.tokenizer import make
+from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import hf_config
+from plainllama.weights.huggingface import config_json
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
@@ -47,11 +47,11 @@ def tiny(seed=0, scale=6.0, **changes) -> LLaMA:
 def write_checkpoint(folder: Path, model: LLaMA) -> Path:
     from safetensors.torch import save_file
 
-    tokenizer = make("bytes", None)
+    tokenizer = make_tokenizer("bytes", None)
     folder.mkdir(parents=True)
     tokenizer.save(folder)
     write_json(folder / "config.json",
-                          hf_config(model.config, tokenizer.bos, tokenizer.eos))
+                          config_json(model.config, tokenizer.bos_id, tokenizer.eos_id))
     save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -251,9 +251,9 @@ def test_unused_entries_are_never_drawn():
     assert max(max(ids) for ids, _ in held) < 258
 
 
-def spelled(tokenizer, text, stops=(), prompt="", data=None) -> generate.Text:
-    begun = [tokenizer.bos, *tokenizer.encode(prompt)]
-    one = generate.Text(tokenizer, begun, list(stops), True)
+def spelled(tokenizer, text, stops=(), prompt="", data=None) -> generate.TextStream:
+    begun = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    one = generate.TextStream(tokenizer, begun, list(stops), True)
     for token in data if data is not None else tokenizer.encode(prompt + text)[len(begun) - 1:]:
         if one.push(token):
             break
@@ -265,14 +265,14 @@ def spelled(tokenizer, text, stops=(), prompt="", data=None) -> generate.Text:
 def test_streamed_text_is_whole(name, capsys):
     if name == "mistral":
         pytest.importorskip("mistral_common")
-    tokenizer = make(name, None)
+    tokenizer = make_tokenizer(name, None)
     for prompt in ("", "Hello", "x "):
         text = " wörld  😀👩‍👩‍👧 北京\n\tend"
         assert spelled(tokenizer, text, prompt=prompt).text == text == capsys.readouterr().out
 
 
 def test_bytes_that_are_no_text_come_out_in_the_end(capsys):
-    tokenizer = make("bytes", None)
+    tokenizer = make_tokenizer("bytes", None)
     one = spelled(tokenizer, "", data=[104, 0xF0, 0x9F, 0x98, 0x80, 0xC3])
     assert one.text == "h😀" + generate.HALF == capsys.readouterr().out
     one = spelled(tokenizer, "", data=[0x80] * 40 + [65])
@@ -280,7 +280,7 @@ def test_bytes_that_are_no_text_come_out_in_the_end(capsys):
 
 
 def test_stop_strings(capsys):
-    tokenizer = make("bytes", None)
+    tokenizer = make_tokenizer("bytes", None)
     one = spelled(tokenizer, "one. two END three", ["END", "\n\n"])
     assert one.stopped and one.text == "one. two " == capsys.readouterr().out
     one = spelled(tokenizer, "EN. EN", ["END"])  # a beginning of it is shown in the end
@@ -324,7 +324,7 @@ def test_prompts_to_file(ckpt, tmp_path):
     assert "tokens/s" in done.stdout
     model, tokenizer, _ = generate.load(str(ckpt), "cpu", "fp32")
     for i, row in enumerate(found):  # the same texts one by one
-        ids = [tokenizer.bos, *tokenizer.encode(row["prompt"])]
+        ids = [tokenizer.bos_id, *tokenizer.encode(row["prompt"])]
         why, text, _ = generate.complete(model, tokenizer, [ids], 12, Sampling(),
                                        [generate.row_seed(3, i)], [])[0]
         assert (why, text) == (row["stop"], row["completion"])
@@ -369,7 +369,7 @@ def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"begun with temperature=1.0, now it is 0.5"):
         run(*words, "--out", out, "--temperature=0.5")
     monkeypatch.setattr(prompt_files.Journal, "add", add)
-    folder = checkpoint.find(str(ckpt))
+    folder = checkpoint.find_checkpoint(str(ckpt))
     recipe = prompt_files.made_with(flags_of(*words, "--out", out), folder)
     done = list(prompt_files.Journal(out, recipe).read())
     assert len(done) == len(made) == 18
@@ -486,10 +486,10 @@ def test_ten_kills_at_random(ckpt, tmp_path, ranks):
 
 def test_one_text_and_the_end_of_the_context(ckpt, capsys):
     assert run("--ckpt", ckpt, "--prompt=Hé", "--max_new_tokens=999", "--temperature=0") == 0
-    ids = uncached(tiny(), [256, *make("bytes", None).encode("Hé")], 44)
+    ids = uncached(tiny(), [256, *make_tokenizer("bytes", None).encode("Hé")], 44)
     assert 257 not in ids and max(ids) < 258  # if the weights ever change: choose others here
     text, last, _ = capsys.readouterr().out.rsplit("\n", 2)
-    assert text.endswith("\nHé" + make("bytes", None).decode(ids))
+    assert text.endswith("\nHé" + make_tokenizer("bytes", None).decode(ids))
     assert last.startswith("44 new tokens in") and "ended where the context ends, at 48" in last
 
 

@@ -33,11 +33,11 @@ def test_documents_come_back_with_their_boundaries(folder):
     split = shards.open_split(folder, "train")
     tokens = all_tokens(folder)
     assert np.array_equal(split.read(0, split.tokens), tokens)
-    texts = [words.decode(ids) for ids in np.split(tokens, np.where(tokens == words.bos)[0][1:])]
+    texts = [words.decode(ids) for ids in np.split(tokens, np.where(tokens == words.bos_id)[0][1:])]
     expected = [d for i in range(3) for d in documents(40)[i::3]]
     assert texts == expected
     starts = np.fromfile(folder / "train-00001.idx", "<u8")
-    assert all(split.shard(1)[int(s)] == words.bos for s in starts)
+    assert all(split.shard(1)[int(s)] == words.bos_id for s in starts)
     assert len(starts) == len(documents(40)[1::3])
 
 
@@ -142,7 +142,7 @@ def test_training_refuses_what_is_not_whole(folder):
 
 def test_document_starts_are_those_of_the_index(folder):
     split = shards.open_split(folder, "train")
-    tokens, bos = all_tokens(folder), tokenizer.Tokenizer.load(folder).bos
+    tokens, bos = all_tokens(folder), tokenizer.Tokenizer.load(folder).bos_id
     for T in (7, 64, 1000):
         rows = Rows(split, T, seed=5)
         for window in range(rows.windows):

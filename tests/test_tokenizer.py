@@ -108,7 +108,7 @@ def made(tmp_path_factory):
             if kind in ("llama3", "plain", "metaspace"):
                 spec = folder / "given.json"
                 spec.write_text(json.dumps(foreign(kind)))
-            tok = tokenizer.make(str(spec), lambda: PROSE)
+            tok = tokenizer.make_tokenizer(str(spec), lambda: PROSE)
             tok.save(folder)
             done[kind] = tok, folder
         return done[kind]
@@ -146,7 +146,7 @@ def test_mistral_ids_are_sentencepiece_ids(mistral_model, made):
     sentencepiece = pytest.importorskip("sentencepiece")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
     tok, _ = made("mistral")
-    assert (tok.vocab_size, tok.bos, tok.eos, tok.stop_ids) == (32000, 1, 2, [2])
+    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.stop_ids) == (32000, 1, 2, [2])
     assert tok.sha256 == tokenizer.CONVERTED["mistral"]
     pool = "".join(NASTY)
     rng = random.Random(0)
@@ -164,7 +164,7 @@ def test_gpt2_ids_are_tiktoken_ids(gpt2_cache, made, monkeypatch):
     reference = tiktoken.get_encoding("gpt2")
     tok, folder = made("gpt2")
     assert tok.engine == "tiktoken" and tok.sha256 == tokenizer.CONVERTED["gpt2"]
-    assert (tok.vocab_size, tok.bos, tok.eos, tok.stop_ids) == (50257, 50256, None, [50256])
+    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.stop_ids) == (50257, 50256, None, [50256])
     for text in NASTY:
         assert tok.encode(text) == reference.encode_ordinary(text), repr(text)
         assert tok._ids([text])[0] == reference.encode_ordinary(text), repr(text)
@@ -182,16 +182,16 @@ def test_gpt2_from_tiktokens_cache_and_damage(gpt2_cache, tmp_path, monkeypatch)
     monkeypatch.setattr(vocabulary, "download", unreachable)
     monkeypatch.setattr(vocabulary, "VOCAB_BPE", (vocabulary.VOCAB_BPE[0], "no-such-package", "x"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
-    assert tokenizer.make("gpt2").sha256 == tokenizer.CONVERTED["gpt2"]
+    assert tokenizer.make_tokenizer("gpt2").sha256 == tokenizer.CONVERTED["gpt2"]
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"vocab\.bpe.*no network.*pip install"):
-        tokenizer.make("gpt2")
+        tokenizer.make_tokenizer("gpt2")
     (tmp_path / "vocab.bpe").write_bytes(b"damaged")
     with pytest.raises(UserError, match="wrong sha256"):
-        tokenizer.make("gpt2", search=[tmp_path])
+        tokenizer.make_tokenizer("gpt2", search=[tmp_path])
     monkeypatch.setattr(vocabulary, "download", lambda name: b"an error page")
     with pytest.raises(UserError, match="the download has the wrong sha256"):
-        tokenizer.make("gpt2")
+        tokenizer.make_tokenizer("gpt2")
 
 
 def test_mistral_is_found_in_the_data_set(mistral_model, made, tmp_path, monkeypatch):
@@ -201,13 +201,14 @@ def test_mistral_is_found_in_the_data_set(mistral_model, made, tmp_path, monkeyp
     tok, folder = made("mistral")
     monkeypatch.setattr(vocabulary, "download", unreachable)
     monkeypatch.setattr(vocabulary, "MISTRAL", (vocabulary.MISTRAL[0], "no-such-package", "x"))
-    assert tokenizer.make("mistral", search=[tmp_path, folder]).json_bytes == tok.json_bytes
+    again = tokenizer.make_tokenizer("mistral", search=[tmp_path, folder])
+    assert again.json_bytes == tok.json_bytes
     (tmp_path / "tokenizer.model").write_bytes(mistral_model.read_bytes())
-    assert tokenizer.make("mistral", search=[tmp_path]).json_bytes == tok.json_bytes
+    assert tokenizer.make_tokenizer("mistral", search=[tmp_path]).json_bytes == tok.json_bytes
     (tmp_path / "tokenizer.model").write_bytes(b"another")
     (tmp_path / "tokenizer.json").write_bytes(b"{}")  # another tokenizer's is passed over
     with pytest.raises(UserError, match=r"wrong sha256.*no network.*pip install no-such"):
-        tokenizer.make("mistral", search=[tmp_path])
+        tokenizer.make_tokenizer("mistral", search=[tmp_path])
 
 
 @pytest.mark.parametrize("options", [
@@ -222,8 +223,8 @@ def test_mistral_is_found_in_the_data_set(mistral_model, made, tmp_path, monkeyp
 @pytest.mark.parametrize("method", ["bpe", "unigram"])
 def test_sentencepiece_models(tmp_path, method, options):
     path, reference = sentencepiece_model(tmp_path, vocab_size=420, model_type=method, **options)
-    tok = tokenizer.make(str(path))
-    assert tokenizer.make(str(tmp_path)).sha256 == tok.sha256  # the folder that holds it
+    tok = tokenizer.make_tokenizer(str(path))
+    assert tokenizer.make_tokenizer(str(tmp_path)).sha256 == tok.sha256  # the folder that holds it
     assert tok.vocab_size == reference.vocab_size()
     for text in NASTY:
         ids = reference.encode(text)
@@ -251,7 +252,7 @@ def test_sentencepiece_features_that_cannot_be_written(tmp_path):
         options = {"model_type": "bpe", "vocab_size": 420, **options}
         path, _ = sentencepiece_model(tmp_path, **options)
         with pytest.raises(UserError, match=found):
-            tokenizer.make(str(path))
+            tokenizer.make_tokenizer(str(path))
 
 
 # ---- the same promises for every kind
@@ -270,7 +271,8 @@ def test_round_trip_and_specials(made, kind):
         ids = tok.encode(text)
         assert not special - {unknown} & set(ids), repr(text)
         assert max(ids, default=0) < tok.vocab_size
-        assert document.tolist() == [tok.bos, *ids] + ([] if tok.eos is None else [tok.eos])
+        end = [] if tok.eos_id is None else [tok.eos_id]
+        assert document.tolist() == [tok.bos_id, *ids, *end]
         assert document.dtype == np.uint16
         if lossless(text) and kind not in LOSSY:
             assert tok.decode(ids) == tok.decode(document) == text
@@ -287,11 +289,11 @@ def test_transformers_reads_the_same(made, kind, tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == tok.json_bytes
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.model_max_length == 77 and len(theirs) == tok.vocab_size
-    assert theirs.bos_token_id == tok.bos and theirs.eos_token_id == tok.stop_ids[0]
+    assert theirs.bos_token_id == tok.bos_id and theirs.eos_token_id == tok.stop_ids[0]
     for text in NASTY:
         ids = tok.encode(text)
         begun = theirs(text, split_special_tokens=True)["input_ids"]
-        assert begun == [tok.bos, *ids], repr(text)
+        assert begun == [tok.bos_id, *ids], repr(text)
         assert theirs(text, split_special_tokens=True, add_special_tokens=False)["input_ids"] == ids
         assert theirs.decode(begun, skip_special_tokens=True) == tok.decode(ids), repr(text)
 
@@ -302,7 +304,7 @@ def test_bytes_of_targets(made, kind):
     info = byte_info(folder)
     lengths = byte_info(folder / "tokenizer.json").lengths  # the file, or its folder
     assert lengths.dtype == np.int32 and len(lengths) == tok.vocab_size
-    assert lengths[tok.bos] == 0 and not any(lengths[i] for i in tok.stop_ids)
+    assert lengths[tok.bos_id] == 0 and not any(lengths[i] for i in tok.stop_ids)
     texts = [t for t in NASTY if kind not in LOSSY or "\ufffd" not in t]
     documents = tok.encode_documents(texts)
     for text, ids in zip(texts, documents, strict=True):
@@ -356,7 +358,7 @@ def test_boundaries_of_every_kind(made):
                 "plain": (301, 302)}
     for kind, ids in expected.items():
         tok, _ = made(kind)
-        assert (tok.bos, tok.eos) == ids and tok.stop_ids == [ids[1]]
+        assert (tok.bos_id, tok.eos_id) == ids and tok.stop_ids == [ids[1]]
     assert made("bytes")[0].encode("aé") == [97, 0xC3, 0xA9]
     assert made("bpe:400")[0].vocab_size == 400
 
@@ -364,7 +366,7 @@ def test_boundaries_of_every_kind(made):
 def test_bpe_training_is_deterministic(made, tmp_path):
     code = ("import sys; from plainllama.tokens import tokenizer; "
             "lines = open(sys.argv[1], encoding='utf-8', newline='').read().split('\\0'); "
-            "print(tokenizer.make('bpe:400', lambda: iter(lines)).sha256)")
+            "print(tokenizer.make_tokenizer('bpe:400', lambda: iter(lines)).sha256)")
     (tmp_path / "text").write_text("\0".join(PROSE), encoding="utf-8")
     hashes = {made("bpe:400")[0].sha256}
     for threads in ("1", "2", "7"):
@@ -376,7 +378,7 @@ def test_bpe_training_is_deterministic(made, tmp_path):
 
 
 def test_bpe_splits():
-    tok = tokenizer.make("bpe:289", lambda: ["12345678 हिन्दी don't\n\n  foo(bar)\n"] * 99)
+    tok = tokenizer.make_tokenizer("bpe:289", lambda: ["12345678 हिन्दी don't\n\n  foo(bar)\n"] * 99)
     pieces = [tok.decode([i]) for i in tok.encode("12345678 हिन्दी don't foo(bar)\n")]
     assert pieces == ["123", "456", "78", " हिन्दी", " don", "'t", " foo", "(bar", ")\n"]
 
@@ -402,12 +404,12 @@ def test_json_part_needs_no_library(made, tmp_path):
 ])
 def test_bad_specs(spec, found):
     with pytest.raises(UserError, match=found):
-        tokenizer.make(spec, lambda: ["a little text"])
+        tokenizer.make_tokenizer(spec, lambda: ["a little text"])
 
 
 def test_a_small_text_gives_a_small_vocabulary():
-    small = tokenizer.make("bpe:4096", lambda: ["a little text"])
-    assert 258 < small.vocab_size < 300 and small.eos == small.vocab_size - 1
+    small = tokenizer.make_tokenizer("bpe:4096", lambda: ["a little text"])
+    assert 258 < small.vocab_size < 300 and small.eos_id == small.vocab_size - 1
     assert small.decode(small.encode("another text")) == "another text"
 
 
@@ -421,13 +423,13 @@ def test_bad_files(tmp_path):
     for text, found in cases.items():
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(UserError, match=found) as caught:
-            tokenizer.make(str(tmp_path))
+            tokenizer.make_tokenizer(str(tmp_path))
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
     with pytest.raises(UserError, match="no tokenizer at"):
         tokenizer.Tokenizer.load(tmp_path / "missing")
     (tmp_path / "broken.model").write_bytes(b"\x0a\xff\xff junk")
     with pytest.raises(UserError, match="not a sentencepiece model"):
-        tokenizer.make(str(tmp_path / "broken.model"))
+        tokenizer.make_tokenizer(str(tmp_path / "broken.model"))
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.model"):
-        tokenizer.make(str(tmp_path))
+        tokenizer.make_tokenizer(str(tmp_path))

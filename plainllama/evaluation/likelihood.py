@@ -26,7 +26,7 @@ Group = tuple[int, list[Ids]]  # rows, and how many tokens all of them begin wit
 
 # ---- bits per byte
 
-class Text:
+class TextRows:
     """The windows of a text, the last one filled up with shards.PAD; as evaluate() reads rows."""
 
     def __init__(self, file: str, tokenizer: Tokenizer, block_size: int):
@@ -78,7 +78,7 @@ def evaluate(model: nn.Module, rows: Rows, token_byte_info: ByteInfo, tokens: in
             ids[:len(mine)] = rows.read_windows(mine)
         nothing = torch.from_numpy(ids[:, 1:] == PAD)
         nothing[len(mine):] = True
-        ids[ids == PAD] = token_byte_info.bos  # which has no bytes
+        ids[ids == PAD] = token_byte_info.bos_id  # which has no bytes
         n_bytes += decoded_bytes(ids[:len(mine)], token_byte_info)
         targets += nothing.numel() - int(nothing.sum())
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
@@ -109,7 +109,8 @@ def by_position(model: nn.Module, rows: Rows, tokens: int, micro_batch: int,
             ids = torch.from_numpy(rows.read_windows(mine).astype(np.int64))
             there = ids[:, 1:] != PAD
             ids.clamp_(min=0)
-            own = [] if begin is None else [None, None, document_bounds(ids[:, :-1], begin).to(world.device)]
+            own = [] if begin is None else [
+                None, None, document_bounds(ids[:, :-1], begin).to(world.device)]
             logits = model(ids[:, :-1].to(world.device), *own).float().flatten(0, 1)
             nats = F.cross_entropy(logits, ids[:, 1:].flatten().to(world.device), reduction="none")
             losses[0, list(mine)] = nats.view(-1, T).cpu().double() * there
@@ -141,7 +142,7 @@ class Scorer:
         self.model, self.tokenizer, self.world = model, tokenizer, world
         self.batch_tokens = batch_tokens
         self.block_size = model.config.block_size
-        self.begin = [tokenizer.bos] if tokenizer.bos is not None else []
+        self.begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
         self.truncated: set = set()  # hashes of the contexts that were cut
         self.samples: dict[str, list[dict]] = {}  # by task, in lm-eval's form
 

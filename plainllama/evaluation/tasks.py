@@ -28,7 +28,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the line stands: 0 at the top, 1 a
 
 # ---- tasks
 
-class Job(NamedTuple):
+class Task(NamedTuple):
     """A task that can be scored."""
 
     score: Callable[[Scorer], dict]  # -> {task: metrics}; collective
@@ -36,7 +36,7 @@ class Job(NamedTuple):
     names: list[str]  # of the tasks that score() gives
 
 
-def find(flags: Any, first: bool) -> tuple[dict[str, Job], list[str]]:
+def find_tasks(flags: Any, first: bool) -> tuple[dict[str, Task], list[str]]:
     """({name: Job}, [what cannot be had here]). `first`: this is the rank that uses the network
     and estimates."""
     jobs, missing = {}, []
@@ -52,17 +52,17 @@ def find(flags: Any, first: bool) -> tuple[dict[str, Job], list[str]]:
         anchors = known if first and is_tiny(name) else None
         try:
             if name == "passkey":
-                jobs[name] = Job(partial(score_passkey, flags.limit), list, [name])
+                jobs[name] = Task(partial(score_passkey, flags.limit), list, [name])
             elif name.startswith("local:"):
                 items = read_local(name.removeprefix("local:"), shots, flags.answers)
                 items = items[:flags.limit or None]
-                jobs[name] = Job(partial(score_local, name, items, anchors),
+                jobs[name] = Task(partial(score_local, name, items, anchors),
                                  partial(asked, items), [name])
             elif Path(name).is_file():
                 raise UserError(f"--tasks={name} is a file: say --tasks=local:{name}")
             else:
                 loaded = lm_eval_tasks.load_task(name, flags.include_path)
-                jobs[name] = Job(partial(lm_eval_tasks.score, name, loaded, flags.limit, anchors),
+                jobs[name] = Task(partial(lm_eval_tasks.score, name, loaded, flags.limit, anchors),
                                  partial(lm_eval_tasks.questions, loaded, flags.limit),
                                  list(loaded["tasks"]))
         except lm_eval_tasks.Unavailable as error:

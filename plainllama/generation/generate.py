@@ -203,7 +203,7 @@ def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampli
 
 # ---- ids -> text
 
-class Text:
+class TextStream:
     """The text of one row as its tokens come: no half characters, cut at a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str], stream: bool):
@@ -241,7 +241,7 @@ def complete(model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]], max_n
              compiled: Compiled | None = None,
              speed: Speed | None = None) -> list[tuple[str, str, int]]:
     """(why it ended, completion, new tokens) of every prompt; `stream` prints them as they come."""
-    texts = [Text(tokenizer, prompt, stops, stream) for prompt in prompts]
+    texts = [TextStream(tokenizer, prompt, stops, stream) for prompt in prompts]
     found = generate(model, prompts, max_new_tokens, sampling, seeds, tokenizer.stop_ids,
                      tokenizer.vocab_size, lambda row, token: texts[row].push(token), compiled,
                      speed)
@@ -283,7 +283,7 @@ def layers_of(text: str, count: int) -> slice:
 
 def load(ckpt: str, device: str, dtype: str) -> tuple[LLaMA, Tokenizer, Path]:
     """The model of --ckpt, ready to decode, its tokenizer, and the checkpoint's folder."""
-    folder = checkpoint.find(ckpt)
+    folder = checkpoint.find_checkpoint(ckpt)
     return ready(folder, parallel.pick_device(device), dtype), Tokenizer.load(folder), folder
 
 

@@ -7,7 +7,7 @@ from model import LLaMA
 from plainllama.files import read_json, run_of
 from plainllama.report.charts import CHARTS, charts
 from plainllama.report.page import baselines, scores
-from plainllama.report.runs import Run, load
+from plainllama.report.runs import RunFolder, load
 from plainllama.settings import UserError
 
 CARD = """---
@@ -69,7 +69,7 @@ def measured_card(run: Path, step: int, to: Path) -> str:
     except UserError as error:
         print(f"no curve in the model card: {error}")
     if found:
-        one = [Run(run.name, {}, [], {}, [], [found])]
+        one = [RunFolder(run.name, {}, [], {}, [], [found])]
         text += "\n## Scores\n" + "".join(f"\n{block}\n" for _, block in
                                          [*scores(one), *baselines(one)])
     return text

@@ -13,7 +13,7 @@ from plainllama import settings
 from plainllama.command import read_config
 from plainllama.report.blocks import short, side_by_side, table, text
 from plainllama.report.charts import COLORS, charts, drawn
-from plainllama.report.runs import Run, grouped, is_number
+from plainllama.report.runs import RunFolder, grouped, is_number
 from plainllama.settings import UserError
 
 PAGE = """<!doctype html>
@@ -35,7 +35,7 @@ td {{ vertical-align: top; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid
 """
 
 
-def outcome(run: Run) -> str:
+def outcome(run: RunFolder) -> str:
     """What came of a run, in a sentence."""
     timed = [row for row in run.metrics if row.get("tokens_per_second")]
     seconds = sum((row["tokens"] - before["tokens"]) / row["tokens_per_second"]
@@ -66,7 +66,7 @@ def differences(runs: list) -> list:
                          [{name: config.get(name) for name in names} for config in configs])]
 
 
-def again(run: Run) -> str:
+def again(run: RunFolder) -> str:
     """The command that made a run."""
     given = {"out_dir": run.info["config"]["out_dir"], **run.info.get("overrides", {})}
     if given["out_dir"] == f"out/{Path(run.info['config_file']).stem}":

@@ -9,7 +9,7 @@ from plainllama.settings import UserError
 
 
 @dataclass
-class Run:
+class RunFolder:
     """A run folder as it was read. Everything but `info` and `metrics` may be empty."""
 
     name: str
@@ -26,7 +26,7 @@ class Run:
 
 # ---- reading
 
-def find(name: str) -> Path:
+def find_run(name: str) -> Path:
     """The run folder meant by `name`: itself, or the newest run in it."""
     folder = Path(name)
     if (folder / "run.json").is_file():
@@ -61,7 +61,7 @@ def read_rows(path: Path) -> list:
     return rows
 
 
-def load(folder: Path) -> Run:
+def load(folder: Path) -> RunFolder:
     """Read a run folder. run.json and metrics.jsonl must be there, the rest may be."""
     info, metrics = read_json(folder / "run.json"), read_rows(folder / "metrics.jsonl")
     if lacking := {"config", "parameters", "device", "data"} - info.keys():
@@ -69,7 +69,7 @@ def load(folder: Path) -> Run:
     if not metrics:
         raise UserError(f"{folder}/metrics.jsonl holds no rows yet; come back after a few steps")
     evals = [read_json(path) for path in (folder / "eval").glob("step_*.json")]
-    return Run("/".join(folder.resolve().parts[-2:]), info, metrics,
+    return RunFolder("/".join(folder.resolve().parts[-2:]), info, metrics,
                read_json(folder / "status.json"), read_rows(folder / "samples.jsonl"),
                sorted(evals, key=lambda one: one.get("step", 0)))
 

@@ -221,7 +221,7 @@ def line_of(piece: Piece, at: int) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
+class Part:
     """What a worker must know of a part."""
 
     pieces: list[Piece]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from plainllama.settings import UserError
-from plainllama.text.documents import Job, Tally
+from plainllama.text.documents import Part, Tally
 
 SCAN = 16 << 20  # characters read before any work: bad input is met before anything is written
 NOTES = "work.tmp"  # state.json, part-*.json and half-made shards, until the manifest is written
@@ -22,7 +22,7 @@ BANDS, NEAR = 32, 0.5
 
 # ---- documents -> their split
 
-def hash_below(jobs: list[Job], fraction: float) -> int:
+def hash_below(jobs: list[Part], fraction: float) -> int:
     """Documents with a hash below this are validation. If negative, the end of a text is: of each
     text (-1), or what follows this many characters of the one document (that was cut).
 
@@ -103,7 +103,7 @@ def repeats(marks: np.ndarray, dedup: str) -> np.ndarray:
     return found
 
 
-def without_repeats(folder: Path, jobs: list[Job], dedup: str) -> list[Job]:
+def without_repeats(folder: Path, jobs: list[Part], dedup: str) -> list[Part]:
     """The jobs of all parts, each told which of its documents an earlier one repeats."""
     sizes = [len(np.load(marks_of(folder, i), mmap_mode="r")) for i in range(len(jobs))]
     path = folder / NOTES / f"marks-{os.getpid()}.bin"  # all as one, on disk: the memory is bounded

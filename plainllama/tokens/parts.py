@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from plainllama.files import write_json
-from plainllama.text.documents import Job, Tally
+from plainllama.text.documents import Part, Tally
 from plainllama.text.selection import BANDS, NOTES, marks_of, placed, signature, text_hash
 from plainllama.text.sources import size_of
 from plainllama.tokens.shards import ShardWriter, token_dtype
@@ -60,7 +60,7 @@ def progress(number: int, *counts: int) -> None:
     WORKER["show"]()
 
 
-def make_part(folder: Path, number: int, job: Job) -> None:
+def make_part(folder: Path, number: int, job: Part) -> None:
     """Write the shards of one part, and then its json, which says that the part is done."""
     tokenizer: Tokenizer = WORKER["tokenizer"]
     dropped, cut = Tally(), Tally()
@@ -109,7 +109,7 @@ def batches(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
 
 
 def run_workers(folder: Path, tokenizer: Tokenizer, workers: int, make: Callable,
-                jobs: dict[int, Job], *args) -> None:
+                jobs: dict[int, Part], *args) -> None:
     """make(folder, number, job, *args) in processes of their own, or in this one if one is enough,
     and show how far they are."""
     context = multiprocessing.get_context("spawn")
@@ -168,7 +168,7 @@ def shown(counters, sizes: dict[int, int], waiting: set[int]) -> Callable[[], No
 
 # ---- documents that others repeat
 
-def make_marks(folder: Path, number: int, job: Job, dedup: str) -> None:
+def make_marks(folder: Path, number: int, job: Part, dedup: str) -> None:
     """Write what tells repeated documents of a part: an array with a row for each."""
     marks = []
     for text in job.texts(Tally()):

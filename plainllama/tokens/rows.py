@@ -235,7 +235,7 @@ def training_rows(data: Path, manifest: dict, config: Settings) -> Rows:
     return Mixture(sets, list(weights.values()))
 
 
-def data_hash(data: Path, config: Settings) -> str:
+def hash_of_data(data: Path, config: Settings) -> str:
     """Hash of the manifests of a run's data."""
     names = [data, *(data.parent / name for name in config.mixture or ())]  # type: ignore
     hashes = [(folder / "manifest.sha256").read_text().strip() for folder in names]

@@ -49,9 +49,9 @@ class Tokenizer:
         self.json_bytes = json_bytes
         self.sha256 = hashlib.sha256(json_bytes).hexdigest()
         self.vocab_size = max(ids.values()) + 1
-        self.begin = str(bos)
-        self.bos: int = ids[self.begin]
-        self.eos: int | None = ids[eos] if eos else None
+        self.bos_token = str(bos)
+        self.bos_id: int = ids[self.bos_token]
+        self.eos_id: int | None = ids[eos] if eos else None
         self.stop_ids: list[int] = [ids[str(eos or bos)]]
         self.kind = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.cut_words = 0  # how many were longer than CUT so far
@@ -89,11 +89,11 @@ class Tokenizer:
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of whole documents, each with its begin and end token."""
-        last = [] if self.eos is None else [self.eos]
+        last = [] if self.eos_id is None else [self.eos_id]
         out = []
         for ids in self._batch(texts):
             out.append(np.empty(1 + len(ids) + len(last), self.kind))
-            out[-1][0], out[-1][1:1 + len(ids)], out[-1][1 + len(ids):] = self.bos, ids, last
+            out[-1][0], out[-1][1:1 + len(ids)], out[-1][1 + len(ids):] = self.bos_id, ids, last
         return out
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -136,7 +136,7 @@ class Tokenizer:
         return np.concatenate(out)
 
 
-def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
+def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]] | None = None,
          search: Sequence[Path] = (), network: bool = True) -> Tokenizer:
     """The tokenizer named by the config key `tokenizer`.
 
@@ -161,7 +161,7 @@ def make(spec: str, texts: Callable[[], Iterable[str]] | None = None,
             raise UserError(f"tokenizer {spec} is trained on text, and none was given")
         made = vocabulary.train(int(size), texts())
     elif Path(spec).is_dir() and not (Path(spec) / "tokenizer.json").exists():
-        return make(str(Path(spec) / "tokenizer.model"), texts, search)
+        return make_tokenizer(str(Path(spec) / "tokenizer.model"), texts, search)
     elif Path(spec).suffix == ".model" and Path(spec).is_file():
         made = vocabulary.sentencepiece(Path(spec).read_bytes(), spec)
     elif Path(spec).exists():
@@ -178,5 +178,5 @@ def compared(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
     size, found = sum(len(valid(text).encode()) for text in texts), {"this one": tokenizer}
     for name in CONVERTED:
         with contextlib.suppress(UserError):
-            found[name] = make(name, network=False)
+            found[name] = make_tokenizer(name, network=False)
     return {name: size / max(1, sum(map(len, one._batch(texts)))) for name, one in found.items()}

@@ -23,7 +23,7 @@ class ByteInfo(NamedTuple):
 
     lengths: np.ndarray
     prefix: np.ndarray
-    bos: int
+    bos_id: int
 
 
 def sha256_of(path: Path | str) -> str:
@@ -70,7 +70,7 @@ def byte_info(path: Path | str) -> ByteInfo:
 def decoded_bytes(ids: np.ndarray, info: ByteInfo) -> int:
     """Utf-8 bytes that the targets ids[..., 1:] decode to; ids[..., :1] is only context."""
     target = ids[..., 1:]
-    found = info.lengths[target] - info.prefix[target] * (ids[..., :-1] == info.bos)
+    found = info.lengths[target] - info.prefix[target] * (ids[..., :-1] == info.bos_id)
     return int(found.sum(dtype=np.int64))
 
 

@@ -21,24 +21,24 @@ from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import load_weights
 
 Batch = tuple[Tensor, Tensor]  # ids and targets of a rank's rows, (rows, T) each, on the host
-FULL = 0.9  # share of a GPU's memory that a micro-batch which was not asked for may take
+GPU_SHARE = 0.9  # share of a GPU's memory that a micro-batch which was not asked for may take
 
 
 class Engine:
     """Model, optimizer and split of the batch of a run, as its config says.
 
     `source`: the checkpoint whose weights to start from, None for first weights. `state`: that
-    checkpoint's state.json if its run goes on, else {}. `begin`: the id that begins a document.
+    checkpoint's state.json if its run goes on, else {}. `bos_id`: begins a document.
     """
 
-    def __init__(self, config: Settings, world: World, begin: int, source: Path | None = None,
+    def __init__(self, config: Settings, world: World, bos_id: int, source: Path | None = None,
                  state: dict | None = None, say: Callable[[str], None] = print):
         self.config, self.world, self.say = config, world, say
-        self.begin = begin if config.doc_mask else None
+        self.bos_id = bos_id if config.doc_mask else None
         state = state or {}
         self.dtype = parallel.pick_dtype(config.dtype, world.device)
         with torch.device("meta"):
-            self.model = LLaMA(model_config(config))
+            self.model = LLaMA(architecture(config))
         world.place(self.model, self.dtype)
         if source:
             load_weights(source, self.model, world)
@@ -140,7 +140,7 @@ class Engine:
         memory free: by measuring few rows and reckoning on in a straight line, four times at
         most. Collective: all ranks try the same sizes."""
         device, peaks, rows = self.world.device, [(0, 0)], 1
-        room = FULL * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+        room = GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
         for _ in range(4):
             torch.cuda.reset_peak_memory_stats(device)
             try:
@@ -170,8 +170,8 @@ class Engine:
         device = self.world.device
         for x, y in zip(*(t.split(rows) for t in batch), strict=True):
             documents = None
-            if self.begin is not None:
-                documents = document_bounds(x, self.begin)
+            if self.bos_id is not None:
+                documents = document_bounds(x, self.bos_id)
                 if device.type == "cuda":
                     documents = documents.pin_memory().to(device, non_blocking=True)
             yield (x.to(device, non_blocking=True), y.to(device, non_blocking=True), documents)
@@ -270,7 +270,7 @@ class Engine:
         return nll
 
 
-def model_config(config: Settings) -> ModelConfig:
+def architecture(config: Settings) -> ModelConfig:
     """The architecture that a config asks for."""
     names = set(ModelConfig.__dataclass_fields__) & set(Settings.__dataclass_fields__)
     return ModelConfig(**{name: getattr(config, name) for name in names})

@@ -37,7 +37,7 @@ class Failed(Exception):
     """What was found in place of what must hold."""
 
 
-def check(config: Settings, manifest: dict, world: World, price: float) -> int:
+def run_checks(config: Settings, manifest: dict, world: World, price: float) -> int:
     """Try what a long run relies on and say what it will take; 0, or 1 if something failed.
     Collective. Nothing is left behind."""
     trial = Trial(config, manifest, world)
@@ -112,7 +112,7 @@ class Trial:
             raise Failed(f"the tokenizer has {words.vocab_size} entries, the manifest says "
                          f"{self.manifest['tokenizer']['vocab_size']}")
         found = [ids for ids in stored_documents(self.split) if len(ids) <= 1 << 14]
-        special = {words.bos, words.eos}
+        special = {words.bos_id, words.eos_id}
         texts = [words.decode([i for i in ids.tolist() if i not in special]) for ids in found]
         again = words.encode_documents(texts)
         same = sum(np.array_equal(a, b) for a, b in zip(found, again, strict=True))

@@ -7,10 +7,10 @@ from model import ModelConfig
 from plainllama.files import read_rows, steps_of
 from plainllama.settings import Settings, UserError
 from plainllama.tokens import tokenizer
-from plainllama.tokens.rows import PAD, data_hash, training_rows
+from plainllama.tokens.rows import PAD, hash_of_data, training_rows
 from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.weights import checkpoint, huggingface
-from plainllama.weights.huggingface import model_config
+from plainllama.weights.huggingface import read_config
 
 # On resume these must be as they were, or the run would be another one ...
 FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
@@ -61,13 +61,13 @@ def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool
 def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> None:
     """Refuse to start from a model that computes something else, or whose token ids mean something
     else than the data set's. Context and RoPE scaling may differ: that is how context grows."""
-    if keys := huggingface.other_keys(model_config(source), config):
+    if keys := huggingface.other_keys(read_config(source), config):
         raise UserError(f"init_from: {source} is another model than the config's; to go on from it "
                         f"say {keys}")
     for path in (source / "tokenizer.json", source / "tokenizer.model"):
         if path.is_file():  # the second is converted first, as prepare.py does
             theirs = (sha256_of(path) if path.suffix == ".json" else
-                      tokenizer.make(str(path)).sha256)
+                      tokenizer.make_tokenizer(str(path)).sha256)
             if theirs != manifest["tokenizer"]["sha256"]:
                 raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
                                 f"--tokenizer={path}")
@@ -78,7 +78,7 @@ def replay(config: Settings, manifest: dict, step: int) -> int:
     """Print the text of the rows that made step `step` of metrics.jsonl; the exit code."""
     run, data = Path(config.out_dir), Path("data") / config.dataset
     if there := steps_of(run):
-        refuse_other_run(checkpoint.read_state(there[0]), config, data_hash(data, config), True,
+        refuse_other_run(checkpoint.read_state(there[0]), config, hash_of_data(data, config), True,
                          there[0])
     # the batch may have changed at a resume: steps and rows as the run has written them down
     known = {0: 0} | {row["step"]: row["rows"]

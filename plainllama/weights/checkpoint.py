@@ -29,7 +29,7 @@ from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.tokens.tokenizer_json import boundaries, write_hf_files
 from plainllama.training.optim import Optimizer
-from plainllama.weights.huggingface import hf_config
+from plainllama.weights.huggingface import config_json
 
 FORMAT = 1
 
@@ -79,7 +79,7 @@ def newest_good(run: Path, training: bool = True) -> Path | None:
     return None
 
 
-def find(path: str, quiet: bool = False) -> Path:
+def find_checkpoint(path: str, quiet: bool = False) -> Path:
     """What --ckpt X means: a checkpoint, a run (its newest good step) or a folder of runs (the
     newest run). Prints the choice. UserError if there is none."""
     start = Path(path)
@@ -195,7 +195,7 @@ class Saver:
             vocab = {token["content"]: token["id"] for token in spec["added_tokens"]}
             bos, eos = (vocab.get(token) for token in boundaries(spec))
             eos = bos if eos is None else eos
-            write_json(folder / "config.json", hf_config(config, bos, eos))
+            write_json(folder / "config.json", config_json(config, bos, eos))
             write_json(folder / "generation_config.json",
                        {"bos_token_id": bos, "eos_token_id": eos})
             write_hf_files(self.tokenizer_json, folder, config.block_size)

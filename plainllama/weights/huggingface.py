@@ -29,7 +29,7 @@ ROPE = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_fr
         "original_max_position_embeddings"}  # all that we know in rope_scaling or rope_parameters
 
 
-def hf_config(config: ModelConfig, bos: int | None, eos: int | None) -> dict:
+def config_json(config: ModelConfig, bos: int | None, eos: int | None) -> dict:
     """config.json of LlamaForCausalLM. RoPE is written in both forms: transformers 4 reads only
     rope_theta and rope_scaling, transformers 5 writes only rope_parameters."""
     scaling = None
@@ -48,7 +48,7 @@ def hf_config(config: ModelConfig, bos: int | None, eos: int | None) -> dict:
             "torch_dtype": "float32", "dtype": "float32"}
 
 
-def model_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path) -> ModelConfig:
     """The architecture of a Hugging Face folder (config.json): a Llama, a Mistral without sliding
     window, or what `export.py --code` writes. Raises UserError with the reason for any other."""
     path = folder / "config.json"
@@ -131,7 +131,7 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
 def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> LLaMA:
     """The model of a checkpoint or other Hugging Face LLaMA folder, in eval mode, its matmuls in
     `dtype`."""
-    config = model_config(folder)
+    config = read_config(folder)
     if (folder / "tokenizer.json").is_file() and (
             entries := len(byte_info(folder).lengths)) > config.vocab_size:
         raise UserError(f"{folder}: its tokenizer has {entries} entries, the model's embedding "
