@@ -10,6 +10,7 @@ H query heads, K key/value heads, D = C / H, V = vocab_size, S cached tokens.
 import hashlib
 import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -419,6 +420,12 @@ class ChunkedLoss(torch.autograd.Function):
         """Of states and matrix."""
         d_x, d_weight = ctx.saved_tensors
         return d_x * slope, d_weight * slope, None, None
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that learn, by name; all others are frozen: no gradient, no moments, no decay.
+    The one place that says so: optimizer, checkpoint, preflight and sums over ranks ask here."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:

@@ -221,7 +221,7 @@ def test_flops_equal_what_torch_counts(kv):
 
 
 def test_model_imports_torch_alone():
-    allowed = {"torch", "math", "dataclasses", "hashlib", "inspect", "xformers"}
+    allowed = {"torch", "math", "dataclasses", "hashlib", "collections", "inspect", "xformers"}
     for node in ast.walk(ast.parse(Path(ROOT / "model.py").read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
