@@ -103,6 +103,11 @@ class Sampling:
     min_p: float = key(0.0, "drop tokens below this share of the likeliest's probability", (), 0, 1)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def install(extra: str) -> str:
     """The command that installs an extra of pyproject.toml."""
     return "python -m pip install -c constraints.txt -e " + (f"'.[{extra}]'" if extra else ".")
