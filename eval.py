@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from plainllama import settings
 from plainllama.command import parse_arguments, run_command
-from plainllama.files import run_of, steps_of
+from plainllama.files import read_json, run_of, steps_of
 from plainllama.settings import UserError
 
 
@@ -64,14 +64,15 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from model import LLaMA
 from plainllama import parallel
-from plainllama.evaluation.likelihood import TextRows, by_position, evaluate
+from plainllama.evaluation import counting, irt, likelihood, tasks
 from plainllama.parallel import World
-from plainllama.tokens import shards
-from plainllama.tokens.rows import Rows
+from plainllama.results import read_scores, record, score_table, write_samples
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.weights import checkpoint
@@ -79,223 +80,201 @@ from plainllama.weights.huggingface import load_model, read_config
 
 
 def main(command) -> int:
-    """Score; under torchrun the ranks share the work."""
+    """Score, the ranks of torchrun together; the exit code."""
     flags = command.flags
     if command.files:
         raise UserError(f"unexpected argument {command.files[0]}; name the model with --ckpt=")
     if flags.irt:
-        return from_samples(flags)
-    world = parallel.start(flags.device, "auto")
-    try:
-        return measure(flags, "tasks" in command.overrides, world)
-    finally:
-        world.close()
+        return score_samples(flags)
+    with closing(parallel.start(flags.device, "auto")) as world:
+        failed = Evaluation(flags, world).score_all()
+    return 2 if failed and "tasks" in command.overrides else 0
 
 
-def measure(flags: Flags, named: bool, world: World) -> int:
-    """The whole command; `named`: the user asked for these tasks. The exit code."""
-    from plainllama.evaluation import tasks
-
-    say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
-    folders = world.decide(lambda: walk(flags.all) if flags.all else [
-        checkpoint.find_checkpoint(flags.ckpt)])
-    run, tokenizer = run_of(folders[0]), Tokenizer.load(folders[0])
-    block_size = read_config(folders[0]).block_size
-    if flags.context > block_size:
-        raise UserError(f"--context={flags.context} is more than the {block_size} tokens of the "
-                        "model's context")
-    length = flags.context or block_size
-    # every input is looked at before anything slow begins; rank 0 downloads, then the others read
-    rows = (TextRows(flags.text, tokenizer, length) if flags.text
-            else validation(flags, folders[0], run, length, say))
-    jobs, missing = {}, []  # type: ignore[var-annotated]
-
-    def look() -> list[str]:
-        nonlocal jobs, missing
-        jobs, missing = tasks.find_tasks(flags, first=True)
-        return list(jobs)
-
-    names = world.decide(look)
-    if names and world.rank > 0:
-        found = tasks.find_tasks(flags, first=False)[0]
-        jobs = {name: found[name] for name in names}
-    for line in missing:
-        say(line)
-    if flags.baselines and (flags.data or length < block_size or not (run and rows) or flags.text):
-        raise UserError("--baselines counts in the rows that a run has seen: name a run whose data "
-                        "set is here, without --data, --context and --text")
-    unfit: dict = {}
-    if flags.contamination:
-        from plainllama.evaluation import counting
-
-        unfit = counting.contamination({name: job.questions() for name, job in jobs.items()},
-                                    training_data(flags, run), tokenizer, world)
-    special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
-               if getattr(flags, name) != getattr(Flags, name)]
-    keep = None if special else run  # RUN/eval holds what all runs can be compared by
-    if run and special:
-        say(f"not recorded in {run}/eval, because of {' '.join(special)}")
-    failed = 0
-    for folder in folders:
-        if flags.all:
-            done = keep and complete(keep, folder, bool(rows), flags, jobs)
-            problem = "" if done else checkpoint.damage(folder, training=False)
-            state = "has these scores" if done else problem and f"is damaged ({problem}): left out"
-            state = world.agree(state)  # rank 0 writes the scores
-            say(f"checkpoint {folder} {state}".rstrip())
-            if state:
-                continue
-        failed += score(flags, folder, run, keep, rows, jobs, unfit, world, say)
-    return 2 if named and (missing or failed) else 0
-
-
-def score(flags: Flags, folder: Path, run: Path | None, keep: Path | None, rows, jobs: dict,
-          unfit: dict, world: World, say) -> int:
-    """One checkpoint: validation, then every task; each score is recorded as soon as it is there.
-    How many tasks could not be scored."""
-    from plainllama.evaluation import tasks
-    from plainllama.results import record, score_table, write_samples
-
-    model = load_model(folder, world.device, parallel.pick_dtype(
-        flags.dtype, world.device))
-    tokenizer, block_size = Tokenizer.load(folder), model.config.block_size
-    batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
-    state = checkpoint.read_state(folder) if run else {}
-    # tokens: targets trained on, as in metrics.jsonl
-    result: dict = {"step": state["step"], "tokens": state.get(
-        "tokens", state["rows"] * block_size)} if run else {}
-    if rows:
-        length, micro_batch = rows.block_size, max(1, batch_tokens // rows.block_size)
-        tokens = flags.eval_tokens or config_of(run).get("eval_tokens") or 1 << 20
-        tokens = rows.windows * length if flags.text and not flags.eval_tokens else tokens
-        bos_id = tokenizer.bos_id if config_of(run).get("doc_mask") else None
-        found = evaluate(model, rows, byte_info(folder), tokens, micro_batch, world, bos_id)
-        shown = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
-        kept = {**shown, "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
-        windows = f" in windows of {length}" * (length < block_size)
-        say(score_table(f"{flags.text or 'validation'}{windows}, {found['tokens']:,} tokens, "
-                  f"{found['bytes']:,} bytes", shown))
-        if flags.by_position:
-            kept["by_position"] = by_position(model, rows, tokens, micro_batch, world, bos_id)
-            say(score_table(f"loss by position{windows}, nats per token", kept["by_position"]))
-        result |= ({"texts": {flags.text + windows: kept}} if flags.text else
-                   kept if length == block_size else {"contexts": {str(length): kept}})
-        if flags.baselines and run and world.rank == 0:
-            from plainllama.evaluation import counting
-
-            result["baselines"] = counting.compare(rows, state["rows"], found, config_of(run), say)
-    result["tasks"] = {}
-    record(keep, result, world)
-    scorer, failed = tasks.Scorer(model, tokenizer, batch_tokens, world), 0
-    for name, job in jobs.items():
-        scorer.truncated.clear()
-        scorer.samples.clear()
-        try:
-            scores = job.score(scorer)
-        except UserError as error:  # the same on every rank
-            say(f"no {name}: {error}")
-            failed += 1
-            continue
-        for task, metrics in scores.items():
-            metrics |= {"begin": tokenizer.bos_token} | unfit.get(name, {})
-            say(score_table(f"{task}, {metrics['n']} prompts", metrics))
-        result["tasks"] |= scores
-        record(keep, result, world)  # after each task: what is finished is kept
-        if flags.log_samples and world.rank == 0:
-            for task, samples in scorer.samples.items():
-                write_samples(keep, result.get("step"), task, samples)
-    if flags.json:
-        say(json.dumps(result))
-    return failed
-
-
-def walk(run: str) -> list[Path]:
-    """The checkpoints of a run, the oldest first."""
-    found = steps_of(Path(run))[::-1]
-    if not found:
-        raise UserError(f"--all={run} is not a run with checkpoints; name one, such as out/NAME")
-    return found
-
-
-def complete(run: Path, folder: Path, rows: bool, flags: Flags, jobs: dict) -> bool:
-    """Whether RUN/eval has what is asked for of a checkpoint."""
-    from plainllama.results import read_scores
-
-    old = read_scores(run, int(folder.name.removeprefix("step_")))
-    where = old.get("contexts", {}).get(str(flags.context), {}) if flags.context else old
-    if flags.text:
-        windows = f" in windows of {flags.context}" * bool(flags.context)
-        where = old.get("texts", {}).get(flags.text + windows, {})
-    wanted = ["val_loss"] * rows + ["by_position"] * flags.by_position
-    return (all(name in where for name in wanted) and (not flags.baselines or "baselines" in old)
-            and all(task in old.get("tasks", {}) for job in jobs.values() for task in job.names))
-
-
-def from_samples(flags: Flags) -> int:
-    """tinyMMLU's scores from the answers that another program has kept."""
-    from plainllama.evaluation import irt
-    from plainllama.results import score_table
-
-    right, told = irt.read_samples(flags.irt)
-    known = irt.load(flags.irt_file)
-    if known[0] and len(right) != len(known[0].anchors):
-        raise UserError(f"{flags.irt} holds {len(right)} answers, tinyMMLU has "
-                        f"{len(known[0].anchors)} questions; run it without --limit")
-    metrics = {"acc": float(right.mean()), "chance": 1 / 4, "n": len(right), **told}
-    metrics |= irt.scores(right, known)
-    print(score_table(f"{flags.irt}, {len(right)} prompts", metrics))
+def score_samples(flags: Flags) -> int:
+    """Score tinyMMLU from the answers that another program has kept; the exit code."""
+    metrics = irt.score_samples(flags.irt, flags.irt_file)
+    print(score_table(f"{flags.irt}, {metrics['n']} prompts", metrics))
     if flags.json:
         print(json.dumps(metrics))
     return 0
 
 
-# ---- bits per byte
+def checkpoints(flags: Flags) -> list[Path]:
+    """Find the checkpoint, or with --all those of a run, the oldest first."""
+    newest_first = (steps_of(Path(flags.all)) if flags.all
+                    else [checkpoint.find_checkpoint(flags.ckpt)])
+    if newest_first:
+        return newest_first[::-1]
+    raise UserError(f"--all={flags.all} is not a run with checkpoints; name one, such as out/NAME")
 
 
-def validation(flags: Flags, folder: Path, run: Path | None, block_size: int,
-               say) -> Rows | None:
-    """The windows of the validation split; None, which is said, if no data set was named and the
-    run's is not here."""
-    name = flags.data or config_of(run).get("dataset", "")
-    data = data_folder(name, run, bool(flags.data))
-    if data is None and flags.data:
-        raise UserError(f"no data set {name}; name a folder that prepare.py wrote")
-    if data is None:
-        say(f"no bits per byte: {f'no data set data/{name}' if name else 'the model has no run'}; "
-            "name a data set with --data=FOLDER")
-        return None
-    rows = Rows(shards.open_split(data, "val"), block_size, seed=0)
-    if Tokenizer.load(data).sha256 != Tokenizer.load(folder).sha256:
-        raise UserError(f"{data} was made with another tokenizer than {folder} (the sha256 of "
-                        "tokenizer.json differs); name one that fits with --data=FOLDER")
-    known = checkpoint.read_state(folder).get("data_hash") if run else None
-    if not flags.data and known != (data / "manifest.sha256").read_text().strip():
-        say(f"note: {data} is not as it was when this run was trained on it")
-    return rows
+class Evaluation:
+    """What is asked of every checkpoint, and how it is scored. The methods are collective."""
 
+    # ---- what is asked
 
-def data_folder(name: str, run: Path | None, named: bool = False) -> Path | None:
-    """The data set of that name here or beside the run; `named`: it may also be a path."""
-    places = [Path(name)] * named + [Path("data") / name]
-    places += [run.parent.parent / "data" / name] if run else []
-    return next((place for place in places if name and place.is_dir()), None)
+    def __init__(self, flags: Flags, world: World):
+        """Look at every input before anything slow begins; UserError for what does not fit."""
+        self.flags, self.world = flags, world
+        self.say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
+        self.batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
+        self.folders = world.decide(lambda: checkpoints(flags))
+        self.run, self.tokenizer = run_of(self.folders[0]), Tokenizer.load(self.folders[0])
+        self.config = read_json(self.run / "run.json")["config"] if self.run else {}
+        block_size = read_config(self.folders[0]).block_size
+        if flags.context > block_size:
+            raise UserError(f"--context={flags.context} is more than the {block_size} tokens of "
+                            "the model's context")
+        length = flags.context or block_size
+        self.shorter = f" in windows of {length}" if length < block_size else ""
+        self.windows = self.open_windows(length)
+        self.tasks, self.unavailable = tasks.find_tasks(flags, world)
+        for reason in self.unavailable:
+            self.say(reason)
+        of_run = self.run and self.windows and not (flags.data or flags.text or self.shorter)
+        if flags.baselines and not of_run:
+            raise UserError("--baselines counts in the rows that a run has seen: name a run whose "
+                            "data set is here, without --data, --context and --text")
+        self.contaminated = counting.contamination(
+            {name: task.questions() for name, task in self.tasks.items()}, self.training_data(),
+            self.tokenizer, world) if flags.contamination else {}
+        special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
+                   if getattr(flags, name) != getattr(Flags, name)]
+        if self.run and special:
+            self.say(f"not recorded in {self.run}/eval, because of {' '.join(special)}")
+        # RUN/eval holds what all runs can be compared by; rank 0 writes it
+        self.keep = None if special or world.rank > 0 else self.run
 
+    def open_windows(self, block_size: int) -> likelihood.Windows | None:
+        """Open the text, or the validation split; None, which is said, if no data set was named and
+        the run's is not here."""
+        if self.flags.text:
+            return likelihood.TextRows(self.flags.text, self.tokenizer, block_size)
+        name = self.flags.data or self.config.get("dataset", "")
+        data = self.data_folder(name)
+        if data is None and self.flags.data:
+            raise UserError(f"no data set {name}; name a folder that prepare.py wrote")
+        if data is None:
+            lacking = f"no data set data/{name}" if name else "the model has no run"
+            self.say(f"no bits per byte: {lacking}; name a data set with --data=FOLDER")
+            return None
+        rows = likelihood.validation_rows(data, self.folders[0], block_size)
+        known = checkpoint.read_state(self.folders[0]).get("data_hash") if self.run else None
+        if not self.flags.data and known != (data / "manifest.sha256").read_text().strip():
+            self.say(f"note: {data} is not as it was when this run was trained on it")
+        return rows
 
-def training_data(flags: Flags, run: Path | None) -> list[Path]:
-    """The data sets that a run learns from, or the one that is named."""
-    config = config_of(run)
-    names = [flags.data or config.get("dataset", "")]
-    names = names if flags.data else list(config.get("mixture") or names)
-    found = [data_folder(name, run, bool(flags.data)) for name in names]
-    if None in found:
+    def training_data(self) -> list[Path]:
+        """Find the data sets that the run learns from, or the one that --data names."""
+        names = list(self.config.get("mixture") or [self.config.get("dataset", "")])
+        names = [self.flags.data] if self.flags.data else names
+        folders = [folder for folder in map(self.data_folder, names) if folder]
+        if len(folders) == len(names):
+            return folders
         raise UserError("--contamination looks through the training data, and data set "
                         f"{' '.join(names) or 'of this model'} is not here; name one with --data=")
-    return [folder for folder in found if folder]
 
+    def data_folder(self, name: str) -> Path | None:
+        """Find a data set here or beside the run, None if it is nowhere; --data may be a path."""
+        beside = [self.run.parent.parent / "data" / name] if self.run else []
+        named = [Path(name)] if self.flags.data else []
+        places = [*named, Path("data") / name, *beside]
+        return next((place for place in places if name and place.is_dir()), None)
 
-def config_of(run: Path | None) -> dict:
-    """The config in run.json; {} without a run."""
-    return json.loads((run / "run.json").read_text(encoding="utf-8"))["config"] if run else {}
+    # ---- checkpoints
+
+    def score_all(self) -> int:
+        """Score every checkpoint; how many tasks could not be scored."""
+        wanted = (folder for folder in self.folders
+                  if not self.flags.all or self.world.decide(partial(self.wants, folder)))
+        return len(self.unavailable) + sum(map(self.score, wanted))
+
+    def wants(self, folder: Path) -> bool:
+        """Whether a checkpoint of --all is to be scored, which is said."""
+        if self.keep and self.complete(read_scores(self.keep, int(folder.name[5:]))):
+            why_not = " has these scores"
+        else:
+            problem = checkpoint.damage(folder, training=False)
+            why_not = f" is damaged ({problem}): left out" if problem else ""
+        self.say(f"checkpoint {folder}{why_not}")
+        return not why_not
+
+    def complete(self, kept: dict) -> bool:
+        """Whether what RUN/eval holds of a checkpoint is all that is asked for."""
+        section, name = self.section
+        of_windows = kept.get(section, {}).get(name, {}) if section else kept
+        names = [name for task in self.tasks.values() for name in task.names]
+        return (("val_loss" in of_windows or not self.windows)
+                and ("by_position" in of_windows or not self.flags.by_position)
+                and ("baselines" in kept or not self.flags.baselines)
+                and set(names) <= set(kept.get("tasks", ())))
+
+    @property
+    def section(self) -> tuple[str, str]:
+        """Name where RUN/eval holds the scores of the windows; ('', ''): at its top."""
+        if self.flags.text:
+            return "texts", self.flags.text + self.shorter
+        return ("contexts", str(self.flags.context)) if self.shorter else ("", "")
+
+    def score(self, folder: Path) -> int:
+        """Score one checkpoint: its windows, then every task; each score is recorded as soon as it
+        is there. How many tasks could not be scored."""
+        device, result = self.world.device, {}  # type: ignore[var-annotated]
+        model = load_model(folder, device, parallel.pick_dtype(self.flags.dtype, device))
+        state = checkpoint.read_state(folder) if self.run else {}
+        if state:  # tokens: targets trained on, as in metrics.jsonl
+            seen = state["rows"] * model.config.block_size
+            result = {"step": state["step"], "tokens": state.get("tokens", seen)}
+        if self.windows:
+            scores, (section, name) = self.score_windows(model, self.windows), self.section
+            result |= {section: {name: scores}} if section else scores
+            if self.flags.baselines and self.world.rank == 0:
+                result["baselines"] = counting.compare(
+                    self.windows, state["rows"], scores, self.config, self.say)  # type: ignore
+        result["tasks"] = {}
+        record(self.keep, result)
+        failed = sum(not self.score_task(name, model, result) for name in self.tasks)
+        if self.flags.json:
+            self.say(json.dumps(result))
+        return failed
+
+    def score_windows(self, model: LLaMA, windows: likelihood.Windows) -> dict:
+        """Score the validation split or a text, and say so: {val_loss, val_bpb, ppl, val_tokens,
+        val_bytes, by_position}."""
+        flags = self.flags
+        tokens = flags.eval_tokens or self.config.get("eval_tokens") or 1 << 20
+        if flags.text and not flags.eval_tokens:
+            tokens = windows.windows * windows.block_size
+        bos_id = self.tokenizer.bos_id if self.config.get("doc_mask") else None
+        how = tokens, max(1, self.batch_tokens // windows.block_size), self.world, bos_id
+        found = likelihood.evaluate(model, windows, byte_info(self.folders[0]), *how)
+        scores = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
+        title = f"{flags.text or 'validation'}{self.shorter}, {found['tokens']:,} tokens"
+        self.say(score_table(f"{title}, {found['bytes']:,} bytes", scores))
+        scores |= {"val_tokens": found["tokens"], "val_bytes": found["bytes"]}
+        if flags.by_position:
+            losses = scores["by_position"] = likelihood.by_position(model, windows, *how)
+            self.say(score_table(f"loss by position{self.shorter}, nats per token", losses))
+        return scores
+
+    def score_task(self, name: str, model: LLaMA, result: dict) -> bool:
+        """Score a task, say so, add the metrics to `result`, and record it; whether it could be."""
+        scorer = tasks.Scorer(model, self.tokenizer, self.batch_tokens, self.world)
+        try:
+            scores = self.tasks[name].score(scorer)
+        except UserError as error:  # the same on every rank
+            self.say(f"no {name}: {error}")
+            return False
+        for member, metrics in scores.items():
+            metrics |= {"begin": self.tokenizer.bos_token} | self.contaminated.get(name, {})
+            self.say(score_table(f"{member}, {metrics['n']} prompts", metrics))
+        result["tasks"] |= scores
+        record(self.keep, result)  # after each task: what is finished is kept
+        if self.flags.log_samples and self.world.rank == 0:
+            for member, samples in scorer.samples.items():
+                write_samples(self.keep, result.get("step"), member, samples)
+        return True
 
 
 if __name__ == "__main__":

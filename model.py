@@ -1,4 +1,4 @@
-"""The LLaMA and nothing else: RMSNorm, RoPE, GQA, SwiGLU, KV cache.
+"""The LLaMA and nothing else: RMSNorm, RoPE, grouped-query attention, SwiGLU, KV cache, the loss.
 
 https://arxiv.org/abs/2302.13971
 
@@ -10,7 +10,7 @@ H query heads, K key/value heads, D = C / H, V = vocab_size, S cached tokens.
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,22 +59,27 @@ class ModelConfig:
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair of channels, (D/2,) fp32, after scaling.
-
-    Plain: theta^(-2i/D) (https://arxiv.org/abs/2104.09864). linear: positions divided by the factor
-    (position interpolation, https://arxiv.org/abs/2306.15595). llama3: only the frequencies that
-    turn fewer than rope_high times in the original context are stretched, smoothly
-    (Llama 3.1, https://arxiv.org/abs/2407.21783).
-    """
+    """Angle per position of each pair of channels, (D/2,) fp32, after scaling: theta^(-2i/D)
+    (https://arxiv.org/abs/2104.09864), stretched by one of ROPE_SCALINGS."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / config.rope_theta ** (exponent / config.head_dim)
-    if config.rope_scaling == "linear":
-        return frequencies / config.rope_factor
-    if config.rope_scaling == "llama3":
-        turns = config.rope_original * frequencies / (2 * math.pi)
-        keep = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
-        return keep * frequencies + (1 - keep) * frequencies / config.rope_factor
-    return frequencies
+    return ROPE_SCALINGS[config.rope_scaling](frequencies, config)
+
+
+def llama3_scaling(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """Only frequencies that turn fewer than rope_high times in the original context are stretched,
+    smoothly (Llama 3.1, https://arxiv.org/abs/2407.21783)."""
+    turns = config.rope_original * frequencies / (2 * math.pi)
+    keep = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / config.rope_factor
+
+
+ROPE_SCALINGS = {
+    "none": lambda frequencies, config: frequencies,
+    # position interpolation, https://arxiv.org/abs/2306.15595
+    "linear": lambda frequencies, config: frequencies / config.rope_factor,
+    "llama3": llama3_scaling,
+}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -137,58 +142,28 @@ class KVCache:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None = None,
            documents: Tensor | None = None) -> Tensor:
-    """q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D); H is a multiple of H_kv.
+    """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D), by one of ATTENTION's back ends.
 
-    Causal (then T == S) unless `mask` is given: boolean, broadcast to (B, H, T, S), True where a
-    query may look. With `documents`, the document_bounds() of the rows, a query looks inside its
-    own document only. Query head h uses key head h // (H / H_kv), as in grouped-query attention
-    (https://arxiv.org/abs/2305.13245).
+    Causal (then T == S) unless `mask` is given, as decoding with a cache does: boolean, broadcast
+    to (B, H, T, S), True where a query may look. With `documents`, the document_bounds() of the
+    rows, a query looks inside its own document only. Query head h uses key head h // (H / K), as in
+    grouped-query attention (https://arxiv.org/abs/2305.13245).
     """
     if mask is not None and backend != "reference":
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    if backend == "varlen":
-        return packed(q, k, v, documents)
-    if backend == "sdpa":
-        return causal(q, k, v) if documents is None else by_document(q, k, v, documents)
-    k, v = repeated(q, k), repeated(q, v)
-    if backend == "xformers":
-        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                              enable_gqa=q.shape[1] != k.shape[1])
+    return ATTENTION[backend](q, k, v, mask, documents)
 
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # xformers has the heads after the tokens
-        return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask()).transpose(1, 2)
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    if documents is not None:
-        places = torch.arange(q.shape[0] * q.shape[2], device=q.device)
-        owner = torch.searchsorted(documents, places, right=True).view(q.shape[0], 1, -1)
-        mask = mask & (owner[..., None] == owner[..., None, :])
-    scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(~mask, float("-inf"))
-    return scores.float().softmax(-1).to(q.dtype) @ v
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) -> Tensor:
+    """torch's scaled_dot_product_attention, flash kernels where the device has them."""
+    return causal(q, k, v) if documents is None else by_document(q, k, v, documents)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by torch's choice of kernel, shapes as in attend()."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                           enable_gqa=q.shape[1] != k.shape[1])
-
-
-def repeated(q: Tensor, x: Tensor) -> Tensor:
-    """Keys or values (B, H_kv, S, D), each head repeated for its group of query heads."""
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
-
-
-def packed(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-    """attend() by the kernel that takes all rows as one line of tokens with their bounds."""
-    B, _, T, _ = q.shape
-    if documents is None:
-        documents = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-    if not VARLEN_GROUPS:
-        k, v = repeated(q, k), repeated(q, v)
-    groups: dict = {"enable_gqa": q.shape[1] != k.shape[1]} if VARLEN_GROUPS else {}
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B T, heads, D)
-    y = varlen_attn(q, k, v, documents, documents, T, T, window_size=(-1, 0), **groups)
-    return y.unflatten(0, (B, T)).transpose(1, 2)  # type: ignore[union-attr]
 
 
 @torch.compiler.disable  # the number and lengths of documents differ from batch to batch
@@ -202,33 +177,64 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     return y.unflatten(1, (B, T)).transpose(0, 1)
 
 
-def document_bounds(ids: Tensor, begin: int) -> Tensor:
-    """Token ids (B, T) on the host -> (N + 1,) int32 on the host: where documents begin in the rows
-    laid end to end, and last B T. A row begins one, and so does every token `begin`. N is a power
-    of two, filled up with empty documents, so that compiled code sees few sizes."""
-    first = ids == begin
-    first[:, 0] = True
-    starts = first.flatten().nonzero()[:, 0].int()
-    room = 1 << max(len(starts) - 1, 0).bit_length()
-    return F.pad(starts, (0, room + 1 - len(starts)), value=ids.numel())
+def varlen(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) -> Tensor:
+    """torch's flash attention for packed documents, CUDA in bf16 or fp16 only: it takes all rows
+    as one line of tokens with their bounds."""
+    B, _, T, _ = q.shape
+    if documents is None:
+        documents = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    options: dict = {}
+    if VARLEN_GROUPS:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k, v = repeated(q, k), repeated(q, v)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B T, heads, D)
+    y = varlen_attn(q, k, v, documents, documents, T, T, window_size=(-1, 0), **options)
+    return y.unflatten(0, (B, T)).transpose(1, 2)  # type: ignore[union-attr]
 
 
-def attention_refusal(backend: str, device: str, dtype: torch.dtype = torch.bfloat16,
-            doc_mask: bool = False) -> str:
-    """Why `backend` cannot run on `device` ('cpu', 'cuda', 'mps') in `dtype` here, or ''."""
-    if backend in ("varlen", "xformers") and device != "cuda":
-        return f"attention={backend} needs a CUDA device, found {device}; use attention=sdpa"
-    if backend == "varlen" and dtype == torch.float32:
-        return "attention=varlen computes in bf16 or fp16 only; use attention=sdpa or another dtype"
-    if doc_mask and device == "cuda" and backend in ("sdpa", "xformers"):
-        return f"doc_mask on CUDA needs attention=varlen, found {backend}"
-    if backend == "xformers":
-        try:
-            import xformers.ops  # noqa: F401
-        except ImportError as error:
-            return (f"attention=xformers: {error}; install it with `pip install xformers` or use "
-                    "attention=sdpa")
-    return ""
+def xformers(q: Tensor, k: Tensor, v: Tensor, *_) -> Tensor:
+    """memory_efficient_attention of the optional package, CUDA only."""
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    # xformers has the heads after the tokens
+    q, k, v = (x.transpose(1, 2) for x in (q, repeated(q, k), repeated(q, v)))
+    return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask()).transpose(1, 2)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+              documents: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, spelled out: what the tests compare the others with."""
+    k, v = repeated(q, k), repeated(q, v)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if documents is not None:
+        places = torch.arange(q.shape[0] * q.shape[2], device=q.device)
+        owner = torch.searchsorted(documents, places, right=True).view(q.shape[0], 1, -1)
+        mask = mask & (owner[..., None] == owner[..., None, :])
+    scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(~mask, float("-inf"))
+    return scores.float().softmax(-1).to(q.dtype) @ v
+
+
+def repeated(q: Tensor, x: Tensor) -> Tensor:
+    """Keys or values (B, K, S, D), each head repeated for its group of query heads."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+# (q, k, v, mask, documents) -> (B, H, T, D); to add one: a function, this entry, a choice in
+# settings, and a case in tests/test_engine.py
+ATTENTION = {"sdpa": sdpa, "varlen": varlen, "xformers": xformers, "reference": reference}
+
+
+def document_bounds(starts: Tensor) -> Tensor:
+    """Where a document starts in rows, (B, T) bool on the host -> (N + 1,) int32 on the host: the
+    places of these starts in the rows laid end to end, and last B T. Every row starts one. N is a
+    power of two, filled up with empty documents, so that compiled code sees few sizes."""
+    starts = starts.clone()
+    starts[:, 0] = True
+    places = starts.flatten().nonzero()[:, 0].int()
+    room = 1 << max(len(places) - 1, 0).bit_length()
+    return F.pad(places, (0, room + 1 - len(places)), value=starts.numel())
 
 
 class Attention(nn.Module):
@@ -360,7 +366,7 @@ class LLaMA(nn.Module):
         return x
 
     def forward(self, ids: Tensor, targets: Tensor | None = None,
-                cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+                documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V).
 
         With targets (B, T): the sum of -log p(target) in nats, fp32 (); targets of IGNORE count 0.
@@ -394,8 +400,8 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
         """The summed loss, fp32 (). `training`: keep the gradients for backward."""
         matrix = weight.to(x.dtype)
-        chunks = -(-4 * len(x) * len(weight) // (LOGITS_BYTES // 4))
-        size = -(-len(x) // chunks)
+        chunks = math.ceil(4 * len(x) * len(weight) / (LOGITS_BYTES // 4))
+        size = math.ceil(len(x) / chunks)
         loss = torch.zeros((), device=x.device)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if training else None
         d_x = []
@@ -463,3 +469,13 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: LLaMA, seed: int, piece: Callable[[Tensor], tuple[Tensor, int]]) -> None:
+    """Give every parameter its first value: the same however they are sharded. `piece` gives of a
+    parameter (this rank's rows, the number of the first of them)."""
+    for name, parameter in model.named_parameters():
+        local, first = piece(parameter.data)
+        value = initial_weight(name, parameter.shape, model.config, seed)
+        local.copy_(value[first:first + local.shape[0]])

@@ -14,16 +14,12 @@ The page needs nothing but itself: no scripts, no network. Its figures are embed
 which `metrics` are the rows of metrics.jsonl and `info` is run.json.
 """
 
-import itertools
-import json
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-from plainllama.command import parse_arguments, run_command
+from plainllama.command import CommandLine, parse_arguments, run_command
 from plainllama.report import compare
-from plainllama.report.charts import STYLE
-from plainllama.report.page import PAGE, page
+from plainllama.report.page import write_page
 from plainllama.report.runs import find_run, load
 from plainllama.settings import UserError, key
 
@@ -37,41 +33,24 @@ class Flags:
     save_reference: str = key("", "no page: make this file of the curves of runs, a seed each")
 
 
-# ---- reading
-
-
-# ---- curves
-
-
-# ---- the page as blocks, each of them (HTML, Markdown)
-
-
-def main(command) -> int:
-    """Read the runs, write the page and its Markdown twin; or compare with reference curves."""
+def main(command: CommandLine) -> int:
+    """Write the page and its Markdown twin; or compare the runs with reference curves."""
     folders = list(dict.fromkeys(map(find_run, command.files or ["out"])))
     flags = command.flags
-    if flags.compare or flags.save_reference:
-        if sum(map(bool, (flags.compare, flags.save_reference, flags.out))) > 1:
-            raise UserError("--compare, --save_reference and --out exclude each other")
-        runs = [load(folder) for folder in folders]
-        print(compare.save(runs, Path(flags.save_reference)) if flags.save_reference else
-              "\n".join(itertools.chain.from_iterable(
-                  compare.compare(run, Path(flags.compare)) for run in runs)))
-        return 0
+    given = [value for value in (flags.compare, flags.save_reference, flags.out) if value]
+    if len(given) > 1:
+        raise UserError("--compare, --save_reference and --out exclude each other")
     out = Path(flags.out or folders[0] / "report.html")
     if out.suffix != ".html":
         raise UserError(f"--out={out} must end in .html; the Markdown goes beside it")
     runs = [load(folder) for folder in folders]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    html, markdown = zip(*page(runs, out), strict=True)
-    # without a < nothing in the data can end the element that holds it
-    data = json.dumps({"runs": [vars(run) for run in runs]}).replace("<", "\\u003c")
-    title = escape(", ".join(run.name for run in runs))
-    out.write_text(PAGE.format(title=title, style=STYLE, body="\n".join(html), data=data),
-                   "utf-8", "replace")
-    beside = out.with_suffix(".md")
-    beside.write_text("\n\n".join(markdown) + "\n", "utf-8", "replace")
-    print(f"{len(runs)} run(s) -> {out} and {beside}")
+    if flags.save_reference:
+        print(compare.save(runs, Path(flags.save_reference)))
+    elif flags.compare:
+        lines = [line for run in runs for line in compare.compare(run, Path(flags.compare))]
+        print("\n".join(lines))
+    else:
+        print(f"{len(runs)} run(s) -> {out} and {write_page(runs, out)}")
     return 0
 
 

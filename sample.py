@@ -18,9 +18,8 @@ in the order in which they stand here, which is that of transformers.
 
 from dataclasses import dataclass
 
-from plainllama import settings
 from plainllama.command import parse_arguments, run_command
-from plainllama.files import read_rows, run_of
+from plainllama.files import read_rows, run_of, step_of
 from plainllama.settings import Sampling, UserError, key
 
 
@@ -52,8 +51,7 @@ class Flags(Sampling):
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
-import base64
-import importlib.util
+import contextlib
 import os
 import time
 from datetime import timedelta
@@ -64,8 +62,8 @@ import torch
 
 from model import LLaMA
 from plainllama import parallel
-from plainllama.generation import generate
-from plainllama.generation.prompt_files import Journal, as_line, made_with, read_prompts, write_out
+from plainllama.generation import generate, prompt_files
+from plainllama.generation.prompt_files import Journal, Prompts, made_with
 from plainllama.progress import Progress
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint
@@ -75,7 +73,7 @@ from plainllama.weights.huggingface import read_config
 def main(command) -> int:
     """Check what was asked, and do this rank's share of it."""
     f = command.flags
-    f.stop = [f.stop] * bool(f.stop) if isinstance(f.stop, str) else list(f.stop)
+    f.stop = [f.stop] if f.stop and isinstance(f.stop, str) else list(f.stop)
     if command.files or not all(isinstance(stop, str) and stop for stop in f.stop):
         raise UserError(f"cannot use {(command.files or f.stop)[0]!r}: --ckpt names the model, "
                         "--prompt the text to go on from, --stop one or more texts")
@@ -84,41 +82,30 @@ def main(command) -> int:
     if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
         raise UserError("--embed writes states, and those to a .parquet: --prompts F --out "
                         "G.parquet, without --save")
-    if ".parquet" in (f.prompts[-8:], f.out[-8:]) and not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"a .parquet needs pyarrow: {settings.install('data')}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not f.out:
         raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
-    rows, table, complete = [{f.column: f.prompt}] * f.num_samples, None, False
+    prompts = Prompts([{f.column: f.prompt}] * f.num_samples)
     if f.prompts:
         added = {"completion", "stop"} if f.embed == "none" else {"embedding"}
-        rows, table, complete = read_prompts(Path(f.prompts), Path(f.out), f.num_samples, f.column,
-                                             added)
-    world = parallel.start(f.device, "auto")
-    world.set_timeout(timedelta(days=7))  # ranks do not end together
-    try:
-        return work(f, rows, table, complete, world)
-    finally:
-        world.close()
+        prompts = prompt_files.read_prompts(Path(f.prompts), Path(f.out), f.num_samples, f.column,
+                                            added)
+    with contextlib.closing(parallel.start(f.device, "auto")) as world:
+        world.set_timeout(timedelta(days=7))  # ranks do not end together
+        return work(f, prompts, world)
 
 
-def work(f: Any, rows: list[dict], table: Any, complete: bool, world: parallel.World) -> int:
-    """From rows to what is written or shown, the longest prompts first."""
+def work(f: Any, prompts: Prompts, world: parallel.World) -> int:
+    """Decode this rank's share of the rows; rank 0 then writes or shows what was made of all."""
     folder = world.decide(lambda: checkpoint.find_checkpoint(f.ckpt))
-    owner, config = run_of(folder), read_config(folder)
-    if f.save and owner is None:
+    run, rows = run_of(folder), prompts.rows
+    if f.save and run is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
-    tokenizer, room = Tokenizer.load(folder), config.block_size - (f.embed == "none")
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(row[f.column])] for row in rows]
-    for i, prompt in enumerate(prompts):
-        if len(prompt) > room:
-            where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
-            raise UserError(f"{where}the prompt has {len(prompt)} tokens, and the model's context "
-                            f"of {config.block_size} must hold it"
-                            + " and at least one more" * (f.embed == "none") + "; shorten it")
-    generate.layers_of(f.layers, config.n_layer + 1)
+    tokenizer = Tokenizer.load(folder)
+    ids = [[tokenizer.bos_id, *tokenizer.encode(row[f.column])] for row in rows]
+    check(f, ids, folder)
     journal = Journal(Path(f.out), made_with(f, folder)) if f.out else None
-    done = set(world.decide(lambda: list(journal.read()) if journal else []))
-    if complete and journal:
+    done = set(world.decide(lambda: list(journal.read() if journal else ())))
+    if journal and prompts.complete:
         if world.rank == 0:
             journal.remove()  # there if a kill came just before this line
             print(f"{f.out} is complete, with all {len(rows)} rows, from an earlier start; "
@@ -128,76 +115,100 @@ def work(f: Any, rows: list[dict], table: Any, complete: bool, world: parallel.W
         journal.begin(world.rank)
     if done and world.rank == 0:
         print(f"{len(done)} of {len(rows)} rows were done before", flush=True)
-    todo = sorted(set(range(len(rows))) - done, key=lambda i: (-len(prompts[i]), i))
+    todo = sorted(set(range(len(rows))) - done, key=lambda i: (-len(ids[i]), i))
     batches = [todo[first:first + f.batch] for first in range(0, len(todo), f.batch)]
     model = generate.ready(folder, world.device, f.dtype)
-    found, said = decode(f, model, tokenizer, prompts, batches, journal, world)
+    made, line = decode(f, model, tokenizer, ids, batches, journal, world)
     if world.rank > 0:
         return 0
     if journal:
-        found = journal.read()
-        write_out(Path(f.out), rows, table, [found[i] for i in range(len(rows))])
+        made = journal.read()
+        prompts.write(Path(f.out), [made[i] for i in range(len(rows))])
         journal.remove()
-    for i, row in enumerate(rows if not f.out and len(rows) > 1 else ()):
-        print(f"--- {i + 1} of {len(rows)} ({found[i]['stop']})\n{row[f.column]}"
-              f"{found[i]['completion']}")
-    if f.save and owner:
-        file, step = owner / "samples.jsonl", int(folder.name.removeprefix("step_"))
-        there = read_rows(file, tolerant=True)  # a text that is there is not added again
-        texts = [{"step": step, "prompt": row[f.column], **found[i]} for i, row in enumerate(rows)]
-        with open(file, "ab") as kept:
-            kept.writelines(as_line(text) for text in texts if text not in there)
-    print(said)
+    texts = [{"prompt": row[f.column], **made[i]} for i, row in enumerate(rows)]
+    if not f.out and len(texts) > 1:
+        for n, text in enumerate(texts, 1):
+            print(f"--- {n} of {len(texts)} ({text['stop']})\n{text['prompt']}{text['completion']}")
+    if f.save and run:
+        save(run, step_of(folder), texts)
+    print(line)
     return 0
 
 
-def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]],
+def check(f: Any, ids: list[list[int]], folder: Path) -> None:
+    """Raise UserError if a prompt does not fit into the model's context, beside a new token if one
+    is drawn, or if the model has no such --layers."""
+    config = read_config(folder)
+    room, more = config.block_size, ""
+    if f.embed == "none":
+        room, more = room - 1, " and at least one more"
+    for i, prompt in enumerate(ids):
+        if len(prompt) > room:
+            where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
+            raise UserError(f"{where}the prompt has {len(prompt)} tokens, and the model's context "
+                            f"of {config.block_size} must hold it{more}; shorten it")
+    generate.layers_of(f.layers, config.n_layer + 1)
+
+
+def save(run: Path, step: int, texts: list[dict]) -> None:
+    """Add texts to a run's samples.jsonl, those that are not there yet."""
+    file = run / "samples.jsonl"
+    there = read_rows(file, tolerant=True)
+    texts = [{"step": step} | text for text in texts]
+    with open(file, "ab") as kept:
+        kept.writelines(prompt_files.as_line(text) for text in texts if text not in there)
+
+
+def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]],
            batches: list[list[int]], journal: Journal | None,
            world: parallel.World) -> tuple[dict[int, dict], str]:
-    """(what this rank found for its share of the batches, unless it is in the journal; a line about
-    the time it took)."""
-    config, embed, stream = model.config, f.embed != "none", not f.out and len(prompts) == 1
-    mine, compiled = batches[world.rank::world.size], None
-    if mine and not embed and (f.compile == "true" or (
-            f.compile == "auto" and f.out and world.device.type == "cuda")):
-        capacity = min(config.block_size, len(prompts[mine[0][0]]) + f.max_new_tokens)
+    """Decode this rank's share of the batches. Return {row: what was made of it}, empty if the
+    journal keeps it, and a line about what all ranks did."""
+    config, mine = model.config, batches[world.rank::world.size]
+    embed, stream, compiled = f.embed != "none", not f.out and len(ids) == 1, None
+    pays = f.compile == "auto" and f.out and world.device.type == "cuda"
+    if mine and not embed and (f.compile == "true" or pays):
+        capacity = min(config.block_size, len(ids[mine[0][0]]) + f.max_new_tokens)
         compiled = generate.compile_step(model, f.batch, capacity, f.compile == "true")
-    print(f.prompt * stream, end="", flush=True)
+    if stream:
+        print(f.prompt, end="", flush=True)
     progress = Progress("embedding" if embed else "sampling", sum(map(len, mine)), "rows",
-                            not stream and world.rank == 0)
-    found: dict[int, dict] = {}
-    start, speed, tokens, cut = time.perf_counter(), generate.Speed(), 0, 0
+                        not stream and world.rank == 0)
+    made: dict[int, dict] = {}
+    keep = journal.add if journal else made.update
+    start, tokens, cut = time.perf_counter(), 0, 0
     for batch in mine:
-        ids = [prompts[i] for i in batch]
+        prompts = [ids[i] for i in batch]
         if embed:
-            states = generate.embed(model, ids, f.embed,
+            states = generate.embed(model, prompts, f.embed,
                                     generate.layers_of(f.layers, config.n_layer + 1))
-            new = [{"embedding": base64.b64encode(state.numpy().astype("<f4").tobytes()).decode()}
-                   for state in states]
-            tokens += sum(map(len, ids))
+            new = [{"embedding": prompt_files.pack(state.numpy())} for state in states]
+            tokens += sum(map(len, prompts))
         else:
-            texts = generate.complete(model, tokenizer, ids, f.max_new_tokens, f,
+            texts = generate.complete(model, tokenizer, prompts, f.max_new_tokens, f,
                                       [generate.row_seed(f.seed, i) for i in batch], f.stop, stream,
-                                      compiled, speed)
-            new = [{"completion": text, "stop": ended} for ended, text, _ in texts]
-            tokens += sum(count for _, _, count in texts)
-            cut += sum(ended == "length" and len(one) + count == config.block_size
-                       for one, (ended, _, count) in zip(ids, texts, strict=True))
-        if journal:
-            journal.add([{"row": i} | one for i, one in zip(batch, new, strict=True)])
-        else:
-            found |= dict(zip(batch, new, strict=True))
+                                      compiled)
+            new = [{"completion": text.text, "stop": text.ended} for text in texts]
+            tokens += sum(text.tokens for text in texts)
+            cut += sum(text.ended == "length" and len(prompt) + text.tokens == config.block_size
+                       for prompt, text in zip(prompts, texts, strict=True))
+        keep(dict(zip(batch, new, strict=True)))
         progress.add(len(batch))
     progress.close()
     if journal:
         journal.file.close()
-    tokens, cut = map(int, world.sum(torch.tensor([tokens, cut], device=world.device)).tolist())
-    seconds = time.perf_counter() - start
-    return found, (
-        "\n" * stream + f"{tokens} {'' if embed else 'new '}tokens in {seconds:.2f} s: "
-        f"{tokens / seconds:.1f} tokens/s{speed.told(world.device) if world.rank == 0 else ''}"
-        + f"; {cut} ended where the context ends, at {config.block_size} tokens" * bool(cut)
-        + f" -> {f.out}" * bool(f.out))
+    tokens, cut = world.sum(torch.tensor([tokens, cut], device=world.device)).tolist()
+    if stream:
+        print()
+    return made, summary(f, tokens, cut, time.perf_counter() - start, config.block_size)
+
+
+def summary(f: Any, tokens: int, cut: int, seconds: float, block_size: int) -> str:
+    """Say in a line what was done, and how fast."""
+    kind = "new tokens" if f.embed == "none" else "tokens"
+    full = f"; {cut} ended where the context ends, at {block_size} tokens" if cut else ""
+    where = f" -> {f.out}" if f.out else ""
+    return f"{tokens} {kind} in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{full}{where}"
 
 
 if __name__ == "__main__":

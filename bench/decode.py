@@ -15,7 +15,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import LLaMA
+from model import LLaMA, initialise
 from plainllama import settings
 from plainllama.command import CommandLine, parse, parse_arguments, run_command
 from plainllama.generation import generate
@@ -48,7 +48,7 @@ def main(command: CommandLine) -> int:
     config = parse([str(ROOT / "config/llama100m.py")], "").config
     config.vocab_size = 32000
     ours = LLaMA(architecture(config)).eval()
-    World().initialise(ours, 0)
+    initialise(ours, 0, World().piece)
     theirs = LlamaForCausalLM(LlamaConfig(**config_json(ours.config, None, None))).eval()
     theirs.load_state_dict(ours.state_dict())
     matrices = [p for name, p in ours.named_parameters() if p.dim() > 1 and "embed" not in name]
@@ -79,7 +79,8 @@ def main(command: CommandLine) -> int:
                 first = time.perf_counter()
                 found[name] = made(name, ids, NEW)
                 seconds = time.perf_counter() - first - (first - begin)
-                each += [1e3 * seconds / (NEW - 1)] * (turn > 0)
+                if turn > 0:  # the first one warms up
+                    each.append(1e3 * seconds / (NEW - 1))
         what = f"batch {batch}, {prompt} tokens of prompt"
         for name, each in times.items():
             print(f"{what}, {name}, ms a step: " + " ".join(f"{ms:.1f}" for ms in each))

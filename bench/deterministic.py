@@ -76,7 +76,7 @@ def main(command: CommandLine) -> int:
         hashes.add(bits(run, flags.steps))
         print(f"{flags.steps} steps on changing numbers: {bits(run, flags.steps)}", flush=True)
         speeds: dict[str, list[float]] = {"--deterministic": [], "--deterministic=false": []}
-        for turn in range(2 * bool(flags.timed)):
+        for turn in range(2 if flags.timed else 0):
             for arm in list(speeds)[::1 - 2 * turn]:
                 run = train(f"{folder}/{arm}{turn}", 2, *LARGE, arm, f"--max_steps={flags.timed}",
                             "--save_interval=1000000")

@@ -8,8 +8,6 @@ OUT/results.md: a kill loses nothing. OUT/run_* is the run, a few MB; its checkp
 out/bench/. A stage that fails, or for which no time is left, says so and the next one begins.
 
 --rehearse does all of it with tiny sizes on the CPU. Exit codes: 0; 1 a stage failed; 2 the input.
-
-bench/gpu.py mission [--help] is the long run of bench/mission.py, in calls of some minutes.
 """
 
 import sys
@@ -20,12 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train
-from model import IGNORE, Linear, LLaMA, flops_per_token
+from model import IGNORE, Linear, LLaMA, flops_per_token, initialise
 from plainllama import parallel, settings
 from plainllama.command import CommandLine, parse, parse_arguments, run_command
 from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.settings import UserError, key
+from plainllama.tokens.rows import Batch
 from plainllama.training import log, optim
 from plainllama.training.engine import Engine, architecture
 from plainllama.weights.huggingface import config_json
@@ -44,11 +43,6 @@ class Flags:
 
 
 if __name__ == "__main__":  # --help and a misspelt option are answered before torch is loaded
-    if sys.argv[1:2] == ["mission"]:
-        import mission
-
-        del sys.argv[1]
-        run_command(mission.main, parse_arguments(mission.__doc__, mission.Flags, takes="files"))
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import hashlib
@@ -169,7 +163,7 @@ def our_model(bench: Bench) -> LLaMA:
     with torch.device("meta"):
         model = LLaMA(bench.shape)
     bench.world.place(model, parallel.pick_dtype("auto", bench.world.device))
-    bench.world.initialise(model, bench.config.seed)
+    initialise(model, bench.config.seed, bench.world.piece)
     return model
 
 
@@ -215,7 +209,7 @@ class Contender:
             y = torch.cat((x[:, 1:], torch.full_like(x[:, :1], IGNORE)), 1)
             self.engine.module, self.engine.micro = run, len(x)
             targets = y.numel() - len(y)
-            return self.engine.update((x, y), config.min_lr, targets=targets)[0] / targets
+            return self.engine.update(Batch(x, y, None), config.min_lr, targets)[0] / targets
         dtype = parallel.pick_dtype("auto", x.device)
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             loss = run(input_ids=x, labels=x, use_cache=False).loss  # autocast keeps fp32 weights
@@ -266,6 +260,7 @@ def step(bench: Bench, names: tuple = ()) -> None:
     dtype = str(parallel.pick_dtype("auto", bench.world.device))[6:]
     for name in names or present(bench, "step"):
         one = Contender(bench, name)
+        matmuls = dtype if name == "ours" or dtype == "float32" else f"{dtype} by autocast"
         micro = sweep(one, "micro-batches, eager", range(3, 7))
         backend = "eager" if bench.tiny else "inductor"  # inductor takes longer than a rehearsal
         one.forward[True] = torch.compile(one.model, backend=backend)
@@ -280,7 +275,7 @@ def step(bench: Bench, names: tuple = ()) -> None:
             turn = (0.05 if bench.tiny else 1.5) * speed / micro / bench.config.block_size
             arms[arm] = (one, (compiled, micro, max(2, round(turn))), [], {
                 "micro_batch": micro, "peak_bytes": one.peak, "first_step_seconds": first,
-                "matmuls": dtype + " by autocast" * (name != "ours" and dtype != "float32"),
+                "matmuls": matmuls,
                 "compiler": f"dynamo, {backend}" if compiled else None})
     for _ in range(5):  # A B C D A B C D ...: what drifts, drifts for all
         for one, arguments, speeds, _ in arms.values():
@@ -304,6 +299,41 @@ def memory(bench: Bench) -> None:
     sweep(Contender(bench, "ours"), "memory, eager", range(9))
 
 
+def reading_speed(device: torch.device) -> float:
+    """Measure the bytes per second at which the device adds up a large tensor: what decoding could
+    reach."""
+    numbers, least = torch.ones(1 << 26, device=device), float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        numbers.sum().item()
+        least = min(least, time.perf_counter() - begin)
+    return numbers.nbytes / least
+
+
+def bytes_read(model: LLaMA, batch: int, prompt: int, new: int, compiled: bool) -> int:
+    """Count what the steps after the first token read: the weights, and the cache as far as it is
+    in use (if compiled: all of it)."""
+    config = model.config
+    weights = sum(p.nbytes for p in model.parameters())
+    if not config.tie_embeddings:
+        weights -= model.model.embed_tokens.weight.nbytes
+    token = (2 * config.n_layer * batch * config.kv_heads * config.head_dim *
+             model.compute_dtype.itemsize)
+    used = [prompt + new] * (new - 1) if compiled else range(prompt + 1, prompt + new)
+    return (new - 1) * weights + token * sum(used)
+
+
+class Times:
+    """Notes when the first token came."""
+
+    first = 0.0
+
+    def note(self, row: int, token: int) -> bool:
+        """Watch generate(), and end no text."""
+        self.first = self.first or time.perf_counter()
+        return False
+
+
 def decode(bench: Bench) -> None:
     """Greedy decoding: generate.generate beside transformers' generate."""
     new, device = 16 if bench.tiny else 128, bench.world.device
@@ -312,7 +342,7 @@ def decode(bench: Bench) -> None:
     for model in models.values():  # ours: the matrices alone, as sample.py loads a checkpoint
         for part in [m for m in model.modules() if isinstance(m, Linear)] or [model]:
             part.to(parallel.pick_dtype("auto", device))
-    best = generate.reading_speed(device)
+    best = reading_speed(device)
     for batch in (1, 16):
         ids = torch.randint(bench.config.vocab_size, (batch, 32), device=device)
         share: dict = {}
@@ -322,12 +352,13 @@ def decode(bench: Bench) -> None:
             arms["ours compiled"] = models["ours"], compiled
         speeds: dict = {name: [] for name in arms}
         for name, (model, compiled) in [*arms.items()] * 4:
-            begin, speed = time.perf_counter(), generate.Speed()
+            begin, times = time.perf_counter(), Times()
             if name != "transformers":
                 made = generate.generate(model, ids.tolist(), new, greedy, [0] * batch,
-                                         compiled=compiled, speed=speed)
+                                         watch=times.note, compiled=compiled)
                 count = sum(len(text) for text, _ in made)
-                share[name] = speed.bytes / speed.seconds / best
+                read = bytes_read(model, batch, 32, new, bool(compiled))
+                share[name] = read / (time.perf_counter() - times.first) / best
             else:
                 made = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
                                       do_sample=False, min_new_tokens=new, max_new_tokens=new)
@@ -379,7 +410,7 @@ def training(bench: Bench) -> None:
                  f"--out_dir={folder}", f"--max_steps={steps}", f"--warmup_steps={steps // 20}",
                  f"--max_minutes={(seconds + reserve) / 60}", f"--micro_batch={micro}",
                  f"--log_interval={1 + steps // 100}", f"--eval_interval={1 + steps // 8}",
-                 f"--save_interval={steps}", *["--compile=false"] * ("eager" in arm),
+                 f"--save_interval={steps}", *(["--compile=false"] if "eager" in arm else []),
                  ok=(0, train.STOPPED))
     minutes = (time.perf_counter() - begin) / 60
     (keep / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in PROMPTS))

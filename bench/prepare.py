@@ -9,7 +9,7 @@ commands in turn, --repeat times:
   sentencepiece  json.loads and the library's own encode, nothing written (mistral)
   datasets       map(encode) and one memory map written in 1,024 slices: the usual way
 
-FOLDER may hold gpt2/{vocab.bpe,encoder.json} and a .model of mistral; else installed packages do.
+FOLDER may hold gpt2/vocab.bpe and a .model of mistral; else installed packages do.
 """
 
 import argparse

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plainllama.files import file_entry
+from plainllama.settings import ceil_div
 from plainllama.tokens import shards, tokenizer
 from plainllama.tokens.rows import DocumentRows, Mixture, Rows
 
@@ -67,8 +68,9 @@ def make_set(folder: Path, tokens: int, of_file: int, document: int, fill: bool)
     words.save(folder)
     files = {"tokenizer.json": file_entry(folder / "tokenizer.json")}
     rng = np.random.default_rng(0)
+    documents = ceil_div(of_file, document)
     for i in range(tokens // of_file):
-        for name in ("train", "val")[:1 + (not i)]:
+        for name in ("train",) if i else ("train", "val"):
             path = folder / f"{name}-{i:05}.bin"
             with open(path, "wb") as file:
                 file.write(shards.HEADER.pack(shards.MAGIC, shards.FORMAT, 2, of_file))
@@ -79,9 +81,9 @@ def make_set(folder: Path, tokens: int, of_file: int, document: int, fill: bool)
             with open(index, "wb") as file:
                 if fill:
                     file.write(np.arange(0, of_file, document, np.uint64).tobytes())
-                file.truncate(-(-of_file // document) * 8)
+                file.truncate(documents * 8)
             files[path.name] = {"size": path.stat().st_size, "sha256": "", "tokens": of_file,
-                                "documents": -(-of_file // document), "largest_id": 257}
+                                "documents": documents, "largest_id": 257}
             files[index.name] = {"size": index.stat().st_size, "sha256": ""}
     split = {"documents": 1, "tokens": tokens, "bytes": tokens, "longest": document, "tail": 0}
     shards.write_manifest(folder, {

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from plainllama.command import CommandLine, parse_arguments
 from plainllama.files import read_rows
-from plainllama.settings import key
+from plainllama.settings import ceil_div, key
 
 
 @dataclass
@@ -90,7 +90,7 @@ def main(command: CommandLine) -> int:
         rows = read_rows(run / "metrics.jsonl", tolerant=True)
         again = train(f"--out_dir={run}", f"--max_steps={flags.steps + 1}", "--extend")
     saving, without = (median(one["wall"] for one in arms[arm]) for arm in arms)
-    fresh, saves = arms["saving"][0], -(-flags.steps // flags.every)
+    fresh, saves = arms["saving"][0], ceil_div(flags.steps, flags.every)
     copies = sum(row.get("save_seconds", 0) for row in rows) / max(1, saves - 1)  # not the last
     print(f"| {flags.steps} steps of 8,192 tokens, 30 M parameters, {saves} saves against 1 | "
           f"{saving:.1f} s | {without:.1f} s | {saving / without:.3f} |")

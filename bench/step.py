@@ -18,6 +18,7 @@ from model import flops_per_token
 from plainllama.command import CommandLine, parse_arguments, run_command
 from plainllama.parallel import World
 from plainllama.settings import Settings, key
+from plainllama.tokens.rows import to_batch
 from plainllama.training.engine import Engine
 from plainllama.weights.huggingface import config_json
 
@@ -159,9 +160,9 @@ def ours(config: Settings, compiled: bool) -> Arm:
         engine.compile()
         if not engine.compiled:
             raise RuntimeError("torch.compile does not work here")
-    ids = rows()
-    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    return lambda: timed(lambda: engine.update(batch, 1e-4)[0].item())
+    batch = to_batch(rows().numpy())
+    targets = batch.targets.numel()
+    return lambda: timed(lambda: engine.update(batch, 1e-4, targets)[0].item())
 
 
 def peer(model: torch.nn.Module, compiled: bool, loss: Callable) -> Arm:

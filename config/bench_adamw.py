@@ -1,4 +1,4 @@
-"""AdamW's arm of bench/optimizers.py: the quickstart's model, evaluated often, without samples."""
+"""AdamW's arm of runs/optimizers.py: the quickstart's model, evaluated often, without samples."""
 
 base = "quickstart.py"
 optimizer = "adamw"

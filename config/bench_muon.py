@@ -1,4 +1,4 @@
-"""Muon's arm of bench/optimizers.py: in all else AdamW's."""
+"""Muon's arm of runs/optimizers.py: in all else AdamW's."""
 
 base = "bench_adamw.py"
 optimizer = "muon"

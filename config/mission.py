@@ -1,4 +1,4 @@
-"""The mission on one GPU: llama100m at a context of 256, then lengthened (bench/mission.py).
+"""The mission on one GPU: llama100m at a context of 256, then lengthened (runs/mission.py).
 
 Length, schedule and data set are set by the script: as many steps as fit in its time.
 """

@@ -1,6 +1,6 @@
 """The mission at a size that two CPU cores train: all else is mission.py's.
 
-python bench/gpu.py mission --config=config/mission_cpu.py --out=bench/results/mission-cpu
+python runs/mission.py --config=config/mission_cpu.py --out=runs/results/mission-cpu
 """
 
 base = "mission.py"

@@ -83,6 +83,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_bytes(data: bytes) -> str:
+    """Hash bytes; the hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def file_entry(path: Path) -> dict:
     """Describe a file as manifests and checksums do: {size, sha256}."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -136,10 +141,15 @@ def read_status(run: Path) -> str:
     return str(read_json(run / "status.json", tolerant=True).get("state", ""))
 
 
+def step_of(checkpoint: Path) -> int:
+    """Read the step off the name of a checkpoint's folder, step_N."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def steps_of(run: Path) -> list[Path]:
     """List the committed checkpoints of a run, newest first, not yet verified."""
     found = [p for p in run.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return sorted(found, key=lambda p: -int(p.name[5:]))
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest_run(folder: Path) -> Path | None:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import LLaMA, initial_weight
+from model import LLaMA, trained
 from plainllama import watch
-from plainllama.settings import UserError
+from plainllama.settings import UserError, ceil_div
 
 DDP_SHARE = 0.6  # share of a device's memory that weights and optimizer may take with parallel=auto
 
@@ -43,11 +43,12 @@ class World:
         """Fix how ranks share the work: `shards` neighbouring ranks hold a whole model between
         them, and there are `replicas` of it."""
         self.mode, self.sharded = mode, mode in ("fsdp", "hsdp")
-        self.shards = {"fsdp": self.size, "hsdp": per_machine(self.size)}.get(mode, 1)
+        local = local_size(self.size)
+        if mode == "hsdp" and (local in (1, self.size) or self.size % local):
+            raise UserError(f"parallel=hsdp cannot cut {self.size} ranks, {local} of them on this "
+                            "machine, into a copy on each machine; say parallel=fsdp")
+        self.shards = {"fsdp": self.size, "hsdp": local}.get(mode, 1)
         self.replicas, self.shard = self.size // self.shards, self.rank % self.shards
-        if mode == "hsdp" and 1 in (self.shards, self.replicas):
-            raise UserError(f"parallel=hsdp cannot cut {self.size} ranks into copies of several "
-                            "shards; say parallel=fsdp")
 
     def choose(self, model: LLaMA) -> None:
         """parallel=auto: ddp, which sends least, while the model fits on each device beside its
@@ -57,10 +58,14 @@ class World:
             room = torch.cuda.get_device_properties(self.device).total_memory
         else:
             room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size(self.size)
-        machine = per_machine(self.size)
-        fits = need <= DDP_SHARE * room
-        self.share("ddp" if fits else "hsdp" if local_size(self.size) == machine < self.size and
-                   need <= DDP_SHARE * room * machine else "fsdp")
+        local, fits = local_size(self.size), need <= DDP_SHARE * room
+        several = 1 < local < self.size and self.size % local == 0  # machines of several ranks
+        if fits:
+            self.share("ddp")
+        elif several and need <= DDP_SHARE * room * local:
+            self.share("hsdp")
+        else:
+            self.share("fsdp")
         self.why = (f"parallel=auto takes {self.mode}: weights, gradients and moments need "
                     f"{need / 1e9:.2f} GB, {'not more' if fits else 'more'} than {DDP_SHARE:.0%} "
                     f"of a rank's {room / 1e9:.1f} GB")
@@ -99,14 +104,6 @@ class World:
         model.reset_derived(self.device)
         model.compute_dtype = dtype
 
-    def initialise(self, model: LLaMA, seed: int) -> None:
-        """Every parameter from its own generator: the same weights however they are sharded."""
-        for name, parameter in model.named_parameters():
-            local, offset = self.piece(parameter.data)
-            value = initial_weight(name, parameter.shape, model.config, seed)
-            with torch.no_grad():
-                local.copy_(value[offset:offset + local.shape[0]])
-
     def wrap(self, model: LLaMA) -> nn.Module:
         """The module to call in training: gradients are averaged over ranks in its backward."""
         if self.mode == "ddp":
@@ -140,7 +137,7 @@ class World:
         if not hasattr(tensor, "to_local"):
             return tensor, 0
         local = tensor.to_local()
-        rows = -(-tensor.shape[0] // self.shards)  # fully_shard cuts like torch.chunk
+        rows = ceil_div(tensor.shape[0], self.shards)  # fully_shard cuts like torch.chunk
         return local, min(self.shard * rows, tensor.shape[0])
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -150,7 +147,7 @@ class World:
     def square_norm(self, model: nn.Module) -> Tensor:
         """This rank's share of the squared gradient norm, fp32 (): the shares add up to the norm
         of the whole model, squared."""
-        grads = [self.piece(p.grad)[0] for p in model.parameters() if p.grad is not None]
+        grads = [self.piece(p.grad)[0] for _, p in trained(model) if p.grad is not None]
         norms = torch._foreach_norm([g for g in grads if g.numel()])
         total = torch.stack(norms).square().sum()
         return total / self.replicas
@@ -280,14 +277,6 @@ def local_size(size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
 
-def per_machine(size: int) -> int:
-    """Over how many ranks hsdp shards: those of a machine; on one machine, the largest proper part
-    of them that divides them, as if it were several."""
-    local = local_size(size)
-    return local if 1 < local < size and size % local == 0 else next(
-        (n for n in range(size // 2, 0, -1) if size % n == 0), 1)
-
-
 def pick_device(device: str) -> str:
     """'auto' is cuda, then mps, then cpu; a device that is not there is a UserError."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
@@ -310,3 +299,26 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         raise UserError(f"dtype=bf16: {torch.cuda.get_device_name(device)} only emulates it; use "
                         "dtype=fp16")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def why_not(error: Exception) -> str:
+    """Say in one line, of at most 200 characters, why torch.compile failed."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def attention_refusal(backend: str, device: str, dtype: torch.dtype = torch.bfloat16,
+                      doc_mask: bool = False) -> str:
+    """Why `backend` cannot run on `device` ('cpu', 'cuda', 'mps') in `dtype` here, or ''."""
+    if backend in ("varlen", "xformers") and device != "cuda":
+        return f"attention={backend} needs a CUDA device, found {device}; use attention=sdpa"
+    if backend == "varlen" and dtype == torch.float32:
+        return "attention=varlen computes in bf16 or fp16 only; use attention=sdpa or another dtype"
+    if doc_mask and device == "cuda" and backend in ("sdpa", "xformers"):
+        return f"doc_mask on CUDA needs attention=varlen, found {backend}"
+    if backend == "xformers":
+        try:
+            import xformers.ops  # noqa: F401
+        except ImportError as error:
+            return (f"attention=xformers: {error}; install it with `pip install xformers` or use "
+                    "attention=sdpa")
+    return ""

@@ -3,8 +3,6 @@
 import sys
 import time
 
-import torch
-
 
 class Progress:
     """How far a stage is: one line that is rewritten on a terminal, elsewhere a line at times."""
@@ -16,20 +14,28 @@ class Progress:
         self.began = self.shown = time.monotonic()
 
     def add(self, n: int) -> None:
-        """`n` more are done."""
+        """Count `n` more as done, and show the line if that is due."""
         self.done += n
         if self.active and time.monotonic() - self.shown >= (0.2 if self.terminal else 10):
             if self.device == "cuda":
-                torch.cuda.synchronize()
-            self.shown = time.monotonic()
-            rate = self.done / (self.shown - self.began)
-            self.line(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a "
-                      f"second, {duration((self.total - self.done) / max(rate, 1e-9))} left")
+                import torch
 
-    def line(self, text: str) -> None:
-        """Show `text` as the state of things."""
-        print(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n",
-              flush=True)
+                torch.cuda.synchronize()
+            self.show(end="" if self.terminal else "\n")
+
+    def show(self, end: str = "\n") -> None:
+        """Print the line."""
+        self.shown = time.monotonic()
+        seconds = max(self.shown - self.began, 1e-9)
+        rate = self.done / seconds
+        left = duration((self.total - self.done) / max(rate, 1e-9))
+        line = (f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, "
+                f"{left} left{self.details(seconds)}")
+        print(f"\r{line}\033[K" if self.terminal else line, end=end, flush=True)
+
+    def details(self, seconds: float) -> str:
+        """Say what the line ends with, after so many seconds; for a stage that knows more."""
+        return ""
 
     def close(self) -> None:
         """Leave the line to what is printed next."""
@@ -38,7 +44,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """'2:05' or '3:20:00'."""
+    """Write a time: '2:05' or '3:20:00'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

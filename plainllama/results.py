@@ -1,71 +1,106 @@
-"""The scores of a checkpoint: how they are written, read and shown. RUN/eval/step_N.json."""
+"""The scores of a checkpoint, RUN/eval/step_N.json: written, read and shown here alone."""
 
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
-from plainllama.files import write_json
-from plainllama.parallel import World
+from plainllama.files import read_json, write_json, write_text
 
-# ---- what is shown and kept
+HEADING = {"shots": "{} shots", "begin": "{} in front",
+           "truncated": "{} too long for the context and cut at the left"}
+DESCRIBES = {*HEADING, "n", "chance", "correct", "long_enough"}  # numbers that are no scores
+
+# ---- what is shown
+
+
+class Score(NamedTuple):
+    """A score among the metrics of a task, with what tells how far to trust it."""
+
+    name: str
+    value: float
+    error: float | None  # standard error
+    interval: tuple[float, float] | None  # holds 95 % of the values from resampled questions
+    chance: float | None  # what choosing blindly gives, of accuracies
+    guess: dict | None  # what guessing models reach: mean, deviation, reaches_0.30
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95 % interval that the standard error gives, 0 without one."""
+        return 1.96 * (self.error or 0)
+
+
+def measured(metrics: dict) -> list[Score]:
+    """List the scores among a task's metrics, in their order, also those that are not finite."""
+    scores = []
+    for name, value in metrics.items():
+        metric, comma, filtered = name.partition(",")  # lm-eval: acc,strict-match
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and metric not in DESCRIBES and "_stderr" not in metric:
+            scores.append(Score(name, value, metrics.get(f"{metric}_stderr{comma}{filtered}"),
+                                metrics.get("intervals", {}).get(name),
+                                metrics.get("chance") if metric.startswith("acc") else None,
+                                metrics.get("guessing", {}).get(name)))
+    return scores
+
 
 def score_table(title: str, metrics: dict) -> str:
-    """A title and lines of metric, value, interval of 95 %, what chance or guessing would give."""
-    about = {"shots": "{} shots", "begin": "{} in front",
-             "truncated": "{} too long for the context and cut at the left"}
-    lines = [", ".join([title, *(words.format(metrics[name]) for name, words in about.items()
-                                 if metrics.get(name))])]
-    chance = metrics.get("chance")
-    for name, value in metrics.items():
-        if (isinstance(value, int | float) and "_stderr" not in name
-                and name not in (*about, "n", "chance", "correct", "long_enough")):
-            metric, comma, filtered = name.partition(",")  # lm-eval: acc,strict-match
-            error = metrics.get(f"{metric}_stderr{comma}{filtered}")
-            line = f"  {name:<14}{value:9.4f}" + (f" ± {1.96 * error:.4f}" if error else "")
-            if name in metrics.get("guessing", {}):
-                (low, high), guess = metrics["intervals"][name], metrics["guessing"][name]
-                line += (f"   95 % {low:.3f} to {high:.3f}; guessing {guess['mean']:.3f} ± "
-                         f"{1.96 * guess['deviation']:.3f}, reaches 0.30 in "
-                         f"{guess['reaches_0.30']:.0%} of tries")
-            elif chance and metric[:3] == "acc":
-                line += f"   chance {chance:.4f}"
-            if name == "contaminated":
-                line += f"   of {metrics['n']} questions; {metrics['long_enough']} can be told"
-            lines.append(line)
+    """Render a title and a line for each score: its value, its interval of 95 %, what chance or
+    guessing would give."""
+    heading = [text.format(metrics[name]) for name, text in HEADING.items() if metrics.get(name)]
+    lines = [", ".join([title, *heading])]
     if "correct" in metrics:
-        lines.insert(1, f"  {'correct':<14}{metrics['correct']} of {metrics['n']}")
+        lines.append(f"  {'correct':<14}{metrics['correct']} of {metrics['n']}")
+    for score in measured(metrics):
+        line = f"  {score.name:<14}{score.value:9.4f}"
+        if score.error:
+            line += f" ± {score.margin:.4f}"
+        if score.guess and score.interval:
+            (low, high), guess = score.interval, score.guess
+            line += (f"   95 % {low:.3f} to {high:.3f}; guessing {guess['mean']:.3f} ± "
+                     f"{1.96 * guess['deviation']:.3f}, reaches 0.30 in "
+                     f"{guess['reaches_0.30']:.0%} of tries")
+        elif score.chance:
+            line += f"   chance {score.chance:.4f}"
+        if score.name == "contaminated":
+            line += f"   of {metrics['n']} questions; {metrics['long_enough']} can be told"
+        lines.append(line)
     if "letters" in metrics:
-        lines.append(f"  {'predicted':<14}"
-                     + ", ".join(f"{letter} {n}" for letter, n in metrics["letters"].items()))
+        counts = ", ".join(f"{letter} {n}" for letter, n in metrics["letters"].items())
+        lines.append(f"  {'predicted':<14}{counts}")
     if "unavailable" in metrics:
         lines.append(f"  not available: {metrics['unavailable']}")
     return "\n".join(lines)
 
 
+# ---- what is kept
+
+def scores_file(run: Path, step: int) -> Path:
+    """Name the file that holds the scores of a step."""
+    return run / "eval" / f"step_{step}.json"
+
+
 def read_scores(run: Path, step: int) -> dict:
-    """What RUN/eval holds of a step; {} if that is nothing, or damaged."""
-    try:
-        found = json.loads((run / "eval" / f"step_{step}.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
+    """Read what RUN/eval holds of a step; {} if that is nothing, or damaged."""
+    return read_json(scores_file(run, step), tolerant=True)
 
 
-def record(run: Path | None, result: dict, world: World) -> None:
-    """Write RUN/eval/step_N.json; scores of the same step that were not computed now are kept."""
-    if run and world.rank == 0:
-        old = read_scores(run, result["step"])
-        both = {name: old.get(name, {}) | result.get(name, {})
-                for name in ("tasks", "contexts", "texts")}
+def record(run: Path | None, result: dict) -> None:
+    """Write RUN/eval/step_N.json, if there is a run; scores of the same step that were not computed
+    now are kept."""
+    if run:
+        kept = read_scores(run, result["step"])
+        parts = {name: kept.get(name, {}) | result.get(name, {})
+                 for name in ("tasks", "contexts", "texts") if name in kept or name in result}
         (run / "eval").mkdir(exist_ok=True)
-        write_json(run / "eval" / f"step_{result['step']}.json", old | result | {
-            name: found for name, found in both.items() if found or name == "tasks"})
+        write_json(scores_file(run, result["step"]), kept | result | parts)
 
 
 def write_samples(run: Path | None, step: int | None, task: str, samples: list[dict]) -> None:
-    """The questions and answers of a task, a row each, beside the scores (without a run: here)."""
+    """Write the questions and answers of a task, a row each, beside the scores (without a run:
+    here)."""
     name = re.sub(r"[^\w.-]+", "_", task.removeprefix("local:"))
     path = (run / "eval" if run else Path()) / f"samples_{name}_step_{step or 0}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(one) + "\n" for one in samples), encoding="utf-8")
+    write_text(path, "".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"samples {path}", flush=True)

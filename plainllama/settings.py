@@ -26,7 +26,8 @@ class Settings:
         "hf:ashaba1in/small_openwebtext",
         "text: a path, glob, -, hf:NAME[@REV][:split], embedded, a dict, or a list of these",
     )
-    tokenizer: str = key("mistral", "mistral, gpt2, bytes, bpe:4096 (trained on the text), a path")
+    tokenizer: str = key(
+        "mistral", "mistral, gpt2, bytes, bpe:4096 (trained here), a .model, a tokenizer.json")
     val_fraction: float = key(0.005, "share of documents held out", low=1e-9, high=0.5)
     min_chars: int = key(0, "documents with fewer characters are dropped", low=0)
     max_chars: int = key(0, "documents with more characters are dropped (0: no bound)", low=0)
@@ -103,8 +104,8 @@ class Sampling:
     min_p: float = key(0.0, "drop tokens below this share of the likeliest's probability", (), 0, 1)
 
 
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+def ceil_div(a, b):
+    """Divide and round up: whole numbers, or arrays of them."""
     return -(-a // b)
 
 

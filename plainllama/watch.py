@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from plainllama.command import complain
+from plainllama.settings import UserError
 
 ARRIVE = 600  # seconds that the ranks have to come together: imports from a cold disk take minutes
 FIRST_SUM = 60  # seconds for the first sum over all ranks
@@ -229,3 +230,35 @@ class StopFlag:
             self.outbox.close()
             self.thread.join()
             self.inbox.close()
+
+
+class Guard:
+    """Around a run: signals ask it to stop, and ranks hear of each other's end.
+
+    `minutes`: the run's time limit, 0 for none. `leaving`: the process ends with the run.
+    """
+
+    def __init__(self, store: dist.Store | None, rank: int, size: int, minutes: float,
+                 leaving: bool):
+        self.rank, self.size, self.leaving = rank, size, leaving
+        self.stop, self.signs = StopFlag(minutes), Watch(store, rank, size)
+
+    def __enter__(self) -> "Guard":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        """Tell the other ranks why this one leaves early; leave at once if one of them is lost."""
+        try:
+            if isinstance(error, RuntimeError | UserError):
+                reason = f"rank {self.rank}: {error!s:.160}"
+                if isinstance(error, RuntimeError):
+                    reason += f"; {GO_ON}"
+                    if self.size > 1 and lost(error):
+                        time.sleep(1)  # torchrun names the first to die as the cause
+                        self.signs.end(f"rank {self.rank}: another rank has gone or hangs "
+                                       f"({error!s:.160}); {GO_ON}")
+                self.signs.broken = reason
+        finally:
+            self.signs.close()
+            self.signs.farewell = lambda: None  # it may hold the run, and so its folder's lock
+            self.stop.close(self.leaving)

@@ -18,14 +18,15 @@ from model import IGNORE
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
 from plainllama.tokens import tokenizer
-from plainllama.training.engine import Batch, Engine
+from plainllama.tokens.rows import Batch
+from plainllama.training.engine import Engine, Outcome
 from plainllama.weights import checkpoint
 
 ROWS, LENGTH = 10, 24
 TOKENIZER = Path("tokenizer.json")
 
 
-def rows(step: int) -> Batch:
+def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and targets of a step; the targets of a row are fewer the later it comes."""
     ids = torch.randint(2, 258, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -54,16 +55,17 @@ def train(made: Engine, steps: range) -> list[list[float]]:
         targets = int((y != IGNORE).sum())
         x, y = x[world.rank::world.size], y[world.rank::world.size]
         fill = made.accumulate * made.micro - len(x)
-        batch = (torch.cat([x, torch.zeros(fill, LENGTH, dtype=torch.long)]),
-                 torch.cat([y, torch.full((fill, LENGTH), IGNORE)]))
-        nll, square, _ = made.update(batch, 1e-3, targets=targets).tolist()
-        seen.append([nll / targets, square**0.5])
+        batch = Batch(torch.cat([x, torch.zeros(fill, LENGTH, dtype=torch.long)]),
+                      torch.cat([y, torch.full((fill, LENGTH), IGNORE)]), None)
+        outcome = Outcome(*made.update(batch, 1e-3, targets).tolist())
+        seen.append([outcome.loss / targets, outcome.square_norm**0.5])
     return seen
 
 
 def save(made: Engine, folder: Path, step: int) -> Path:
     state = {"step": step, "world_size": made.world.size, "micro_batch": made.micro}
-    return checkpoint.save(folder, step, made.model, made.optimizer, state, TOKENIZER, made.world)
+    return checkpoint.save(folder, step, made.model, made.optimizer.state, state, TOKENIZER,
+                           made.world)
 
 
 def fingerprint(folder: Path) -> str:
@@ -139,6 +141,7 @@ def rank_main(rank: int, folder: Path, cases: list[dict]) -> None:
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["LOCAL_WORLD_SIZE"] = "2"  # for hsdp: as if on two machines
     home = Path.cwd()
     tokenizer.make_tokenizer("bytes").save(home)
     torch.multiprocessing.start_processes(

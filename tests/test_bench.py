@@ -1,4 +1,5 @@
-"""bench/gpu.py rehearsed on the CPU: rows, tables, the run's folder; a bad stage stops no other."""
+"""bench/gpu.py and runs/mission.py rehearsed on the CPU: rows, tables, the run's folder; a bad
+stage stops no other."""
 
 import json
 import lzma
@@ -16,6 +17,7 @@ from plainllama.command import parse
 from plainllama.settings import UserError
 
 sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(ROOT / "runs"))
 import gpu
 import mission
 
@@ -148,7 +150,7 @@ def test_the_mission_goes_on_where_a_call_ended(tmp_path):
         (tmp_path / f"sets/{name}.jsonl").write_text("\n".join(json.dumps(
             {"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": "B"})
             for i in range(6)))
-    words = ("bench/gpu.py", "mission", "--rehearse", "--total=0.1", "--eval=sets", "--out=kept")
+    words = ("runs/mission.py", "--rehearse", "--total=0.1", "--eval=sets", "--out=kept")
     codes, plans = [], []
     for more in ("--minutes=0.05", "--predict", "--minutes=0.15", "--minutes=5"):
         done = run_script(*words, more, cwd=tmp_path, timeout=500)

@@ -88,13 +88,13 @@ def wrong_heads(monkeypatch):
 
 def zero_head(monkeypatch):
 
-    monkeypatch.setattr(parallel, "initial_weight", lambda name, *rest: real(name, *rest) * (
+    monkeypatch.setattr(model, "initial_weight", lambda name, *rest: real(name, *rest) * (
         name != "lm_head.weight"))
 
 
 def wide_head(monkeypatch):
 
-    monkeypatch.setattr(parallel, "initial_weight", lambda name, *rest: real(name, *rest) * (
+    monkeypatch.setattr(model, "initial_weight", lambda name, *rest: real(name, *rest) * (
         40 if name == "lm_head.weight" else 1))
 
 

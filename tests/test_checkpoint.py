@@ -14,13 +14,14 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from model import LLaMA, ModelConfig, initial_weight
+from plainllama import files
 from plainllama.command import parse
 from plainllama.files import as_json, sha256, steps_of, sync, write_json
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
 from plainllama.tokens import tokenizer
 from plainllama.training import optim
-from plainllama.weights import checkpoint
+from plainllama.weights import checkpoint, huggingface
 from plainllama.weights.huggingface import config_json, load_model, load_weights, read_config
 
 
@@ -42,13 +43,14 @@ def words(tmp_path) -> Path:
 
 def save(run: Path, step: int, model: LLaMA, words: Path, optimizer=None) -> Path:
     optimizer = optimizer or optim.make(model, Settings())
-    return checkpoint.save(run, step, model, optimizer, {"step": step}, words, World())
+    return checkpoint.save(run, step, model, optimizer.state, {"step": step}, words, World())
 
 
 def reseal(folder: Path) -> None:
     """Checksums for what is there now, as an attacker would write them."""
     (folder / "checksums.json").unlink()
-    checkpoint.commit(folder, folder.with_name("sealed"))
+    there = [path for path in folder.rglob("*") if path.is_file()]
+    checkpoint.commit(folder, folder.with_name("sealed"), checkpoint.sealed(folder, there))
     (folder.with_name("sealed")).rename(folder)
 
 
@@ -146,7 +148,7 @@ def test_the_last_the_best_and_the_milestones_are_kept(tmp_path, words):
     optimizer = optim.make(model, Settings())
     saver = checkpoint.Saver(tmp_path, words, World(), print, keep_last=2, keep_every=30)
     for step in range(10, 90, 10):
-        saver.start(step, model, optimizer, {"step": step, "val_loss": losses.get(step)})
+        saver.start(step, model, optimizer.state, {"step": step, "val_loss": losses.get(step)})
     saver.wait()
     assert [p.name[5:] for p in steps_of(tmp_path)] == ["80", "70", "60", "30", "20"]
 
@@ -157,16 +159,16 @@ def test_training_waits_for_the_copy_only(tmp_path, words, monkeypatch):
     optimizer = optim.make(model, Settings())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     disk, real = threading.Event(), sync
-    monkeypatch.setattr(checkpoint, "sync", lambda path: disk.wait(20) and real(path))
+    monkeypatch.setattr(files, "sync", lambda path: disk.wait(20) and real(path))
     saver = checkpoint.Saver(tmp_path, words, World())
-    saver.start(1, model, optimizer, {"step": 1})
+    saver.start(1, model, optimizer.state, {"step": 1})
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
             optimizer.state[p]["exp_avg"].fill_(7.0)
     assert not steps_of(tmp_path) and saver.saved == -1
     disk.set()
-    saver.start(2, model, optimizer, {"step": 2})  # waits for the first
+    saver.start(2, model, optimizer.state, {"step": 2})  # waits for the first
     assert saver.saved == 1
     saver.wait()
     first, second = (tmp_path / "checkpoints" / name for name in ("step_1", "step_2"))
@@ -185,11 +187,11 @@ def test_a_save_that_fails_is_said_and_the_next_one_works(tmp_path, words, monke
     saver = checkpoint.Saver(tmp_path, words, World(), said.append)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-        saver.start(1, model, optimizer, {"step": 1})
+        saver.start(1, model, optimizer.state, {"step": 1})
         saver.wait()
     assert saver.saved == -1 and "0.0 GB free" in saver.problem and len(said) == 1
     assert "no checkpoint at step 1" in said[0] and "going on" in said[0]
-    saver.start(2, model, optimizer, {"step": 2})
+    saver.start(2, model, optimizer.state, {"step": 2})
     saver.wait()
     assert saver.saved == 2 and not saver.problem and len(said) == 1
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
@@ -202,13 +204,34 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, words, monkeypatc
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    for name in ("save_file", "write_json", "sync", "check_space", "sha256"):
+    for room, name in ((checkpoint, "save_file"), (huggingface, "save_file"),
+                       (files, "write_json"), (huggingface, "write_json"), (files, "sync"),
+                       (files, "check_space"), (files, "sha256")):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, name, full)
+            patch.setattr(room, name, full)
             with pytest.raises(OSError, match="No space"):
                 save(tmp_path, 20, model, words)
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_10"]
     assert checkpoint.damage(tmp_path / "checkpoints/step_10") == ""
+
+
+class Third(World):
+    """Cuts as fully_shard does on three ranks: the last one may be short."""
+
+    def piece(self, tensor):
+        rows = -(-tensor.shape[0] // 3)
+        first = min(self.rank * rows, tensor.shape[0])
+        return tensor[first:first + rows], first
+
+
+def write_as_three(folder: Path, model: LLaMA, moments: checkpoint.Moments) -> None:
+    """Put the slices that three ranks would write in the place of one rank's."""
+    (folder / "training/optimizer-00000.safetensors").unlink()
+    for rank in range(3):
+        tensors, places = checkpoint.slices_of(model, moments, Third(rank, 3, mode="fsdp"))
+        save_file(tensors, folder / f"training/optimizer-{rank:05d}.safetensors",
+                  {"places": json.dumps(places)})
+    reseal(folder)
 
 
 def test_optimizer_state_is_readable_by_any_world_size(tmp_path, words):
@@ -220,27 +243,57 @@ def test_optimizer_state_is_readable_by_any_world_size(tmp_path, words):
             value.copy_(torch.randn_like(value))
     folder = save(tmp_path, 1, model, words, optimizer)
 
-    class Third(World):  # cuts as fully_shard does on three ranks: the last one may be short
-        def piece(self, tensor):
-            rows = -(-tensor.shape[0] // 3)
-            first = min(self.rank * rows, tensor.shape[0])
-            return tensor[first:first + rows], first
-
-    (folder / "training/optimizer-00000.safetensors").unlink()
-    for rank in range(3):
-        tensors, places = checkpoint.slices_of(model, optimizer, Third(rank, 3, mode="fsdp"))
-        save_file(tensors, folder / f"training/optimizer-{rank:05d}.safetensors",
-                  {"places": json.dumps(places)})
-    reseal(folder)
+    write_as_three(folder, model, optimizer.state)
     fresh = optim.make(model, Settings())
-    checkpoint.load_optimizer(folder, model, fresh, World())
+    checkpoint.load_moments(folder, model, fresh.state, World())
     for p in model.parameters():
         for kind, value in optimizer.state[p].items():
             assert torch.equal(fresh.state[p][kind], value)
     (folder / "training/optimizer-00001.safetensors").unlink()
     reseal(folder)
     with pytest.raises(UserError, match="incomplete"):
-        checkpoint.load_optimizer(folder, model, fresh, World())
+        checkpoint.load_moments(folder, model, fresh.state, World())
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_half_a_model_is_trained(tmp_path, words, ranks):
+    """All weights are saved, moments of those that learn alone, and both come back to the bit."""
+    model = build()
+    for number, p in enumerate(model.parameters()):
+        p.requires_grad = number % 2 == 0
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert 0 < len(learning) < len(list(model.parameters()))
+    moments = {p: {"step": torch.tensor(9.0), "momentum": torch.randn_like(p)}
+               for p in model.parameters() if p.requires_grad}
+    folder = checkpoint.save(tmp_path, 1, model, moments, {"step": 1}, words, World())
+    if ranks == 3:
+        write_as_three(folder, model, moments)
+    assert checkpoint.damage(folder) == ""
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == {name for name, _ in model.named_parameters()}
+    written = [load_file(path) for path in folder.glob("training/optimizer-*")]
+    assert {key for tensors in written for key in tensors} == {
+        f"{name}/{kind}" for name in learning for kind in ("step", "momentum")}
+    again = build()
+    for p, old in zip(again.parameters(), model.parameters(), strict=True):
+        p.data.zero_()
+        p.requires_grad = old.requires_grad
+    empty = {p: {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+             for p in again.parameters() if p.requires_grad}
+    load_weights(folder, again, World())
+    checkpoint.load_moments(folder, again, empty, World())
+    for p, old in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, old)
+        for kind, value in moments.get(old, {}).items():
+            assert torch.equal(empty[p][kind], value)
+    del moments[dict(model.named_parameters())[learning[0]]]  # it learns and has none: an error
+    with pytest.raises(RuntimeError, match=learning[0]):
+        checkpoint.slices_of(model, moments, World())
+    for p in again.parameters():  # a resumed run that trains more than the one before
+        p.requires_grad = True
+        empty.setdefault(p, {"step": torch.zeros(()), "momentum": torch.zeros_like(p)})
+    with pytest.raises(UserError, match="incomplete"):
+        checkpoint.load_moments(folder, again, empty, World())
 
 
 def test_weights_must_fit_the_config(tmp_path, words):
@@ -335,7 +388,7 @@ def test_what_is_planted_does_no_harm(tmp_path, words, monkeypatch):
     (folder / "training/optimizer-00008.safetensors").write_bytes(evil)  # not in the checksums
     assert checkpoint.damage(folder) == ""
     assert load_model(checkpoint.find_checkpoint(str(tmp_path / "run"))).config == model.config
-    checkpoint.load_optimizer(folder, model, optimizer, World())
+    checkpoint.load_moments(folder, model, optimizer.state, World())
     good = (folder / "training/optimizer-00000.safetensors").read_bytes()
     length = int.from_bytes(good[:8], "little")
     header = json.loads(good[8:8 + length])
@@ -352,7 +405,7 @@ def test_what_is_planted_does_no_harm(tmp_path, words, monkeypatch):
             path.write_bytes(len(text).to_bytes(8, "little") + text + good[8 + length:])
         reseal(folder)
         with pytest.raises(UserError):
-            checkpoint.load_optimizer(folder, model, optimizer, World())
+            checkpoint.load_moments(folder, model, optimizer.state, World())
     (folder / "model.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + good[8:])
     (folder / "training/state.json").write_text("[" * 100_000)
     reseal(folder)
@@ -379,7 +432,7 @@ def test_loading_holds_no_more_than_a_fresh_start(tmp_path, words):
 
     with Watch():
         load_weights(folder, model, World())
-        checkpoint.load_optimizer(folder, model, optimizer, World())
+        checkpoint.load_moments(folder, model, optimizer.state, World())
     assert 0 < max(seen) <= limit
 
 

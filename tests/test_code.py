@@ -55,7 +55,8 @@ print(json.dumps([type(model).__name__, type(model).__module__, "model" in sys.m
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param({}, id="gqa"), pytest.param(
+    pytest.param({"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 16}, id="llama3"),
+    pytest.param({}, id="gqa", marks=pytest.mark.slow), pytest.param(
         {"tie_embeddings": True, "rope_scaling": "linear", "rope_factor": 4.0}, id="tied",
         marks=pytest.mark.slow)])
 def opened(request, tmp_path_factory):

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
-from model import LLaMA, ModelConfig, attend, document_bounds
+from model import LLaMA, ModelConfig, attend, document_bounds, initialise
 from plainllama import settings
 from plainllama.generation import generate
 from plainllama.parallel import World
+from plainllama.tokens.rows import Batch, to_batch
 from plainllama.training import log, optim
 from plainllama.training.engine import Engine
 
@@ -32,7 +33,7 @@ def build(dtype: torch.dtype, factor: float = 1.0) -> LLaMA:
     with torch.device("meta"):
         model = LLaMA(CONFIG)
     world.place(model, dtype)
-    world.initialise(model, 0)
+    initialise(model, 0, world.piece)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(factor if p.dim() > 1 else 1.0)
@@ -204,10 +205,13 @@ def made(**keys) -> Engine:
     return Engine(settings.Settings(**(base | keys)), World(0, 1, "cuda"), bos_id=1)
 
 
-def pinned() -> tuple[torch.Tensor, torch.Tensor]:
+TARGETS = 8 * 512
+
+
+def pinned(documents: bool = False) -> Batch:
     x = ids(8).cpu()
     x[x % 97 == 0] = 1  # documents begin
-    return x[:, :-1].contiguous().pin_memory(), x[:, 1:].contiguous().pin_memory()
+    return to_batch(x.numpy(), bos_id=1 if documents else None).pinned()
 
 
 @pytest.mark.parametrize("keys", [{}, {"optimizer": "muon"}, {"dtype": "fp16"},
@@ -215,13 +219,13 @@ def pinned() -> tuple[torch.Tensor, torch.Tensor]:
                                   {"attention": "varlen", "doc_mask": True}])
 def test_an_update_never_waits_for_the_host(keys):
     """Copies are asynchronous, and nothing on the device is read."""
-    engine, batch = made(**keys), pinned()
-    first = engine.update(batch, 1e-3)  # allocates
-    assert all(part.is_pinned() for part in batch[0].split(4))
+    engine, batch = made(**keys), pinned("doc_mask" in keys)
+    first = engine.update(batch, 1e-3, TARGETS)  # allocates
+    assert all(part.ids.is_pinned() for part in batch.split(4))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        stats = [engine.update(batch, 1e-3) for _ in range(3)]
+        stats = [engine.update(batch, 1e-3, TARGETS) for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert stats[-1][0] < first[0]
@@ -231,7 +235,7 @@ def test_an_update_never_waits_for_the_host(keys):
 @pytest.mark.parametrize("kv", [8, 2])
 def test_varlen_equals_the_reference(kv, documents):
     inputs = [heads(n, grad=True) for n in (8, kv, kv)]
-    where = document_bounds(pinned()[0][:2], 1).cuda() if documents else None
+    where = document_bounds(pinned(True).starts[:2]).cuda() if documents else None
     y = attend(*inputs, "varlen", documents=where)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     z = attend(*exact, "reference", documents=where)
@@ -251,21 +255,20 @@ def test_varlen_without_grouped_heads_is_the_same(monkeypatch):
 def test_the_largest_micro_batch_fits_and_is_kept():
     engine = made(micro_batch=0, global_batch_tokens=64 * 512)
     assert engine.micro * engine.accumulate >= 64
-    x = ids(64).cpu()
-    engine.update((x[:, :-1].contiguous(), x[:, 1:].contiguous()), 1e-3)
+    engine.update(to_batch(ids(64).cpu().numpy()), 1e-3, 64 * 512)
     assert torch.cuda.max_memory_allocated() < torch.cuda.get_device_properties(0).total_memory
 
 
 def test_out_of_memory_halves_the_micro_batch(capsys):
     engine, batch = made(micro_batch=8), pinned()
     torch.cuda.empty_cache()
-    engine.update(batch, 0.0)
+    engine.update(batch, 0.0, TARGETS)
     total = torch.cuda.get_device_properties(0).total_memory
     allowed = 0.8 * torch.cuda.max_memory_allocated() + torch.cuda.memory_allocated() * 0.2
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:
-        engine.update(batch, 0.0)
+        engine.update(batch, 0.0, TARGETS)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert engine.micro < 8 and "out of memory with micro-batches of 8" in capsys.readouterr().out
@@ -277,7 +280,7 @@ def test_the_loss_in_chunks_saves_memory_and_is_the_same(monkeypatch):
         monkeypatch.setattr("model.LOGITS_BYTES", size)
         engine = made(dtype="fp32")
         torch.cuda.reset_peak_memory_stats()
-        losses.append(engine.update(pinned(), 0.0).tolist()[:2])
+        losses.append(engine.update(pinned(), 0.0, TARGETS).tolist()[:2])
         peaks.append(torch.cuda.max_memory_allocated())
         del engine
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and peaks[1] < peaks[0]
@@ -285,5 +288,5 @@ def test_the_loss_in_chunks_saves_memory_and_is_the_same(monkeypatch):
 
 def test_fp16_with_its_scaler_learns():
     engine, batch = made(dtype="fp16"), pinned()
-    losses = [engine.update(batch, 1e-3)[0].item() for _ in range(8)]
+    losses = [engine.update(batch, 1e-3, TARGETS)[0].item() for _ in range(8)]
     assert losses[-1] < losses[0] - 0.1 * 8 * 512 and engine.optimizer.scale_state()[0] >= 1

@@ -19,13 +19,13 @@ from model import (
     LLaMA,
     ModelConfig,
     attend,
-    attention_refusal,
     by_document,
     document_bounds,
 )
 from plainllama import settings
 from plainllama.command import parse
-from plainllama.parallel import World
+from plainllama.parallel import World, attention_refusal
+from plainllama.tokens.rows import Batch, to_batch
 from plainllama.training import optim
 from plainllama.training.engine import Engine
 
@@ -43,14 +43,17 @@ def engine(**keys) -> Engine:
     return made
 
 
-def batch(rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+TARGETS = 6 * 32
+
+
+def batch(rows: int = 6, bos_id: int | None = None) -> Batch:
     ids = torch.randint(2, 300, (rows, 33), generator=torch.Generator().manual_seed(0))
     ids[ids % 11 == 0] = 1  # documents of all lengths begin
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return to_batch(ids.numpy(), bos_id=bos_id)
 
 
 def gradients(made: Engine) -> tuple[float, list[torch.Tensor]]:
-    loss = made.gradients(batch()).item()
+    loss = made.gradients(batch(), TARGETS).item()
     return loss, [p.grad.clone() for p in made.model.parameters()]
 
 
@@ -73,7 +76,7 @@ def test_low_precision_stays_close_to_fp32(dtype, limit):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_fp16_scale_is_divided_out_and_follows_overflows(optimizer):
     a, b = (engine(dtype=dtype, optimizer=optimizer) for dtype in ("fp16", "fp32"))
-    first, second = a.update(batch(), 1e-2), b.update(batch(), 1e-2)
+    first, second = (made.update(batch(), 1e-2, TARGETS) for made in (a, b))
     assert torch.allclose(first, second, rtol=0.02)  # loss and norm, not multiplied
     for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert (p - q).norm() <= 0.02 * q.norm()
@@ -82,14 +85,14 @@ def test_fp16_scale_is_divided_out_and_follows_overflows(optimizer):
     scale = a.optimizer.loss_scale
     scale.value.fill_(2.0**40)  # gradients overflow fp16
     before = [p.detach().clone() for p in a.model.parameters()]
-    assert not a.update(batch(), 1e-2)[1].isfinite()
+    assert not a.update(batch(), 1e-2, TARGETS)[1].isfinite()
     assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), before, strict=True))
     assert a.optimizer.scale_state() == [2.0**39, 0.0]
     scale.value.fill_(2.0**10)
     scale.good.fill_(1998)
-    a.update(batch(), 1e-2)
+    a.update(batch(), 1e-2, TARGETS)
     assert a.optimizer.scale_state() == [2.0**10, 1999.0]
-    a.update(batch(), 1e-2)
+    a.update(batch(), 1e-2, TARGETS)
     assert a.optimizer.scale_state() == [2.0**11, 0.0]
 
 
@@ -112,8 +115,8 @@ def test_fp16_resumes_with_its_scale(home):
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_documents_compute_what_each_computes_alone(backend):
     made = engine(attention=backend, doc_mask=True)
-    x, y = batch()
-    bounds = document_bounds(x, 1)
+    x, y, starts = batch(bos_id=1)
+    bounds = document_bounds(starts)
     count = len(bounds) - 1
     assert count & (count - 1) == 0 and bounds[-1] == x.numel() and bounds.dtype == torch.int32
     expected = torch.zeros(())
@@ -123,13 +126,13 @@ def test_documents_compute_what_each_computes_alone(backend):
         assert start == 0 or x[row, start] == 1
         assert not (x[row, start + 1:stop] == 1).any()
         expected = expected + made.model(x[row:row + 1, start:stop], y[row:row + 1, start:stop])
-    loss = made.model(x, y, None, bounds)
+    loss = made.model(x, y, bounds)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert abs(made.model(x, y).item() - loss.item()) > 1e-3 * loss.item()
     grads = [torch.autograd.grad(v, list(made.model.parameters())) for v in (loss, expected)]
     for a, b in zip(*grads, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
-    assert made.gradients((x, y)).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert made.gradients(batch(bos_id=1), TARGETS).item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_a_run_with_documents_trains_and_evaluates_with_them(home, monkeypatch):
@@ -164,7 +167,7 @@ def test_varlen_is_called_as_the_kernel_wants_it(monkeypatch):
 
     monkeypatch.setattr(model, "varlen_attn", kernel)
     q, k, v = torch.randn(3, 4, 32, 8), torch.randn(3, 2, 32, 8), torch.randn(3, 2, 32, 8)
-    for documents in (None, document_bounds(batch(3)[0], 1)):
+    for documents in (None, document_bounds(batch(3, bos_id=1).starts)):
         expected = attend(q, k, v, "reference", documents=documents)
         for groups in (True, False):  # torch 2.11 has no grouped heads
             monkeypatch.setattr(model, "VARLEN_GROUPS", groups)
@@ -176,7 +179,7 @@ def test_varlen_is_called_as_the_kernel_wants_it(monkeypatch):
 
 def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch):
     for keys in ({}, {"tie_embeddings": True}):
-        made, (x, y) = engine(**keys), batch()
+        made, (x, y, _) = engine(**keys), batch()
         y[2, 5:] = IGNORE
         losses = []
         for size in (1 << 30, 16 * 300 * 40):  # 192 tokens: five chunks
@@ -218,7 +221,7 @@ def test_activation_checkpointing_keeps_less_and_computes_the_same():
             total[0] += tensor.numel()
             return tensor
 
-        x, y = batch()
+        x, y, _ = batch()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = made.model(x, y)
             kept.append(total[0])
@@ -253,7 +256,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(home, mon
     monkeypatch.setattr(LLaMA, "forward", lambda *_: (_ for _ in ()).throw(
         torch.OutOfMemoryError("no room")))
     with pytest.raises(settings.UserError, match="out of memory with micro_batch=1"):
-        engine(micro_batch=1).update(batch(), 1e-3)
+        engine(micro_batch=1).update(batch(), 1e-3, TARGETS)
 
 
 def test_the_largest_micro_batch_that_fits_is_found(monkeypatch):

@@ -51,7 +51,7 @@ def home(tmp_path_factory) -> Path:
     write_json(run / "run.json", {"config": {
         "dataset": "toy", "eval_tokens": 5 * BLOCK, "seed": 3}})
     digest = (home / "data" / "toy" / "manifest.sha256").read_text().strip()
-    checkpoint.save(run, 30, model, optim.make(model, settings.Settings()),
+    checkpoint.save(run, 30, model, optim.make(model, settings.Settings()).state,
                     {"step": 30, "rows": 120, "data_hash": digest},
                     home / "data" / "toy" / "tokenizer.json", World())
     return home
@@ -572,7 +572,8 @@ def test_passkey_equals_lm_eval_on_the_checkpoint(here, scorer, hf, capsys):
     assert main("--tasks=passkey", "--limit=20", "--json") == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]["passkey"]
     cases = tasks.passkey_prompts(scorer, BLOCK)[:20]
-    items = [Item([(prompt, f" {digit}") for digit in range(10)], key) for prompt, _, key in cases]
+    items = [Item([(case.prompt, f" {digit}") for digit in range(10)], case.key)
+             for case in cases]
     values = [value for value, _ in hf.loglikelihood(requests(items), disable_tqdm=True)]
     right = np.array([np.argmax(values[10 * i:10 * i + 10]) == item.right
                       for i, item in enumerate(items)])

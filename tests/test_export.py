@@ -51,7 +51,8 @@ def write_run(folder: Path, **changes) -> Path:
     (folder / "metrics.jsonl").write_text("".join(
         json.dumps({"step": step, "loss": 9 - step, "val_loss": 9.5 - step}) + "\n"
         for step in range(9)))
-    checkpoint.commit(step, step.with_suffix(""))
+    there = [path for path in step.rglob("*") if path.is_file()]
+    checkpoint.commit(step, step.with_suffix(""), checkpoint.sealed(step, there))
     return step.with_suffix("")
 
 
@@ -143,7 +144,7 @@ def test_a_flipped_weight_is_caught(tmp_path, monkeypatch, capsys):
 def test_what_transformers_would_compute_otherwise_is_caught(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     step, right = write_run(tmp_path / "run"), config_json
-    monkeypatch.setattr(export, "config_json", lambda *args: {
+    monkeypatch.setattr(huggingface, "config_json", lambda *args: {
         **right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}})
     assert run("--ckpt", step, "--to", tmp_path / "hub") == 1
     assert "its logits differ by" in capsys.readouterr().err

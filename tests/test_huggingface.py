@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from test_code import assert_as_llama, export_both, look
 import train
 from model import LLaMA, ModelConfig, initial_weight
 from plainllama.command import parse
+from plainllama.files import write_json
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
 from plainllama.tokens import shards, tokenizer
@@ -166,6 +167,23 @@ def test_keys_to_set():
         "--n_kv_head=2 --rope_theta=500000.0 --tie_embeddings=True")
     with pytest.raises(UserError, match="low_freq_factor"):
         keys(replace(llama3, rope_low=2.0), llama3)
+
+
+def test_every_field_of_the_architecture_is_written_and_read(tmp_path):
+    """A new field of ModelConfig needs its name in config.json or, here, the reason why not."""
+    here = {"attention": "reference", "activation_checkpointing": True}  # how, not what, we compute
+    full = {"n_layer": 3, "n_head": 4, "d_model": 64, "d_ff": 80, "vocab_size": 300,
+            "block_size": 32, "n_kv_head": 2, "rope_theta": 5e5, "rope_scaling": "llama3",
+            "rope_factor": 8.0, "rope_original": 16, "rope_low": 2.0, "rope_high": 5.0,
+            "norm_eps": 1e-6, "tie_embeddings": True}
+    assert {field.name for field in fields(ModelConfig)} == full.keys() | here.keys()
+    assert set(huggingface.NAMES) - set(full) == {"kv_heads", "head_dim"}  # derived from others
+    config = ModelConfig(**full, **here)
+    assert not any(getattr(config, field.name) == field.default for field in fields(ModelConfig))
+    write_json(tmp_path / "config.json", huggingface.config_json(config, 0, 1))
+    assert huggingface.read_config(tmp_path) == ModelConfig(**full)
+    choices = Settings.__dataclass_fields__["rope_scaling"].metadata["choices"]
+    assert set(huggingface.ROPE) == set(choices)
 
 
 @pytest.mark.parametrize("keys", [
@@ -334,9 +352,9 @@ def test_our_checkpoints_as_they_lie(tmp_path, request, line):
                 p.copy_(value if p.dim() == 1 else value * chance.choice([5, 20]))
         (tmp_path / kind).mkdir(exist_ok=True)
         words[kind].save(tmp_path / kind)
-        folder = checkpoint.save(tmp_path / str(number), 1, model, optim.make(model, Settings()),
-                                 {"step": 1, "rows": 1}, tmp_path / kind / "tokenizer.json",
-                                 World())
+        moments = optim.make(model, Settings()).state
+        folder = checkpoint.save(tmp_path / str(number), 1, model, moments, {"step": 1, "rows": 1},
+                                 tmp_path / kind / "tokenizer.json", World())
         folders.append(folder)
         with torch.no_grad():
             wanted.append((model(ids), kind, config))

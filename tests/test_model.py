@@ -17,11 +17,11 @@ from model import (
     RMSNorm,
     SwiGLU,
     attend,
-    attention_refusal,
     flops_per_token,
     initial_weight,
     rotate,
 )
+from plainllama.parallel import attention_refusal
 
 
 def build(config: ModelConfig, seed: int = 0, factor: float = 1.0) -> LLaMA:

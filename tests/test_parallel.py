@@ -70,7 +70,7 @@ def test_every_mode_and_size_is_one_process(trained):
             weights = load_file(folder / "model.safetensors")
             assert weights.keys() == first.keys()
             optimizer = optim.make(one.model, one.config)
-            checkpoint.load_optimizer(folder, one.model, optimizer, World())
+            checkpoint.load_moments(folder, one.model, optimizer.state, World())
             for key, p in one.model.named_parameters():
                 change = (p - first[key]).norm()
                 assert (weights[key] - p).norm() <= 1e-3 * change, (name, key)
@@ -139,10 +139,12 @@ def test_auto_takes_ddp_while_the_model_fits_and_says_why(monkeypatch):
 
 
 def test_what_cannot_be_cut_is_refused(monkeypatch):
-    for size in (2, 3, 5):
+    for size, local in ((2, 2), (3, 2), (5, 1), (8, 8)):  # one machine; uneven; one rank each
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
         with pytest.raises(UserError, match=f"hsdp cannot cut {size} ranks"):
             World(0, size, mode="hsdp")
-    world = World(5, 8, mode="hsdp")  # on one machine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    world = World(5, 8, mode="hsdp")  # two machines
     assert (world.replicas, world.shards, world.shard, world.holds_a_piece) == (2, 4, 1, False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     world = World(5, 8, mode="hsdp")  # four machines
@@ -151,11 +153,11 @@ def test_what_cannot_be_cut_is_refused(monkeypatch):
         with pytest.raises(UserError, match="deterministic=true is for"):
             made = World(0, size)
             made.share(mode)
-            ranks.Engine.fix_parts(_Parts(made, micro))
+            ranks.Engine.split_for_any_ranks(_Parts(made, micro))
 
 
 class _Parts:
-    """As much of an engine as fix_parts() looks at."""
+    """As much of an engine as split_for_any_ranks() looks at."""
 
     def __init__(self, world: World, micro: int):
         self.world, self.batch_rows = world, ranks.ROWS

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -21,10 +22,9 @@ from hub_stub import SHA, Hub
 
 import prepare
 from plainllama.settings import Settings, UserError
-from plainllama.text import documents as text_documents
-from plainllama.text import sources
+from plainllama.text import kinds, sources
 from plainllama.text.documents import Part, Rules, Tally, documents
-from plainllama.text.selection import hash_below, placed
+from plainllama.text.selection import DEDUP, choose_hold_out, placed
 from plainllama.tokens import shards, tokenizer
 
 pa = pytest.importorskip("pyarrow")
@@ -152,6 +152,38 @@ def test_every_kind_of_file(name, tmp_path, monkeypatch):
     good(inside(tmp_path, monkeypatch, sources=name), LINES)
 
 
+def test_the_table_of_kinds_is_all_there_is_to_a_kind(tmp_path, monkeypatch):
+    """Every entry is read by documents(), a new one by its entry alone, another name refused."""
+    samples = {"a.txt": LINES[0].encode(), **KINDS}
+    for kind, reader in kinds.KINDS.items():
+        packings = kinds.PACKINGS if reader.packable else ()
+        assert f"a{kind}" in samples, f"no sample of the kind {kind}"
+        for name in (f"a{kind}", *(f"a{kind}{packing}" for packing in packings)):
+            pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zst}.get(
+                name.removeprefix(f"a{kind}"), bytes)
+            (tmp_path / name).write_bytes(pack(samples[f"a{kind}"]))
+            assert kinds.kind_of(name) == kind
+            _, parts = sources.survey(sources.described(str(tmp_path / name)), [])
+            want = LINES[:1] if kind == ".txt" else LINES
+            assert list(documents(itertools.chain(*parts), Tally())) == want
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.md").write_text("# text")
+    for name in ("a.parquet.gz", "a.gz", "in/a.md"):
+        (tmp_path / name).write_bytes(b"text")
+        with pytest.raises(UserError, match=rf"{name}: unknown kind .*\.txt, \.jsonl, \.parquet"):
+            sources.survey(sources.described(str(tmp_path / name)), [])
+    with pytest.raises(UserError, match=r"holds a \.txt, \.jsonl or \.parquet file"):
+        sources.survey(sources.described(str(tmp_path / "in")), [])
+    monkeypatch.setitem(kinds.KINDS, ".md", kinds.KINDS[".txt"])
+    _, parts = sources.survey(sources.described(str(tmp_path / "in")), [])
+    assert list(documents(itertools.chain(*parts), Tally())) == ["text"]
+
+
+def test_the_choices_of_dedup_are_its_table():
+    choices = Settings.__dataclass_fields__["dedup"].metadata["choices"]
+    assert set(choices) == {"none", *DEDUP}
+
+
 @pytest.mark.parametrize("tokenizer", ["gpt2", "mistral", "bpe:300"])
 def test_tokenizers_and_boundaries(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
@@ -193,7 +225,7 @@ def test_a_cut_at_or_beside_a_line_end_loses_nothing(width, packed, tmp_path):
     assert len(data) == 4096 * width
     path = tmp_path / f"a.jsonl{packed}"
     path.write_bytes(gzip.compress(data) if packed else data)
-    _, parts = sources.survey([{"path": str(path)}], [])
+    _, parts = sources.survey(sources.described(str(path)), [])
     assert packed or len(parts) >= 4
     assert list(documents([p for part in parts for p in part], Tally())) == lines
 
@@ -291,7 +323,7 @@ def test_killed_and_restarted_writes_the_same_bytes(reference):
 def test_second_run_is_instant_and_another_recipe_is_refused(reference):
     before = contents(reference / "data/one")
     out, _ = run(reference, *COMMON, "--dataset=one")
-    assert "already prepared" in out and "MB/s" not in out
+    assert "already prepared" in out and "a second" not in out and "tokens/s" not in out
     _, error = run(reference, *COMMON, "--dataset=one", "--tokenizer=bytes", code=2)
     assert "tokenizer was 'mistral', is now 'bytes'" in error and "--dataset" in error
     _, error = run(reference, *COMMON, "--dataset=one", "--val_fraction=0.2", code=2)
@@ -497,8 +529,8 @@ def test_shares_and_a_merge_write_the_same_bytes(dedup, tmp_path):
 
 def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path, monkeypatch):
 
-    monkeypatch.setattr(text_documents, "DOCUMENT", 1000)
-    monkeypatch.setattr(text_documents, "LINE", 30000)
+    monkeypatch.setattr(kinds, "DOCUMENT", 1000)
+    monkeypatch.setattr(kinds, "LINE", 30000)
     rng = random.Random(4)
     long = " ".join("".join(rng.choices("aя你🎉", k=rng.randint(1, 9))) for _ in range(900))
     word = "я" * 1801
@@ -508,7 +540,7 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
     for name, want in (("a.jsonl", ["short", long, word, "end"]), ("b.txt", [long]),
                        ("c.parquet", [long, "short"])):
         dropped, cut = Tally(), Tally()
-        _, parts = sources.survey([{"path": str(tmp_path / name)}], [])
+        _, parts = sources.survey(sources.described(str(tmp_path / name)), [])
         pieces = [piece for part in parts for piece in part]
         have = list(documents(pieces, dropped, cut=cut))
         assert "".join(have) == "".join(want) and max(len(t.encode()) for t in have) <= 1003
@@ -531,13 +563,13 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
 
 def test_one_long_text_is_held_out_at_its_end(tmp_path, monkeypatch):
 
-    monkeypatch.setattr(text_documents, "DOCUMENT", 1000)
+    monkeypatch.setattr(kinds, "DOCUMENT", 1000)
     text = "\n".join(f"line {i} of it" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
     jobs = [Part(part, Rules(), {})
-            for part in sources.survey([{"path": str(tmp_path / "a.txt")}], [])[1]]
-    below = hash_below(jobs, 0.1)
-    have = list(placed(jobs[0].texts(Tally()), below, 0.1))
+            for part in sources.survey(sources.described(str(tmp_path / "a.txt")), [])[1]]
+    held_out = choose_hold_out(jobs, 0.1)
+    have = list(placed(jobs[0].texts(Tally()), held_out))
     assert "".join(t for _, t in have) == text
     assert [s for s, _ in have] == sorted(s for s, _ in have)
     held = "".join(t for s, t in have if s == "val")

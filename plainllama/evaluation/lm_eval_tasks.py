@@ -3,6 +3,7 @@ thousands by name, own ones with --include_path, and tinyMMLU, whose built-in fo
 without a package that pip does not find."""
 
 import difflib
+import itertools
 import os
 import urllib.request
 from functools import cache
@@ -25,13 +26,13 @@ TINY_MMLU: dict = {
 
 
 class Unavailable(Exception):
-    """A task whose library or data cannot be had here; the other scores still come."""
+    """A task's library or data is unavailable here; the other scores still come."""
 
 
 # ---- lm-eval
 
 def lm_eval_model(scorer: Scorer):
-    """lm-eval's view of a Scorer. Every rank runs the whole harness and sees all the results
+    """Show a Scorer as lm-eval's model. Every rank runs the whole harness and sees all the results
     in document order: its own way of sharing the work mixes the order."""
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
@@ -41,29 +42,30 @@ def lm_eval_model(scorer: Scorer):
 
         @property
         def eot_token_id(self) -> int:
-            """What an empty context is replaced by: the begin token, as in training."""
-            return scorer.begin[0]
+            """Give what replaces an empty context: the begin token, as in training."""
+            return scorer.tokenizer.bos_id
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-            """Ids, with the begin token unless it is declined."""
-            return (scorer.tokenizer.encode(string) if add_special_tokens is False
-                    else scorer.encode(string))
+            """Encode a text, with the begin token in front unless it is declined."""
+            with_begin = add_special_tokens is not False
+            return scorer.encode(string) if with_begin else scorer.tokenizer.encode(string)
 
-        def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(self, requests, **_) -> list:
             return scorer.score([(context, continuation) for _, context, continuation in requests])
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-            """Log-likelihood of whole texts, in windows as the `hf` model cuts them."""
-            texts = [[utils.make_disjoint_window(window) for window in
-                      utils.get_rolling_token_windows(
-                          token_list=scorer.encode(request.args[0]), context_len=1,
-                          prefix_token=self.eot_token_id, max_seq_len=scorer.block_size)]
-                     for request in requests]
-            values = iter(scorer.score([window for windows in texts for window in windows]))
-            return [sum(next(values)[0] for _ in windows) for windows in texts]
+            """Score whole texts, in windows as the `hf` model cuts them."""
+            texts = []
+            for request in requests:
+                windows = utils.get_rolling_token_windows(
+                    token_list=scorer.encode(request.args[0]), context_len=1,
+                    prefix_token=self.eot_token_id, max_seq_len=scorer.block_size)
+                texts.append(list(map(utils.make_disjoint_window, windows)))
+            scored = iter(scorer.score(list(itertools.chain(*texts))))
+            return [sum(next(scored).nats for _ in windows) for windows in texts]
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-            """Greedy continuations; half of the context at least is left to the prompt."""
+            """Go on greedily; half of the context at least is left to the prompt."""
             from plainllama.generation import generate
 
             answers = []
@@ -73,10 +75,9 @@ def lm_eval_model(scorer: Scorer):
                 room = min(options.get("max_gen_toks", 256), scorer.block_size // 2)
                 if len(ids) + room > scorer.block_size:
                     scorer.truncated.add(hash(tuple(ids)))
-                [(_, answer, _)] = generate.complete(
+                answers += [completion.text for completion in generate.complete(
                     scorer.model, scorer.tokenizer, [ids[room - scorer.block_size:]], room,
-                    settings.Sampling(temperature=0.0), [0], until)
-                answers.append(answer)
+                    settings.Sampling(temperature=0.0), [0], until)]
             return answers
 
     return Model()
@@ -84,7 +85,7 @@ def lm_eval_model(scorer: Scorer):
 
 @cache
 def task_manager(defaults: bool, include_path: str = ""):
-    """lm-eval's finder of tasks; `defaults`: with its own thousands, which takes a while;
+    """Make lm-eval's finder of tasks; `defaults`: with its own thousands, which takes a while;
     `include_path`: with those of this folder."""
     # Without a network the hub's client retries for long; told so, it takes its cache at once. It
     # reads the variables when it is imported.
@@ -102,7 +103,8 @@ def task_manager(defaults: bool, include_path: str = ""):
 
 
 def load_task(name: str, include_path: str = "") -> dict[str, Any]:
-    """What a name stands for, its data downloaded: {tasks: {name: task}, groups, group_map}."""
+    """Load what a name stands for, with its data: {tasks: {name: task}, groups, group_map}.
+    Unavailable if it is not on this machine and not to be downloaded."""
     if include_path and not os.path.isdir(include_path):
         raise UserError(f"no folder {include_path}; --include_path holds lm-eval's .yaml files")
     tiny = False
@@ -127,44 +129,48 @@ def load_task(name: str, include_path: str = "") -> dict[str, Any]:
 
 
 def questions(loaded: dict, limit: int) -> list[str]:
-    """The texts that tasks ask about, without worked examples."""
-    found = []
+    """List the texts that tasks ask about, without worked examples."""
+    texts = []
     for task in loaded["tasks"].values():
         for doc in list(task.eval_docs)[:limit or None]:
-            asked = doc.get("question")
-            found.append(asked if isinstance(asked, str) else str(task.doc_to_text(doc)))
-    return found
+            question = doc.get("question")
+            texts.append(question if isinstance(question, str) else str(task.doc_to_text(doc)))
+    return texts
 
 
-def score(name: str, loaded: dict, limit: int, anchors: tuple | None,
-          scorer: Scorer) -> dict:
-    """{task: metrics} of lm-eval's tasks; `name` also stands for the members of a group.
-    `anchors`: what irt.load gave, if the task is tinyMMLU."""
+def score(name: str, loaded: dict, limit: int, known: irt.Known | None, scorer: Scorer) -> dict:
+    """Score lm-eval's tasks, {task: metrics}; `name` also stands for the members of a group.
+    `known`: irt's parameters, if the task is tinyMMLU."""
     from lm_eval import simple_evaluate
 
-    members = {member for group in loaded["group_map"].values() for member in group}
-    wanted = [one for key, one in [*loaded["groups"].items(), *loaded["tasks"].items()]
+    members = set(itertools.chain(*loaded["group_map"].values()))
+    wanted = [task for key, task in [*loaded["groups"].items(), *loaded["tasks"].items()]
               if key not in members]
     output = simple_evaluate(lm_eval_model(scorer), tasks=wanted, limit=limit or None,
                              task_manager=task_manager(False), bootstrap_iters=1000)
-    scores: dict = {}
-    for task, values in output["results"].items() if output else ():
-        # 'acc,none' is the metric acc through the filter none
-        scores[task] = {key.removesuffix(",none"): value for key, value in values.items()
-                        if isinstance(value, float)}
-        samples = [one for one in output["samples"].get(task, ()) if one["filter"] == "none"]
-        samples.sort(key=lambda one: one["doc_id"])
-        if output["configs"].get(task, {}).get("output_type") == "multiple_choice" and samples:
-            scores[task]["chance"] = sum(1 / len(s["resps"]) for s in samples) / len(samples)
-            scorer.samples[task] = [{key: one[key] for key in (
-                "doc_id", "target", "arguments", "resps", "acc", "acc_norm") if key in one}
-                for one in samples]
-        scores[task]["n"] = len(samples) or values.get("sample_len")
-        if anchors:
-            prompt = samples[0]["arguments"][0][0]
-            right, likely = irt.answers(scorer.samples[task], name)
-            scores[task] |= likely | {"shots": prompt.count("\nAnswer:") - 1}
-            scores[task] |= irt.scores(right, anchors)
+    scores = {task: metrics_of(task, output, known, scorer)
+              for task in (output["results"] if output else ())}
     if name in scores or len(scores) == 1:  # prompts are counted over the members of a group
         scores[name if name in scores else next(iter(scores))]["truncated"] = len(scorer.truncated)
     return scores
+
+
+def metrics_of(task: str, output: dict, known: irt.Known | None, scorer: Scorer) -> dict:
+    """Pick the metrics of a task out of what simple_evaluate gave; the scorer keeps its samples."""
+    # 'acc,none' is the metric acc through the filter none
+    metrics = {key.removesuffix(",none"): value for key, value in output["results"][task].items()
+               if isinstance(value, float)}
+    samples = [one for one in output["samples"].get(task, ()) if one["filter"] == "none"]
+    samples.sort(key=lambda sample: sample["doc_id"])
+    kind = output["configs"].get(task, {}).get("output_type")
+    if kind == "multiple_choice" and samples:
+        metrics["chance"] = sum(1 / len(sample["resps"]) for sample in samples) / len(samples)
+        kept = ("doc_id", "target", "arguments", "resps", "acc", "acc_norm")
+        scorer.samples[task] = [{key: sample[key] for key in kept if key in sample}
+                                for sample in samples]
+    metrics["n"] = len(samples) or output["results"][task].get("sample_len")
+    if known:
+        right, likely = irt.answers(scorer.samples[task], task)
+        shots = samples[0]["arguments"][0][0].count("\nAnswer:") - 1
+        metrics |= likely | {"shots": shots} | irt.scores(right, known)
+    return metrics

@@ -1,5 +1,4 @@
-"""Benchmark tasks: local files, tinyMMLU, whatever lm-eval knows, and the passkey probe; how their
-scores are shown and kept."""
+"""Benchmark tasks: the passkey probe, local files, tinyMMLU and whatever lm-eval knows."""
 
 import json
 import math
@@ -12,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plainllama.evaluation import irt, lm_eval_tasks
-from plainllama.evaluation.irt import LETTERS
+from plainllama.evaluation.irt import LETTERS, Known
 from plainllama.evaluation.likelihood import Scorer
+from plainllama.parallel import World
 from plainllama.settings import UserError
-from plainllama.text.documents import opened
+from plainllama.text.kinds import opened
 
 SHOTS = 5  # worked examples before a question, as MMLU has them (https://arxiv.org/abs/2009.03300)
 BLANK = re.compile(r"(?<!\w)_(?!\w)")  # what a choice is to be put in for
@@ -24,58 +24,6 @@ PASSKEY = "The pass key is {key}. Keep it in mind: {key} is the pass key.\n"
 FILLER = "Rain falls on the hills and runs down to the sea. The wind turns and the leaves move.\n"
 QUESTION = "What is the pass key? The pass key is"
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the line stands: 0 at the top, 1 above the question
-
-
-# ---- tasks
-
-class Task(NamedTuple):
-    """A task that can be scored."""
-
-    score: Callable[[Scorer], dict]  # -> {task: metrics}; collective
-    questions: Callable[[], list[str]]  # the texts that are asked, without worked examples
-    names: list[str]  # of the tasks that score() gives
-
-
-def find_tasks(flags: Any, first: bool) -> tuple[dict[str, Task], list[str]]:
-    """({name: Job}, [what cannot be had here]). `first`: this is the rank that uses the network
-    and estimates."""
-    jobs, missing = {}, []
-    names = dict.fromkeys(name.strip() for name in flags.tasks.split(",") if name.strip())
-    known: tuple = (None, "")
-    if first and any(map(is_tiny, names)):
-        known = irt.load(flags.irt_file)
-    elif first and flags.irt_file:
-        raise UserError("--irt_file is for tinyMMLU; name it, or a local:FILE of that name, in "
-                        "--tasks")
-    shots = read_local(flags.shots, None, flags.answers) if flags.shots else []
-    for name in names:
-        anchors = known if first and is_tiny(name) else None
-        try:
-            if name == "passkey":
-                jobs[name] = Task(partial(score_passkey, flags.limit), list, [name])
-            elif name.startswith("local:"):
-                items = read_local(name.removeprefix("local:"), shots, flags.answers)
-                items = items[:flags.limit or None]
-                jobs[name] = Task(partial(score_local, name, items, anchors),
-                                 partial(asked, items), [name])
-            elif Path(name).is_file():
-                raise UserError(f"--tasks={name} is a file: say --tasks=local:{name}")
-            else:
-                loaded = lm_eval_tasks.load_task(name, flags.include_path)
-                jobs[name] = Task(partial(lm_eval_tasks.score, name, loaded, flags.limit, anchors),
-                                 partial(lm_eval_tasks.questions, loaded, flags.limit),
-                                 list(loaded["tasks"]))
-        except lm_eval_tasks.Unavailable as error:
-            estimates = f"; irt, pirt, gpirt: {known[1]}" * bool(is_tiny(name) and known[1])
-            missing.append(f"no {name}: {error}; or score a file: --tasks=local:FILE.jsonl"
-                           + estimates)
-    return jobs, missing
-
-
-def is_tiny(name: str) -> bool:
-    """Whether a task's or file's name says that it is tinyMMLU."""
-    return "tinymmlu" in re.sub("[^a-z]", "", Path(name).name.lower())
-
 
 class Item(NamedTuple):
     """What is scored: pairs of context and continuation, the number of the right one."""
@@ -88,19 +36,94 @@ class Item(NamedTuple):
 
     @property
     def solved(self) -> str:
-        """As a worked example."""
+        """Write the item as a worked example."""
         context, continuation = self.pairs[self.right]
         return f"{context}{continuation}\n\n"
 
 
-def asked(items: list[Item]) -> list[str]:
-    """The questions alone."""
-    return [item.question for item in items]
+class Task(NamedTuple):
+    """A task that can be scored."""
 
+    score: Callable[[Scorer], dict]  # -> {task: metrics}; collective
+    questions: Callable[[], list[str]]  # the texts that are asked, without worked examples
+    names: list[str]  # of the tasks that score() gives
+
+
+# ---- names -> tasks
+
+def find_tasks(flags: Any, world: World) -> tuple[dict[str, Task], list[str]]:
+    """Make the tasks that --tasks names: ({name: Task}, [why others are unavailable here]). Rank 0
+    uses the network and estimates, then the others read what it fetched. Collective."""
+    tasks: dict[str, Task] = {}
+    unavailable: list[str] = []
+    asked = [name.strip() for name in flags.tasks.split(",") if name.strip()]
+    names = world.decide(lambda: make_tasks(asked, flags, True, tasks, unavailable))
+    if world.rank > 0 and names:
+        make_tasks(names, flags, False, tasks, unavailable)
+    return tasks, unavailable
+
+
+def make_tasks(names: list[str], flags: Any, estimate: bool, tasks: dict[str, Task],
+               unavailable: list[str]) -> list[str]:
+    """Add tasks to `tasks` and reasons to `unavailable`, on one rank; the names that could be made.
+    `estimate`: tinyMMLU's scores come with irt's estimates."""
+    known = None
+    if estimate and any(map(is_tiny, names)):
+        known = irt.load(flags.irt_file)
+    elif estimate and flags.irt_file:
+        raise UserError("--irt_file is for tinyMMLU; name it, or a local:FILE of that name, in "
+                        "--tasks")
+    shots = read_local(flags.shots, None, flags.answers) if flags.shots else []
+    for name in dict.fromkeys(names):
+        estimates = known if is_tiny(name) else None
+        prefix, colon, _ = name.partition(":")
+        try:
+            make = MAKERS.get(prefix + colon, lm_eval_task)
+            tasks[name] = make(name, flags, shots, estimates)
+        except lm_eval_tasks.Unavailable as error:
+            reason = f"no {name}: {error}; or score a file: --tasks=local:FILE.jsonl"
+            if estimates and estimates.unavailable:
+                reason += f"; irt, pirt, gpirt: {estimates.unavailable}"
+            unavailable.append(reason)
+    return list(tasks)
+
+
+def is_tiny(name: str) -> bool:
+    """Whether a task's or file's name says that it is tinyMMLU."""
+    return "tinymmlu" in re.sub("[^a-z]", "", Path(name).name.lower())
+
+
+def passkey_task(name: str, flags: Any, *_) -> Task:
+    """Make the passkey probe."""
+    return Task(partial(score_passkey, flags.limit), list, [name])
+
+
+def local_task(name: str, flags: Any, shots: list[Item], known: Known | None) -> Task:
+    """Make a task of a local file's rows."""
+    items = read_local(name.removeprefix("local:"), shots, flags.answers)[:flags.limit or None]
+    return Task(partial(score_local, name, items, known),
+                lambda: [item.question for item in items], [name])
+
+
+def lm_eval_task(name: str, flags: Any, _shots: list[Item], known: Known | None) -> Task:
+    """Load a task or a group of tasks that lm-eval knows by name."""
+    if Path(name).is_file():
+        raise UserError(f"--tasks={name} is a file: say --tasks=local:{name}")
+    loaded = lm_eval_tasks.load_task(name, flags.include_path)
+    return Task(partial(lm_eval_tasks.score, name, loaded, flags.limit, known),
+                partial(lm_eval_tasks.questions, loaded, flags.limit), list(loaded["tasks"]))
+
+
+# a name, or what it begins with -> its maker; every other name is lm-eval's. To add one: a
+# function, this entry, tests/test_eval.py
+MAKERS = {"passkey": passkey_task, "local:": local_task}
+
+
+# ---- local files
 
 def read_local(file: str, shots: list[Item] | None, answers: str = "auto") -> list[Item]:
-    """The rows of a JSON-lines file (also .gz, .xz, .zst); one that is wrong is named by its line.
-    `shots`, `answers`: as for local_item."""
+    """Read the rows of a JSON-lines file (also .gz, .xz, .zst); one that is wrong is named by its
+    line. `shots`, `answers`: as for local_item."""
     if not Path(file).is_file():
         raise UserError(f"no file {file}")
     items = []
@@ -119,137 +142,200 @@ def read_local(file: str, shots: list[Item] | None, answers: str = "auto") -> li
 
 
 def local_item(row: dict, shots: list[Item] | None, answers: str = "auto") -> Item:
-    """A row as an Item, with worked examples in front (None: it is to be such an example itself).
+    """Turn a row into an Item, with worked examples in front (None: it is to be such an example
+    itself).
 
     `answers`: letters, the choices are listed and their letters scored, as MMLU asks it; full, the
     choices themselves are scored; auto, letters where a row names its `subject`.
     """
-    goes_on = "context" in row and "choices" not in row
-    kind = ("context", "continuation") if goes_on else (
-        "context" if "context" in row else "question", "choices", "answer")
-    for name in kind:
-        if not isinstance(row.get(name), {"choices": list, "answer": str | int}.get(name, str)):
-            raise UserError(f"field '{name}' is missing or of the wrong type; a row has question, "
-                            "choices, answer or context, continuation")
-    asks = row[kind[0]]
-    if goes_on:
-        return Item([(asks, spaced(asks, row["continuation"]))], 0, "", asks)
-    subject, choices, right = str(row.get("subject") or ""), row["choices"], row["answer"]
-    if isinstance(right, str):
-        letter = LETTERS.find(right.strip().upper()) if len(right.strip()) == 1 else -1
-        right = choices.index(right) if letter < 0 and right in choices else letter
-    if not 0 <= right < min(len(choices), len(LETTERS)):
-        raise UserError(f"'answer' is {row['answer']!r}, not a letter, an index (from 0) or the "
-                        f"text of one of the {len(choices)} choices")
+    prompt = "context" if "context" in row else "question"
+    continues = prompt == "context" and "choices" not in row
+    return KINDS[prompt, "continuation" if continues else "choices"](row, shots, answers)
+
+
+def field(row: dict, name: str, kind: Any = str) -> Any:
+    """Read a field of a row; UserError if it is missing or of another type."""
+    if not isinstance(row.get(name), kind):
+        raise UserError(f"field '{name}' is missing or of the wrong type; a row has question, "
+                        "choices, answer or context, continuation")
+    return row[name]
+
+
+def continuation_item(row: dict, *_) -> Item:
+    """Ask whether greedy decoding of the context gives the continuation."""
+    context = field(row, "context")
+    return Item(continued(context, [field(row, "continuation")]), 0, question=context)
+
+
+def question_item(row: dict, *how) -> Item:
+    """Ask which choice answers the question."""
+    question = prompt = field(row, "question")
+    if question.rstrip().endswith("?") or question.startswith("Question:"):
+        prompt = f"Question: {question.removeprefix('Question:').strip()}\nAnswer:"
+    return choices_item(row, question, prompt, *how)
+
+
+def context_item(row: dict, *how) -> Item:
+    """Ask which choice goes on from the context, without any words added."""
+    return choices_item(row, field(row, "context"), row["context"], *how)
+
+
+# (what is asked, what is scored) -> the maker of the Item; to add one: a function, this entry,
+# local_item's choice, tests/test_eval.py
+KINDS: dict[tuple[str, str], Callable] = {("context", "continuation"): continuation_item,
+                                          ("question", "choices"): question_item,
+                                          ("context", "choices"): context_item}
+
+
+def choices_item(row: dict, text: str, prompt: str, shots: list | None, answers: str) -> Item:
+    """Ask for one of a row's choices: by its letter, in the blank of `text`, or after `prompt`."""
+    choices, answer = field(row, "choices", list), field(row, "answer", str | int)
+    right, subject = right_choice(answer, choices), str(row.get("subject") or "")
     letters = answers == "letters" or (answers == "auto" and "subject" in row)
+    blank = BLANK.search(text)
     if letters:
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-        prompt = "\n".join([asks.strip(), *lines, "Answer:"])
-        pairs = [(prompt, f" {letter}") for letter in LETTERS[:len(choices)]]
-    elif (blank := BLANK.search(asks)) and asks[blank.end():].strip():
-        pairs = [(f"{asks[:blank.start()]}{choice}", asks[blank.end():]) for choice in choices]
+        pairs = lettered(text, choices)
+    elif blank and text[blank.end():].strip():
+        pairs = [(f"{text[:blank.start()]}{choice}", text[blank.end():]) for choice in choices]
     else:
-        if kind[0] == "question" and (asks.rstrip().endswith("?") or asks.startswith("Question:")):
-            asks = f"Question: {asks.removeprefix('Question:').strip()}\nAnswer:"
-        pairs = [(asks, spaced(asks, str(choice))) for choice in choices]
-    if shots and (fitting := [shot for shot in shots if shot.subject in ("", subject)]):
-        worked = "".join(shot.solved for shot in fitting[:SHOTS])
-        pairs = [(worked + context, continuation) for context, continuation in pairs]
-    elif shots and subject:
-        raise UserError(f"--shots has no example of the subject {subject}")
+        pairs = continued(prompt, choices)
+    front = worked_examples(shots or [], subject)
     if letters and shots is not None and (subject or shots):
         about = f" about {subject.replace('_', ' ')}" if subject else ""
-        head = f"The following are multiple choice questions (with answers){about}.\n\n"
-        pairs = [(head + context, continuation) for context, continuation in pairs]
-    return Item(pairs, right, subject, row[kind[0]], letters)
+        front = f"The following are multiple choice questions (with answers){about}.\n\n{front}"
+    return Item([(front + context, continuation) for context, continuation in pairs], right,
+                subject, text, letters)
 
 
-def spaced(context: str, continuation: str) -> str:
-    """A continuation with a space in front, if there is none between it and the context."""
-    glued = not context or context[-1].isspace() or continuation[:1].isspace()
-    return continuation if glued else f" {continuation}"
+def right_choice(answer: str | int, choices: list) -> int:
+    """Number the right choice, told by its letter, its index or its text; UserError for others."""
+    place: Any = answer
+    if isinstance(answer, str):
+        letter = answer.strip().upper()
+        place = LETTERS.find(letter) if len(letter) == 1 else -1
+        if place < 0 and answer in choices:
+            place = choices.index(answer)
+    if not 0 <= place < min(len(choices), len(LETTERS)):
+        raise UserError(f"'answer' is {answer!r}, not a letter, an index (from 0) or the text of "
+                        f"one of the {len(choices)} choices")
+    return place
 
 
-def score_local(name: str, items: list[Item], anchors: tuple | None, scorer: Scorer) -> dict:
-    """{name: metrics}. Several continuations: acc is the share of rows whose right one is the most
-    likely, acc_norm the same per character. One: acc is the share that greedy decoding gives.
-    loglikelihood is the mean of the right ones, in nats."""
-    values = iter(scorer.score([scorer.pair(*pair) for item in items for pair in item.pairs]))
-    rows = [[next(values) for _ in item.pairs] for item in items]
-    likely = [[value for value, _ in row] for row in rows]
-    right = np.array([row.index(max(row)) == item.right if len(row) > 1 else rows[i][0][1]
-                      for i, (item, row) in enumerate(zip(items, likely, strict=True))])
+def lettered(question: str, choices: list) -> list[tuple[str, str]]:
+    """Ask for a letter, as MMLU does."""
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    prompt = "\n".join([question.strip(), *lines, "Answer:"])
+    return [(prompt, f" {letter}") for letter in LETTERS[:len(choices)]]
+
+
+def continued(context: str, texts: list) -> list[tuple[str, str]]:
+    """Pair a context with continuations, with a space in front where none would be between them."""
+    spaced = not context or context[-1].isspace()
+    return [(context, text if spaced or text[:1].isspace() else f" {text}")
+            for text in map(str, texts)]
+
+
+def worked_examples(shots: list[Item], subject: str) -> str:
+    """Join the worked examples of a subject; UserError if there are only others."""
+    fitting = [shot for shot in shots if shot.subject in ("", subject)]
+    if shots and subject and not fitting:
+        raise UserError(f"--shots has no example of the subject {subject}")
+    return "".join(shot.solved for shot in fitting[:SHOTS])
+
+
+# ---- scores
+
+def score_local(name: str, items: list[Item], known: Known | None, scorer: Scorer) -> dict:
+    """Score a local file, {name: metrics}. Several continuations: acc is the share of rows whose
+    right one is the most likely, acc_norm the same per character. One: acc is the share that greedy
+    decoding gives. loglikelihood is the mean of the right ones, in nats."""
+    scored = iter(scorer.score([scorer.pair(*pair) for item in items for pair in item.pairs]))
+    rows = [[next(scored) for _ in item.pairs] for item in items]
+    nats = [np.array([likelihood.nats for likelihood in row]) for row in rows]
+    right = np.array([row.argmax() == item.right if len(row) > 1 else likelihoods[0].greedy
+                      for item, row, likelihoods in zip(items, nats, rows, strict=True)])
     scorer.keep(name, items, rows, right)
     metrics: dict = mean("acc", right)
-    if not items[0].letters and len(rows[0]) > 1:
-        lengths = [[max(1, len(continuation.strip())) for _, continuation in item.pairs]
-                   for item in items]
-        if any(len(set(row)) > 1 for row in lengths):  # else the same
-            metrics |= mean("acc_norm", np.array([
-                np.argmax(np.array(row) / size) == item.right
-                for item, row, size in zip(items, likely, lengths, strict=True)]))
     if len(rows[0]) > 1:
+        sizes = [np.array([max(1, len(text.strip())) for _, text in item.pairs]) for item in items]
+        if not items[0].letters and any(len(set(size.tolist())) > 1 for size in sizes):
+            metrics |= mean("acc_norm", np.array([(row / size).argmax() == item.right for
+                            item, row, size in zip(items, nats, sizes, strict=True)]))
         metrics["chance"] = float(np.mean([1 / len(row) for row in rows]))
     metrics["loglikelihood"] = float(np.mean(
-        [row[item.right] for item, row in zip(items, likely, strict=True)]))
+        [row[item.right] for item, row in zip(items, nats, strict=True)]))
     if items[0].letters:
         metrics["shots"] = min(item.pairs[0][0].count("\nAnswer:") for item in items) - 1
-        metrics["letters"] = irt.letters(likely)
-    if anchors:
-        metrics |= irt.scores(right, anchors)
+        metrics["letters"] = irt.letters(nats)
+    if known:
+        metrics |= irt.scores(right, known)
     return {name: metrics | {"n": len(items), "truncated": len(scorer.truncated)}}
 
 
 def mean(name: str, right: np.ndarray) -> dict[str, float]:
-    """A share and its standard error."""
+    """Give a share and its standard error."""
     return {name: float(right.mean()),
             f"{name}_stderr": float(right.std() / math.sqrt(max(len(right) - 1, 1)))}
 
 
-def passkey_prompts(scorer: Scorer, length: int) -> list[tuple[str, float, int]]:
-    """(prompt, depth, digit) for every depth and digit: as many lines of filler as let the longest
-    prompt and its answer fit into a context of `length` tokens; [] if that makes no five depths.
+# ---- the passkey probe
+
+class Passkey(NamedTuple):
+    """A prompt that tells a digit and asks for it."""
+
+    prompt: str
+    length: int  # tokens of the context that it was written for
+    depth: float
+    key: int
+
+
+def passkeys(lines: int, length: int) -> list[Passkey]:
+    """Write a prompt for every depth and digit, with so many lines of filler."""
+    prompts = []
+    for depth in DEPTHS:
+        above = round(depth * lines)
+        prompts += [Passkey(FILLER * above + PASSKEY.format(key=key) + FILLER * (lines - above)
+                            + QUESTION, length, depth, key) for key in range(10)]
+    return prompts
+
+
+def passkey_prompts(scorer: Scorer, length: int) -> list[Passkey]:
+    """Write the prompts for a context of `length` tokens: as many lines of filler as let the
+    longest prompt and its answer fit; [] if that makes no five depths.
 
     A digit is as good a key as a long number and cheaper: the ten answers share a forward pass.
     Each is right equally often, so that a model that always says the same scores 0.1 exactly.
     """
-    def prompts(lines: int) -> list[tuple[str, float, int]]:
-        return [(FILLER * round(depth * lines) + PASSKEY.format(key=key)
-                 + FILLER * (lines - round(depth * lines)) + QUESTION, depth, key)
-                for depth in DEPTHS for key in range(10)]
-
     def longest(lines: int) -> int:
-        return max(sum(map(len, scorer.pair(prompt, f" {key}")))
-                   for prompt, _, key in prompts(lines)) - 1  # the answer itself is not read
+        pairs = [scorer.pair(case.prompt, f" {case.key}") for case in passkeys(lines, length)]
+        return max(len(prompt) + len(key) for prompt, key in pairs) - 1  # the key is not read
 
     bare, eight = longest(0), longest(8)
     lines = int((length - bare) / (eight - bare) * 8) + 1  # nearly: pieces may merge between lines
     while lines >= len(DEPTHS) - 1 and longest(lines) > length:
         lines -= 1
-    return prompts(lines) if lines >= len(DEPTHS) - 1 else []
+    return passkeys(lines, length) if lines >= len(DEPTHS) - 1 else []
 
 
 def score_passkey(limit: int, scorer: Scorer) -> dict:
-    """{passkey: metrics}: the share of prompts after which the digit that was told is the likeliest
-    of the ten: acc, and acc by length of the prompt and by depth."""
-    cases = [(prompt, length, depth, key) for length in
-             dict.fromkeys(scorer.block_size // parts for parts in (4, 2, 1))
-             for prompt, depth, key in passkey_prompts(scorer, length)][:limit or None]
+    """Score the probe, {passkey: metrics}: the share of prompts after which the digit that was told
+    is the likeliest of the ten: acc, and acc by length of the prompt and by depth."""
+    contexts = dict.fromkeys(scorer.block_size // parts for parts in (4, 2, 1))
+    cases = [case for length in contexts for case in passkey_prompts(scorer, length)]
+    cases = cases[:limit or None]
     if not cases:
         raise UserError(f"passkey: a context of {scorer.block_size} tokens is too short for its "
                         "text; leave it out of --tasks")
-    values = scorer.score([scorer.pair(prompt, f" {digit}") for prompt, *_ in cases
+    scored = scorer.score([scorer.pair(case.prompt, f" {digit}") for case in cases
                            for digit in range(10)])
-    likely = np.array([value for value, _ in values]).reshape(-1, 10)
-    right = likely.argmax(1) == [key for *_, key in cases]
-    groups = {"acc": np.full(len(cases), True)}
-    for name, column in (("acc_{}", 1), ("acc_depth_{:.0%}", 2)):
-        for value in dict.fromkeys(case[column] for case in cases):
-            groups[name.format(value)] = np.array([case[column] == value for case in cases])
-    found: dict = {}
-    for name, chosen in groups.items():
-        some = right[chosen]
-        found |= {name: float(some.mean()),
-                  f"{name}_stderr": float(some.std() / math.sqrt(max(len(some) - 1, 1)))}
-    return {"passkey": found | {"chance": 0.1, "n": len(cases),
-                                "truncated": len(scorer.truncated)}}
+    likeliest = np.array([nats for nats, _ in scored]).reshape(-1, 10).argmax(1)
+    lengths, depths, keys = (np.array([getattr(case, name) for case in cases])
+                             for name in ("length", "depth", "key"))
+    right = likeliest == keys
+    metrics: dict = mean("acc", right)
+    for length in np.unique(lengths):
+        metrics |= mean(f"acc_{length}", right[lengths == length])
+    for depth in np.unique(depths):
+        metrics |= mean(f"acc_depth_{depth:.0%}", right[depths == depth])
+    return {"passkey": metrics | {"chance": 0.1, "n": len(cases),
+                                  "truncated": len(scorer.truncated)}}

@@ -4,14 +4,15 @@ Text i of a seed is the same alone and in a batch: every row has its own generat
 batch computes what it would compute alone (to rounding).
 """
 
+import contextlib
 import hashlib
-import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model import KVCache, Linear, LLaMA
 from plainllama import parallel
@@ -21,12 +22,14 @@ from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import load_model
 
 HALF = "\ufffd"  # what the bytes of an unfinished character decode to
+Watch = Callable[[int, int], bool]  # called with (row, new token); True ends the row
 
 
 # ---- one token
 
 def allowed(logits: Tensor, s: Sampling) -> Tensor:
-    """Logits (B, V) after temperature, those of tokens that must not be drawn at -inf."""
+    """Divide logits (B, V) by the temperature, and put those of tokens that must not be drawn at
+    -inf."""
     logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature  # <= 0: cannot overflow
     never = float("-inf")
     if s.top_k:
@@ -42,7 +45,8 @@ def allowed(logits: Tensor, s: Sampling) -> Tensor:
 
 
 def choose(logits: Tensor, s: Sampling, seen: Tensor, draw: Tensor) -> Tensor:
-    """The next token (B,) of every row from logits (B, V) and a uniform number each (B,).
+    """Choose the next token (B,) of every row by its logits (B, V) and its uniform number in `draw`
+    (B,).
 
     `seen` (B, V) marks the tokens of a row so far; their penalty is CTRL's
     (https://arxiv.org/abs/1909.05858).
@@ -58,7 +62,7 @@ def choose(logits: Tensor, s: Sampling, seen: Tensor, draw: Tensor) -> Tensor:
 
 
 def row_seed(seed: int, number: int) -> int:
-    """The seed of text `number` of a command."""
+    """Derive the seed of text `number` of a command."""
     digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
@@ -66,7 +70,7 @@ def row_seed(seed: int, number: int) -> int:
 # ---- ids -> ids
 
 def step(model: LLaMA, ids: Tensor, cache: KVCache) -> Tensor:
-    """Logits (B, V) of the token after ids (B, 1), which go on from what is in the cache."""
+    """Compute logits (B, V) of the token after ids (B, 1), which go on from the cache's."""
     return model.lm_head(model.hidden(ids, cache)[:, 0])
 
 
@@ -83,7 +87,8 @@ class Compiled:
 
 
 def compile_step(model: LLaMA, rows: int, capacity: int, must: bool) -> Compiled | None:
-    """Compiled, tried once. If that fails: UserError if it `must` work, else None and a line."""
+    """Compile step() and try it once. If that fails: UserError if it `must` work, else a line on
+    the screen and None."""
     try:
         compiled = Compiled(model, rows, max(capacity, 3))
         generate(model, [[0]], 3, Sampling(temperature=0), [0], compiled=compiled)
@@ -92,113 +97,112 @@ def compile_step(model: LLaMA, rows: int, capacity: int, must: bool) -> Compiled
         raise UserError(f"out of memory with {rows} rows of {capacity} tokens; take a smaller "
                         "--batch") from None
     except Exception as error:  # no compiler, an old one, a broken cache: anything
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        problem = f"torch.compile fails here ({parallel.why_not(error)})"
         if must:
-            raise UserError(f"--compile=true, but torch.compile fails here ({problem})") from None
-        print(f"torch.compile fails here ({problem}); going on without it, slower", flush=True)
+            raise UserError(f"--compile=true, but {problem}") from None
+        print(f"{problem}; going on without it, slower", flush=True)
         return None
 
 
-@dataclass
-class Speed:
-    """What decoding took: the first token of the first batch, and all later steps together."""
+class Row:
+    """One text as it grows, by at most `room` tokens. `ended` says why it did (eos | stop | length)
+    and is empty as long as it goes on."""
 
-    first: float = 0.0  # seconds
-    seconds: float = 0.0
-    bytes: int = 0  # read by those steps: the weights, and the cache as far as it is in use
+    def __init__(self, number: int, prompt: list[int], room: int, seed: int):
+        self.number, self.prompt, self.room, self.seed = number, prompt, room, seed
+        self.new: list[int] = []
+        self.ended = "" if room > 0 else "length"
 
-    def told(self, device: torch.device) -> str:
-        """In words, beside the device's reading_speed()."""
-        words = f"; first token after {self.first:.3f} s" * bool(self.first)
-        if not self.bytes:
-            return words
-        rate = self.bytes / self.seconds
-        return words + (f"; its steps read {rate / 1e9:.1f} GB/s, "
-                        f"{rate / reading_speed(device):.0%} of what plain reading reaches here")
+    def take(self, token: int, stop_ids: Collection[int], watch: Watch | None) -> None:
+        """Add the next token and see whether the text ends; one that has ended takes none."""
+        if self.ended:
+            return
+        if token in stop_ids:
+            self.ended = "eos"
+            return
+        self.new.append(token)
+        if len(self.new) == self.room:
+            self.ended = "length"
+        if watch and watch(self.number, token):
+            self.ended = "stop"
 
 
-def reading_speed(device: torch.device) -> float:
-    """Bytes per second at which the device adds up a large tensor: what decoding could reach."""
-    numbers, least = torch.ones(1 << 26, device=device), float("inf")
-    for _ in range(6):
-        begin = time.perf_counter()
-        numbers.sum().item()
-        least = min(least, time.perf_counter() - begin)
-    return numbers.nbytes / least
+class Batch:
+    """Rows that are decoded side by side. Row i of the cache and of these tensors is rows[i]'s:
+    `seen` (B, V), the tokens that it holds; `draws` (B, block_size), a uniform number for each
+    token of a text; `logits` (B, V) of the next token; `tokens` (B,), the newest ones."""
+
+    def __init__(self, model: LLaMA, rows: list[Row], vocab_size: int, compiled: Compiled | None):
+        """Feed the prompts to the model, padded on the right."""
+        config, device = model.config, model.rope_cos.device
+        self.model, self.rows, self.compiled = model, rows, compiled
+        capacity = max(len(row.prompt) + row.room for row in rows)
+        self.cache = compiled.cache if compiled else KVCache(config, len(rows), capacity, device,
+                                                             model.compute_dtype)
+        self.cache.used = 0
+        self.cache.lengths.zero_()
+        seen = torch.zeros(len(rows), vocab_size or config.vocab_size, dtype=torch.bool)
+        # As many draws as the context is long, however many are used: a longer text begins the same
+        draws = torch.zeros(len(rows), config.block_size)
+        for i, row in enumerate(rows):
+            seen[i, row.prompt] = True
+            draws[i].uniform_(generator=torch.Generator().manual_seed(row.seed))
+        self.seen, self.draws = seen.to(device), draws.to(device)
+        ids = pad_sequence([torch.tensor(row.prompt) for row in rows], batch_first=True)
+        last = torch.tensor([len(row.prompt) - 1 for row in rows], device=device)
+        states = model.hidden(ids.to(device), self.cache)
+        self.logits = model.lm_head(states[torch.arange(len(rows), device=device), last])
+
+    def draw(self, sampling: Sampling, number: int) -> list[int]:
+        """Choose the next token of every row, by draw `number`, and bring them to the host."""
+        logits = self.logits.float()[:, :self.seen.shape[1]]
+        self.tokens = choose(logits, sampling, self.seen, self.draws[:, number])
+        self.seen.scatter_(1, self.tokens[:, None], True)
+        return self.tokens.tolist()
+
+    def drop_finished(self) -> None:
+        """Go on without the rows that have ended once they are half of all: it copies the cache."""
+        going = [i for i, row in enumerate(self.rows) if not row.ended]
+        if 2 * len(going) > len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in going]
+        kept = torch.tensor(going, device=self.tokens.device)
+        self.cache.keep(kept)
+        self.seen, self.draws, self.tokens = self.seen[kept], self.draws[kept], self.tokens[kept]
+
+    def advance(self) -> None:
+        """Feed the newest tokens to the model, for the logits of the next."""
+        # A row that has ended goes on with length 0: it writes where nobody looks any more.
+        lengths = [0 if row.ended else len(row.prompt) + len(row.new) - 1 for row in self.rows]
+        self.cache.lengths.copy_(torch.tensor(lengths))
+        self.cache.used = self.cache.k.shape[3] - 1 if self.compiled else max(lengths)
+        advance = self.compiled.step if self.compiled else step
+        self.logits = advance(self.model, self.tokens[:, None], self.cache)
 
 
 @torch.no_grad()
 def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
-             seeds: list[int], stop_ids: Collection[int] = (), vocab_size: int = 0,
-             watch: Callable[[int, int], bool] | None = None, compiled: Compiled | None = None,
-             speed: Speed | None = None) -> list[tuple[list[int], str]]:
-    """(new ids, why they ended: eos | stop | length) for every one of B prompts; none is empty.
+             seeds: list[int], stop_ids: Collection[int] = frozenset(), vocab_size: int = 0,
+             watch: Watch | None = None,
+             compiled: Compiled | None = None) -> list[tuple[list[int], str]]:
+    """Return (new ids, why they ended: eos | stop | length) for every prompt; none is empty.
 
     Ids from `vocab_size` on (padding of the embedding) are never drawn; 0: there are none. `watch`
     is called with (row, new id) and ends the row by returning True. A stop id is not in the result.
-    Rows of different lengths are padded on the right; each draws from its own generator.
     """
-    begin = time.perf_counter()
-    config, device = model.config, model.rope_cos.device
-    lengths = [len(prompt) for prompt in prompts]
-    room = [min(max_new_tokens, config.block_size - length) for length in lengths]
-    B = compiled.cache.k.shape[1] if compiled else len(prompts)  # what is more: rows of one token 0
-    ids = torch.zeros(B, max(lengths), dtype=torch.long)
-    seen = torch.zeros(B, vocab_size or config.vocab_size, dtype=torch.bool)
-    draws, last = torch.zeros(B, config.block_size), torch.zeros(B, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, :len(prompt)] = torch.tensor(prompt)
-        seen[row, prompt] = True
-        # As many draws as the context is long, however many are used: a longer text begins the same
-        draws[row] = torch.rand(config.block_size,
-                                generator=torch.Generator().manual_seed(seeds[row]))
-        last[row] = len(prompt) - 1
-    seen, draws, rows = seen.to(device), draws.to(device), torch.arange(B, device=device)
-    if compiled:
-        cache, advance = compiled.cache, compiled.step
-        cache.used = 0
-        cache.lengths.zero_()
-    else:
-        capacity = max(length + new for length, new in zip(lengths, room, strict=True))
-        cache, advance = KVCache(config, B, capacity, device, model.compute_dtype), step
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    weights -= 0 if config.tie_embeddings else model.model.embed_tokens.weight.nbytes
-    logits = model.lm_head(model.hidden(ids.to(device), cache)[rows, last.to(device)])
-    new: list[list[int]] = [[] for _ in prompts]
-    ended = ["" if n > 0 else "length" for n in room]
-    live = list(range(len(prompts)))  # whose the rows are; those beyond are nobody's
-    for n in range(max(room)):
-        chosen = choose(logits.float()[:, :seen.shape[1]], sampling, seen, draws[:, n])
-        seen[rows, chosen] = True
-        for row, token in zip(live, chosen.tolist(), strict=False):
-            if not ended[row] and token in stop_ids:
-                ended[row] = "eos"
-            elif not ended[row]:
-                new[row].append(token)
-                ended[row] = "length" if len(new[row]) >= room[row] else ""
-                if watch and watch(row, token):
-                    ended[row] = "stop"
-        if speed and n == 0:
-            speed.first = speed.first or time.perf_counter() - begin
-            begin = time.perf_counter()
-        going = [i for i, row in enumerate(live) if not ended[row]]
-        if not going:
+    rows = [Row(number, prompt, min(max_new_tokens, model.config.block_size - len(prompt)), seed)
+            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+    idle = compiled.cache.k.shape[1] - len(rows) if compiled else 0  # rows that are nobody's
+    batch = Batch(model, rows + [Row(-1, [0], 0, 0)] * idle, vocab_size, compiled)
+    for number in range(max(row.room for row in rows)):
+        for row, token in zip(batch.rows, batch.draw(sampling, number), strict=True):
+            row.take(token, stop_ids, watch)
+        if all(row.ended for row in rows):
             break
-        if not compiled and 2 * len(going) <= len(live):  # the others are dropped
-            pick = torch.tensor(going, device=device)
-            cache.keep(pick)
-            seen, draws, chosen, rows = seen[pick], draws[pick], chosen[pick], rows[:len(going)]
-            live = [live[i] for i in going]
-        # A finished row goes on with length 0: it writes where nobody looks any more.
-        now = [0 if ended[row] else lengths[row] + n for row in live]
-        cache.lengths.copy_(torch.tensor(now + [0] * (len(rows) - len(now))))
-        cache.used = cache.k.shape[3] - 1 if compiled else max(now)
-        logits = advance(model, chosen[:, None], cache)
-        if speed:
-            speed.bytes += weights + 2 * cache.k[:, :, :, :cache.used].nbytes
-    if speed:
-        speed.seconds += time.perf_counter() - begin
-    return list(zip(new, ended, strict=True))
+        if not compiled:
+            batch.drop_finished()
+        batch.advance()
+    return [(row.new, row.ended) for row in rows]
 
 
 # ---- ids -> text
@@ -223,42 +227,54 @@ class TextStream:
         now = self.tokenizer.decode(self.ids[self.start:])
         if tokens and now.endswith(HALF) and len(self.ids) - self.read < 16:  # longer: no character
             return False
-        self.text += now[len(before):] if not self.stopped else ""
-        self.start, self.read = self.read if len(now) > len(before) else self.start, len(self.ids)
+        self.text += now[len(before):]
+        if len(now) > len(before):
+            self.start = self.read
+        self.read = len(self.ids)
         cuts = [at for at in map(self.text.find, self.stops) if at >= 0]
         if cuts:
             self.text, self.stopped = self.text[:min(cuts)], True
         if self.stream:
-            waits = max((n for stop in self.stops for n in range(len(stop))
-                         if tokens and self.text.endswith(stop[:n])), default=0)
-            print(self.text[self.shown:len(self.text) - waits], end="", flush=True)
-            self.shown = max(self.shown, len(self.text) - waits)
+            end = len(self.text) - (self.held_back() if tokens else 0)
+            print(self.text[self.shown:end], end="", flush=True)
+            self.shown = max(self.shown, end)
         return self.stopped
+
+    def held_back(self) -> int:
+        """Count the characters at the end of the text that may begin a stop string."""
+        return max((n for stop in self.stops for n in range(len(stop))
+                    if self.text.endswith(stop[:n])), default=0)
+
+
+class Completion(NamedTuple):
+    """What follows a prompt."""
+
+    ended: str  # eos | stop | length
+    text: str
+    tokens: int  # how many were drawn for it
 
 
 def complete(model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
              sampling: Sampling, seeds: list[int], stops: list[str], stream: bool = False,
-             compiled: Compiled | None = None,
-             speed: Speed | None = None) -> list[tuple[str, str, int]]:
-    """(why it ended, completion, new tokens) of every prompt; `stream` prints them as they come."""
+             compiled: Compiled | None = None) -> list[Completion]:
+    """Complete every prompt, up to one of the texts `stops`; `stream` prints as tokens come."""
     texts = [TextStream(tokenizer, prompt, stops, stream) for prompt in prompts]
-    found = generate(model, prompts, max_new_tokens, sampling, seeds, tokenizer.stop_ids,
-                     tokenizer.vocab_size, lambda row, token: texts[row].push(token), compiled,
-                     speed)
-    return [("stop" if text.push() else ended, text.text, len(new))
-            for text, (new, ended) in zip(texts, found, strict=True)]
+    made = generate(model, prompts, max_new_tokens, sampling, seeds, tokenizer.stop_ids,
+                    tokenizer.vocab_size, lambda row, token: texts[row].push(token), compiled)
+    return [Completion("stop" if text.push() else ended, text.text, len(new))
+            for text, (new, ended) in zip(texts, made, strict=True)]
 
 
 # ---- ids -> states
 
 @torch.no_grad()
 def embed(model: LLaMA, prompts: list[list[int]], pool: str, layers: slice) -> Tensor:
-    """The prompts' states, fp32 (B, C) on the host: of the last token or the mean over all tokens
-    (`pool`: last | mean), padding never counted, and the mean over `layers` of the n_layer + 1
-    states that model.hidden names."""
+    """Compute the prompts' states, fp32 (B, C) on the host: of the last token or the mean over all
+    tokens (`pool`: last | mean), padding never counted, and the mean over `layers` of the
+    n_layer + 1 states that model.hidden names."""
     device = model.rope_cos.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], True)
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     places = torch.arange(ids.shape[1], device=device)
     weight = (places < lengths) / lengths if pool == "mean" else (places == lengths - 1).float()
     pooled: list[Tensor] = []  # (B, C) each; the whole states are not kept
@@ -268,27 +284,29 @@ def embed(model: LLaMA, prompts: list[list[int]], pool: str, layers: slice) -> T
 
 
 def layers_of(text: str, count: int) -> slice:
-    """What --layers names, as a slice of `count` states."""
+    """Parse --layers, N or FROM:TO as Python counts, to a slice of `count` states. UserError if it
+    names none of them."""
     first, colon, last = text.partition(":")
-    try:
-        begin = int(first) if first or not colon else 0
-        end = (int(last) if last else count) if colon else begin + 1 or count
-    except ValueError:
-        begin = end = 0
-    if not range(count)[begin:end] or (not colon and not -count <= begin < count):
-        raise UserError(f"--layers={text} names no states of this model, which has {count}, 0 to "
-                        f"{count - 1}; say N or FROM:TO")
-    return slice(begin, end)
+    with contextlib.suppress(ValueError, IndexError):
+        begin = int(first or 0) if colon else range(count)[int(first)]
+        end = int(last or count) if colon else begin + 1
+        if range(count)[begin:end]:
+            return slice(begin, end)
+    raise UserError(f"--layers={text} names no states of this model, which has {count}, 0 to "
+                    f"{count - 1}; say N or FROM:TO")
 
+
+# ---- from a checkpoint
 
 def load(ckpt: str, device: str, dtype: str) -> tuple[LLaMA, Tokenizer, Path]:
-    """The model of --ckpt, ready to decode, its tokenizer, and the checkpoint's folder."""
+    """Return the model of --ckpt, ready to decode, its tokenizer, and the checkpoint's folder."""
     folder = checkpoint.find_checkpoint(ckpt)
     return ready(folder, parallel.pick_device(device), dtype), Tokenizer.load(folder), folder
 
 
 def ready(folder: Path, device: str | torch.device, dtype: str) -> LLaMA:
-    """A checkpoint's model with its matrices cast once, not at every token: the same numbers."""
+    """Load a checkpoint's model with all its matrices, trained or frozen, cast once instead of at
+    every token: the same numbers."""
     kind = parallel.pick_dtype(dtype, torch.device(device))
     model = load_model(folder, device, kind)
     for module in model.modules():

@@ -1,52 +1,65 @@
-"""The blocks that a page is made of, each of them (HTML, Markdown)."""
+"""The blocks that a page is made of, each in HTML and in Markdown."""
 
 import json
 import re
 from html import escape
-
-# ---- the page as blocks, each of them (HTML, Markdown)
-
-def text(words: str, mark: str = "") -> tuple[str, str]:
-    """A paragraph or, with `mark` '#' or '##', a heading."""
-    tag = f"h{len(mark)}" if mark else "p"
-    return f"<{tag}>{escape(words)}</{tag}>", f"{mark} {plain(words)}".strip()
+from typing import NamedTuple
 
 
-def table(heads: list, rows: list) -> tuple[str, str]:
-    """A table of texts."""
+class Block(NamedTuple):
+    """A piece of the page, in both of its forms."""
+
+    html: str
+    markdown: str
+
+
+def heading(text: str, level: int) -> Block:
+    """Make a heading; level 1 is the page's own."""
+    return Block(f"<h{level}>{escape(text)}</h{level}>", f"{'#' * level} {as_markdown(text)}")
+
+
+def paragraph(text: str) -> Block:
+    """Make a paragraph."""
+    return Block(f"<p>{escape(text)}</p>", as_markdown(text))
+
+
+def table_block(heads: list[str], rows: list[list[str]]) -> Block:
+    """Make a table of texts."""
     html = [f"<td>{'</td><td>'.join(map(escape, row))}</td>" for row in [heads, *rows]]
-    lines = [f"| {' | '.join(map(plain, row))} |" for row in [heads, ["---"] * len(heads), *rows]]
-    return f"<div><table><tr>{'</tr><tr>'.join(html)}</tr></table></div>", "\n".join(lines)
+    rule = ["---"] * len(heads)
+    lines = [f"| {' | '.join(map(as_markdown, row))} |" for row in [heads, rule, *rows]]
+    return Block(f"<div><table><tr>{'</tr><tr>'.join(html)}</tr></table></div>", "\n".join(lines))
 
 
-def plain(words: str) -> str:
-    """Text that Markdown shows as it is, also in a table's cell."""
-    return re.sub(r"([\\`*\[\]<>|~#&]|\b_|_\b)", r"\\\1", " ".join(words.split()))
+def side_by_side(heads: list[str], values: list[dict]) -> Block:
+    """Make a table with a row for every key of the dicts in `values`, a column for every dict."""
+    columns = [flatten(value) for value in values]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
+    return table_block(["", *heads], rows)
+
+
+def flatten(value: dict, prefix: str = "") -> dict[str, str]:
+    """Bring nested dicts to one level: {'git': {'dirty': True}} -> {'git dirty': 'true'}."""
+    flat: dict[str, str] = {}
+    for name, part in value.items():
+        if isinstance(part, dict):
+            flat |= flatten(part, f"{prefix}{name} ")
+        else:
+            flat[prefix + name] = part if isinstance(part, str) else json.dumps(part)
+    return flat
+
+
+def as_markdown(text: str) -> str:
+    """Escape text so that Markdown shows it as it is, also in a table's cell."""
+    return re.sub(r"([\\`*\[\]<>|~#&]|\b_|_\b)", r"\\\1", " ".join(text.split()))
 
 
 def short(value: float | None) -> str:
-    """A number for people: 0.25, 124085760 -> 124.1M."""
+    """Write a number for people: 0.25, 124085760 -> 124.1M."""
     if value is None:
         return "–"
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.99995:
             return f"{value / size:.4g}{unit}"
     return f"{value:.4g}"
-
-
-def flat(value: dict, before: str = "") -> dict:
-    """{'git': {'dirty': True}} -> {'git dirty': 'true'}."""
-    found: dict[str, str] = {}
-    for name, part in value.items():
-        if isinstance(part, dict):
-            found |= flat(part, f"{before}{name} ")
-        else:
-            found[before + name] = part if isinstance(part, str) else json.dumps(part)
-    return found
-
-
-def side_by_side(heads: list, values: list) -> tuple:
-    """A table with a row for every key of the dicts in `values`, a column for every dict."""
-    columns = [flat(one) for one in values]
-    names = dict.fromkeys(name for one in columns for name in one)
-    return table(["", *heads], [[name, *(one.get(name, "–") for one in columns)] for name in names])

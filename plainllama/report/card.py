@@ -3,11 +3,12 @@
 import shlex
 from pathlib import Path
 
-from model import LLaMA
 from plainllama.files import read_json, run_of
+from plainllama.report.blocks import heading
 from plainllama.report.charts import CHARTS, charts
 from plainllama.report.page import baselines, scores
 from plainllama.report.runs import RunFolder, load
+from plainllama.results import read_scores
 from plainllama.settings import UserError
 
 CARD = """---
@@ -30,46 +31,56 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
 
 
-def card(model: LLaMA, folder: Path, flags, to: Path) -> str:
-    """README.md: what the model is, how it was trained and what it scored, from its run's files.
-    The curve goes into the folder `to`."""
-    total, inner = model.parameter_counts()
-    run, state = run_of(folder), read_json(folder / "training" / "state.json")
-    info = read_json(run / "run.json") if run else {}
-    step, config, data = state.get("step", 0), info.get("config") or {}, info.get("data") or {}
-    device, git = info.get("device") or {}, info.get("git") or {}
-    words = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
-    sources = [source["path"] for source in data.get("sources") or []]
-    tokens = state.get("rows", 0) * config.get("block_size", 0)
-    facts = {
-        "data set": data.get("name"), "sources": ", ".join(sources) or None,
+def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tuple[int, int]) -> str:
+    """Write README.md: what the model is, how it was trained and what it scored, from its run's
+    files. `flags`: export.py's; `counts`: all parameters, those without embeddings. The curve
+    becomes a picture in `folder`."""
+    text = CARD.format(
+        license=flags.license or "not stated", name=flags.push or Path(flags.to).name,
+        license_line=f"license: {flags.license}\n" if flags.license else "", dtype=flags.dtype,
+        total=counts[0], inner=counts[1], trust=", trust_remote_code=True" if flags.code else "")
+    text += section("Architecture", architecture)
+    if run := run_of(checkpoint):
+        state = read_json(checkpoint / "training" / "state.json")
+        text += section("Training", training_facts(read_json(run / "run.json"), state))
+        text += curve_and_scores(run, state.get("step", 0), folder)
+    return text
+
+
+def section(title: str, values: dict) -> str:
+    """Render a title and a table of the values that are known."""
+    rows = [f"| {name} | {value} |\n" for name, value in values.items() if value is not None]
+    return f"\n## {title}\n\n| | |\n| --- | --- |\n{''.join(rows)}"
+
+
+def training_facts(info: dict, state: dict) -> dict:
+    """Say how the model was trained, from run.json and state.json; None for what they do not
+    say."""
+    config, data, device, git = (info.get(name) or {} for name in (
+        "config", "data", "device", "git"))
+    sources = ", ".join(source["path"] for source in data.get("sources") or [])
+    given = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
+    edited = " (edited)" if git.get("dirty") else ""
+    return {
+        "data set": data.get("name"), "sources": sources or None,
         "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
-        "steps": step, "tokens trained on": f"{tokens:,}",
+        "steps": state.get("step", 0),
+        "tokens trained on": f"{state.get('rows', 0) * config.get('block_size', 0):,}",
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,
-        "commit": f"{git['commit']}{' (edited)' * bool(git.get('dirty'))}" if git else None,
-        "command": shlex.join(["python", "train.py", info.get("config_file") or "", *words])}
-    text = CARD.format(license=flags.license or "not stated", total=total, inner=inner,
-                       license_line=f"license: {flags.license}\n" * bool(flags.license),
-                       name=flags.push or Path(flags.to).name, dtype=flags.dtype,
-                       trust=", trust_remote_code=True" * flags.code)
-    for title, table in (("Architecture", vars(model.config)), ("Training", facts if info else {})):
-        lines = [f"| {name} | {value} |" for name, value in table.items() if value is not None]
-        text += "\n".join([f"\n## {title}\n\n| | |\n| --- | --- |", *lines, ""]) if lines else ""
-    return text + (measured_card(run, step, to) if run else "")
+        "commit": f"{git['commit']}{edited}" if git else None,
+        "command": shlex.join(["python", "train.py", info.get("config_file") or "", *given])}
 
 
-def measured_card(run: Path, step: int, to: Path) -> str:
-    """The card's curve, a picture in `to`, and the scores of the step that is exported."""
-    found, text = read_json(run / "eval" / f"step_{step}.json"), ""
+def curve_and_scores(run: Path, step: int, folder: Path) -> str:
+    """Render the curve up to the step that is exported, a picture in `folder`, and its scores."""
+    blocks, scored = [], read_scores(run, step)
     try:
-        whole = load(run)
-        whole.metrics = [row for row in whole.metrics if row["step"] <= step]
-        blocks = charts([[whole]], to / "curve.html", CHARTS[:1])
-        text += "".join(f"\n{picture}\n" for _, picture in blocks)
+        history = load(run)
+        history.metrics = [row for row in history.metrics if row["step"] <= step]
+        blocks = charts([[history]], folder / "curve.html", CHARTS[:1])
     except UserError as error:
         print(f"no curve in the model card: {error}")
-    if found:
-        one = [RunFolder(run.name, {}, [], {}, [], [found])]
-        text += "\n## Scores\n" + "".join(f"\n{block}\n" for _, block in
-                                         [*scores(one), *baselines(one)])
-    return text
+    if scored:
+        runs = [RunFolder(run.name, {}, [], {}, [], [scored])]
+        blocks += [heading("Scores", 2), *scores(runs), *baselines(runs)]
+    return "".join(f"\n{block.markdown}\n" for block in blocks)

@@ -1,9 +1,9 @@
-"""The page: everything that is said of runs, as blocks."""
+"""The page: everything that is said of runs, panel by panel."""
 
-import itertools
 import json
 import shlex
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from html import escape
 from itertools import pairwise
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from plainllama import settings
 from plainllama.command import read_config
-from plainllama.report.blocks import short, side_by_side, table, text
-from plainllama.report.charts import COLORS, charts, drawn
+from plainllama.report.blocks import Block, heading, paragraph, short, side_by_side, table_block
+from plainllama.report.charts import STYLE, Chart, Line, Point, chart_block, charts
 from plainllama.report.runs import RunFolder, grouped, is_number
+from plainllama.results import Score, measured
 from plainllama.settings import UserError
 
 PAGE = """<!doctype html>
@@ -35,8 +36,32 @@ td {{ vertical-align: top; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid
 """
 
 
+def write_page(runs: list[RunFolder], out: Path) -> Path:
+    """Write the page, its pictures and its Markdown twin, whose path is returned."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    blocks = page(runs, out)
+    # without a < nothing in the data can end the element that holds it
+    data = json.dumps({"runs": [vars(run) for run in runs]}).replace("<", "\\u003c")
+    html = PAGE.format(title=escape(", ".join(run.name for run in runs)), style=STYLE,
+                       body="\n".join(block.html for block in blocks), data=data)
+    out.write_text(html, "utf-8", "replace")
+    twin = out.with_suffix(".md")
+    markdown = "\n\n".join(block.markdown for block in blocks)
+    twin.write_text(f"{markdown}\n", "utf-8", "replace")
+    return twin
+
+
+def page(runs: list[RunFolder], out: Path) -> list[Block]:
+    """Make everything the page says; pictures go beside `out`."""
+    blocks = [heading(", ".join(run.name for run in runs), 1),
+              *(paragraph(outcome(run)) for run in runs)]
+    for title, panel in PANELS.items():
+        blocks += [heading(title, 2), *panel(runs, out)]
+    return blocks
+
+
 def outcome(run: RunFolder) -> str:
-    """What came of a run, in a sentence."""
+    """Say in a sentence what came of a run."""
     timed = [row for row in run.metrics if row.get("tokens_per_second")]
     seconds = sum((row["tokens"] - before["tokens"]) / row["tokens_per_second"]
                   for before, row in pairwise([{"tokens": 0}, *timed]))
@@ -49,134 +74,148 @@ def outcome(run: RunFolder) -> str:
             f"{short(run.last('val_bpb'))} bits per byte.")
 
 
-def differences(runs: list) -> list:
-    """Every key in which a run differs from the first one's parent config: blocks."""
+# ---- what was run
+
+def differences(runs: list[RunFolder], out: Path) -> list[Block]:
+    """Show every key in which a run differs from the first one's parent config."""
     base, parent = runs[0].info.get("base"), vars(settings.Settings())
     try:
         for _, layer in read_config(base) if base else ():
-            parent = parent | layer
+            parent |= layer
     except UserError:
         base = f"the defaults ({base} cannot be read)"
     configs = [parent, *(run.info["config"] for run in runs)]
     names = [name for name in runs[0].info["config"] if name != "out_dir"
              and any(config.get(name) != parent.get(name) for config in configs)]
-    return [*(text(again(run)) for run in runs),
-            text(f"{len(names)} keys differ from the parent config, {base or 'the defaults'}."),
+    summary = f"{len(names)} keys differ from the parent config, {base or 'the defaults'}."
+    return [*(paragraph(command_line(run)) for run in runs), paragraph(summary),
             side_by_side(["parent", *(run.name for run in runs)],
                          [{name: config.get(name) for name in names} for config in configs])]
 
 
-def again(run: RunFolder) -> str:
-    """The command that made a run."""
-    given = {"out_dir": run.info["config"]["out_dir"], **run.info.get("overrides", {})}
-    if given["out_dir"] == f"out/{Path(run.info['config_file']).stem}":
-        del given["out_dir"]
-    words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-             for name, value in given.items()]
-    ranks, config_file = run.info["device"]["count"], run.info["config_file"]
-    return (f"{run.name} was last started by: train.py {shlex.join([config_file, *words])}"
-            + (f" on {ranks} ranks of torchrun" if ranks > 1 else ""))
+def command_line(run: RunFolder) -> str:
+    """Say by which command a run was last started."""
+    config_file, ranks = run.info["config_file"], run.info["device"]["count"]
+    keys = {"out_dir": run.info["config"]["out_dir"], **run.info.get("overrides", {})}
+    if keys["out_dir"] == f"out/{Path(config_file).stem}":
+        del keys["out_dir"]
+    options = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+               for name, value in keys.items()]
+    said = f"{run.name} was last started by: train.py {shlex.join([config_file, *options])}"
+    return f"{said} on {ranks} ranks of torchrun" if ranks > 1 else said
 
 
-def scores(runs: list) -> list:
-    """Scores with 95 % intervals and what chance would score: blocks."""
-    rows = []
-    for who, one in ((run.name, one) for run in runs for one in run.evals):
-        parts = {}
-        for context, at in {"": one, **one.get("contexts", {})}.items():  # shorter windows
-            windows = f" in windows of {context}" * bool(context)
-            parts["validation" + windows] = {"loss, nats per token": at.get("val_loss"),
-                                             "bits per byte": at.get("val_bpb")}
-            parts[f"loss by position{windows}, at"] = at.get("by_position", {})
-        for file, at in one.get("texts", {}).items():
-            parts[file] = {"loss, nats per token": at.get("val_loss"),
-                           "bits per byte": at.get("val_bpb")}
-        for task, metrics in (parts | one.get("tasks", {})).items():
-            for name, value, error in measured(metrics):
-                interval = f" ± {1.96 * error:.4f}" if error else ""
-                if name in metrics.get("intervals", {}):
-                    interval = " ({:.3f} to {:.3f})".format(*metrics["intervals"][name])
-                rows.append([f"{who}, step {one.get('step')}", f"{task} {name}",
-                             f"{value:.4f}{interval}",
-                             short(metrics.get("chance") if name.startswith("acc") else None)])
-    if not rows:
-        return [text("No scores yet: eval.py --ckpt RUN writes them.")]
-    return [table(["", "score", "value ± 95 % interval", "chance"], rows)]
+# ---- scores
 
-
-def measured(metrics: dict) -> list:
-    """[(name, value, standard error or None), ...] of a task's metrics, without what describes it
-    only."""
-    about = ("chance", "n", "truncated", "shots", "correct", "long_enough")
-    found = []
-    for name, value in metrics.items():
-        metric, comma, filtered = name.partition(",")  # lm-eval: acc,strict-match
-        if is_number(value) and metric not in about and "_stderr" not in metric:
-            error = metrics.get(f"{metric}_stderr{comma}{filtered}")
-            found.append((name, value, error if is_number(error) else None))
-    return found
-
-
-def growth(runs: list, out: Path) -> list:
-    """The scores of tasks against the tokens trained on, where a run has several: blocks."""
+def growth(runs: list[RunFolder], out: Path) -> list[Block]:
+    """Draw the tasks' main scores against the tokens trained on, where a run has several."""
     blocks = []
-    tasks = dict.fromkeys(task for run in runs for one in run.evals
-                          for task in one.get("tasks", {}))
+    tasks = dict.fromkeys(task for run in runs for evaluation in run.evals
+                          for task in evaluation.get("tasks", {}))
     for number, task in enumerate(tasks):
-        lines, labels = [], []
-        for color, run in zip(itertools.cycle(COLORS), runs, strict=False):
+        lines, title = [], ""
+        for place, run in enumerate(runs):
             points = []
-            for one in run.evals:
-                metrics = one.get("tasks", {}).get(task, {})
-                for name, value, error in measured(metrics)[:1]:  # the first is the main one
-                    within = 1.96 * (error or 0)
-                    points.append((one.get("tokens", 0), value, value - within, value + within))
-                    title = f"{task} {name} against tokens (with 95 % interval)"
-            lines += [(color, "score", points)] if len(points) > 1 else []
-            labels.append(run.name)
+            for evaluation in run.evals:
+                metrics = evaluation.get("tasks", {}).get(task, {})
+                for score in finite_scores(metrics)[:1]:  # the first is the main one
+                    points.append(Point(evaluation.get("tokens", 0), score.value,
+                                        score.value - score.margin, score.value + score.margin))
+                    title = f"{task} {score.name} against tokens (with 95 % interval)"
+            if len(points) > 1:
+                lines.append(Line(place, "score", points))
         if lines:
-            picture = out.with_name(f"{out.stem}_score_{number}.svg")
-            blocks.append(drawn(title, labels, lines, False, picture, "tokens"))
+            chart = Chart(title, (f"score_{number}",), axis="tokens")
+            blocks.append(chart_block(chart, [run.name for run in runs], lines, out))
     return blocks
 
 
-def baselines(runs: list) -> list:
-    """The models beside those that only count, on the same windows, whoever wins: blocks."""
+def baselines(runs: list[RunFolder]) -> list[Block]:
+    """Rank the models beside those that only count, on the same windows, whoever wins."""
     blocks = []
     for run in runs:
-        for one in [one for one in run.evals if one.get("baselines")][-1:]:
-            every = {name.removesuffix("_bpb"): of for name, of in one["baselines"].items()
-                     if name.endswith("_bpb")} | {run.name: one.get("val_bpb")}
-            order = sorted((of, name) for name, of in every.items() if is_number(of))
-            blocks.append(table([f"step {one['step']}", "bits per byte", "below unigram"],
-                                [[name, f"{of:.4f}", f"{1 - of / every['unigram']:.1%}"]
-                                 for of, name in order]))
+        for newest in [evaluation for evaluation in run.evals if evaluation.get("baselines")][-1:]:
+            bits = newest["baselines"] | {f"{run.name}_bpb": newest.get("val_bpb")}
+            ranking = sorted((value, name.removesuffix("_bpb")) for name, value in bits.items()
+                             if name.endswith("_bpb") and is_number(value))
+            rows = [[name, f"{value:.4f}", f"{1 - value / bits['unigram_bpb']:.1%}"]
+                    for value, name in ranking]
+            heads = [f"step {newest['step']}", "bits per byte", "below unigram"]
+            blocks.append(table_block(heads, rows))
     return blocks
 
 
-def samples(runs: list) -> list:
-    """Samples at the first, the middle and the last step that has some: blocks."""
+def scores(runs: list[RunFolder]) -> list[Block]:
+    """Show every score with its 95 % interval and what chance would score."""
+    rows = [[f"{run.name}, step {evaluation.get('step')}", f"{title} {score.name}",
+             f"{score.value:.4f}{interval(score)}", short(score.chance)]
+            for run in runs for evaluation in run.evals
+            for title, metrics in metrics_by_title(evaluation).items()
+            for score in finite_scores(metrics)]
+    if not rows:
+        return [paragraph("No scores yet: eval.py --ckpt RUN writes them.")]
+    return [table_block(["", "score", "value ± 95 % interval", "chance"], rows)]
+
+
+def metrics_by_title(evaluation: dict) -> dict[str, dict]:
+    """Collect the metrics of an evaluation: of the validation split, of texts, of tasks."""
+    results = {"validation": evaluation}
+    for length, result in evaluation.get("contexts", {}).items():
+        results[f"validation in windows of {length}"] = result
+    tables = {}
+    for title, result in (results | evaluation.get("texts", {})).items():
+        tables[title] = {"loss, nats per token": result.get("val_loss"),
+                         "bits per byte": result.get("val_bpb")}
+        windows = title.removeprefix("validation")
+        tables[f"loss by position{windows}, at"] = result.get("by_position", {})
+    return tables | evaluation.get("tasks", {})
+
+
+def finite_scores(metrics: dict) -> list[Score]:
+    """List the scores that are numbers; an error that is none is left out."""
+    return [score._replace(error=score.error if is_number(score.error) else None)
+            for score in measured(metrics) if is_number(score.value)]
+
+
+def interval(score: Score) -> str:
+    """Write the 95 % interval of a score, '' if it has none."""
+    if score.interval:
+        return " ({:.3f} to {:.3f})".format(*score.interval)
+    return f" ± {score.margin:.4f}" if score.error else ""
+
+
+# ---- samples, environment
+
+def samples(runs: list[RunFolder], out: Path) -> list[Block]:
+    """Show the samples of the first, the middle and the last step that has some."""
     blocks = []
     for run in runs:
         steps = sorted({row["step"] for row in run.samples})
         for step in sorted({steps[i] for i in (0, len(steps) // 2, -1) if steps}):
-            blocks.append(text(f"{run.name}, step {step}", "###"))
-            for row in (row for row in run.samples if row["step"] == step):
-                words = f"{row.get('prompt', '')}{row.get('completion', '')}"
-                blocks.append((f"<pre>{escape(words)}</pre>",) * 2)
-    return blocks or [text("No samples yet: sample.py --ckpt RUN --save adds some.")]
+            blocks.append(heading(f"{run.name}, step {step}", 3))
+            for row in run.samples:
+                if row["step"] == step:
+                    text = escape(f"{row.get('prompt', '')}{row.get('completion', '')}")
+                    blocks.append(Block(f"<pre>{text}</pre>", f"<pre>{text}</pre>"))
+    return blocks or [paragraph("No samples yet: sample.py --ckpt RUN --save adds some.")]
 
 
-def page(runs: list, out: Path) -> list:
-    """Everything the page says, as blocks."""
-    around = [{name: run.info.get(name) for name in (
-        "config_file", "started", "data", "device", "git", "versions")} for run in runs]
-    for one in around:
-        one["started"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(one["started"] or 0))
-    names = [run.name for run in runs]
-    return [text(", ".join(names), "#"), *(text(outcome(run)) for run in runs),
-            text("What was run", "##"), *differences(runs),
-            text("Curves", "##"), *charts(grouped(runs), out),
-            text("Scores", "##"), *growth(runs, out), *baselines(runs), *scores(runs),
-            text("Samples", "##"), *samples(runs),
-            text("Data, tokenizer and environment", "##"), side_by_side(names, around)]
+def environment(runs: list[RunFolder], out: Path) -> list[Block]:
+    """Show on what data, by which program and on which device the runs were made."""
+    names = ("config_file", "started", "data", "device", "git", "versions")
+    columns = [{name: run.info.get(name) for name in names} for run in runs]
+    for column in columns:
+        begin = time.gmtime(column["started"] or 0)
+        column["started"] = time.strftime("%Y-%m-%d %H:%M UTC", begin)
+    return [side_by_side([run.name for run in runs], columns)]
+
+
+# what the page shows, in order: title -> function of the runs and the page's path, in whose folder
+# pictures are written. To add a panel: an entry here, its function, a test.
+PANELS: dict[str, Callable[[list[RunFolder], Path], list[Block]]] = {
+    "What was run": differences,
+    "Curves": lambda runs, out: charts(grouped(runs), out),
+    "Scores": lambda runs, out: [*growth(runs, out), *baselines(runs), *scores(runs)],
+    "Samples": samples,
+    "Data, tokenizer and environment": environment,
+}

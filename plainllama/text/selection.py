@@ -1,20 +1,23 @@
 """Which documents are held out for validation, and which repeat an earlier one."""
 
 import hashlib
+import importlib.util
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from plainllama.settings import UserError
+from plainllama.settings import UserError, install
 from plainllama.text.documents import Part, Tally
+from plainllama.text.workers import NOTES, Worker, own_folder, run_workers
 
 SCAN = 16 << 20  # characters read before any work: bad input is met before anything is written
-NOTES = "work.tmp"  # state.json, part-*.json and half-made shards, until the manifest is written
 # Near duplicates: signatures of 32 bands of 4 hashes; two texts whose runs of three words have the
 # Jaccard similarity J meet in some band with probability 1 - (1 - J^4)^32, 0.97 for J = 0.57.
 BANDS, NEAR = 32, 0.5
@@ -22,58 +25,74 @@ BANDS, NEAR = 32, 0.5
 
 # ---- documents -> their split
 
-def hash_below(jobs: list[Part], fraction: float) -> int:
-    """Documents with a hash below this are validation. If negative, the end of a text is: of each
-    text (-1), or what follows this many characters of the one document (that was cut).
-
-    Reads SCAN characters, all of a smaller corpus, and goes on until both splits have a document.
-    """
-    below, smallest, largest, size, count = int(fraction * 2**64), 2**64, -1, 0, 0
-    dropped = Tally()
-    for text in itertools.chain.from_iterable(job.texts(dropped) for job in jobs):
-        smallest, largest = min(smallest, text_hash(text)), max(largest, text_hash(text))
-        size, count = size + len(text), count + 1
-        if size > SCAN and dropped.records > 1 and (not below or smallest < below <= largest):
-            break
-    if largest < 0:
-        raise UserError("sources: no document is left; dropped: " + "; ".join(
-            f"{entry['count']} {rule} (first {entry['first']})" for rule, entry in dropped.items())
-            + "; another column is named like this: --sources=\"{'path': 'my.jsonl', 'column': "
-            "'content'}\"" * any(rule.startswith("no column") for rule in dropped))
-    if below and dropped.records == 1 < count:
-        return -int(size * (1 - fraction))
-    if not below or smallest < below <= largest:
-        return below
-    if smallest == largest:
-        return -1
-    return largest if largest < below else smallest + 1
+HASH, END_OF_EACH, END_OF_THE_ONE = "hash", "end of each text", "end of the one document"
 
 
-# ---- documents -> their split
+@dataclass(frozen=True)
+class HoldOut:
+    """What is held out for validation."""
+
+    kind: str  # HASH: documents by their hash; END_OF_EACH; END_OF_THE_ONE, which was cut
+    bound: int = 0  # HASH: documents with a smaller one; END_OF_THE_ONE: characters before the end
+    fraction: float = 0.0  # END_OF_EACH: the share of a text
+
 
 def text_hash(text: str) -> int:
     """64 bits that choose a document's split, wherever it stands."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def placed(texts: Iterable[str], below: int, fraction: float) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document."""
-    start = 0
+def choose_hold_out(parts: list[Part], fraction: float) -> HoldOut:
+    """Choose what is held out so that both splits have a document. UserError if there is none.
+
+    Reads SCAN characters, all of a smaller corpus, and goes on until it has met both splits.
+    """
+    bound, smallest, largest, size, count = int(fraction * 2**64), 2**64, -1, 0, 0
+    dropped = Tally()
+    for text in itertools.chain.from_iterable(part.texts(dropped) for part in parts):
+        smallest, largest = min(smallest, text_hash(text)), max(largest, text_hash(text))
+        size, count = size + len(text), count + 1
+        if size > SCAN and dropped.records > 1 and (not bound or smallest < bound <= largest):
+            break
+    if count == 0:
+        raise UserError(nothing_left(dropped))
+    if bound and dropped.records == 1 < count:
+        return HoldOut(END_OF_THE_ONE, int(size * (1 - fraction)))
+    if not bound or smallest < bound <= largest:
+        return HoldOut(HASH, bound)
+    if smallest == largest:
+        return HoldOut(END_OF_EACH, fraction=fraction)
+    return HoldOut(HASH, largest if largest < bound else smallest + 1)
+
+
+def nothing_left(dropped: Tally) -> str:
+    """Say why there is no document."""
+    reasons = [f"{entry['count']} {rule} (first {entry['first']})"
+               for rule, entry in dropped.items()]
+    if any(rule.startswith("no column") for rule in dropped):
+        reasons.append("another column is named like this: --sources=\"{'path': 'my.jsonl', "
+                       "'column': 'content'}\"")
+    return f"sources: no document is left; dropped: {'; '.join(reasons)}"
+
+
+def placed(texts: Iterable[str], hold_out: HoldOut) -> Iterator[tuple[str, str]]:
+    """Give (split, text) of every document of a part."""
+    start = 0  # characters before a text
     for text in texts:
-        if below >= 0:
-            yield "val" if text_hash(text) < below else "train", text
+        if hold_out.kind == HASH:
+            yield "val" if text_hash(text) < hold_out.bound else "train", text
             continue
-        end = int(len(text) * (1 - fraction)) if below == -1 else -below - start
-        end, start = min(max(end, 0), len(text)), start + len(text)
+        if hold_out.kind == END_OF_EACH:
+            end = int(len(text) * (1 - hold_out.fraction))
+        else:
+            end = min(max(hold_out.bound - start, 0), len(text))
+        start += len(text)
         if end < len(text):  # cut at the end of a line, if there is one
             end = text.rfind("\n", 0, end) + 1 or end
         yield from (pair for pair in (("train", text[:end]), ("val", text[end:])) if pair[1])
 
 
-def marks_of(folder: Path, number: int) -> Path:
-    """The file of a part's marks."""
-    return folder / NOTES / f"marks-{number:05}.npy"
-
+# ---- documents that repeat an earlier one
 
 def signature(text: str) -> np.ndarray:
     """MinHash (4 BANDS,) of a text's runs of three words: equal in as many places as the sets of
@@ -86,35 +105,84 @@ def signature(text: str) -> np.ndarray:
     return np.array(made.digest(), "<u4")
 
 
-def repeats(marks: np.ndarray, dedup: str) -> np.ndarray:
-    """Which rows (n,) repeat an earlier one."""
-    found = np.zeros(len(marks), bool)
-    for band in range(BANDS if dedup == "near" else 1):
-        width = 4 if dedup == "near" else 1
-        words = np.ascontiguousarray(marks[:, width * band:width * (band + 1)]).view("<u8")
-        keys = (words[:, 0] * np.uint64(0x9E3779B97F4A7C15)) ^ words[:, -1]
+class Marks(NamedTuple):
+    """How repeated documents are told: by a row of marks for each."""
+
+    rule: str  # that drops them
+    mark: Callable[[str], np.ndarray]  # text -> (width,)
+    dtype: str
+    width: int
+    bands: int  # rows that agree in one of as many bands are compared, ...
+    neighbours: int  # ... each with so many before it: by chance others may stand between
+
+
+DEDUP = {
+    "exact": Marks("duplicate", lambda text: np.array([text_hash(text)]), "<u8", 1, 1, 1),
+    "near": Marks("near duplicate", signature, "<u4", 4 * BANDS, BANDS, 3),
+}
+
+
+def check_dedup(dedup: str) -> None:
+    """Raise UserError if the package is missing that `dedup` needs."""
+    if dedup == "near" and not importlib.util.find_spec("rensa"):
+        raise UserError(f"dedup=near needs the package rensa: {install('data')}")
+
+
+def marks_of(folder: Path, number: int) -> Path:
+    """Name the file of a part's marks."""
+    return folder / NOTES / f"marks-{number:05}.npy"
+
+
+def make_marks(folder: Path, dedup: str, worker: Worker, number: int, part: Part) -> None:
+    """Write the marks (documents, width) of a part."""
+    kind = DEDUP[dedup]
+    marks = []
+    for text in part.texts(Tally()):
+        marks.append(kind.mark(text))
+        worker.report(number, 1, 0, len(text.encode()))
+    with own_folder(folder) as own:
+        np.save(Path(own) / "marks.npy", np.array(marks, kind.dtype).reshape(-1, kind.width))
+        os.replace(Path(own) / "marks.npy", marks_of(folder, number))
+
+
+def mark_parts(folder: Path, parts: list[Part], mine: range, dedup: str, workers: int) -> int:
+    """Make the marks that my parts lack; return how many parts of others have none yet."""
+    todo = {i: parts[i] for i in mine if not marks_of(folder, i).exists()}
+    if todo:
+        print(f"{folder}: looking for repeated documents", flush=True)
+        run_workers(folder, partial(make_marks, folder, dedup), todo, workers)
+    return sum(not marks_of(folder, i).exists() for i in range(len(parts)))
+
+
+def repeats(marks: np.ndarray, kind: Marks) -> np.ndarray:
+    """Tell which rows (n,) of marks (n, width) repeat an earlier one."""
+    repeated = np.zeros(len(marks), bool)
+    for band in np.split(np.arange(kind.width), kind.bands):
+        bits = np.ascontiguousarray(marks[:, band[0]:band[-1] + 1]).view("<u8")
+        keys = (bits[:, 0] * np.uint64(0x9E3779B97F4A7C15)) ^ bits[:, -1]
         order = np.argsort(keys, kind="stable")  # rows with one key in the order of the corpus
-        for back in (1, 2, 3) if dedup == "near" else (1,):  # by chance others may stand between
+        for back in range(1, 1 + kind.neighbours):
             first, second = order[:-back], order[back:]
             pairs = np.flatnonzero(keys[first] == keys[second])
-            for some in np.split(pairs, range(1 << 14, len(pairs), 1 << 14)):
-                a, b = first[some], second[some]
-                found[b[(marks[a] == marks[b]).mean(1) >= NEAR]] = True
-    return found
+            for chunk in np.split(pairs, range(1 << 14, len(pairs), 1 << 14)):
+                a, b = first[chunk], second[chunk]
+                repeated[b[(marks[a] == marks[b]).mean(1) >= NEAR]] = True
+    return repeated
 
 
-def without_repeats(folder: Path, jobs: list[Part], dedup: str) -> list[Part]:
-    """The jobs of all parts, each told which of its documents an earlier one repeats."""
-    sizes = [len(np.load(marks_of(folder, i), mmap_mode="r")) for i in range(len(jobs))]
+def without_repeats(folder: Path, parts: list[Part], dedup: str) -> list[Part]:
+    """Tell each part which of its documents an earlier one repeats; needs the marks of all."""
+    kind, sizes = DEDUP[dedup], []
     path = folder / NOTES / f"marks-{os.getpid()}.bin"  # all as one, on disk: the memory is bounded
     with open(path, "wb") as file:
-        for i in range(len(jobs)):
-            one = np.load(marks_of(folder, i))
-            one.tofile(file)
-    if not sum(sizes):
-        return jobs
-    found = repeats(np.memmap(path, one.dtype, "r").reshape(-1, one.shape[1]), dedup)
+        for number in range(len(parts)):
+            marks = np.load(marks_of(folder, number))
+            marks.tofile(file)
+            sizes.append(len(marks))
+    if sum(sizes) == 0:
+        return parts
+    repeated = repeats(np.memmap(path, kind.dtype, "r").reshape(-1, kind.width), kind)
     path.unlink()
-    rule = "near duplicate" if dedup == "near" else "duplicate"
-    return [replace(job, repeated=dict.fromkeys(np.flatnonzero(part).tolist(), rule))
-            for job, part in zip(jobs, np.split(found, np.cumsum(sizes)[:-1]), strict=True)]
+    by_part = np.split(repeated, np.cumsum(sizes)[:-1])
+    return [replace(part, repeated=dict.fromkeys(np.flatnonzero(rows).tolist(), kind.rule))
+            for part, rows in zip(parts, by_part, strict=True)]

@@ -1,4 +1,4 @@
-"""Sources -> files -> parts -> documents: what prepare.py reads, cut so that workers can share it.
+"""Sources -> files -> parts: what prepare.py reads, cut so that workers can share it.
 
 Everything here is a function of the sources alone, so that the same bytes come out for any number
 of workers and after any interruption.
@@ -15,38 +15,51 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plainllama.settings import UserError, install
-from plainllama.text.documents import Piece, records_of
+from plainllama.text import kinds
+from plainllama.text.kinds import KINDS, Piece, either, kind_of, naming_damage, records_of
 
-KINDS = r".*\.(txt|jsonl|parquet|(txt|jsonl)\.(gz|xz|zst))"
-PACKED = {".gz": 3, ".xz": 4, ".zst": 3}  # bytes of text in a packed byte: a guess, for the plan
-PART = 64 << 20  # bytes of text that a worker takes at a time
-TRIES = 3  # of a download that fails for a reason that may pass
 SPOOLED: list = []  # standard input as files, kept until the program ends
 
 
 # ---- sources -> files -> parts
 
-def described(sources: object) -> list[dict]:
-    """The sources as dicts with a `path`."""
+@dataclass(frozen=True)
+class Source:
+    """One of the sources, as the rooms below need it."""
+
+    path: str
+    column: str
+    first: int  # of the records that are taken, ...
+    stop: int  # ... and the one after the last
+    given: dict  # as the user gave it
+
+
+def described(sources: object) -> list[Source]:
+    """Read the config key `sources`. UserError for an item that is none."""
     items = sources if isinstance(sources, list | tuple) else [sources]
-    found: list = [{"path": item} if isinstance(item, str) else item for item in items]
-    for item in found:
-        keys = {"path": str, "column": str, "slice": str, "max_documents": int}
-        if not (isinstance(item, dict) and item.get("path")
-                and all(type(value) is keys.get(key) for key, value in item.items())
-                and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))):
-            raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
-                            "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
-    return found
+    return [source_of({"path": item} if isinstance(item, str) else item) for item in items]
+
+
+def source_of(item) -> Source:
+    """Read an item of `sources`."""
+    keys = {"path": str, "column": str, "slice": str, "max_documents": int}
+    if not (isinstance(item, dict) and item.get("path")
+            and all(type(value) is keys.get(key) for key, value in item.items())
+            and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))):
+        raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
+                        "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
+    first, stop = (int(number or 0) for number in item.get("slice", ":").split(":"))
+    stop = min(stop or sys.maxsize, first + item.get("max_documents", sys.maxsize))
+    return Source(item["path"], item.get("column", "text"), first, stop, item)
 
 
 def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
-    """What the manifest says of a source beside its files, and the files (label, path) in order."""
+    """List a source's files (label, path) in order, and what else the manifest says of it."""
     if path.startswith("hf:"):
         return hub_files(path, known)
     if path == "-":
@@ -56,22 +69,26 @@ def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
         SPOOLED.append(spool)
         return {}, [("-", Path(spool.name))]
     if path == "embedded":
-        roots = [Path(str(spec.origin)).parent for name in ("mpmath", "networkx", "sympy")
-                 if (spec := importlib.util.find_spec(name))]
-        found = [(p.relative_to(root.parent).as_posix(), p) for root in roots
-                 for p in root.rglob("*.py")]
-        return {}, sorted((label, p) for label, p in found
-                          if not {"tests", "benchmarks"} & set(label.split("/")))
+        return {}, embedded_files()
     folder = os.path.isdir(path)
     pattern = os.path.join(glob.escape(path), "**") if folder else path
     matches = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
-    matches = [p for p in matches if os.path.isfile(p) and (not folder or re.fullmatch(KINDS, p))]
-    root = path if folder else os.path.commonpath(map(os.path.dirname, matches or ["."]))
-    found = [(os.path.relpath(p, root or "."), Path(p)) for p in matches]
-    if not found:
-        raise UserError(f"sources: {path} is no file, and no glob or folder that holds a .txt, "
-                        ".jsonl or .parquet file")
-    return {}, sorted(found)
+    matches = [p for p in matches if os.path.isfile(p) and (not folder or kind_of(p))]
+    if not matches:
+        raise UserError(f"sources: {path} is no file, and no glob or folder that holds a "
+                        f"{either(KINDS)} file")
+    root = path if folder else os.path.commonpath(map(os.path.dirname, matches))
+    return {}, sorted((os.path.relpath(p, root or "."), Path(p)) for p in matches)
+
+
+def embedded_files() -> list[tuple[str, Path]]:
+    """List the Python files of the installed packages, without their tests."""
+    specs = (importlib.util.find_spec(name) for name in ("mpmath", "networkx", "sympy"))
+    roots = [Path(str(spec.origin)).parent for spec in specs if spec]
+    files = [(path.relative_to(root.parent).as_posix(), path)
+             for root in roots for path in root.rglob("*.py")]
+    return sorted((label, path) for label, path in files
+                  if not {"tests", "benchmarks"} & set(label.split("/")))
 
 
 def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
@@ -97,58 +114,60 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
             if split not in splits:
                 raise UserError(f"{path}: no split {split!r}; there are {', '.join(splits)}")
             known = {"files": [str(url).partition(f"@{revision}/")[2] for url in splits[split]]}
-        found: list = []
-        for file in sorted(known["files"]):
-            print(f"{path}: file {len(found) + 1} of {len(known['files'])}, {file}", flush=True)
-            found.append((file, Path(again(lambda file=file: hub.hf_hub_download(  # type: ignore
-                name, file, repo_type="dataset", revision=revision, etag_timeout=20)))))
-        return {"revision": revision}, found
+        files = []
+        for number, label in enumerate(sorted(known["files"]), 1):
+            print(f"{path}: file {number} of {len(known['files'])}, {label}", flush=True)
+            files.append((label, Path(again(lambda label=label: hub.hf_hub_download(  # type: ignore
+                name, label, repo_type="dataset", revision=revision, etag_timeout=20)))))
+        return {"revision": revision}, files
     except ImportError as error:
         raise UserError(f"{path}: {error}; {install('data')}") from None
     except UserError:
         raise
     except Exception as error:  # whatever the two libraries and the network raise
-        files = "; its files: " + ", ".join(known["files"])[:200] if known else ""
+        listed = "; its files: " + ", ".join(known["files"])[:200] if known else ""
         raise UserError(f"{path} is not to be had from the hub ({type(error).__name__}: "
                         f"{str(error)[:300]}). What is downloaded stays, the same command goes on. "
-                        "Offline: copy the .parquet, .jsonl or .txt files of "
-                        f"datasets/{name} into a folder and say --sources=PATH{files}") from None
+                        f"Offline: copy the {either(KINDS)} files of datasets/{name} into a folder "
+                        f"and say --sources=PATH{listed}") from None
 
 
 def again(ask: Callable):
     """ask(), tried again after a second and after three if the network or the server failed."""
-    for seconds in range(1, 2 * TRIES, 2):
+    for seconds in (1, 3, None):
         try:
             return ask()
         except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", 500)
-            if seconds == 2 * TRIES - 1 or (status < 500 and status != 429) or (
-                    os.environ.get("HF_HUB_OFFLINE") == "1"):
+            may_pass = (status >= 500 or status == 429) and os.environ.get("HF_HUB_OFFLINE") != "1"
+            if not seconds or not may_pass:
                 raise
             time.sleep(seconds)
 
 
-def survey(sources: list[dict], known: list[dict]) -> tuple[list[dict], list[list[Piece]]]:
-    """What the manifest says of the sources, and all their records cut into parts.
+def survey(sources: list[Source], known: list[dict]) -> tuple[list[dict], list[list[Piece]]]:
+    """Give what the manifest says of the sources, and all their records cut into parts.
 
     Both are functions of the sources alone. Raises UserError for what cannot be read.
     """
     records: list[dict] = []
     pieces: list[Piece] = []
     for i, source in enumerate(sources):
-        record, files = files_of(source["path"], known[i] if known else {})
+        record, files = files_of(source.path, known[i] if known else {})
         prints = {label: fingerprint(path) for label, path in files}
-        if source["path"] == "embedded":  # a thousand names, as one
+        if source.path == "embedded":  # a thousand names, as one
             digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
             prints = {f"{len(files)} files": digest}
-        records.append({"path": source["path"], **record, "files": prints})
+        records.append({"path": source.path, **record, "files": prints})
         if not any(path.stat().st_size for _, path in files):
-            raise UserError(f"sources: {source['path']} is empty")
-        # a packed file has few pieces, because each is reached by unpacking what is before it
-        few = min(4, max(1, 8 // len(files)))
-        cut = (p for label, path in files for p in pieces_of(label, path, source, few))
-        pieces += sliced(cut, source)
-    target = min(PART, max(64 << 10, size_of(pieces) // 12))  # small corpora have several too
+            raise UserError(f"sources: {source.path} is empty")
+        pieces += pieces_of(source, [whole_file(source, label, path) for label, path in files])
+    return records, parts_of(pieces)
+
+
+def parts_of(pieces: list[Piece]) -> list[list[Piece]]:
+    """Join pieces to parts of about PART bytes of text; small corpora have several too."""
+    target = min(kinds.PART, max(64 << 10, sum(piece.size for piece in pieces) // 12))
     parts: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
@@ -157,12 +176,7 @@ def survey(sources: list[dict], known: list[dict]) -> tuple[list[dict], list[lis
             parts.append([])
             size = piece.size
         parts[-1].append(piece)
-    return records, parts
-
-
-def size_of(pieces: list[Piece]) -> int:
-    """Bytes of text, roughly."""
-    return sum(piece.size for piece in pieces)
+    return parts
 
 
 def fingerprint(path: Path) -> str:
@@ -175,66 +189,32 @@ def fingerprint(path: Path) -> str:
     return hashlib.blake2b(b"%d" % size + ends, digest_size=8).hexdigest()
 
 
-def pieces_of(label: str, path: Path, source: dict, few: int) -> Iterator[Piece]:
-    """A file in the smallest pieces worth a worker's while; `few` of a packed one."""
-    column, size = source.get("column", "text"), path.stat().st_size
-    match = re.fullmatch(KINDS, path.name)
-    if match:
-        kind = match[2] or match[1]
-    elif label == "-":
-        kind = "jsonl" if path.open("rb").read(1 << 16).lstrip().startswith(b"{") else "txt"
-    elif source["path"] == "embedded":
-        kind = "txt"
-    else:
-        raise UserError(f"{path}: unknown kind of file; known are .txt, .jsonl, .parquet, and the "
-                        "first two with .gz, .xz or .zst")
-    piece = Piece(str(path), label, kind, column, size * PACKED.get(path.suffix, 1))
-    if kind == "parquet":
-        yield from (replace(piece, size=size, start=i)
-                    for i, size in enumerate(row_groups(path, column)))
-    elif kind == "jsonl" and path.suffix != ".zst":
-        packed = path.suffix in PACKED
-        step = max(64 << 10, -(-piece.size // few) if packed else min(PART, piece.size // 12))
-        for start in range(0, piece.size, step):
-            stop = min(piece.size, start + step)
-            end = sys.maxsize if packed and stop == piece.size else stop  # the size is a guess
-            yield replace(piece, size=stop - start, start=start, stop=end)
-    else:
-        yield piece
+def whole_file(source: Source, label: str, path: Path) -> Piece:
+    """Describe a file of a source. UserError if its kind is unknown."""
+    kind = ".txt" if source.path == "embedded" else kind_of(path.name)
+    if source.path == "-":
+        kind = ".jsonl" if path.open("rb").read(1 << 16).lstrip().startswith(b"{") else ".txt"
+    if not kind:
+        packable = [name for name, reader in KINDS.items() if reader.packable]
+        raise UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}, and "
+                        f"{either(packable)} with {either(kinds.PACKINGS)}")
+    size = path.stat().st_size * kinds.packing_of(str(path)).growth
+    return Piece(str(path), label, kind, source.column, size)
 
 
-def row_groups(path: Path, column: str) -> list[int]:
-    """Text bytes of each row group of a parquet file."""
-    try:
-        import pyarrow.parquet as pq
-
-        file = pq.ParquetFile(path)
-    except ImportError as error:
-        raise UserError(f"{path}: {error}; {install('data')}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut short: {error}") from None
-    if column not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column {column!r}; it has "
-                        f"{', '.join(file.schema_arrow.names)}; say which is the text: --sources="
-                        f"\"{{'path': '{path}', 'column': '{file.schema_arrow.names[0]}'}}\"")
-    kind = str(file.schema_arrow.field(column).type)
-    if not re.search("string|binary", kind) or "<" in kind.removeprefix("dictionary<values="):
-        raise UserError(f"{path}: column {column!r} is {kind}, not text")
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    return [chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column]
-
-
-def sliced(pieces: Iterable[Piece], source: dict) -> Iterator[Piece]:
-    """The pieces with only the records that `slice` and `max_documents` leave."""
-    first, stop = (int(n) if n else None for n in source.get("slice", ":").split(":"))
-    first, seen = first or 0, 0
-    stop = min(stop or sys.maxsize, first + source.get("max_documents", sys.maxsize))
-    for piece in pieces:
-        if stop < sys.maxsize or first > seen:
-            records = [0] if piece.kind == "txt" else records_of(piece)
-            n = sum(1 for _ in itertools.islice(records, max(0, stop - seen)))
-            piece = replace(piece, skip=min(n, max(0, first - seen)), take=n)
-            seen += n
-        if piece.skip < piece.take:
-            yield piece
+def pieces_of(source: Source, files: list[Piece]) -> Iterator[Piece]:
+    """Cut files into the smallest pieces worth a worker's while, of the records that are taken."""
+    # a packed file has few pieces, because each is reached by unpacking what is before it
+    few = min(4, max(1, 8 // len(files)))
+    seen = 0  # records before a piece
+    for file in files:
+        with naming_damage(file.path):
+            for piece in KINDS[file.kind].pieces(file, few):
+                if source.stop < sys.maxsize or source.first > seen:
+                    records = itertools.islice(records_of(piece), max(0, source.stop - seen))
+                    count = sum(1 for _ in records)
+                    skip = min(count, max(0, source.first - seen))
+                    piece = replace(piece, skip=skip, take=count)
+                    seen += count
+                if piece.skip < piece.take:
+                    yield piece

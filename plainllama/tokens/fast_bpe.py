@@ -1,88 +1,125 @@
-"""A tokenizer.json's ids by tiktoken, which is several times faster, where it can give them."""
+"""A tokenizer.json's ids by tiktoken, which is several times faster, where it can give them.
+
+tiktoken cuts text by a pattern, begins with single bytes and joins neighbours, of all pairs the one
+whose bytes have the lowest rank. A BPE begins with units and makes its merges in their order. So
+the ranks are the model's units, then what its merges make, all as utf-8.
+"""
 
 import itertools
-import json
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from plainllama.tokens import vocabulary
-from plainllama.tokens.tokenizer_json import _steps
-from plainllama.tokens.vocabulary import BYTE_LEVEL, BYTES
+from plainllama.tokens.tokenizer_json import list_steps
+from plainllama.tokens.vocabulary import BYTE_LEVEL, BYTES, CUT_LIKE, SPACES, SPLIT
 
-# The pattern by which tiktoken cuts words, for each pre-tokenizer that it can stand for.
+# The pattern by which tiktoken cuts words as BYTE_LEVEL does.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # How tiktoken may cut text for sentencepiece's BPE, if no piece reaches over the borders: shorter
 # words are faster. (Mistral's pieces keep letters and digits from all else, but for one with a
 # superscript two.)
 WORDS = [r" *[^\W_²]+| *(?:[^\w ]|[_²])+| +", r" *[^ ]+| +"]
+# Sentencepiece writes spaces as ▁, one more of them in front of a text.
+SENTENCEPIECE = [{"type": "Prepend", "prepend": "▁"},
+                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+UNUSED = -1  # in a table of ids: this rank has no more of them
+Encoder = Callable[[str, bool], np.ndarray]  # (text, does it begin a document) -> ids (n,)
 
 
-def _tiktoken(spec: dict, model, kind: np.dtype) -> Callable[[str, bool], np.ndarray] | None:
-    """(text, does it begin a document) -> ids, by tiktoken; None where it would give other ids than
-    `spec`, a parsed tokenizer.json, and `model`, its merge engine of `tokenizers`.
+class Units(NamedTuple):
+    """What a BPE begins with, and how its pieces are written."""
 
-    tiktoken joins utf-8 bytes in the order of its ranks: of the units that a model begins with,
-    then of its merges. Sentencepiece's units are characters. What their bytes join to on the way to
-    one is a rank with several ids, for characters that begin like one but have no piece.
-    """
+    ids_of: dict[bytes, list[int]]  # by rank, utf-8 of each unit: the ids that it is written with
+    utf8: dict[str, bytes]  # of each piece
+    cuts: list[str]  # patterns to cut words by, the fastest first
+    cuts_alike: bool  # the tokenizer cuts words just so; else no piece may reach over a cut
+
+
+def make_fast_encoder(spec: dict, model, kind: np.dtype) -> Encoder | None:
+    """Make an encoder by tiktoken, whose ids are of dtype `kind`; None where they would be others
+    than those of `spec`, a parsed tokenizer.json, and `model`, its merge engine of `tokenizers`."""
     vocab, merges = spec["model"]["vocab"], spec["model"].get("merges")
-    added = {entry["content"] for entry in spec["added_tokens"]}
     if (spec["model"]["type"] != "BPE" or merges is None or spec["model"].get("ignore_merges")
             or not all(entry["special"] for entry in spec["added_tokens"])):
         return None
-    joined = ["".join(m.split(" ") if isinstance(m, str) else m) for m in merges]
-    made = [piece for piece, _ in itertools.groupby(joined)]
+    added = {entry["content"] for entry in spec["added_tokens"]}
     pieces = {piece: i for piece, i in vocab.items() if piece not in added}
-    ids: dict[bytes, list[int]] = {}  # in the order of the ranks
-    cuts = {json.dumps(words): [cut] for words, cut in (
-        (BYTE_LEVEL, GPT2_SPLIT), (vocabulary.CUT_LIKE, vocabulary.SPLIT))}.get(
-            json.dumps(spec["pre_tokenizer"]), [])
-    if spaced := _steps(spec["normalizer"]) == [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]:
-        known = [f"<0x{byte:02X}>" for byte in range(256)]
-        if spec["pre_tokenizer"] not in (None, vocabulary.SPACES) or set(known) - set(pieces):
-            return None
-        of_byte, cuts = [pieces.pop(piece) for piece in known], WORDS
-        utf8 = {piece: piece.replace("▁", " ").encode() for piece in pieces}
-        characters = [piece for piece in pieces if len(piece) == 1]
-        for byte in range(256):
-            ids[bytes([byte])] = [of_byte[byte]]
-        for text in (utf8[piece] for piece in characters):
-            ids |= {text[:n]: [of_byte[byte] for byte in text[:n]] for n in range(2, len(text))}
-        ids |= {utf8[piece]: [pieces[piece]] for piece in characters}
-    elif cuts and not spec["normalizer"] and BYTES.keys() >= set("".join(pieces)):
-        table = {ord(c): byte for c, byte in BYTES.items()}
-        utf8 = {piece: piece.translate(table).encode("latin-1") for piece in pieces}
-        ids |= {utf8[piece]: [pieces[piece]] for piece in BYTES}
-    if not ids or set(made) - utf8.keys() or len(set(made)) < len(made) or any(
-            len(model.tokenize(piece)) > 1 for piece in made):
+    units = sentencepiece_units(spec, pieces) or byte_level_units(spec, pieces)
+    made = made_pieces(merges)
+    if (not units or set(made) - units.utf8.keys() or len(set(made)) < len(made)
+            or any(len(model.tokenize(piece)) > 1 for piece in made)):
         return None  # no order of pieces gives the order of merges, or one is not reached by them
-    ids |= {utf8[piece]: [pieces[piece]] for piece in made}
     try:
         import tiktoken
     except ImportError:
         return None
-    ranks = {text: rank for rank, text in enumerate(ids)}
-    flat = np.array([i for some in ids.values() for i in some], kind)
-    count = np.array([len(some) for some in ids.values()])  # of ids of a rank, and where they are
-    start = np.cumsum(count) - count
-    first, many = flat[start], count > 1
-    for cut in cuts:
+    ids_of = units.ids_of | {units.utf8[piece]: [pieces[piece]] for piece in made}
+    ranks = {text: rank for rank, text in enumerate(ids_of)}
+    for cut in units.cuts:
         engine = tiktoken.Encoding("", pat_str=cut, mergeable_ranks=ranks,
                                    special_tokens={"<s>": len(ranks)})  # with none it is slow
-
-        def encode(text: str, begins: bool, engine=engine) -> np.ndarray:
-            if spaced:
-                text = (" " if begins and text else "") + text.replace("▁", " ")
-            found = engine.encode_to_numpy(text, disallowed_special=())
-            if spaced and many[found].any():
-                n = count[found]
-                return flat[np.repeat(start[found] - np.cumsum(n) + n, n) + np.arange(n.sum())]
-            return first[found]
-
-        if not spaced or all(len(engine.encode_ordinary(utf8[piece].decode())) == 1
-                             for piece in made):
-            return encode
+        if units.cuts_alike or all(
+                len(engine.encode_ordinary(units.utf8[piece].decode())) == 1 for piece in made):
+            return make_encoder(engine, ids_of, kind, spaces=not units.cuts_alike)
     return None
+
+
+def made_pieces(merges: list) -> list[str]:
+    """List what merges make, in their order; the pairs in a row that make the same piece (as a
+    sentencepiece model has them) count once."""
+    joined = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+    return [piece for piece, _ in itertools.groupby(joined)]
+
+
+def byte_level_units(spec: dict, pieces: dict[str, int]) -> Units | None:
+    """List the units of a byte-level BPE: the 256 bytes. None if `spec` is of another kind or cuts
+    words in a way that has no pattern here."""
+    cuts = [cut for words, cut in ((BYTE_LEVEL, GPT2_SPLIT), (CUT_LIKE, SPLIT))
+            if spec.get("pre_tokenizer") == words]
+    characters = set("".join(pieces))
+    if not cuts or spec.get("normalizer") or not characters <= BYTES.keys() <= pieces.keys():
+        return None
+    byte_of = {ord(character): byte for character, byte in BYTES.items()}
+    utf8 = {piece: piece.translate(byte_of).encode("latin-1") for piece in pieces}
+    return Units({utf8[piece]: [pieces[piece]] for piece in BYTES}, utf8, cuts, cuts_alike=True)
+
+
+def sentencepiece_units(spec: dict, pieces: dict[str, int]) -> Units | None:
+    """List the units of a sentencepiece BPE with byte fallback; None if `spec` is of another kind.
+
+    They are characters, and the bytes of those that have no piece. tiktoken joins the bytes of a
+    character on the way to it: what they join to is a rank too, written with the ids of its bytes,
+    for characters that begin alike but have no piece.
+    """
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    if (list_steps(spec.get("normalizer")) != SENTENCEPIECE
+            or spec.get("pre_tokenizer") not in (None, SPACES) or set(names) - pieces.keys()):
+        return None
+    id_of_byte = [pieces[name] for name in names]
+    utf8 = {piece: piece.replace("▁", " ").encode() for piece in pieces.keys() - set(names)}
+    characters = [piece for piece in pieces if len(piece) == 1]
+    ids_of = {bytes([byte]): [i] for byte, i in enumerate(id_of_byte)}
+    for text in (utf8[piece] for piece in characters):
+        ids_of |= {text[:n]: [id_of_byte[byte] for byte in text[:n]] for n in range(2, len(text))}
+    ids_of |= {utf8[piece]: [pieces[piece]] for piece in characters}
+    return Units(ids_of, utf8, WORDS, cuts_alike=False)
+
+
+def make_encoder(engine, ids_of: dict[bytes, list[int]], kind: np.dtype, spaces: bool) -> Encoder:
+    """Make the encoder by a tiktoken engine whose ranks are written with `ids_of`: one id or, of
+    characters without a piece, up to three. With `spaces` it reads text as sentencepiece does."""
+    table = np.array(list(itertools.zip_longest(*ids_of.values(), fillvalue=UNUSED))).T  # (R, 3)
+    first = table[:, 0].astype(kind)
+    has_more = (table[:, 1:] != UNUSED).any(1)
+
+    def encode(text: str, begins: bool) -> np.ndarray:
+        if spaces:
+            text = (" " + text if begins and text else text).replace("▁", " ")
+        ranks = engine.encode_to_numpy(text, disallowed_special=())
+        if not has_more[ranks].any():
+            return first[ranks]
+        ids = table[ranks]
+        return ids[ids != UNUSED].astype(kind)
+
+    return encode

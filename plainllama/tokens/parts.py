@@ -1,102 +1,112 @@
-"""What worker processes do with a part: documents -> their split -> tokens -> shards,
-and, for --dedup, documents -> marks that tell repeated ones.
+"""Parts -> token files: what a worker makes of a part, and all parts as one manifest.
 
 A part's files are a function of the part alone, so any number of workers writes the same bytes.
 """
 
-import multiprocessing
 import os
-import signal
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from plainllama.files import write_json
-from plainllama.text.documents import Part, Tally
-from plainllama.text.selection import BANDS, NOTES, marks_of, placed, signature, text_hash
-from plainllama.text.sources import size_of
+from plainllama.files import file_entry, read_json, write_json
+from plainllama.settings import Settings
+from plainllama.text.documents import Part, Tally, beginnings
+from plainllama.text.selection import HoldOut, placed
+from plainllama.text.workers import COUNTS, NOTES, Worker, own_folder, run_workers, worker_count
 from plainllama.tokens.shards import ShardWriter, token_dtype
-from plainllama.tokens.tokenizer import CUT, Tokenizer
+from plainllama.tokens.tokenizer import CUT, Tokenizer, compared, make_tokenizer
 
+SAMPLE = 32 << 20  # characters that bpe:N is trained on
+CHECKED = 1 << 16  # characters from each of some files on which the tokenizer's engine is verified
 BATCH = 1 << 20  # characters encoded at a time: bounds the memory
-COUNTS = ("documents", "tokens", "bytes")
-WORKER: dict = {}  # a worker's tokenizer and the counters of its progress
 
 
-# ---- documents -> tokens -> shards
+# ---- before the parts
 
-def start_worker(folder: Path, engine: str, counters) -> None:
-    """What a worker process does first."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, ...
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=die_with_parent, daemon=True).start()
+def choose_tokenizer(spec: str, folder: Path, parts: list[Part]) -> Tokenizer:
+    """Load a data set's tokenizer, or make it, its engine verified on the beginnings of files."""
+    made = (folder / "tokenizer.json").exists()
+    train = spec.startswith("bpe:") and not made
+    if train:
+        print(f"{folder}: training the tokenizer {spec}", flush=True)
+    tokenizer = Tokenizer.load(folder) if made else make_tokenizer(
+        spec, lambda: beginnings(parts, SAMPLE), [folder])
+    files = {piece.path: Part([piece], part.rules)  # the first piece of each
+             for part in reversed(parts) for piece in reversed(part.pieces)}
+    sampled = list(files.values())[::len(files) // 8 + 1]
+    texts = [text[:CHECKED] for part in sampled for text in beginnings([part], CHECKED)]
+    if not tokenizer.check(texts):
+        print(f"{folder}: the faster engine differs on this text; `tokenizers` is used", flush=True)
+    if train:
+        sizes = [f"{name} {size:.3f}" for name, size in compared(tokenizer, texts).items()]
+        print(f"{folder}: bytes per token {', '.join(sizes)}", flush=True)
+    return tokenizer
+
+
+def note_beginning(folder: Path, begun: dict, tokenizer: Tokenizer) -> None:
+    """Write down what is begun and with which tokenizer; other shares may do the same now."""
+    (folder / NOTES).mkdir(exist_ok=True)
+    with own_folder(folder) as own:
+        write_json(Path(own) / "state.json", begun)
+        tokenizer.save(own)
+        os.replace(Path(own) / "state.json", folder / NOTES / "state.json")
+        os.replace(Path(own) / "tokenizer.json", folder / "tokenizer.json")
+
+
+# ---- a part -> its shards
+
+def make_shards(config: Settings, folder: Path, parts: list[Part], mine: range,
+                hold_out: HoldOut, tokenizer: Tokenizer) -> None:
+    """Make the shards that my parts lack."""
+    todo = {i: parts[i] for i in mine if not finished_part(folder, i)}
+    print(f"{folder}: {len(mine)} parts, {len(mine) - len(todo)} of them done; "
+          f"{worker_count(config.workers, len(todo))} workers; tokenizer {config.tokenizer}, "
+          f"{tokenizer.vocab_size:,} entries ({tokenizer.engine})", flush=True)
+    if todo:
+        run_workers(folder, partial(make_part, folder, hold_out), todo, config.workers,
+                    partial(load_tokenizer, folder, tokenizer.engine), tokenizer)
+
+
+def load_tokenizer(folder: Path, engine: str) -> Tokenizer:
+    """Load a data set's tokenizer in a worker, with the engine that was chosen for its text."""
     tokenizer = Tokenizer.load(folder)
     if engine == "tokenizers":
         tokenizer.give_up()
-    WORKER.update(tokenizer=tokenizer, counters=counters, show=lambda: None)
+    return tokenizer
 
 
-def die_with_parent() -> None:
-    """Ends this worker when the process that started it has gone, killed or not."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
-def progress(number: int, *counts: int) -> None:
-    """Add documents, tokens and bytes of a part to what is shown."""
-    counters = WORKER["counters"]
-    with counters.get_lock():
-        for i, count in enumerate(counts):
-            counters[i] += count
-        counters[len(COUNTS) + number] += counts[-1]
-    WORKER["show"]()
-
-
-def make_part(folder: Path, number: int, job: Part) -> None:
+def make_part(folder: Path, hold_out: HoldOut, worker: Worker, number: int, part: Part) -> None:
     """Write the shards of one part, and then its json, which says that the part is done."""
-    tokenizer: Tokenizer = WORKER["tokenizer"]
-    dropped, cut = Tally(), Tally()
-    files: dict = {}
-    splits = {split: dict.fromkeys((*COUNTS, "longest"), 0) for split in ("train", "val")}
+    tokenizer: Tokenizer = worker.tools
+    dropped, cut, splits = Tally(), Tally(), no_counts()
     tokenizer.cut_words = 0
-    # in a folder of its own: a worker that outlives a killed run cannot write into the next one's
-    with tempfile.TemporaryDirectory(prefix=f"part-{number:05}-", dir=folder / NOTES) as own:
+    files: dict = {}
+    with own_folder(folder, f"part-{number:05}-") as own:
         writers: dict[str, ShardWriter] = {}
-        for batch in batches(placed(job.texts(dropped, cut), job.below, job.fraction)):
-            before = [sum(n[key] for n in splits.values()) for key in COUNTS]
+        for batch in batches(placed(part.texts(dropped, cut), hold_out)):
             encoded = tokenizer.encode_documents([text for _, text in batch])
-            for (split, text), ids in zip(batch, encoded, strict=True):
+            sizes = [len(text) if text.isascii() else len(text.encode()) for _, text in batch]
+            for (split, _), ids, size in zip(batch, encoded, sizes, strict=True):
                 if split not in writers:
-                    writers[split] = ShardWriter(Path(own), f"{split}-{number:05}",
-                                                 token_dtype(tokenizer.vocab_size))
+                    dtype = token_dtype(tokenizer.vocab_size)
+                    writers[split] = ShardWriter(Path(own), f"{split}-{number:05}", dtype)
                 writers[split].add(ids)
-                size = len(text) if text.isascii() else len(text.encode())
-                for key, count in zip(COUNTS, (1, len(ids), size), strict=True):
-                    splits[split][key] += count
-                splits[split]["longest"] = max(splits[split]["longest"], len(ids))
-            progress(number, *(sum(n[key] for n in splits.values()) - was
-                               for key, was in zip(COUNTS, before, strict=True)))
+                add_counts(splits[split], {"documents": 1, "tokens": len(ids), "bytes": size,
+                                           "longest": len(ids)})
+            worker.report(number, len(batch), sum(map(len, encoded)), sum(sizes))
         if tokenizer.cut_words:
-            cut.note(f"word over {CUT >> 20} MB", lambda: f"after {job.pieces[0].label}",
+            cut.note(f"word over {CUT >> 20} MB", lambda: f"after {part.pieces[0].label}",
                      tokenizer.cut_words)
         for _, writer in sorted(writers.items()):
             files |= writer.close()
         for name in files:
             os.replace(Path(own) / name, folder / name)
     write_json(folder / NOTES / f"part-{number:05}.json",
-                     {"splits": splits, "dropped": dropped, "cut": cut, "files": files})
+               {"splits": splits, "dropped": dropped, "cut": cut, "files": files})
 
 
 def batches(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Documents by the megabyte."""
+    """Collect documents by the megabyte."""
     batch, size = [], 0
     for item in stream:
         batch.append(item)
@@ -108,73 +118,44 @@ def batches(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
         yield batch
 
 
-def run_workers(folder: Path, tokenizer: Tokenizer, workers: int, make: Callable,
-                jobs: dict[int, Part], *args) -> None:
-    """make(folder, number, job, *args) in processes of their own, or in this one if one is enough,
-    and show how far they are."""
-    context = multiprocessing.get_context("spawn")
-    counters = context.Array("q", len(COUNTS) + max(jobs, default=0) + 1)
-    workers, waiting = min(workers or os.cpu_count() or 1, len(jobs)), set(jobs)
-    show = shown(counters, {i: size_of(job.pieces) for i, job in jobs.items()}, waiting)
-    if workers < 2:
-        WORKER.update(tokenizer=tokenizer, counters=counters, show=show)
-        for i, job in jobs.items():
-            make(folder, i, job, *args)
-            waiting.remove(i)
-        return show()
-    initial = (folder, tokenizer.engine, counters)
-    with ProcessPoolExecutor(workers, context, start_worker, initial) as pool:
-        # ... also when it comes while workers start, who inherit that it waits
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures = {pool.submit(make, folder, i, job, *args): i for i, job in jobs.items()}
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            while futures:
-                for future in wait(futures, 0.25, FIRST_COMPLETED).done:
-                    future.result()
-                    waiting.remove(futures.pop(future))
-                show()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.kill()  # at once: what they hold is made again
-            raise
+# ---- parts -> the manifest
+
+def no_counts() -> dict[str, dict[str, int]]:
+    """Make the counts of both splits, all 0."""
+    return {split: dict.fromkeys((*COUNTS, "longest"), 0) for split in ("train", "val")}
 
 
-def shown(counters, sizes: dict[int, int], waiting: set[int]) -> Callable[[], None]:
-    """What prints how far the parts are, of which `waiting` are not done; seldom, however often it
-    is called. `sizes` are bytes of text, roughly."""
-    terminal, began, last = sys.stdout.isatty(), time.monotonic(), 0.0
-
-    def show() -> None:
-        nonlocal last
-        seconds = time.monotonic() - began
-        if waiting and seconds - last < (0.2 if terminal else 5):
-            return
-        last, (count, tokens, size, *of) = seconds, counters[:]
-        # sizes are guesses for packed files: the parts that wait are worth a tenth at least
-        rest = max(sum(sizes.values()) / max(size, 1) - 1, len(waiting) / len(sizes) / 10)
-        eta = "" if not size else f"  ETA {seconds * rest:.0f} s" if waiting else "  done"
-        running = [(of[i] / max(sizes[i], 1), i) for i in waiting if of[i]]
-        slowest = "".join(f"  slowest: part {i}, {share:.0%}" for share, i in sorted(running)[:1])
-        line = (f"{count:,} documents  {size / 1e6 / seconds:.1f} MB/s  "
-                f"{tokens / seconds:,.0f} tokens/s  parts {len(sizes) - len(waiting)}/"
-                f"{len(sizes)}  {seconds:.0f} s{eta}{slowest}")
-        print(f"\r{line}\033[K" if terminal else line,
-              end="" if waiting and terminal else "\n", flush=True)
-
-    return show
+def add_counts(so_far: dict[str, int], more: dict[str, int]) -> None:
+    """Count more documents of a split; of `longest` the greater one stays."""
+    for key, n in more.items():
+        so_far[key] = max(so_far[key], n) if key == "longest" else so_far[key] + n
 
 
-# ---- documents that others repeat
+def finished_part(folder: Path, number: int) -> dict:
+    """Read the json of a part whose files are all there, {} if it is not finished."""
+    part = read_json(folder / NOTES / f"part-{number:05}.json", tolerant=True)
+    for name, entry in part.get("files", {}).items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            return {}
+    return part
 
-def make_marks(folder: Path, number: int, job: Part, dedup: str) -> None:
-    """Write what tells repeated documents of a part: an array with a row for each."""
-    marks = []
-    for text in job.texts(Tally()):
-        marks.append(signature(text) if dedup == "near" else np.array([text_hash(text)], "<u8"))
-        progress(number, 1, 0, len(text.encode()))
-    kind, width = ("<u4", 4 * BANDS) if dedup == "near" else ("<u8", 1)
-    with tempfile.TemporaryDirectory(dir=folder / NOTES) as own:
-        np.save(Path(own) / "marks.npy", np.array(marks, kind).reshape(-1, width))
-        os.replace(Path(own) / "marks.npy", marks_of(folder, number))
+
+def merged(folder: Path, count: int, spec: str, block_size: int, tokenizer: Tokenizer) -> dict:
+    """Join the jsons of all parts to what the manifest says beside the recipe."""
+    dropped, cut, splits = Tally(), Tally(), no_counts()
+    files = {"tokenizer.json": file_entry(folder / "tokenizer.json")}
+    for number in range(count):
+        part = finished_part(folder, number)
+        files |= part["files"]
+        for split, counts in part["splits"].items():
+            add_counts(splits[split], counts)
+        dropped.add(part["dropped"])
+        cut.add(part["cut"])
+    for counts in splits.values():  # T + 1 tokens make a row, and rows share their last one
+        rows = max(counts["tokens"] - 1, 0) // block_size
+        counts["tail"] = counts["tokens"] - (rows * block_size + 1 if rows else 0)
+    about = {"spec": spec, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
+             "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "engine": tokenizer.engine}
+    return {"tokenizer": about, "splits": splits, "block_size": block_size,
+            "dropped": dropped, "cut": cut, "files": files}

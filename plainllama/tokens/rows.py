@@ -1,16 +1,25 @@
-"""Rows of a run: which tokens row r holds, a pure function; rows -> ids, targets and documents."""
+"""Rows of a run: which tokens row r holds, a pure function of r; ids -> what a model is fed with.
+
+There is no data-loader state: any row can be asked for, and a resumed run replays nothing.
+"""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from plainllama.settings import Settings, UserError
+from plainllama.settings import Settings, UserError, ceil_div
 from plainllama.tokens.shards import Split, read_manifest
 
-PAD = -1  # in a row of `packing=doc`: its document has ended; no id, no target
+if TYPE_CHECKING:  # whoever asks for rows alone does without torch
+    from torch import Tensor
 
+PAD = -1  # in a row: its document has ended; no id, no target
+
+
+# ---- which row holds what
 
 def permute(positions: np.ndarray, size: int, key: tuple) -> np.ndarray:
     """The place of each position 0..size-1 in a permutation of 0..size-1 chosen by `key`.
@@ -40,7 +49,7 @@ class Rows:
     """The batch stream: row r of a run is window perm_e(r mod N) of epoch e = r div N.
 
     Window i is tokens[i T .. i T + T] of the split (T + 1 tokens, the last shared with the next
-    window). The incomplete tail is left out. There is no state: any row can be asked for.
+    window). The incomplete tail is left out.
     """
 
     def __init__(self, split: Split, block_size: int, seed, limit: int = 0):
@@ -54,24 +63,25 @@ class Rows:
         if limit:  # overfit on a few rows
             self.windows = min(self.windows, limit)
 
+    def rows(self, first: int, n: int) -> np.ndarray:
+        """Read rows first..first+n-1, as read_windows gives them."""
+        return self.read_windows(self.window_of(first, n))
+
     def window_of(self, first: int, n: int) -> np.ndarray:
-        """The windows (n,) that rows first..first+n-1 show."""
+        """Name the windows (n,) that rows first..first+n-1 show."""
         return self.windows_at(np.arange(first, first + n, dtype=np.int64))
 
     def windows_at(self, rows: np.ndarray) -> np.ndarray:
-        """The windows that the given rows show."""
-        out, epochs = np.empty(len(rows), np.int64), rows // self.windows
+        """Name the windows that the given rows show."""
+        windows, epochs = np.empty(len(rows), np.int64), rows // self.windows
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            out[here] = permute(rows[here] % self.windows, self.windows, (self.seed, int(epoch)))
-        return out
-
-    def rows(self, first: int, n: int, step: int = 1) -> np.ndarray:
-        """Rows first, first + step, ... below first + n, as read_windows gives them."""
-        return self.read_windows(self.window_of(first, n)[::step])
+            windows[here] = permute(rows[here] % self.windows, self.windows,
+                                    (self.seed, int(epoch)))
+        return windows
 
     def read_windows(self, windows: Iterable[int]) -> np.ndarray:
-        """The given windows, (m, T + 1) in the stored dtype."""
+        """Read the given windows, (m, T + 1) in the stored dtype."""
         T, windows = self.block_size, np.asarray(list(windows), np.int64)
         out = np.empty((len(windows), T + 1), self.split.shard(0).dtype)
         for i, start in enumerate((windows * T).tolist()):
@@ -79,16 +89,11 @@ class Rows:
         return out
 
     def targets(self, first: int, n: int) -> int:
-        """How many targets rows first..first+n-1 have."""
+        """Count the targets of rows first..first+n-1."""
         return n * self.block_size
 
-    def document_starts(self, window: int) -> np.ndarray:
-        """The positions, of 0..T-1, at which a document begins in a window."""
-        start = window * self.block_size
-        return self.split.document_starts(start, start + self.block_size) - start
-
     def summary(self, rows: int) -> str:
-        """What there is and what a run of `rows` rows sees of it, in words."""
+        """Say what there is and what a run of `rows` rows sees of it."""
         return (f"{self.windows:,} rows of {self.block_size} tokens in {self.split.folder.name}, "
                 f"{self.tail} tokens left out; {rows / self.windows:.2f} epochs")
 
@@ -103,8 +108,7 @@ class DocumentRows(Rows):
         indices = [split.index(i).astype(np.int64) + split.starts[i]
                    for i in range(len(split.names))]
         self.first = np.concatenate([*indices, [split.tokens]])  # of each document, and the end
-        in_each = -(-(np.diff(self.first) - 1) // block_size)  # windows
-        self.ends = np.cumsum(in_each)
+        self.ends = np.cumsum(ceil_div(np.diff(self.first) - 1, block_size))  # in windows
         self.split, self.block_size, self.seed, self.tail = split, block_size, seed, 0
         self.windows = int(self.ends[-1]) if len(self.ends) else 0
         if not self.windows:
@@ -113,15 +117,15 @@ class DocumentRows(Rows):
         self.windows = min(self.windows, limit or self.windows)
 
     def spans(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First token and number of tokens, T + 1 at most, of each window."""
+        """Give the first token and the number of tokens, T + 1 at most, of each window."""
         documents = np.searchsorted(self.ends, windows, "right")
-        last = self.ends[documents] - 1  # the document's last window
-        count = -(-(self.first[documents + 1] - self.first[documents] - 1) // self.block_size)
-        starts = self.first[documents] + (windows - last + count - 1) * self.block_size
-        return starts, np.minimum(self.block_size + 1, self.first[documents + 1] - starts)
+        start, end = self.first[documents], self.first[documents + 1]
+        before = self.ends[documents] - ceil_div(end - start - 1, self.block_size)
+        starts = start + (windows - before) * self.block_size
+        return starts, np.minimum(self.block_size + 1, end - starts)
 
     def read_windows(self, windows: Iterable[int]) -> np.ndarray:
-        """The given windows, int64 (m, T + 1); PAD where the document has ended."""
+        """Read the given windows, int64 (m, T + 1); PAD where the document has ended."""
         starts, sizes = self.spans(np.asarray(list(windows), np.int64))
         out = np.full((len(starts), self.block_size + 1), PAD, np.int64)
         for i, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
@@ -129,15 +133,12 @@ class DocumentRows(Rows):
         return out
 
     def targets(self, first: int, n: int) -> int:
-        """How many targets rows first..first+n-1 have; not PAD."""
-        blocks = range(first, first + n, 1 << 20)  # the memory is bounded
-        return sum(int((self.spans(self.window_of(at, min(1 << 20, first + n - at)))[1] - 1).sum())
-                   for at in blocks)
-
-    def document_starts(self, window: int) -> np.ndarray:
-        """[0] if the document of a window begins there, else []."""
-        start = int(self.spans(np.array([window]))[0][0])
-        return np.flatnonzero([start == self.first[np.searchsorted(self.first, start)]])
+        """Count the targets of rows first..first+n-1, a million rows at a time."""
+        total, end = 0, first + n
+        for at in range(first, end, 1 << 20):
+            _, sizes = self.spans(self.window_of(at, min(1 << 20, end - at)))
+            total += int((sizes - 1).sum())
+        return total
 
 
 class Mixture(Rows):
@@ -159,48 +160,49 @@ class Mixture(Rows):
         self.windows = int(self.offsets[-1])
 
     def windows_at(self, rows: np.ndarray) -> np.ndarray:
-        """The windows that the given rows show."""
-        slots, out = rows % len(self.table), np.empty(len(rows), np.int64)
+        """Name the windows that the given rows show."""
+        slots, windows = rows % len(self.table), np.empty(len(rows), np.int64)
         which = self.table[slots]
         own = rows // len(self.table) * self.counts[which] + self.place[slots]
         for i in np.unique(which):
-            out[which == i] = self.sets[i].windows_at(own[which == i]) + self.offsets[i]
-        return out
+            windows[which == i] = self.sets[i].windows_at(own[which == i]) + self.offsets[i]
+        return windows
 
     def read_windows(self, windows: Iterable[int]) -> np.ndarray:
-        """The given windows, (m, T + 1), as the sets give them."""
+        """Read the given windows, (m, T + 1), as the sets give them."""
         windows = np.asarray(list(windows), np.int64)
         which = np.searchsorted(self.offsets, windows, "right") - 1
-        found = [(which == i, self.sets[i].read_windows(windows[which == i] - self.offsets[i]))
+        parts = [(which == i, self.sets[i].read_windows(windows[which == i] - self.offsets[i]))
                  for i in np.unique(which)]
-        out = np.empty((len(windows), self.block_size + 1), np.result_type(*(r for _, r in found)))
-        for here, rows in found:
+        dtype = np.result_type(*(rows for _, rows in parts))
+        out = np.empty((len(windows), self.block_size + 1), dtype)
+        for here, rows in parts:
             out[here] = rows
         return out
 
     def targets(self, first: int, n: int) -> int:
-        """How many targets rows first..first+n-1 have."""
-        cycle, total = len(self.table), 0
+        """Count the targets of rows first..first+n-1."""
+        total = 0
         for i, rows in enumerate(self.sets):
-            low, high = (at // cycle * int(self.counts[i])
-                         + int((self.table[:at % cycle] == i).sum()) for at in (first, first + n))
+            low, high = self.rows_of(i, first), self.rows_of(i, first + n)
             total += rows.targets(low, high - low)
         return total
 
-    def document_starts(self, window: int) -> np.ndarray:
-        """The positions, of 0..T-1, at which a document begins in a window."""
-        i = int(np.searchsorted(self.offsets, window, "right")) - 1
-        return self.sets[i].document_starts(window - int(self.offsets[i]))
+    def rows_of(self, i: int, row: int) -> int:
+        """Count the rows of set i before row `row` of the mixture."""
+        cycles, rest = divmod(row, len(self.table))
+        return cycles * int(self.counts[i]) + int((self.table[:rest] == i).sum())
 
     def summary(self, rows: int) -> str:
-        """What there is and what a run of `rows` rows sees of it, in words."""
+        """Say what there is and what a run of `rows` rows sees of it."""
+        slots = len(self.table)
         return "a mixture of " + ", and ".join(
-            f"{n / len(self.table):.1%} {one.summary(rows * int(n) // len(self.table))}"
-            for one, n in zip(self.sets, self.counts, strict=True))
+            f"{n / slots:.1%} {part.summary(rows * int(n) // slots)}"
+            for part, n in zip(self.sets, self.counts, strict=True))
 
 
 def spread(weights: list[float], slots: int = 1000) -> np.ndarray:
-    """A table (slots,) that holds i in proportion to weights[i], as evenly spread as can be.
+    """Make a table (slots,) that holds i in proportion to weights[i], as evenly spread as can be.
 
     Shares are rounded to whole slots by the largest remainder. Each slot goes to the one that is
     furthest behind its share, so none is ever a whole row ahead of it.
@@ -218,12 +220,16 @@ def spread(weights: list[float], slots: int = 1000) -> np.ndarray:
     return table
 
 
+# packing -> its rows; to add one: a class, this entry, a choice in settings, tests/test_shards.py
+PACKINGS: dict[str, type[Rows]] = {"concat": Rows, "doc": DocumentRows}
+
+
 def training_rows(data: Path, manifest: dict, config: Settings) -> Rows:
-    """The rows of a run: of the set in the folder `data`, or of the sets beside it in `mixture`."""
-    kind = DocumentRows if config.packing == "doc" else Rows
+    """Open a run's rows: of the set in the folder `data`, or of those beside it in `mixture`."""
+    packing = PACKINGS[config.packing]
     if not config.mixture:
-        return kind(Split(data, "train", manifest), config.block_size, config.seed,
-                    config.overfit_rows)
+        return packing(Split(data, "train", manifest), config.block_size, config.seed,
+                       config.overfit_rows)
     sets, weights = [], dict(sorted(config.mixture.items()))  # type: ignore[attr-defined]
     for name in weights:
         folder = data.parent / name
@@ -231,12 +237,64 @@ def training_rows(data: Path, manifest: dict, config: Settings) -> Rows:
         if other["tokenizer"]["sha256"] != manifest["tokenizer"]["sha256"]:
             raise UserError(f"mixture: {folder} has another tokenizer than {data}; prepare it with "
                             f"--tokenizer={data}")
-        sets.append(kind(Split(folder, "train", other), config.block_size, (config.seed, name)))
+        sets.append(packing(Split(folder, "train", other), config.block_size, (config.seed, name)))
     return Mixture(sets, list(weights.values()))
 
 
 def hash_of_data(data: Path, config: Settings) -> str:
-    """Hash of the manifests of a run's data."""
+    """Hash the manifests of a run's data sets."""
     names = [data, *(data.parent / name for name in config.mixture or ())]  # type: ignore
     hashes = [(folder / "manifest.sha256").read_text().strip() for folder in names]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+# ---- ids -> what a model is fed with
+
+class Batch(NamedTuple):
+    """Rows on the host, ready for a model."""
+
+    ids: "Tensor"  # (R, T) int64
+    targets: "Tensor"  # (R, T) int64: the id that follows, IGNORE where nothing is learned
+    starts: "Tensor | None"  # (R, T) bool: a document begins; None if tokens look across documents
+
+    def take(self, rows) -> "Batch":
+        """Give some of the rows: a slice or a list of their numbers."""
+        starts = None if self.starts is None else self.starts[rows]
+        return Batch(self.ids[rows], self.targets[rows], starts)
+
+    def split(self, rows: int) -> "Iterator[Batch]":
+        """Cut the batch into micro-batches of `rows` rows."""
+        return (self.take(slice(at, at + rows)) for at in range(0, len(self.ids), rows))
+
+    def pinned(self) -> "Batch":
+        """Copy the rows to memory from which a GPU reads without the host."""
+        return Batch(self.ids.pin_memory(), self.targets.pin_memory(), self.starts)
+
+    def to(self, device) -> "tuple[Tensor, Tensor, Tensor | None]":
+        """Give what LLaMA.forward takes, on a device: ids, targets, and the bounds of documents.
+        Nothing waits for the copies if the host's memory is pinned."""
+        from model import document_bounds
+
+        bounds = None if self.starts is None else document_bounds(self.starts)
+        if bounds is not None and self.ids.is_pinned():
+            bounds = bounds.pin_memory()
+        return (self.ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True),
+                None if bounds is None else bounds.to(device, non_blocking=True))
+
+
+def to_batch(rows: np.ndarray, fill: int = 0, bos_id: int | None = None) -> Batch:
+    """Turn ids (m, T + 1), PAD where there is none, into a Batch: training, evaluation and
+    preflight all feed a model by this function.
+
+    `fill`: rows without any target are added up to so many. `bos_id`: the id that begins a
+    document, if tokens see their own document only (doc_mask).
+    """
+    import torch
+
+    from model import IGNORE
+
+    ids = np.full((max(fill, len(rows)), rows.shape[1]), PAD, np.int64)
+    ids[:len(rows)] = rows
+    x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+    starts = None if bos_id is None else x == bos_id
+    return Batch(x.masked_fill_(x == PAD, 0), y.masked_fill_(y == PAD, IGNORE), starts)

@@ -1,11 +1,10 @@
-"""The on-disk token format, its checks, and rows(first, n): the stateless batch stream.
+"""The on-disk token format and its checks.
 
 A data set is a folder: per split `train` and `val` numbered token files NAME.bin with an index
 NAME.idx of document starts, the tokenizer, and a manifest that is written last: a folder without
 one is unfinished. docs/format.md describes every byte.
 """
 
-import hashlib
 import json
 import os
 import struct
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plainllama.files import file_entry
+from plainllama.files import file_entry, sha256, sha256_bytes, sync, write_text
 from plainllama.settings import UserError
 
 FORMAT = 1
@@ -23,7 +22,7 @@ DTYPES: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 while every id fits, else uint32."""
+    """Choose the dtype of tokens: uint16 while every id fits, else uint32."""
     return DTYPES[2 if vocab_size <= 1 << 16 else 4]
 
 
@@ -31,50 +30,46 @@ class ShardWriter:
     """Writes FOLDER/NAME.bin and NAME.idx as *.tmp; close() makes them appear, complete."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype):
-        self.paths = [folder / f"{name}.bin", folder / f"{name}.idx"]
-        self.files = [open(f"{path}.tmp", "wb") for path in self.paths]  # noqa: SIM115
-        self.files[0].write(bytes(HEADER.size))
+        self.token_file = open(folder / f"{name}.bin.tmp", "wb")  # noqa: SIM115
+        self.index_file = open(folder / f"{name}.idx.tmp", "wb")  # noqa: SIM115
+        self.token_file.write(bytes(HEADER.size))
         self.dtype, self.tokens, self.documents, self.largest = dtype, 0, 0, 0
 
     def add(self, ids: np.ndarray) -> None:
         """Append one document's token ids, boundaries included."""
-        self.files[1].write(struct.pack("<Q", self.tokens))
-        self.files[0].write(ids.astype(self.dtype, copy=False).data)
+        self.index_file.write(struct.pack("<Q", self.tokens))
+        self.token_file.write(ids.astype(self.dtype, copy=False).data)
         self.tokens += len(ids)
         self.documents += 1
         self.largest = max(self.largest, int(ids.max(initial=0)))
 
     def close(self) -> dict:
-        """Finish both files; {file name: {size, sha256, tokens, ...}} for the manifest."""
-        self.files[0].seek(0)
-        self.files[0].write(HEADER.pack(MAGIC, FORMAT, self.dtype.itemsize, self.tokens))
+        """Finish both files; returns {file name: {size, sha256, tokens, ...}} for the manifest."""
+        self.token_file.seek(0)
+        self.token_file.write(HEADER.pack(MAGIC, FORMAT, self.dtype.itemsize, self.tokens))
+        counts = {"tokens": self.tokens, "documents": self.documents, "largest_id": self.largest}
         entries = {}
-        for path, file in zip(self.paths, self.files, strict=True):
-            file.flush()
-            os.fsync(file.fileno())
+        for file, more in ((self.token_file, counts), (self.index_file, {})):
             file.close()
-            entries[path.name] = file_entry(Path(f"{path}.tmp"))
-            os.replace(f"{path}.tmp", path)
-        entries[self.paths[0].name] |= {"tokens": self.tokens, "documents": self.documents,
-                                        "largest_id": self.largest}
+            temporary = Path(file.name)
+            sync(temporary)
+            entries[temporary.stem] = file_entry(temporary) | more
+            os.replace(temporary, temporary.with_suffix(""))
         return entries
 
 
+# ---- the manifest
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write manifest.json and its hash: from here on the data set is complete."""
     text = json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n"
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    for name, content in (("manifest.sha256", digest + "\n"), ("manifest.json", text)):
-        with open(folder / f"{name}.tmp", "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(folder / f"{name}.tmp", folder / name)
+    write_text(folder / "manifest.sha256", sha256_bytes(text.encode()) + "\n", durable=True)
+    write_text(folder / "manifest.json", text, durable=True)
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a complete data set whose files have the sizes it names, or UserError."""
+    """Read the manifest of a complete data set whose files have the sizes it names; UserError if
+    there is none."""
     if not folder.is_dir():
         raise UserError(f"no data set {folder}; make it with: python prepare.py CONFIG "
                         f"--dataset={folder.name} (--sources=YOUR.txt for text of your own)")
@@ -84,35 +79,37 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"data set {folder} is unfinished (no manifest.json); run prepare.py again "
                         "to complete it" if unfinished else
                         f"{folder} is not a data set: it has no manifest.json")
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
         manifest = json.loads(content)
         version = manifest["format"]
-        if version == FORMAT:
+        if version == FORMAT:  # what readers ask for is there
             sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
-            manifest["splits"]["train"]["tokens"], manifest["tokenizer"]["vocab_size"]
+            _ = manifest["splits"]["train"]["tokens"], manifest["tokenizer"]["vocab_size"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a plainllama manifest ({error!r}); prepare the data set "
                         "again in an empty folder") from None
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, this program reads {FORMAT}; use the "
                         "plainllama that wrote it, or prepare the data set again")
-    digest, expected = folder / "manifest.sha256", hashlib.sha256(content).hexdigest() + "\n"
+    digest, expected = folder / "manifest.sha256", sha256_bytes(content) + "\n"
     if not digest.is_file() or digest.read_bytes() != expected.encode():
         raise UserError(f"{path} does not match manifest.sha256: one of them is damaged")
     for name, size in sizes.items():
-        if Path(name).name != name or (folder / name).is_symlink():
+        file = folder / name
+        if Path(name).name != name or file.is_symlink():
             raise UserError(f"{path} names {name!r}, which leaves the data set's folder")
-        if not (folder / name).is_file():
+        if not file.is_file():
             raise UserError(f"data set {folder}: {name} is missing; prepare it again")
-        if (folder / name).stat().st_size != size:
-            raise UserError(f"data set {folder}: {name} has {(folder / name).stat().st_size} bytes "
-                            f"where the manifest says {size}; it is damaged, prepare it again")
+        if file.stat().st_size != size:
+            raise UserError(f"data set {folder}: {name} has {file.stat().st_size} bytes where the "
+                            f"manifest says {size}; it is damaged, prepare it again")
     return manifest
 
 
 def verify(folder: Path) -> tuple[int, list[str]]:
-    """Check every byte: (0, []) good, (1, problems) damaged, (2, [why]) not a data set."""
+    """Check every byte; returns (0, []) if good, (1, problems) if damaged, (2, [why]) if it is not
+    a data set."""
     if not (folder / "manifest.json").is_file():
         return 2, [f"{folder} is not a data set: it has no manifest.json"]
     try:
@@ -121,12 +118,14 @@ def verify(folder: Path) -> tuple[int, list[str]]:
         return 1, [str(error)]
     problems = [f"{folder / name}: its sha256 is not the manifest's"
                 for name, entry in manifest["files"].items()
-                if file_entry(folder / name)["sha256"] != entry["sha256"]]
+                if sha256(folder / name) != entry["sha256"]]
     known = {*manifest["files"], "manifest.json", "manifest.sha256"}
     problems += [f"{path}: not named by the manifest"
                  for path in sorted(folder.iterdir()) if path.name not in known]
     return (1 if problems else 0), problems
 
+
+# ---- reading
 
 class Split:
     """The token files of one split, joined in order; opened when first read."""
@@ -135,18 +134,19 @@ class Split:
         self.folder, self.split, self.manifest = folder, split, manifest
         self.names = [name for name in manifest["files"]
                       if name.startswith(f"{split}-") and name.endswith(".bin")]
-        counts = [manifest["files"][name]["tokens"] for name in self.names]
+        entries = [manifest["files"][name] for name in self.names]
+        counts = [entry["tokens"] for entry in entries]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.tokens = int(self.starts[-1])
         self.maps: dict[str, np.ndarray] = {}
         vocab = manifest["tokenizer"]["vocab_size"]
-        for name in self.names:
-            if manifest["files"][name]["largest_id"] >= vocab:
-                raise UserError(f"{folder / name} holds id {manifest['files'][name]['largest_id']} "
-                                f"but the tokenizer has {vocab} entries; prepare it again")
+        for name, entry in zip(self.names, entries, strict=True):
+            if entry["largest_id"] >= vocab:
+                raise UserError(f"{folder / name} holds id {entry['largest_id']} but the tokenizer "
+                                f"has {vocab} entries; prepare it again")
 
     def shard(self, i: int) -> np.ndarray:
-        """Token file i as a memory map, its header checked against the manifest."""
+        """Map token file i, its header checked against the manifest."""
         name = self.names[i]
         if name not in self.maps:
             path = self.folder / name
@@ -159,41 +159,30 @@ class Split:
         return self.maps[name]
 
     def index(self, i: int) -> np.ndarray:
-        """Where the documents of token file i start in it, as a memory map."""
+        """Map the index of token file i: where documents start in it."""
         name = self.names[i].removesuffix(".bin") + ".idx"
         if name not in self.maps:
             self.maps[name] = mapped(self.folder / name, np.dtype("<u8"))
         return self.maps[name]
 
-    def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Which of the tokens start..stop-1 of the joined files begin a document."""
-        first = int(np.searchsorted(self.starts, start, "right")) - 1
-        found = []
-        for i in range(first, int(np.searchsorted(self.starts, stop))):
-            index, offset = self.index(i), int(self.starts[i])
-            low, high = (np.searchsorted(index, np.uint64(max(at - offset, 0)))
-                         for at in (start, stop))
-            found.append(index[low:high].astype(np.int64) + offset)
-        return np.concatenate(found)
-
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1 of the joined files, in their stored dtype."""
+        """Read tokens start..stop-1 of the joined files, in their stored dtype."""
         i = int(np.searchsorted(self.starts, start, "right")) - 1
         piece = self.shard(i)[start - self.starts[i]:stop - self.starts[i]]
         if len(piece) == stop - start:  # nearly always: the window lies in one file
             return piece
         pieces = [piece]
-        while (start := start + len(pieces[-1])) < stop:
+        while sum(map(len, pieces)) < stop - start:
             i += 1
             pieces.append(self.shard(i)[:stop - self.starts[i]])
         return np.concatenate(pieces)
 
 
 def mapped(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
-    """A file as an array that is read when touched. (Slices of np.memmap itself are slow.)"""
+    """Map a file as an array, read when touched. (Slices of np.memmap itself are slow.)"""
     return np.asarray(np.memmap(path, dtype, "r", offset))
 
 
 def open_split(folder: Path, split: str) -> Split:
-    """A split of a complete data set."""
+    """Open a split of a complete data set."""
     return Split(folder, split, read_manifest(folder))

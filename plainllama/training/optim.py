@@ -1,18 +1,43 @@
 """Parameter groups, AdamW and Muon, and lr(step), a pure function."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from model import trained
 from plainllama.parallel import World
-from plainllama.settings import Settings
+from plainllama.settings import Settings, UserError
 
-DECAY_SHARE = 0.2  # wsd: the last fifth of the run decays (https://arxiv.org/abs/2405.18392)
 MOMENTUM = 0.95  # of Muon
 STACK = 8  # matrices that Muon works on at a time: bounds its memory, also where they are sharded
 # The coefficients of Muon's five Newton-Schulz steps, for singular values in 0..1
 QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+class Schedule(NamedTuple):
+    """How the rate falls from the peak to min_lr: from which step on, and in which shape."""
+
+    start: Callable[[Settings], int]  # the first step of the fall
+    share: Callable[[float], float]  # of the fall that is left after a share of its steps
+
+
+def after_warmup(config: Settings) -> int:
+    """The fall begins when the warm-up is over."""
+    return config.warmup_steps
+
+
+def last_fifth(config: Settings) -> int:
+    """The fall begins in the last fifth of the run (https://arxiv.org/abs/2405.18392)."""
+    return max(config.warmup_steps, config.max_steps - round(0.2 * config.max_steps))
+
+
+# to add one: this entry, a choice in settings, a case in tests/test_optim.py
+SCHEDULES = {"cosine": Schedule(after_warmup, lambda done: 0.5 * (1 + math.cos(math.pi * done))),
+             "linear": Schedule(after_warmup, lambda done: 1 - done),
+             "wsd": Schedule(last_fifth, lambda done: 1 - done)}
 
 
 def lr(step: int, config: Settings) -> float:
@@ -20,42 +45,54 @@ def lr(step: int, config: Settings) -> float:
 
     cosine, linear: from the peak to min_lr at max_steps. wsd: constant, then linear to min_lr.
     """
-    c = config
+    c, schedule = config, SCHEDULES[config.schedule]
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
-    start = c.warmup_steps
-    if c.schedule == "wsd":
-        start = max(start, c.max_steps - round(DECAY_SHARE * c.max_steps))
+    start = schedule.start(c)
     if step < start:
         return c.learning_rate
     done = min((step - start) / max(c.max_steps - start, 1), 1.0)
-    share = 0.5 * (1 + math.cos(math.pi * done)) if c.schedule == "cosine" else 1 - done
-    return c.min_lr + (c.learning_rate - c.min_lr) * share
+    return c.min_lr + (c.learning_rate - c.min_lr) * schedule.share(done)
+
+
+def adamw(model: nn.Module, config: Settings, world: World) -> "Optimizer":
+    """AdamW for all that learns (https://arxiv.org/abs/1711.05101)."""
+    return Optimizer(make_adamw([p for _, p in trained(model)], config), None)
+
+
+def adamw_and_muon(model: nn.Module, config: Settings, world: World) -> "Optimizer":
+    """Muon for the matrices inside the blocks, AdamW for embedding, output matrix and gains."""
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in trained(model):
+        inside = name.startswith("model.layers.") and parameter.dim() >= 2
+        (hidden if inside else rest).append(parameter)
+    return Optimizer(make_adamw(rest, config), Muon(hidden, config.weight_decay, world))
+
+
+# to add one: this entry, a choice in settings, a case in tests/test_optim.py
+OPTIMIZERS = {"adamw": adamw, "muon": adamw_and_muon}
 
 
 def make(model: nn.Module, config: Settings, world: World | None = None) -> "Optimizer":
-    """The optimizer that the config names, its state allocated at once, so that a checkpoint can
-    be copied into it.
+    """Make the optimizer that the config names, its state allocated at once, so that a checkpoint
+    can be copied into it. UserError if nothing learns."""
+    if not any(True for _ in trained(model)):
+        raise UserError("no parameter learns: all of them are frozen")
+    return OPTIMIZERS[config.optimizer](model, config, world or World())
 
-    adamw: AdamW (https://arxiv.org/abs/1711.05101) for all. muon: Muon for the matrices inside the
-    blocks, AdamW for embedding, output matrix and gains. Matrices are decayed, gains are not.
-    """
-    hidden, ends, gains = [], [], []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            gains.append(parameter)
-        elif config.optimizer == "muon" and name.startswith("model.layers."):
-            hidden.append(parameter)
-        else:
-            ends.append(parameter)
-    groups = [{"params": ends, "weight_decay": config.weight_decay},
-              {"params": gains, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-8, fused=True,
-                              betas=(config.beta1, config.beta2))
-    for p in (*ends, *gains):
-        adamw.state[p] = {"step": torch.zeros((), device=p.device),
-                          "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return Optimizer(adamw, Muon(hidden, config.weight_decay, world or World()) if hidden else None)
+
+def make_adamw(parameters: list[nn.Parameter], config: Settings) -> torch.optim.AdamW:
+    """AdamW with fused kernels; matrices are decayed, gains are not."""
+    groups = [{"params": [p for p in parameters if p.dim() >= 2],
+               "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    made = torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-8, fused=True,
+                             betas=(config.beta1, config.beta2))
+    for p in parameters:
+        made.state[p] = {"step": torch.zeros((), device=p.device),
+                         "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return made
 
 
 class Muon:
@@ -73,8 +110,8 @@ class Muon:
         shapes: dict[tuple, list] = {}  # matrices of one shape, tall ones turned, work together
         for p in parameters:
             shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
-        self.stacks = [some[i:i + STACK] for some in shapes.values()
-                       for i in range(0, len(some), STACK)]
+        self.stacks = [alike[i:i + STACK] for alike in shapes.values()
+                       for i in range(0, len(alike), STACK)]
 
     @torch.no_grad()
     def step(self, rate: float, scale: Tensor, skipped: Tensor) -> None:

@@ -22,11 +22,11 @@ from torch import Tensor
 from model import ModelConfig, flops_per_token
 from plainllama.parallel import World
 from plainllama.progress import duration
-from plainllama.settings import Settings
+from plainllama.settings import Settings, ceil_div
 from plainllama.tokens import shards, tokenizer
-from plainllama.tokens.rows import Rows
+from plainllama.tokens.rows import Rows, to_batch
 from plainllama.training import log
-from plainllama.training.engine import Batch, Engine
+from plainllama.training.engine import Engine, Outcome
 from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import load_weights
 
@@ -69,14 +69,14 @@ class Trial:
         self.data = Path("data") / config.dataset
         self.length = T = min(TOKENS, config.block_size)
         self.split = shards.Split(self.data, "train", manifest)
-        rows = Rows(self.split, T, config.seed).rows(0, 8).astype(np.int64)
-        self.x, self.y = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
-        self.one: Batch = (self.x[:1], self.y[:1])
+        self.rows = Rows(self.split, T, config.seed).rows(0, 8)
+        self.x = to_batch(self.rows).ids
         # one row a rank and first weights, whatever the run will start from
         small = replace(config, block_size=T, global_batch_tokens=T * world.size, micro_batch=1,
                         compile="false")
         self.engine = Engine(small, world, manifest["tokenizer"]["bos"])
         self.engine.ready()
+        self.one, self.targets = to_batch(self.rows[:1], 0, self.engine.bos_id), T * world.size
         self.model = self.engine.model
         self.vocab = self.model.config.vocab_size
 
@@ -124,8 +124,9 @@ class Trial:
     @torch.no_grad()
     def first_loss(self) -> str:
         """The loss before the first step is ln V."""
-        x, y = self.x.to(self.world.device), self.y.to(self.world.device)
-        loss, expected = self.model(x, y).item() / y.numel(), math.log(self.vocab)
+        batch = to_batch(self.rows)
+        loss = self.model(*batch.to(self.world.device)).item() / batch.targets.numel()
+        expected = math.log(self.vocab)
         self.world.reshard(self.model)
         if not abs(loss - expected) < 0.2:
             raise Failed(f"it is {loss:.3f} nats, ln {self.vocab} = {expected:.3f}")
@@ -172,16 +173,16 @@ class Trial:
 
     def gradients(self) -> str:
         """Every parameter has a gradient and moves."""
-        before = {name: self.world.piece(p.data)[0].clone()
-                  for name, p in self.model.named_parameters()}
-        self.engine.gradients(self.one)
-        still = [name for name, p in self.model.named_parameters()
+        learns = dict(self.model.named_parameters())  # no key freezes any
+        before = {name: self.world.piece(p.data)[0].clone() for name, p in learns.items()}
+        self.engine.gradients(self.one, self.targets)
+        still = [name for name, p in learns.items()
                  if p.grad is None or not self.world.any(bool(self.world.piece(p.grad)[0].any()))]
         self.engine.optimizer.zero_grad()
         if still:
             raise Failed(f"none reaches {len(still)} of {len(before)}, the first is {still[0]}")
-        self.engine.update(self.one, self.rate)
-        still = [name for name, p in self.model.named_parameters()
+        self.engine.update(self.one, self.rate, self.targets)
+        still = [name for name, p in learns.items()
                  if not self.world.any(not torch.equal(self.world.piece(p.data)[0], before[name]))]
         if still:
             raise Failed(f"an update leaves {len(still)} as they were, the first is {still[0]}")
@@ -194,10 +195,11 @@ class Trial:
 
     def overfits(self) -> str:
         """One row is learned by heart."""
-        targets, losses = self.length * self.world.size, list[float]()
+        losses: list[float] = []
         goal = 0.5 * math.log(self.vocab)
         while len(losses) < 100 and (not losses or not losses[-1] < goal):
-            losses.append(self.engine.update(self.one, self.rate)[0].item() / targets)
+            stats = self.engine.update(self.one, self.rate, self.targets)
+            losses.append(Outcome(*stats.tolist()).loss / self.targets)
         if not losses[-1] < goal:
             raise Failed(f"from {losses[0]:.2f} to {losses[-1]:.2f} nats in {len(losses)} updates, "
                          f"not below {goal:.2f}")
@@ -211,18 +213,16 @@ class Trial:
         try:
             before = self.fingerprint()
             state = {"step": 1, "loss_scale": self.engine.optimizer.scale_state()}
-            saved = checkpoint.save(folder, 1, self.model, self.engine.optimizer, state,
+            saved = checkpoint.save(folder, 1, self.model, self.engine.optimizer.state, state,
                                     self.data / "tokenizer.json", self.world)
             size = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file())
             if problem := checkpoint.damage(saved):
                 raise Failed(problem)
             with torch.no_grad():
-                for p in self.model.parameters():
-                    p.zero_()
-                    for value in self.engine.optimizer.state[p].values():
-                        value.zero_()
+                for tensor in self.tensors():
+                    tensor.zero_()
             load_weights(saved, self.model, self.world)
-            checkpoint.load_optimizer(saved, self.model, self.engine.optimizer, self.world)
+            checkpoint.load_moments(saved, self.model, self.engine.optimizer.state, self.world)
             if self.fingerprint() != before:
                 raise Failed("what was read is not what was written")
         finally:
@@ -237,12 +237,17 @@ class Trial:
             raise Failed(said)
         return said
 
-    def fingerprint(self) -> str:
-        """Of this rank's part of weights and optimizer state, to the bit."""
-        digest = hashlib.sha256()
+    def tensors(self) -> Iterator[Tensor]:
+        """Every weight, and every moment of those that learn."""
         for p in self.model.parameters():
-            for value in (p.data, *self.engine.optimizer.state[p].values()):
-                digest.update(self.world.piece(value)[0].cpu().numpy().tobytes())
+            yield p.data
+            yield from self.engine.optimizer.state.get(p, {}).values()
+
+    def fingerprint(self) -> str:
+        """Hash this rank's part of weights and moments, to the bit."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors():
+            digest.update(self.world.piece(tensor)[0].cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -311,15 +316,17 @@ def forecast(config: Settings, manifest: dict, world: World, price: float,
     """Measure the real step and say what the run will take. `price`: of a device for an hour."""
     engine = Engine(config, world, manifest["tokenizer"]["bos"], say=say)
     engine.ready()
-    block, share = config.block_size, -(-engine.batch_rows // world.size)
+    block, share = config.block_size, ceil_div(engine.batch_rows, world.size)
 
     def seconds(rows: int, update: bool) -> float:
-        ids = torch.randint(engine.model.config.vocab_size, (rows, block))
+        vocab_size = engine.model.config.vocab_size
+        ids = np.random.default_rng(0).integers(vocab_size, size=(rows, block + 1))
+        batch, targets = to_batch(ids, 0, engine.bos_id), engine.batch_rows * block
         began = time.perf_counter()
         if update:
-            engine.update((ids, ids), 0.0)[0].item()
+            engine.update(batch, 0.0, targets)[0].item()
         else:
-            engine.gradients((ids, ids)).item()
+            engine.gradients(batch, targets).item()
             engine.optimizer.zero_grad()
         return time.perf_counter() - began
 

@@ -1,14 +1,20 @@
 """Where a run stands: the checkpoint to go on from, what is refused then, and any step's text."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
+
+import numpy as np
 
 from model import ModelConfig
-from plainllama.files import read_rows, steps_of
+from plainllama.files import lock_run, read_rows, steps_of, write_status
+from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
 from plainllama.tokens import tokenizer
-from plainllama.tokens.rows import PAD, hash_of_data, training_rows
+from plainllama.tokens.rows import PAD, Rows, hash_of_data, training_rows
 from plainllama.tokens.tokenizer_json import sha256_of
+from plainllama.training.engine import architecture
+from plainllama.training.objectives import Objective
 from plainllama.weights import checkpoint, huggingface
 from plainllama.weights.huggingface import read_config
 
@@ -24,23 +30,72 @@ COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedu
 
 # ---- may this run go on, or start from there?
 
+@dataclass
+class Start:
+    """Where a run begins now: from `source` or, if that is None, from first weights. `state`: the
+    source's state.json if the run goes on, else {}. `lock`: rank 0 holds the run's folder by it
+    until its process ends."""
+
+    source: Path | None
+    state: dict
+    lock: IO | None = None
+
+    @property
+    def step(self) -> int:
+        """The step that the run has reached."""
+        return self.state.get("step", 0)
+
+
+def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: bool,
+          world: World) -> Start:
+    """Decide, on rank 0 for all, where a run begins, and take its folder. UserError where it may
+    not. A run that is complete is left as it is."""
+    lock: list[IO] = []
+
+    def find() -> tuple[Path | None, dict]:
+        if run.is_dir():
+            lock.append(lock_run(run))
+        return starting_point(run, config, data_hash, extend)
+
+    def claim() -> None:
+        if not lock:
+            run.mkdir(parents=True, exist_ok=True)
+            lock.append(lock_run(run))
+            if steps_of(run):
+                raise UserError(f"another process has begun to train in {run}; start again to go "
+                                "on from there")
+        write_status(run, "running", start.step)  # not `stopped` any more
+        if start.state:
+            checkpoint.set_aside(run, start.step)
+
+    start = Start(*world.decide(find))
+    if not start.source and config.init_from:
+        start.source = source = world.decide(lambda: checkpoint.find_checkpoint(config.init_from))
+        world.decide(lambda: refuse_other_model(source, architecture(config), manifest))
+    if start.step < config.max_steps:
+        world.decide(claim)
+    start.lock = lock[0] if lock else None
+    return start
+
+
 def starting_point(run: Path, config: Settings, data_hash: str,
                    extend: bool) -> tuple[Path | None, dict]:
-    """The checkpoint to go on from and its state; (None, {}) for a fresh start."""
+    """Find the checkpoint to go on from and its state; (None, {}) for a fresh start."""
     there = steps_of(run)
     if config.resume == "never" and there:
         raise UserError(f"resume=never, but {run} holds a run at {there[0].name}; choose another "
                         "out_dir or remove the folder")
     good = checkpoint.newest_good(run) if there else None
-    if config.resume == "must" and good is None:
+    if good:
+        state = checkpoint.read_state(good)
+        refuse_other_run(state, config, data_hash, extend, good)
+        return good, state
+    if config.resume == "must":
         raise UserError(f"resume=must, but {run} holds no whole checkpoint")
-    if there and good is None:
+    if there:
         raise UserError(f"no checkpoint in {run} can be used ({there[0].name}: "
                         f"{checkpoint.damage(there[0])}); choose another out_dir")
-    state = checkpoint.read_state(good) if good else {}
-    if good:
-        refuse_other_run(state, config, data_hash, extend, good)
-    return good, state
+    return None, {}
 
 
 def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool,
@@ -97,3 +152,37 @@ def replay(config: Settings, manifest: dict, step: int) -> int:
         print(f"--- row {row}: window {window} of the train split\n"
               f"{words.decode(ids[ids != PAD])}")
     return 0
+
+
+# ---- which rows a step sees
+
+class Course:
+    """The rows and targets of every step since this start: functions of the step.
+
+    `state`: that of the checkpoint the run goes on from; the batch may have changed there.
+    """
+
+    def __init__(self, rows: Rows, batch_rows: int, objective: Objective, state: dict):
+        self.rows, self.batch_rows, self.objective = rows, batch_rows, objective
+        self.first_step, self.first_row = state.get("step", 0), state.get("rows", 0)
+        self.counted = (0, 0)  # so many rows have so many targets
+
+    def rows_at(self, step: int) -> int:
+        """Count the rows that the run has consumed when `step` updates are done."""
+        return self.first_row + (step - self.first_step) * self.batch_rows
+
+    def windows(self, step: int) -> np.ndarray:
+        """Name the windows (batch_rows,) of the update that follows `step`."""
+        return self.rows.window_of(self.rows_at(step), self.batch_rows)
+
+    def targets_of(self, step: int) -> int:
+        """Count what the loss of the update that follows `step` is divided by, over all ranks."""
+        return self.objective.count(self.rows, self.rows_at(step), self.batch_rows)
+
+    def tokens_at(self, step: int) -> int:
+        """Count the targets that the run has trained on when `step` updates are done."""
+        end = self.rows_at(step)
+        rows, targets = self.counted if self.counted[0] <= end else (0, 0)
+        targets += self.rows.targets(rows, end - rows)
+        self.counted = end, targets
+        return targets

@@ -4,71 +4,85 @@ step_N/            config.json, generation_config.json, model.safetensors, token
 step_N/training/   optimizer-RANK.safetensors (each rank's slices), state.json
 step_N/checksums.json  size and sha256 of every file above
 
-Training waits while weights and optimizer are copied to host memory; a thread writes them as
+Training waits while weights and moments are copied to host memory; a thread writes them as
 step_N.tmp, every file is synced, and the rename makes the checkpoint visible. Readers trust a
 folder only after its checksums. Nothing is unpickled.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import LLaMA, ModelConfig
-from plainllama.files import as_json, check_space, sha256, steps_of, sync, write_json
+from model import LLaMA, ModelConfig, trained
+from plainllama import files
 from plainllama.parallel import World
 from plainllama.settings import UserError
-from plainllama.tokens.tokenizer_json import boundaries, write_hf_files
-from plainllama.training.optim import Optimizer
-from plainllama.weights.huggingface import config_json
+from plainllama.weights.huggingface import write_folder
 
 FORMAT = 1
+STATE = "training/state.json"
+Moments = Mapping[Tensor, Mapping[str, Tensor]]  # the optimizer's state of each trained parameter
+
+# ---- found and verified
 
 
 def damage(folder: Path, training: bool = True) -> str:
-    """What is wrong with a checkpoint, or ''. Every file is hashed; `training` False leaves out
-    the optimizer's state, which only a resumed run reads. UserError for another format."""
+    """Say what is wrong with a checkpoint, '' if nothing is. Every file is hashed; `training` False
+    leaves out the optimizer's state, which only a resumed run reads. UserError for another
+    format."""
     try:
-        text = (folder / "checksums.json").read_text(encoding="utf-8")
-        sums = json.loads(text)
-        if text != as_json(sums):  # nothing else vouches for this file
-            return "checksums.json is not as it was written"
-        if sums["format"] != FORMAT:
-            raise UserError(f"{folder} has format {sums['format']}, this program reads {FORMAT}; "
-                            "use the plainllama that wrote it")
-        entries = {name: entry for name, entry in sums["files"].items()
-                   if training or not name.startswith("training/")}
-        needed = {"model.safetensors", "config.json", *(["training/state.json"] * training)}
-        if missing := needed - entries.keys():
-            return f"checksums.json does not name {min(missing)}"
-        for name, entry in entries.items():
-            path = folder / name
-            if Path(name).is_absolute() or path.resolve() != folder.resolve() / name:
-                return f"checksums.json names {name!r}, outside the checkpoint"
-            if path.stat().st_size != entry["size"] or not path.is_file():
-                return f"{name} does not match its checksum"
-        with ThreadPoolExecutor() as pool:
-            for name, digest in zip(entries, pool.map(sha256, map(folder.joinpath, entries)),
-                                    strict=True):
-                if digest != entries[name]["sha256"]:
-                    return f"{name} does not match its checksum"
+        return next(problems(folder, training), "")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{error!r}"
-    return ""
+
+
+def problems(folder: Path, training: bool) -> Iterator[str]:
+    """Look for damage, in checksums.json itself, then in names and sizes, then in every byte."""
+    text = (folder / "checksums.json").read_text(encoding="utf-8")
+    sums = json.loads(text)
+    if text != files.as_json(sums):  # nothing else vouches for this file
+        yield "checksums.json is not as it was written"
+    refuse_other_format(folder, sums["format"])
+    needed = {"model.safetensors", "config.json"} | ({STATE} if training else set())
+    entries = {name: entry for name, entry in sums["files"].items()
+               if training or not name.startswith("training/")}
+    if missing := needed - entries.keys():
+        yield f"checksums.json does not name {min(missing)}"
+    for name, entry in entries.items():
+        path = folder / name
+        if Path(name).is_absolute() or path.resolve() != folder.resolve() / name:
+            yield f"checksums.json names {name!r}, outside the checkpoint"
+        if path.stat().st_size != entry["size"] or not path.is_file():
+            yield f"{name} does not match its checksum"
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(files.sha256, map(folder.joinpath, entries))
+        for name, digest in zip(entries, hashes, strict=True):
+            if digest != entries[name]["sha256"]:
+                yield f"{name} does not match its checksum"
+
+
+def refuse_other_format(folder: Path, number: int) -> None:
+    """Raise UserError for a checkpoint of another format than this program's."""
+    if number != FORMAT:
+        raise UserError(f"{folder} has format {number}, this program reads {FORMAT}; use the "
+                        "plainllama that wrote it")
 
 
 def newest_good(run: Path, training: bool = True) -> Path | None:
-    """The newest checkpoint of a run that is whole; damaged ones are named and passed over."""
-    for folder in steps_of(run):
+    """Choose the newest checkpoint of a run that is whole; damaged ones are named and passed
+    over."""
+    for folder in files.steps_of(run):
         try:
             problem = damage(folder, training)
         except UserError as error:
@@ -79,40 +93,53 @@ def newest_good(run: Path, training: bool = True) -> Path | None:
     return None
 
 
-def find_checkpoint(path: str, quiet: bool = False) -> Path:
-    """What --ckpt X means: a checkpoint, a run (its newest good step) or a folder of runs (the
-    newest run). Prints the choice. UserError if there is none."""
-    start = Path(path)
-    if not start.is_dir():
-        beside = ", ".join(step.name for step in steps_of(start.parent.parent))
-        raise UserError(f"{path} is a file; --ckpt names a checkpoint, a run or a folder of runs"
-                        if start.exists() else f"no checkpoint {path}; its run has {beside}"
-                        if beside else f"no folder {path}; train a model first (python train.py) "
-                        "or name a checkpoint or run with --ckpt")
-    if (start / "config.json").is_file():
-        problem = damage(start, training=False) if (start / "checksums.json").is_file() else ""
-        if problem:
-            raise UserError(f"checkpoint {start} is damaged: {problem}")
-        chosen = start
+def find_checkpoint(path: str) -> Path:
+    """Choose and print what --ckpt X means: a checkpoint, a run (its newest good step) or a folder
+    of runs (the newest run). UserError if there is none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(no_folder(path))
+    if (folder / "config.json").is_file():
+        chosen = undamaged(folder)
+    elif any(folder.glob("*.safetensors")):
+        raise UserError(f"{path} holds weights but no config.json; copy the folder again, whole")
     else:
-        runs = [start] if (start / "checkpoints").is_dir() else [p.parent for p in
-                                                                 start.glob("*/checkpoints")]
-        runs = [run for run in runs if steps_of(run)]
-        if any(start.glob("*.safetensors")):
-            raise UserError(f"{path} holds weights but no config.json; copy the folder again, "
-                            "whole")
-        if not runs:
-            raise UserError(f"{path} holds no complete checkpoint; is it a run's folder, and has "
-                            "the run saved one (save_interval)?")
-        run = max(runs, key=lambda run: max(p.stat().st_mtime for p in steps_of(run)))
-        good = newest_good(run, training=False)
-        if good is None:
-            raise UserError(f"{run}: every checkpoint is damaged")
-        chosen = good
-    if not quiet:
-        print(f"checkpoint {chosen}", flush=True)
+        chosen = newest_in(folder, path)
+    print(f"checkpoint {chosen}", flush=True)
     return chosen
 
+
+def no_folder(path: str) -> str:
+    """Say what is in the place of a folder, and what to name in its stead."""
+    if Path(path).exists():
+        return f"{path} is a file; --ckpt names a checkpoint, a run or a folder of runs"
+    if there := files.steps_of(Path(path).parent.parent):
+        return f"no checkpoint {path}; its run has {', '.join(step.name for step in there)}"
+    return (f"no folder {path}; train a model first (python train.py) or name a checkpoint or run "
+            "with --ckpt")
+
+
+def newest_in(folder: Path, path: str) -> Path:
+    """Choose the newest good checkpoint of the run that is `folder` or the newest in it."""
+    run = folder if (folder / "checkpoints").is_dir() else files.newest_run(folder)
+    if run is None or not files.steps_of(run):
+        raise UserError(f"{path} holds no complete checkpoint; is it a run's folder, and has the "
+                        "run saved one (save_interval)?")
+    good = newest_good(run, training=False)
+    if good is None:
+        raise UserError(f"{run}: every checkpoint is damaged")
+    return good
+
+
+def undamaged(folder: Path) -> Path:
+    """Return a checkpoint, verified; a model folder from elsewhere, without checksums, as it is."""
+    problem = damage(folder, training=False) if (folder / "checksums.json").is_file() else ""
+    if problem:
+        raise UserError(f"checkpoint {folder} is damaged: {problem}")
+    return folder
+
+
+# ---- written
 
 class Saver:
     """Writes the checkpoints of a run beside its training, one at a time. Collective.
@@ -127,16 +154,18 @@ class Saver:
         self.saved, self.problem = -1, ""
         self.thread: threading.Thread | None = None
 
-    def start(self, step: int, model: LLaMA, optimizer: Optimizer, state: dict) -> None:
-        """Copy weights and optimizer to host memory, once the save before is done; a thread writes
+    def start(self, step: int, model: LLaMA, moments: Moments, state: dict) -> None:
+        """Copy weights and moments to host memory, once the save before is done; a thread writes
         them as checkpoints/step_N."""
         self.wait()
-        slices = slices_of(model, optimizer, self.world)
-        need = 4 * sum(tensor.numel() for p in model.parameters()
-                       for tensor in (p, *optimizer.state[p].values()))
-        weights = gather_weights(model, self.world)
-        self.thread = threading.Thread(target=self.write, name="saver", daemon=True, args=(
-            step, need, weights, slices, model.config, {"format": FORMAT, **state}))
+        tensors, places = slices_of(model, moments, self.world)
+        write_files = partial(
+            self.write_files, config=model.config, weights=gather_weights(model, self.world),
+            slices=tensors, places=places, state={"format": FORMAT, **state})
+        whole = [*model.parameters(), *(t for kinds in moments.values() for t in kinds.values())]
+        need = 4 * sum(tensor.numel() for tensor in whole)
+        self.thread = threading.Thread(target=self.write, name="saver", daemon=True,
+                                       args=(step, need, write_files))
         self.thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -144,14 +173,14 @@ class Saver:
         if self.thread:
             self.thread.join(seconds)
 
-    def write(self, step: int, need: int, *content) -> None:
-        """The thread. If any rank fails nothing new is visible, earlier checkpoints are as they
-        were, and every rank knows the problem."""
+    def write(self, step: int, need: int, write_files: Callable[[Path], dict]) -> None:
+        """Write a checkpoint, in the thread. If any rank fails nothing new is visible, earlier
+        checkpoints are as they were, and every rank knows the problem."""
         final = self.run / "checkpoints" / f"step_{step}"
         folder = final.with_name(final.name + ".tmp")
         try:
             self.together(self.make_room, folder, need)
-            entries = self.together(self.write_files, folder, *content)
+            entries = self.together(write_files, folder)
             self.together(self.commit, folder, final, entries)
             self.saved, self.problem = step, ""
         except Exception as error:  # also that another rank failed or is gone
@@ -162,121 +191,61 @@ class Saver:
 
     def together(self, part: Callable, *args) -> list:
         """Do this rank's part and hear of the others'; what each gave. OSError if one failed."""
-        answer, problem = None, ""
         try:
-            answer = part(*args)
+            outcome = part(*args), ""
         except Exception as error:
-            problem = str(error) or repr(error)
-        answers = self.world.gather((answer, problem))
+            outcome = None, str(error) or repr(error)
+        answers = self.world.gather(outcome)
         for rank, (_, problem) in enumerate(answers):
             if problem:
                 raise OSError(f"{problem} (rank {rank})" if rank else problem)
         return [answer for answer, _ in answers]
 
     def make_room(self, folder: Path, need: int) -> None:
-        """An empty folder on a disk with room for `need` bytes."""
+        """Make an empty folder on a disk with room for `need` bytes; rank 0's part."""
         if self.world.rank == 0:
             for old in folder.parent.glob("*.tmp"):
                 shutil.rmtree(old, ignore_errors=old != folder)
             (folder / "training").mkdir(parents=True)
-            check_space(folder, need)
+            files.check_space(folder, need)
 
-    def write_files(self, folder: Path, weights: dict[str, Tensor], slices: tuple[dict, dict],
-                    config: ModelConfig, state: dict) -> dict[str, dict]:
-        """This rank's files, on the disk; their entries in checksums.json."""
+    def write_files(self, folder: Path, config: ModelConfig, weights: dict[str, Tensor],
+                    slices: dict[str, Tensor], places: dict, state: dict) -> dict[str, dict]:
+        """Write this rank's files to the disk; their entries in checksums.json."""
         written = []
-        if slices[0]:
-            written.append(folder / "training" / f"optimizer-{self.world.rank:05d}.safetensors")
-            save_file(slices[0], written[0], {"places": json.dumps(slices[1])})
+        if slices:
+            written.append(folder / f"training/optimizer-{self.world.rank:05d}.safetensors")
+            save_file(slices, written[0], {"places": json.dumps(places)})
         if self.world.rank == 0:
-            save_file(weights, folder / "model.safetensors", {"format": "pt"})
-            write_json(folder / "training" / "state.json", state)
-            spec = json.loads(self.tokenizer_json.read_text(encoding="utf-8"))
-            vocab = {token["content"]: token["id"] for token in spec["added_tokens"]}
-            bos, eos = (vocab.get(token) for token in boundaries(spec))
-            eos = bos if eos is None else eos
-            write_json(folder / "config.json", config_json(config, bos, eos))
-            write_json(folder / "generation_config.json",
-                       {"bos_token_id": bos, "eos_token_id": eos})
-            write_hf_files(self.tokenizer_json, folder, config.block_size)
-            written += [folder / "training" / "state.json",
-                        *(path for path in folder.iterdir() if path.is_file())]
+            files.write_json(folder / STATE, state)
+            write_folder(folder, config, weights, self.tokenizer_json)
+            written += [folder / STATE, *(path for path in folder.iterdir() if path.is_file())]
         return sealed(folder, written)
 
     def commit(self, folder: Path, final: Path, entries: list[dict]) -> None:
-        """Make the folder visible and delete what need not be kept."""
+        """Make the folder visible and delete what need not be kept; rank 0's part."""
         if self.world.rank == 0:
             commit(folder, final, {name: entry for part in entries for name, entry in part.items()})
-            if self.keep_last:
-                try:
-                    prune(self.run, self.keep_last, self.keep_every)
-                except OSError as error:
-                    self.say(f"WARNING: an old checkpoint could not be deleted: {error}")
+            try:
+                prune(self.run, self.keep_last, self.keep_every)
+            except OSError as error:
+                self.say(f"WARNING: an old checkpoint could not be deleted: {error}")
 
 
-def save(run: Path, step: int, model: LLaMA, optimizer: Optimizer, state: dict,
-         tokenizer_json: Path, world: World) -> Path:
+def save(run: Path, step: int, model: LLaMA, moments: Moments, state: dict, tokenizer_json: Path,
+         world: World) -> Path:
     """Write checkpoints/step_N and wait for it; collective. OSError on every rank if any rank
     cannot write."""
     saver = Saver(run, tokenizer_json, world, lambda _: None)
-    saver.start(step, model, optimizer, state)
+    saver.start(step, model, moments, state)
     saver.wait()
     if saver.problem:
         raise OSError(saver.problem)
     return run / "checkpoints" / f"step_{step}"
 
 
-def sealed(folder: Path, files: list[Path]) -> dict[str, dict]:
-    """Sync files to the disk; name in `folder` -> size and hash."""
-    for path in files:
-        sync(path)
-    return {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
-            for path in files}
-
-
-def commit(folder: Path, final: Path, entries: dict[str, dict] | None = None) -> None:
-    """Write checksums.json for the files of `folder` (`entries`: of sealed()) and rename it to
-    `final`: here it becomes visible."""
-    entries = entries or sealed(folder, [p for p in folder.rglob("*") if p.is_file()])
-    write_json(folder / "checksums.json",
-               {"format": FORMAT, "files": dict(sorted(entries.items()))})
-    for name in entries:  # safetensors writes files that only their owner can read
-        shutil.copymode(folder / "checksums.json", folder / name)
-    for path in (folder / "checksums.json", folder / "training", folder):
-        sync(path)
-    if final.exists():  # the run was started again from an earlier step
-        shutil.rmtree(final)
-    os.rename(folder, final)
-    sync(final.parent)
-
-
-def set_aside(run: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, which were found damaged, to step_N.damaged."""
-    for folder in steps_of(run):
-        if int(folder.name[5:]) > step:
-            aside = folder.with_name(folder.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
-
-
-def prune(run: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, those at multiples of `keep_every`, and
-    the best: the one with the least validation loss, of those saved right after an evaluation."""
-    scores = {}
-    for folder in steps_of(run):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads((folder / "training" / "state.json").read_text(encoding="utf-8"))
-            scores[folder] = float(state["val_loss"])
-    best = min(scores, key=lambda folder: scores[folder], default=None)
-    for folder in steps_of(run)[keep_last:]:
-        if folder != best and not (keep_every and int(folder.name[5:]) % keep_every == 0):
-            doomed = folder.with_name(folder.name + ".tmp")  # half deleted, it must not look whole
-            os.rename(folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)  # what is left goes at the next save
-
-
 def gather_weights(model: LLaMA, world: World) -> dict[str, Tensor]:
-    """Every parameter, whole, in host memory of rank 0 (elsewhere {}), one by one, so that no
+    """Copy every parameter, whole, to host memory of rank 0 (elsewhere {}), one by one, so that no
     device holds more than one; collective."""
     weights = {}
     for name, parameter in model.named_parameters():  # a tied matrix is named once
@@ -286,55 +255,117 @@ def gather_weights(model: LLaMA, world: World) -> dict[str, Tensor]:
     return weights
 
 
-def slices_of(model: LLaMA, optimizer: Optimizer, world: World) -> tuple[dict, dict]:
-    """This rank's rows of the optimizer's state that no rank before it has, in host memory, and of
-    each its first row and the full shape; both by PARAMETER/KIND."""
-    tensors, places = {}, {}
-    for name, parameter in model.named_parameters():
-        if parameter not in optimizer.state:
+def slices_of(model: LLaMA, moments: Moments, world: World) -> tuple[dict, dict]:
+    """Copy to host memory this rank's rows of the moments that no rank before it has; also returns
+    of each {offset: its first row, shape: of the whole}. Both by PARAMETER/KIND."""
+    slices, places = {}, {}
+    for name, parameter in trained(model):
+        if parameter not in moments:
             raise RuntimeError(f"the optimizer knows no {name}: it is not the model's parameter")
-        for kind, value in optimizer.state[parameter].items():
-            local, offset = world.piece(value) if value.dim() else (value.reshape(1), 0)
+        for kind, value in moments[parameter].items():
+            local, first = world.piece(torch.atleast_1d(value))
             if world.holds_a_piece and local.numel():
-                tensors[f"{name}/{kind}"] = local.detach().to("cpu", copy=True).contiguous()
-                places[f"{name}/{kind}"] = {"offset": offset, "shape": list(value.shape)}
-    return tensors, places
+                key = f"{name}/{kind}"
+                slices[key] = local.detach().to("cpu", copy=True).contiguous()
+                places[key] = {"offset": first, "shape": list(value.shape)}
+    return slices, places
 
 
-def load_optimizer(folder: Path, model: LLaMA, optimizer: Optimizer,
-                   world: World) -> None:
-    """Fill the optimizer's state, which exists already, from slices written by any world size."""
-    pieces: dict[str, list] = {}
-    try:  # only files that were verified
-        listed = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))["files"]
-        for path in (folder / name for name in listed if name.startswith("training/optimizer-")):
-            file = safe_open(path, "pt")
-            for key, place in json.loads(file.metadata()["places"]).items():
-                pieces.setdefault(key, []).append((int(place["offset"]), file.get_slice(key)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder}: its optimizer state cannot be read: {error!r}") from None
-    for name, parameter in model.named_parameters():
-        for kind, value in optimizer.state[parameter].items():
-            local, start = world.piece(value) if value.dim() else (value.reshape(1), 0)
-            end, covered = start + local.shape[0], start
-            for offset, piece in sorted(pieces.get(f"{name}/{kind}", []), key=lambda p: p[0]):
-                last = min(end, offset + piece.get_shape()[0])
-                if offset <= covered < last:
-                    local[covered - start:last - start].copy_(piece[covered - offset:last - offset])
-                    covered = last
-            if covered != end:
+def sealed(folder: Path, paths: list[Path]) -> dict[str, dict]:
+    """Sync files to the disk; name in `folder` -> size and hash."""
+    for path in paths:
+        files.sync(path)
+    return {str(path.relative_to(folder)): files.file_entry(path) for path in paths}
+
+
+def commit(folder: Path, final: Path, entries: dict[str, dict]) -> None:
+    """Write checksums.json with `entries`, which sealed() made of the files of `folder`, and rename
+    the folder to `final`: here it becomes visible."""
+    sums = {"format": FORMAT, "files": dict(sorted(entries.items()))}
+    files.write_json(folder / "checksums.json", sums)
+    for name in entries:  # safetensors writes files that only their owner can read
+        shutil.copymode(folder / "checksums.json", folder / name)
+    for path in (folder / "checksums.json", folder / "training", folder):
+        files.sync(path)
+    if final.exists():  # the run was started again from an earlier step
+        shutil.rmtree(final)
+    os.rename(folder, final)
+    files.sync(final.parent)
+
+
+# ---- kept or not
+
+def set_aside(run: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which were found damaged, to step_N.damaged."""
+    for folder in files.steps_of(run):
+        if files.step_of(folder) > step:
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+
+
+def prune(run: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints (0: delete none), those at multiples of
+    `keep_every`, and the best: the one with the least validation loss, of those saved right after
+    an evaluation."""
+    if not keep_last:
+        return
+    steps = files.steps_of(run)
+    losses: dict[Path, Any] = {
+        folder: files.read_json(folder / STATE, tolerant=True).get("val_loss") for folder in steps}
+    evaluated = [folder for folder in steps if isinstance(losses[folder], float)]
+    best = min(evaluated, key=lambda folder: losses[folder], default=None)
+    for folder in steps[keep_last:]:
+        if folder != best and not (keep_every and files.step_of(folder) % keep_every == 0):
+            doomed = folder.with_name(folder.name + ".tmp")  # half deleted, it must not look whole
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # what is left goes at the next save
+
+
+# ---- read
+
+def read_state(folder: Path) -> dict:
+    """Read training/state.json of a checkpoint. UserError if it is damaged or of another format."""
+    state = files.read_json(folder / STATE, tolerant=True)
+    if "format" not in state:
+        raise UserError(f"{folder}: training/state.json is not a run's state")
+    refuse_other_format(folder, state["format"])
+    return state
+
+
+def load_moments(folder: Path, model: LLaMA, moments: Moments, world: World) -> None:
+    """Fill the moments of the trained parameters, which exist already, from slices written by any
+    world size. UserError if some are missing."""
+    stored = stored_slices(folder)
+    for name, parameter in trained(model):
+        for kind, value in moments[parameter].items():
+            local, first = world.piece(torch.atleast_1d(value))
+            if not fill(local, first, stored.get(f"{name}/{kind}", [])):
                 raise UserError(f"{folder}: the optimizer's {kind} of {name} is incomplete; "
                                 "was it written by another optimizer?")
 
 
-def read_state(folder: Path) -> dict:
-    """training/state.json of a checkpoint."""
-    try:
-        state = json.loads((folder / "training" / "state.json").read_text(encoding="utf-8"))
-        found = state["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}: training/state.json is not a run's state: {error!r}") from None
-    if found != FORMAT:
-        raise UserError(f"{folder} has format {found}, this program reads {FORMAT}; use the "
-                        "plainllama that wrote it")
-    return state
+def stored_slices(folder: Path) -> dict[str, list]:
+    """Open the slices in a checkpoint: PARAMETER/KIND -> [(first row, safetensors' slice), ...]."""
+    slices: dict[str, list] = {}
+    try:  # only files that were verified
+        names = files.read_json(folder / "checksums.json")["files"]
+        for path in (folder / name for name in names if name.startswith("training/optimizer-")):
+            file = safe_open(path, "pt")
+            for key, place in json.loads(file.metadata()["places"]).items():
+                slices.setdefault(key, []).append((int(place["offset"]), file.get_slice(key)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: its optimizer state cannot be read: {error!r}") from None
+    return slices
+
+
+def fill(local: Tensor, first: int, slices: list) -> bool:
+    """Copy the rows from `first` on into `local`, out of slices of the whole as stored_slices()
+    lists them; True if all were there."""
+    covered, end = first, first + local.shape[0]
+    for offset, rows in sorted(slices, key=lambda pair: pair[0]):
+        last = min(end, offset + rows.get_shape()[0])
+        if offset <= covered < last:
+            local[covered - first:last - first].copy_(rows[covered - offset:last - offset])
+            covered = last
+    return covered == end

@@ -1,113 +1,188 @@
-"""Folders of LLaMA-family models: config.json, written and read, and the weights, read.
+"""Hugging Face folders of LLaMA-family models, written and read here alone: config.json,
+generation_config.json, the tokenizer's files, the weights.
 
 transformers 4 reads and writes rope_theta and rope_scaling, transformers 5 rope_parameters alone.
 We write both and read either. What a config asks for beyond a plain LLaMA is refused by name: a
 model that computes something else must never open.
 """
 
-import json
 import shutil
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from model import LLaMA, ModelConfig
-from plainllama.files import write_json
+from plainllama.files import CHECKOUT, read_json, write_json
 from plainllama.parallel import World
 from plainllama.settings import UserError
-from plainllama.tokens.tokenizer_json import byte_info
+from plainllama.tokens.tokenizer_json import boundaries, byte_info, write_hf_files
 
-# ModelConfig's name -> Hugging Face's
+# ModelConfig's name -> Hugging Face's, in the order of config.json; the first seven must be there
 NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_model": "hidden_size",
          "d_ff": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
          "block_size": "max_position_embeddings", "kv_heads": "num_key_value_heads",
          "head_dim": "head_dim", "tie_embeddings": "tie_word_embeddings"}
-ROPE = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-        "original_max_position_embeddings"}  # all that we know in rope_scaling or rope_parameters
+REQUIRED = ("n_layer", "n_head", "d_model", "d_ff", "vocab_size", "norm_eps", "block_size")
+# rope_scaling -> what this kind of RoPE needs beside its base: ModelConfig's name -> Hugging Face's
+ROPE = {"none": {}, "linear": {"rope_factor": "factor"},
+        "llama3": {"rope_factor": "factor", "rope_low": "low_freq_factor",
+                   "rope_high": "high_freq_factor",
+                   "rope_original": "original_max_position_embeddings"}}
+ROPE_KEYS = {"rope_type", "type", "rope_theta", *ROPE["linear"].values(), *ROPE["llama3"].values()}
+INDEX = "model.safetensors.index.json"  # which file of several holds which weight
+CODE = ("model.py", "plainllama/weights/modeling_plainllama.py")  # imported by their last names
+
+# ---- written
 
 
-def config_json(config: ModelConfig, bos: int | None, eos: int | None) -> dict:
-    """config.json of LlamaForCausalLM. RoPE is written in both forms: transformers 4 reads only
-    rope_theta and rope_scaling, transformers 5 writes only rope_parameters."""
-    scaling = None
-    if config.rope_scaling != "none":
-        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-    if scaling and config.rope_scaling == "llama3":
-        scaling |= {"low_freq_factor": config.rope_low, "high_freq_factor": config.rope_high,
-                    "original_max_position_embeddings": config.rope_original}
+def write_folder(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
+                 tokenizer_json: Path, dtype=torch.float32, shard_bytes: int = 0) -> None:
+    """Write the files with which transformers opens a model: its weights as `dtype`, in shards of
+    at most `shard_bytes` (0: in one file)."""
+    write_hf_files(tokenizer_json, folder, config.block_size)
+    spec = read_json(folder / "tokenizer.json")
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    begin, end = boundaries(spec)
+    bos, eos = ids.get(begin), ids.get(end or begin)
+    write_json(folder / "config.json", config_json(config, bos, eos, dtype))
+    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+    write_weights(folder, weights, dtype, shard_bytes)
+
+
+def config_json(config: ModelConfig, bos: int | None, eos: int | None, dtype=torch.float32) -> dict:
+    """Describe an architecture as config.json of LlamaForCausalLM does."""
+    kind = str(dtype).removeprefix("torch.")
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
             **{theirs: getattr(config, ours) for ours, theirs in NAMES.items()},
-            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-            "rope_theta": config.rope_theta, "rope_scaling": scaling,
-            "rope_parameters": {"rope_type": "default", **(scaling or {}),
-                                "rope_theta": config.rope_theta},
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **rope_json(config),
             "initializer_range": 0.02, "use_cache": True, "bos_token_id": bos, "eos_token_id": eos,
-            "torch_dtype": "float32", "dtype": "float32"}
+            "torch_dtype": kind, "dtype": kind}
 
+
+def rope_json(config: ModelConfig) -> dict:
+    """Describe RoPE in the form of transformers 4 and in that of 5."""
+    kind = "default" if config.rope_scaling == "none" else config.rope_scaling
+    stretch = {theirs: getattr(config, ours) for ours, theirs in ROPE[config.rope_scaling].items()}
+    scaling = {"rope_type": kind, **stretch}
+    return {"rope_theta": config.rope_theta, "rope_scaling": scaling if stretch else None,
+            "rope_parameters": scaling | {"rope_theta": config.rope_theta}}
+
+
+def write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype,
+                  shard_bytes: int) -> None:
+    """Write model.safetensors or, if that were larger, shards of `shard_bytes` and their index. A
+    single weight may be larger than that."""
+    shards, filled = [dict[str, Tensor]()], 0
+    for name, weight in weights.items():
+        size = weight.numel() * dtype.itemsize
+        if shard_bytes and shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = weight
+        filled += size
+    file_of: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        name = f"model{part}.safetensors"
+        save_file({key: weight.to(dtype).contiguous() for key, weight in shard.items()},
+                  folder / name, {"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / name)  # others may read it too
+        file_of |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        total = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+
+
+def write_code(folder: Path, config: ModelConfig) -> None:
+    """Put our own model beside the weights and say in config.json that it is there."""
+    for name in CODE:
+        shutil.copyfile(CHECKOUT / name, folder / Path(name).name)
+    module = "modeling_plainllama.PlainLlama"
+    write_json(folder / "config.json", read_json(folder / "config.json") | {
+        "model_type": "plainllama", "architectures": ["PlainLlamaForCausalLM"],
+        "plainllama": asdict(config),
+        "auto_map": {"AutoConfig": f"{module}Config",
+                     "AutoModelForCausalLM": f"{module}ForCausalLM"}})
+
+
+# ---- the architecture, read
 
 def read_config(folder: Path) -> ModelConfig:
-    """The architecture of a Hugging Face folder (config.json): a Llama, a Mistral without sliding
-    window, or what `export.py --code` writes. Raises UserError with the reason for any other."""
-    path = folder / "config.json"
+    """Read the architecture of a Hugging Face folder (config.json): a Llama, a Mistral without
+    sliding window, or what `export.py --code` writes. UserError with the reason for any other."""
+    path, only = folder / "config.json", "only plain LLaMA models can be read"
+    hf = read_json(path)
+    if lacking := sorted({NAMES[name] for name in REQUIRED} - hf.keys()):
+        raise UserError(f"{path}: it does not say {', '.join(lacking)} "
+                        f"(model_type {hf.get('model_type')!r}); {only}")
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-        if lacks := sorted({NAMES[name] for name in ("n_layer", "n_head", "d_model", "d_ff",
-                            "vocab_size", "norm_eps", "block_size")} - hf.keys()):
-            raise UserError(f"{path}: it does not say {', '.join(lacks)}"
-                            f" (model_type {hf.get('model_type')!r}); only plain LLaMA models can "
-                            "be read")
-        given = [hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}]
-        rope = {"rope_theta": hf.get("rope_theta", 10000.0), **given[0], **given[1]}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        # what a file that says nothing means is transformers' default for its model_type
-        mistral = hf.get("model_type") == "mistral"
-        config = ModelConfig(
-            **{ours: hf[theirs] for ours, theirs in NAMES.items()
-               if theirs in hf and ours not in ("kv_heads", "head_dim")},
-            n_kv_head=hf.get("num_key_value_heads", 8 if mistral else 0) or 0,
-            rope_theta=rope["rope_theta"], rope_scaling="none" if kind == "default" else kind,
-            rope_factor=rope.get("factor", 1.0) if kind != "default" else 1.0,
-            rope_original=rope["original_max_position_embeddings"] if kind == "llama3" else 0,
-            rope_low=rope.get("low_freq_factor", 1.0), rope_high=rope.get("high_freq_factor", 4.0))
-        window = hf.get("sliding_window", 4096 if mistral else None)
-        layers = set(hf.get("layer_types") or ()) - {"full_attention"}
-        unknown = rope.keys() - ROPE
-        newer = (hf.get("plainllama") or {}).keys() - {field.name for field in fields(ModelConfig)}
-        reasons = [
-            (hf.get("model_type") in ("llama", "mistral", "plainllama"),
-             f"model_type is {hf.get('model_type')!r}, not llama or mistral"),
-            (not newer, f"it has {', '.join(sorted(newer))}, the format of a newer plainllama"),
-            (not unknown, f"its RoPE has {', '.join(sorted(map(str, unknown)))}, a newer format or "
-             "another kind of RoPE"),
-            (all(other.get(name, value) == value for other in (given[0], hf)
-                 for name, value in given[1].items()),
-             "rope_scaling and rope_theta say something else than rope_parameters"),
-            (config.rope_scaling in ("none", "linear", "llama3"), f"RoPE of type {kind}"),
-            (not hf.get("attention_bias") and not hf.get("mlp_bias"), "it has biases"),
-            (not window, f"its attention has a sliding window of {window} tokens"),
-            (not layers, f"it has layers of type {', '.join(sorted(layers))}"),
-            (not hf.get("quantization_config"), "its weights are quantized"),
-            (hf.get("hidden_act", "silu") == "silu", f"hidden_act is {hf.get('hidden_act')}"),
-            (hf.get("head_dim") in (None, config.head_dim), "head_dim is not d_model / n_head"),
-            (config.head_dim % 2 == 0 and config.d_model % config.n_head == 0
-             and config.n_head % config.kv_heads == 0,
-             f"{config.n_head} heads, {config.kv_heads} of keys and values, do not fit a width of "
-             f"{config.d_model}"),
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        config = architecture_in(hf)
+        reasons = [reason for reason, applies in refusals(hf, config).items() if applies]
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is not the config of a LLaMA: {error!r}") from None
-    for holds, reason in reasons:
-        if not holds:
-            raise UserError(f"{path}: {reason}; only plain LLaMA models can be read")
+    if reasons:
+        raise UserError(f"{path}: {reasons[0]}; {only}")
     return config
 
 
+def architecture_in(hf: dict) -> ModelConfig:
+    """Read the fields of a config.json; what it does not say is transformers' default for its
+    model_type. KeyError if a kind of RoPE lacks what it needs."""
+    rope = rope_in(hf)
+    scaling = "none" if rope["rope_type"] == "default" else rope["rope_type"]
+    heads = hf.get("num_key_value_heads", 8 if hf.get("model_type") == "mistral" else None)
+    return ModelConfig(
+        **{ours: hf[NAMES[ours]] for ours in REQUIRED}, n_kv_head=heads or 0,
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        rope_theta=rope["rope_theta"], rope_scaling=scaling,
+        **{ours: rope[theirs] for ours, theirs in ROPE.get(scaling, {}).items()})
+
+
+def rope_in(hf: dict) -> dict:
+    """Merge the forms in which a config.json may describe RoPE."""
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0),
+            **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    return {"rope_type": rope.get("type", "default"), **rope}
+
+
+def refusals(hf: dict, config: ModelConfig) -> dict[str, Any]:
+    """List what a config.json may ask for and we do not compute: reason to refuse it -> does it?"""
+    kind, rope = hf.get("model_type"), rope_in(hf)
+    newer = (hf.get("plainllama") or {}).keys() - ModelConfig.__dataclass_fields__.keys()
+    strange = rope.keys() - ROPE_KEYS
+    contradicted = any(form.get(name, value) != value
+                       for name, value in (hf.get("rope_parameters") or {}).items()
+                       for form in (hf.get("rope_scaling") or {}, hf))
+    window = hf.get("sliding_window", 4096 if kind == "mistral" else None)
+    layers = set(hf.get("layer_types") or ()) - {"full_attention"}
+    return {
+        f"model_type is {kind!r}, not llama or mistral":
+            kind not in ("llama", "mistral", "plainllama"),
+        f"it has {', '.join(sorted(newer))}, the format of a newer plainllama": newer,
+        f"its RoPE has {', '.join(sorted(map(str, strange)))}, a newer format or another kind of "
+        "RoPE": strange,
+        "rope_scaling and rope_theta say something else than rope_parameters": contradicted,
+        f"RoPE of type {rope['rope_type']}": config.rope_scaling not in ROPE,
+        "it has biases": hf.get("attention_bias") or hf.get("mlp_bias"),
+        f"its attention has a sliding window of {window} tokens": window,
+        f"it has layers of type {', '.join(sorted(layers))}": layers,
+        "its weights are quantized": hf.get("quantization_config"),
+        f"hidden_act is {hf.get('hidden_act')}": hf.get("hidden_act", "silu") != "silu",
+        "head_dim is not d_model / n_head": hf.get("head_dim") not in (None, config.head_dim),
+        f"{config.n_head} heads, {config.kv_heads} of keys and values, do not fit a width of "
+        f"{config.d_model}": config.head_dim % 2 or config.d_model % config.n_head
+                             or config.n_head % config.kv_heads,
+    }
+
+
 def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
-    """'--n_layer=2 --n_head=4 ...': every key to set so that the architecture `ours` can go on from
-    weights of `theirs`; '' if it can.
+    """Name every key to set so that the architecture `ours` can go on from weights of `theirs`:
+    '--n_layer=2 --n_head=4 ...'; '' if it can.
 
     The context may differ, and positions may be stretched, or stretched further, than they were:
     that is how context grows. A stretch that the weights have learnt is not taken away.
@@ -123,96 +198,78 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
     if theirs.rope_scaling == "llama3" and turns != (ours.rope_low, ours.rope_high):
         raise UserError(f"low_freq_factor, high_freq_factor of {turns} can be read but not trained "
                         f"on; we train with {ours.rope_low}, {ours.rope_high}")
-    words = {"kv_heads": "n_kv_head"}
-    return " ".join(f"--{words.get(name, name)}={getattr(theirs, name)}" for name in names
+    keys = {"kv_heads": "n_kv_head"}
+    return " ".join(f"--{keys.get(name, name)}={getattr(theirs, name)}" for name in names
                     if getattr(theirs, name) != getattr(ours, name))
 
 
+# ---- the weights, read
+
 def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> LLaMA:
-    """The model of a checkpoint or other Hugging Face LLaMA folder, in eval mode, its matmuls in
-    `dtype`."""
+    """Load the model of a checkpoint or other Hugging Face LLaMA folder, in eval mode, its matmuls
+    in `dtype`. UserError if the tokenizer beside it has more entries than its embedding."""
     config = read_config(folder)
-    if (folder / "tokenizer.json").is_file() and (
-            entries := len(byte_info(folder).lengths)) > config.vocab_size:
-        raise UserError(f"{folder}: its tokenizer has {entries} entries, the model's embedding "
-                        f"only {config.vocab_size}; they do not belong together")
+    if (folder / "tokenizer.json").is_file():
+        entries = len(byte_info(folder).lengths)
+        if entries > config.vocab_size:
+            raise UserError(f"{folder}: its tokenizer has {entries} entries, the model's embedding "
+                            f"only {config.vocab_size}; they do not belong together")
+    world = World(device=device)
     with torch.device("meta"):
         model = LLaMA(config)
-    model.to_empty(device=device)
-    model.reset_derived(device)
-    load_weights(folder, model, World())
-    model.compute_dtype = dtype
+    world.place(model, dtype)
+    load_weights(folder, model, world)
     return model.eval()
 
 
 def load_weights(folder: Path, model: LLaMA, world: World) -> None:
     """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
     mapped from a file may be unaligned, and alignment changes the bits of a matmul."""
+    stored, wanted = stored_weights(folder), dict(model.named_parameters())
+    if model.config.tie_embeddings:
+        stored.pop("lm_head.weight", None)
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if extra := sorted(stored.keys() - wanted.keys()):
+        raise UserError(f"{folder}: unknown weights, the first is {extra[0]}")
+    for name, parameter in wanted.items():
+        shape = stored[name].get_shape()
+        if shape != list(parameter.shape):
+            raise UserError(f"{folder}: {name} has shape {shape}, the config says "
+                            f"{list(parameter.shape)}")
+        local, first = world.piece(parameter.data)
+        with torch.no_grad():
+            local.copy_(stored[name][first:first + local.shape[0]])
+
+
+def stored_weights(folder: Path) -> dict[str, Any]:
+    """Open a model folder's weights: name -> safetensors' slice, of which rows are read later. The
+    rotary tables that old folders hold are left out."""
     try:
-        files = {name: safe_open(folder / name, "pt") for name in weight_files(folder)}
-        names = {key: name for name, file in files.items() for key in file.keys()}  # noqa: SIM118
+        files = [safe_open(folder / name, "pt") for name in weight_files(folder)]
+        return {name: file.get_slice(name) for file in files
+                for name in file.keys() if "rotary_emb" not in name}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: its weights cannot be read: {error}; if it is a copy, copy it "
                         "again") from None
-    wanted = dict(model.named_parameters())
-    names = {key: name for key, name in names.items() if "rotary_emb" not in key}
-    if model.config.tie_embeddings:
-        names.pop("lm_head.weight", None)
-    if missing := sorted(set(wanted) - set(names)):
-        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
-    if extra := sorted(set(names) - set(wanted)):
-        raise UserError(f"{folder}: unknown weights, the first is {extra[0]}")
-    for key, parameter in wanted.items():
-        value = files[names[key]].get_slice(key)
-        if list(value.get_shape()) != list(parameter.shape):
-            raise UserError(f"{folder}: {key} has shape {value.get_shape()}, the config says "
-                            f"{list(parameter.shape)}")
-        local, offset = world.piece(parameter.data)
-        with torch.no_grad():
-            local.copy_(value[offset:offset + local.shape[0]])
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of a model folder's weight files, as transformers looks for them: one, or what an
-    index names. UserError if one of them is missing."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        names = ["model.safetensors"]
-    else:
+    """Name a model folder's weight files, as transformers looks for them: one, or what an index
+    names. UserError if one of them is missing."""
+    names, index = ["model.safetensors"], folder / INDEX
+    if index.is_file() and not (folder / names[0]).is_file():
         try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(where.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(read_json(index, tolerant=True)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not an index of weights: {error!r}") from None
     for name in names:
         if Path(name).name != name:
             raise UserError(f"{index} names {name!r}, outside the folder")
         if not (folder / name).is_file():
-            pickled = any(folder.glob("pytorch_model*.bin"))
-            raise UserError(f"{folder}: {name} is missing; " + (
-                "pickled weights (pytorch_model.bin) are not read, convert them to safetensors"
-                if pickled else "copy the folder again, whole"))
+            remedy = "copy the folder again, whole"
+            if any(folder.glob("pytorch_model*.bin")):
+                remedy = ("pickled weights (pytorch_model.bin) are not read, convert them to "
+                          "safetensors")
+            raise UserError(f"{folder}: {name} is missing; {remedy}")
     return names
-
-
-def write_weights(model: LLaMA, folder: Path, dtype: torch.dtype, limit: int) -> None:
-    """model.safetensors, or shards of at most `limit` bytes and their index; a tied matrix once."""
-    weights, filled = dict(model.named_parameters()), 0
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    for name, weight in weights.items():
-        filled += weight.numel() * dtype.itemsize
-        if filled > limit and shards[-1]:
-            shards.append({})
-            filled = weight.numel() * dtype.itemsize
-        shards[-1][name] = weight.data
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        one_of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        where |= dict.fromkeys(shard, f"model{one_of}.safetensors")
-        save_file({name: weight.to(dtype).contiguous() for name, weight in shard.items()},
-                  folder / f"model{one_of}.safetensors", {"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / f"model{one_of}.safetensors")
-    if len(shards) > 1:
-        total = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
-        write_json(folder / "model.safetensors.index.json",
-                              {"metadata": {"total_size": total}, "weight_map": where})

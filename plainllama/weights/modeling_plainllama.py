@@ -15,6 +15,7 @@ class PlainLlamaConfig(PretrainedConfig):
     """LlamaForCausalLM's keys, which tools read, and `plainllama`, the fields of ModelConfig."""
 
     model_type = "plainllama"
+    max_position_embeddings: int = 0  # must be there before transformers 5 reads llama3's RoPE
 
 
 class PlainLlamaForCausalLM(PreTrainedModel, GenerationMixin):

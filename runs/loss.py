@@ -1,4 +1,4 @@
-"""Memory and time of the loss, all logits at once and in chunks: python bench/loss.py
+"""Memory and time of the loss, all logits at once and in chunks: python runs/loss.py
 
 4,608 tokens of width 256, 32,000 entries: 562 MiB of fp32 logits. Each way in a process of its own,
 whose most resident memory above that before the loss is what it took; torch's own

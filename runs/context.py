@@ -1,4 +1,4 @@
-"""Two roads to a longer context, at a size that a CPU trains: python bench/context.py [--text=PATH]
+"""Two roads to a longer context, at a size that a CPU trains: python runs/context.py [--text=PATH]
 
 For each seed a model of config/quickstart.py's size is trained at 64 tokens, then lengthened to 256
 in two ways with the same rows: positions divided by 4 (position interpolation,
@@ -41,7 +41,7 @@ TOKENS = 65536  # of the validation split
 
 @dataclass
 class Flags:
-    """Options of bench/context.py."""
+    """Options of runs/context.py."""
 
     text: str = settings.key("embedded", "what to train on, as `sources` takes it")
     tokenizer: str = settings.key("bpe:4096", "as in a config")
@@ -77,7 +77,7 @@ def measure(model: LLaMA, words: Tokenizer) -> dict:
     """{column of the table: value} of a model whose context is SHORT or LONG."""
     found: dict = {}
     T = model.config.block_size
-    for length in (SHORT, LONG)[:1 + (T == LONG)]:
+    for length in (SHORT, LONG) if T == LONG else (SHORT,):
         rows = Rows(shards.open_split(Path("data/context"), "val"), length, 0)
         by = by_position(model, rows, TOKENS, 4096 // length, World())
         by = {name: value for name, value in by.items() if name[0].isdigit() and "_" not in name}
@@ -94,7 +94,7 @@ def one_seed(flags: Flags, seed: int) -> dict:
     def trained(name: str, *words: str) -> Path:
         command(train, f"--out_dir=out/{name}", f"--seed={seed}", "--sample_tokens=0",
                 "--eval_interval=1000000", "--save_interval=1000000", "--eval_tokens=2560", *words)
-        return checkpoint.find_checkpoint(f"out/{name}", quiet=True)
+        return checkpoint.find_checkpoint(f"out/{name}")
 
     words = Tokenizer.load("data/context")
     base = trained(f"base{seed}", f"--block_size={SHORT}", f"--max_steps={flags.steps}")

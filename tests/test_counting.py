@@ -1,4 +1,4 @@
-"""ngram.py against a Kneser-Ney written with dictionaries, straight from the formula."""
+"""counting.py against a Kneser-Ney written with dictionaries, straight from the formula."""
 
 from collections import defaultdict
 
@@ -73,7 +73,7 @@ def test_baselines_of_a_run(tmp_path):
     everything = np.concatenate([train.split.shard(i) for i in range(2)])
     p = (np.bincount(everything, minlength=258) + 1) / (len(everything) + 258)
     assert found["unigram_bpb"] == pytest.approx(-np.log2(p[scored[:, 1:]]).sum() / 160)
-    p = by_hand(train.rows(0, 20).tolist(), 5, 258)
+    p = by_hand(train.read_windows(train.window_of(0, 20)).tolist(), 5, 258)
     bits = sum(-np.log2(p(row[i], tuple(row[max(0, i - 4):i])))
                for row in scored.tolist() for i in range(1, 17))
     assert found["5-gram_bpb"] == pytest.approx(bits / 160)

@@ -1,4 +1,4 @@
-"""The mission: python bench/gpu.py mission --text=F.jsonl.xz,G.jsonl.xz [--eval=FOLDER]
+"""The mission: python runs/mission.py --text=F.jsonl.xz,G.jsonl.xz [--eval=FOLDER]
 
 What this project is for, as one long run made of calls of some minutes. A LLaMA learns at a short
 context, which is then made four times as long in two ways with the same tokens: by position
@@ -34,7 +34,7 @@ from plainllama.settings import UserError, key
 
 @dataclass
 class Flags:
-    """What `bench/gpu.py mission` takes."""
+    """What runs/mission.py takes."""
 
     text: str = key("", "files of text, with commas between them (none: the embedded text)")
     eval: str = key("", "folder with tinyMMLU.jsonl, mmlu_dev.jsonl and other local sets")
@@ -44,7 +44,7 @@ class Flags:
                        low=0.01)
     minutes: float = key(9.5, "minutes of this call", low=0.05)
     tune_share: float = key(0.1, "of the training time, for each long run", (), 0.01, 0.4)
-    out: str = key("bench/results/mission", "the folder for what is kept")
+    out: str = key("runs/results/mission", "the folder for what is kept")
     predict: bool = key(False, "climb the ladder, write prediction.json, and stop")
     rehearse: bool = key(False, "tiny sizes on the CPU")
 
@@ -148,15 +148,15 @@ class Mission:
     def score(self, run: Path, name: str) -> None:
         """Loss by position, at the short context, and the local sets; what is done is not done
         again by the next call."""
-        device = ["--device=cpu"] * bool(self.tiny)
-        found = sets_of(self.flags.eval)
-        others = ",".join(f"local:{path}" for name, path in found.items()
+        device = ["--device=cpu"] if self.tiny else []
+        sets = sets_of(self.flags.eval)
+        others = ",".join(f"local:{path}" for name, path in sets.items()
                           if name not in ("tinyMMLU", "mmlu_dev"))
         wanted = [["--by_position", f"--tasks={others}"]]
         if name != "base":
             wanted.append(["--tasks=", f"--context={self.keys.block_size}"])
-        if "tinyMMLU" in found:
-            wanted.append([f"--tasks=local:{found['tinyMMLU']}", f"--shots={found['mmlu_dev']}"])
+        if "tinyMMLU" in sets:
+            wanted.append([f"--tasks=local:{sets['tinyMMLU']}", f"--shots={sets['mmlu_dev']}"])
         for number, words in enumerate(wanted):
             mark = run / f"scored.{number}"
             if not mark.exists():
@@ -180,8 +180,9 @@ def rows_of(run: Path) -> list[dict]:
 
 def sets_of(folder: str) -> dict[str, Path]:
     """The local sets of a folder by name: tinyMMLU.jsonl or tinyMMLU.jsonl.xz is tinyMMLU."""
-    return {path.name.split(".")[0]: path for path in sorted(Path(folder).glob("*.jsonl*"))
-            } if folder else {}
+    if not folder:
+        return {}
+    return {path.name.split(".")[0]: path for path in sorted(Path(folder).glob("*.jsonl*"))}
 
 
 def last_of(run: Path) -> tuple[int, float, float]:
@@ -223,9 +224,10 @@ def main(command: CommandLine) -> int:
     sources = [path for path in [*flags.text.split(","), *command.files] if path]
     if missing := [path for path in sources if not Path(path).is_file()]:
         raise UserError(f"--text: no file {missing[0]}")
-    if flags.eval and not (found := sets_of(flags.eval)):
+    sets = sets_of(flags.eval)
+    if flags.eval and not sets:
         raise UserError(f"--eval: no folder {flags.eval} with .jsonl files")
-    if flags.eval and "tinyMMLU" in found and "mmlu_dev" not in found:
+    if "tinyMMLU" in sets and "mmlu_dev" not in sets:
         raise UserError(f"--eval: {flags.eval} has tinyMMLU but no mmlu_dev.jsonl for its examples")
     mission.out.mkdir(parents=True, exist_ok=True)
     try:

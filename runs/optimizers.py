@@ -1,4 +1,4 @@
-"""Tokens to a loss, Muon against AdamW: python bench/optimizers.py [--dataset=quickstart]
+"""Tokens to a loss, Muon against AdamW: python runs/optimizers.py [--dataset=quickstart]
 
 Each arm gets the same number of trials, one run at each learning rate below, with one seed; the
 rate with the lowest last validation loss then makes three runs with seeds of their own. The goal is
@@ -23,7 +23,7 @@ from plainllama.settings import UserError, key
 
 @dataclass
 class Flags:
-    """What bench/optimizers.py takes."""
+    """What runs/optimizers.py takes."""
 
     dataset: str = key("quickstart", "folder under data/, best with 4,096 entries")
     steps: int = key(800, "updates of every run", low=50)
