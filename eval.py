@@ -102,10 +102,9 @@ def score_samples(flags: Flags) -> int:
 
 def checkpoints(flags: Flags) -> list[Path]:
     """Find the checkpoint, or with --all those of a run, the oldest first."""
-    newest_first = (steps_of(Path(flags.all)) if flags.all
-                    else [checkpoint.find_checkpoint(flags.ckpt)])
-    if newest_first:
-        return newest_first[::-1]
+    folders = steps_of(Path(flags.all)) if flags.all else [checkpoint.find_checkpoint(flags.ckpt)]
+    if folders:
+        return folders[::-1]
     raise UserError(f"--all={flags.all} is not a run with checkpoints; name one, such as out/NAME")
 
 
@@ -202,7 +201,7 @@ class Evaluation:
 
     def complete(self, kept: dict) -> bool:
         """Whether what RUN/eval holds of a checkpoint is all that is asked for."""
-        section, name = self.section
+        section, name = self.section()
         of_windows = kept.get(section, {}).get(name, {}) if section else kept
         names = [name for task in self.tasks.values() for name in task.names]
         return (("val_loss" in of_windows or not self.windows)
@@ -210,7 +209,6 @@ class Evaluation:
                 and ("baselines" in kept or not self.flags.baselines)
                 and set(names) <= set(kept.get("tasks", ())))
 
-    @property
     def section(self) -> tuple[str, str]:
         """Name where RUN/eval holds the scores of the windows; ('', ''): at its top."""
         if self.flags.text:
@@ -227,17 +225,17 @@ class Evaluation:
             seen = state["rows"] * model.config.block_size
             result = {"step": state["step"], "tokens": state.get("tokens", seen)}
         if self.windows:
-            scores, (section, name) = self.score_windows(model, self.windows), self.section
+            scores, (section, name) = self.score_windows(model, self.windows), self.section()
             result |= {section: {name: scores}} if section else scores
             if self.flags.baselines and self.world.rank == 0:
                 result["baselines"] = counting.compare(
                     self.windows, state["rows"], scores, self.config, self.say)  # type: ignore
         result["tasks"] = {}
         record(self.keep, result)
-        failed = sum(not self.score_task(name, model, result) for name in self.tasks)
+        failed = [name for name in self.tasks if not self.score_task(name, model, result)]
         if self.flags.json:
             self.say(json.dumps(result))
-        return failed
+        return len(failed)
 
     def score_windows(self, model: LLaMA, windows: likelihood.Windows) -> dict:
         """Score the validation split or a text, and say so: {val_loss, val_bpb, ppl, val_tokens,

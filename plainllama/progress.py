@@ -28,7 +28,7 @@ class Progress:
         self.shown = time.monotonic()
         seconds = max(self.shown - self.began, 1e-9)
         rate = self.done / seconds
-        left = duration((self.total - self.done) / max(rate, 1e-9))
+        left = duration((self.total - self.done) / rate) if self.done else "?"
         line = (f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, "
                 f"{left} left{self.details(seconds)}")
         print(f"\r{line}\033[K" if self.terminal else line, end=end, flush=True)

@@ -14,7 +14,7 @@ import model
 import train
 from model import causal
 from model import initial_weight as real
-from plainllama import parallel, settings
+from plainllama import settings
 from plainllama.command import parse
 from plainllama.files import file_entry
 from plainllama.tokens import shards, tokenizer

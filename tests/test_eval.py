@@ -291,6 +291,8 @@ def test_all_checkpoints_are_scored_once(here, folder, capsys):
     assert main("--all=out/toy", "--tasks=local:words.jsonl") == 0
     shown = capsys.readouterr().out
     assert "step_4 has these scores" in shown and shown.count("val_bpb") == 1
+    assert main("--all=out/toy", "--tasks=local:words.jsonl", f"--context={BLOCK}") == 0
+    assert capsys.readouterr().out.count("has these scores") == 2  # the whole context is no other
     assert main("--all=out/toy", "--tasks=local:words.jsonl", "--by_position") == 0
     assert "has these scores" not in capsys.readouterr().out
     with pytest.raises(UserError, match="not a run with checkpoints"):

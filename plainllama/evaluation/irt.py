@@ -21,7 +21,6 @@ import os
 import pickle
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -179,7 +178,7 @@ def guessed_accuracy(n: int) -> dict[str, float]:
             "reaches_0.30": sum(math.comb(n, k) * 3**(n - k) for k in at_least) / 4**n}
 
 
-def letters(nats: Sequence) -> dict[str, int]:
+def letters(nats: list) -> dict[str, int]:
     """Count how often each letter was the likeliest, from every question's log-likelihoods."""
     counts = Counter(int(np.argmax(row)) for row in nats)
     return {letter: counts[i] for i, letter in enumerate(LETTERS[:max(map(len, nats))])}
