@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -103,6 +104,12 @@ def git_state() -> dict:
         return {}
 
 
+def in_one_line(args) -> None:
+    """End TensorBoard's thread without a traceback on a full disk: Log.row says it in a line."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
+
+
 class Log:
     """The metrics of a run, on rank 0; on other ranks every call does nothing.
 
@@ -120,6 +127,7 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = in_one_line
             # events of an earlier start from the next step on are void
             self.board = SummaryWriter(str(run), purge_step=step + 1 if step else 0)
         except ImportError:
