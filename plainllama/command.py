@@ -49,9 +49,30 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
 
     Answers --help and exits. Raises UserError for anything it does not understand.
     """
-    known = {f.name: f for f in (fields(flags) if flags else ())}
-    if takes == "config":
-        known |= {f.name: f for f in fields(Settings)}
+    own = {item.name: item for item in (fields(flags) if flags else ())}
+    keys = {item.name: item for item in fields(Settings)} if takes == "config" else {}
+    files, given = read_words(argv, doc, own | keys)
+    chosen = flags(**{k: v for k, v in given.items() if k not in keys}) if flags else None
+    if takes != "config":
+        return CommandLine(Settings(), chosen, files, "", "", {}, given)
+    if len(files) > 1:
+        raise UserError(f"expected one config file, found {len(files)}: {' '.join(files)}")
+    if not files:
+        print(f"no config named: taking {DEFAULT_CONFIG}", flush=True)
+    config_file = files[0] if files else str(CHECKOUT / DEFAULT_CONFIG)
+    layers = read_config(config_file)
+    overrides = {k: v for k, v in given.items() if k in keys}
+    config = Settings()
+    for layer in (*(values for _, values in layers), overrides):
+        vars(config).update(layer)
+    config.out_dir = config.out_dir or f"out/{Path(config_file).stem}"
+    check_keys(config)
+    base = layers[-2][0] if len(layers) > 1 else ""
+    return CommandLine(config, chosen, files, config_file, base, layers[-1][1], overrides)
+
+
+def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dict]:
+    """Split a command line into (positional arguments, {option: value}); `known`: name -> field."""
     files, given = [], {}
     words = iter(argv)
     for word in words:
@@ -67,29 +88,10 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
             raise UserError(f"unknown option --{name}{nearest(name, known)}")
         if not equals:
             text = "true" if known[name].type is bool else next(words, None)
-            if text is None:
-                raise UserError(f"--{name} needs a value: --{name}=VALUE")
+        if text is None:
+            raise UserError(f"--{name} needs a value: --{name}=VALUE")
         given[name] = from_text(known[name], text)
-    names = {f.name for f in fields(Settings)} if takes == "config" else set()
-    own = flags(**{k: v for k, v in given.items() if k not in names}) if flags else None
-    if takes != "config":
-        return CommandLine(Settings(), own, files, "", "", {}, given)
-    if len(files) > 1:
-        raise UserError(f"expected one config file, found {len(files)}: {' '.join(files)}")
-    if not files:
-        print(f"no config named: taking {DEFAULT_CONFIG}", flush=True)
-    config_file = files[0] if files else str(CHECKOUT / DEFAULT_CONFIG)
-    layers = read_config(config_file)
-    overrides = {k: v for k, v in given.items() if k in names}
-    config = Settings()
-    for name, value in (pair for _, layer in layers for pair in layer.items()):
-        setattr(config, name, value)
-    for name, value in overrides.items():
-        setattr(config, name, value)
-    config.out_dir = config.out_dir or f"out/{Path(config_file).stem}"
-    check_keys(config)
-    base = layers[-2][0] if len(layers) > 1 else ""
-    return CommandLine(config, own, files, config_file, base, layers[-1][1], overrides)
+    return files, given
 
 
 def parse_arguments(doc: str | None, flags: type | None = None,
@@ -184,39 +186,43 @@ def from_text(item, text: str):
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise UserError(f"{name}: {text!r} is not true or false")
         return text.lower() in ("true", "1", "yes")
-    if kind is object:  # sources: a list with commas, or a literal
-        if text[:1] in "[{":
-            try:
-                return ast.literal_eval(text)
-            except (SyntaxError, ValueError):
-                raise UserError(f"{name}: {text!r} is not a Python literal") from None
-        return text.split(",") if "," in text else text
     if kind in (int, float):
+        return checked(item, number(name, kind, text), name)
+    if kind is object and text[:1] in "[{":
         try:
-            number = float(text.replace("_", ""))
-            if kind is int and number != int(number):
-                raise ValueError
-            value = int(text.replace("_", "")) if kind is int and text.isdigit() else kind(number)
-        except (ValueError, OverflowError):
-            noun = "a whole number" if kind is int else "a number"
-            raise UserError(f"{name}: {text!r} is not {noun}") from None
-        return checked(item, value, name)
+            return ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            raise UserError(f"{name}: {text!r} is not a Python literal") from None
+    if kind is object and "," in text:
+        return text.split(",")
     return checked(item, text, name)
+
+
+def number(name: str, kind: type, text: str) -> int | float:
+    """A number as it is written on the command line, 1e3 and 65_536 too."""
+    try:
+        if kind is float or text.replace("_", "").isdigit():
+            return kind(text)
+        if float(text) == int(float(text)):
+            return int(float(text))
+    except (ValueError, OverflowError):
+        pass  # said below
+    raise UserError(f"{name}: {text!r} is not a {'whole ' if kind is int else ''}number")
 
 
 def checked(item, value, where: str):
     """`value` if it has the type and lies in the range of its key, else UserError."""
-    kind, meta = item.type, item.metadata
+    kind, choices = item.type, item.metadata["choices"]
+    low, high = item.metadata["low"], item.metadata["high"]
     if kind is float and type(value) is int:
         value = float(value)
-    if item.metadata["choices"] == ("auto", "true", "false") and isinstance(value, bool):
+    if choices == ("auto", "true", "false") and isinstance(value, bool):
         value = str(value).lower()
     if kind is not object and type(value) is not kind:
         raise UserError(f"{where}: {item.name} takes {kind.__name__}, not {value!r}")
-    if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{where}: {item.name} is one of {' | '.join(meta['choices'])}, "
-                        f"not {value!r}{nearest(str(value), meta['choices'])}")
-    low, high = meta["low"], meta["high"]
+    if choices and value not in choices:
+        raise UserError(f"{where}: {item.name} is one of {' | '.join(choices)}, not {value!r}"
+                        f"{nearest(str(value), choices)}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"at least {low}" + (f" and at most {high}" if high is not None else "")
         raise UserError(f"{where}: {item.name} is {value!r}, must be {bounds}")

@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.profiler
 
-from model import IGNORE
+from model import IGNORE, LLaMA
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
 from plainllama.tokens import tokenizer
@@ -35,14 +36,35 @@ def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def build(world: World, source: Path | None = None, **keys) -> Engine:
+def frozen(name: str) -> bool:
+    """Half a model that does not learn: a whole block, and some of each group of the other."""
+    some = ("q_proj.weight", "layernorm.weight")
+    return name.startswith("model.layers.0.") or name.endswith(some)
+
+
+class Half(Engine):
+    """An engine whose model is frozen as frozen() says."""
+
+    def build_model(self, source: Path | None) -> None:
+        whole = LLaMA.__init__
+
+        def init(model: LLaMA, config) -> None:
+            whole(model, config)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not frozen(name))
+
+        with mock.patch.object(LLaMA, "__init__", init):
+            super().build_model(source)
+
+
+def build(world: World, source: Path | None = None, half: bool = False, **keys) -> Engine:
     """An engine of a small model whose matrices do not divide evenly: nine rows of the MLP are cut
-    into 3, 3, 3 and 0 for four ranks."""
+    into 3, 3, 3 and 0 for four ranks. `half`: half of it is frozen."""
     config = Settings(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=9, vocab_size=258,
                       block_size=LENGTH, global_batch_tokens=ROWS * LENGTH, device="cpu",
                       compile="false", grad_clip=0.5, **keys)
     state = checkpoint.read_state(source) if source else {}
-    made = Engine(config, world, 1, source, state)
+    made = (Half if half else Engine)(config, world, 1, source, state)
     made.ready()
     return made
 

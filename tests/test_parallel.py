@@ -47,6 +47,11 @@ def trained(request, tmp_path_factory):
              for mode, size, tied, many in (ALL if request.param == "all" else pairwise())]
     cases += [{"name": f"{mode}{size}-muon", "mode": mode, "size": size, "accumulate": True,
                "keys": {"optimizer": "muon"}} for mode, size in (("fsdp", 3), ("hsdp", 4))]
+    cases += [{"name": f"{mode}{size}-half", "mode": mode, "size": size, "accumulate": many,
+               "keys": {"half": True, "optimizer": optimizer}}
+              for mode, size, many, optimizer in (
+                  ("ddp", 2, False, "adamw"), ("fsdp", 3, True, "adamw"),
+                  ("fsdp", 4, False, "muon"), ("hsdp", 4, True, "muon"))]
     (home / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "ranks.py")], cwd=home,
                           capture_output=True, text=True, timeout=120,
@@ -58,7 +63,8 @@ def trained(request, tmp_path_factory):
 def test_every_mode_and_size_is_one_process(trained):
     home, cases, found = trained
     assert len(cases) >= 12
-    for keys in ({"tie_embeddings": False}, {"tie_embeddings": True}, {"optimizer": "muon"}):
+    for keys in ({"tie_embeddings": False}, {"tie_embeddings": True}, {"optimizer": "muon"},
+                 {"half": True, "optimizer": "adamw"}, {"half": True, "optimizer": "muon"}):
         one = ranks.build(World(), micro_batch=ranks.ROWS, **keys)
         first = {name: p.detach().clone() for name, p in one.model.named_parameters()}
         seen = ranks.train(one, range(2))
@@ -74,6 +80,9 @@ def test_every_mode_and_size_is_one_process(trained):
             for key, p in one.model.named_parameters():
                 change = (p - first[key]).norm()
                 assert (weights[key] - p).norm() <= 1e-3 * change, (name, key)
+                if keys.get("half") and ranks.frozen(key):  # not a bit of it moves
+                    assert p not in optimizer.state and torch.equal(weights[key], first[key])
+                    continue
                 for kind, value in one.optimizer.state[p].items():
                     assert (optimizer.state[p][kind] - value).norm() <= 1e-5 * value.norm(), (
                         name, key, kind)
@@ -84,12 +93,13 @@ def test_every_mode_and_size_is_one_process(trained):
 
 
 def test_gradients_are_exchanged_once_a_step(trained):
-    """ddp: one bucket; fsdp: two blocks and the rest; hsdp: these, and again between copies. And
-    loss and norm of the step."""
-    expected = {"ddp": 1 + 1, "fsdp": 3 + 1, "hsdp": 2 * 3 + 1}
+    """ddp: one bucket; fsdp: two blocks (one, where one is frozen) and the rest; hsdp: these, and
+    again between copies. And loss and norm of the step."""
     for case in trained[1]:
-        if (count := trained[2].get(case["name"] + " reductions")) is not None:
-            assert count == expected[case["mode"]], case["name"]
+        count = trained[2].get(case["name"] + " reductions")
+        parts = 2 if "half" in case["keys"] else 3
+        expected = {"ddp": 1 + 1, "fsdp": parts + 1, "hsdp": 2 * parts + 1}
+        assert count in (None, expected[case["mode"]]), case["name"]
 
 
 def test_resume_is_exact_on_three_ranks(trained):

@@ -35,9 +35,7 @@ PEAKS = {
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 FLOP/s, or None if it is not in the table."""
-    if device.type != "cuda":
-        return None
-    return PEAKS.get(torch.cuda.get_device_name(device))
+    return PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -35,6 +36,13 @@ TOKENS = 128  # of a row that is checked
 
 class Failed(Exception):
     """What was found in place of what must hold."""
+
+
+def must(holds: object, seen: str) -> str:
+    """Give back what was seen, or raise Failed with it unless it `holds`."""
+    if not holds:
+        raise Failed(seen)
+    return seen
 
 
 def run_checks(config: Settings, manifest: dict, world: World, price: float) -> int:
@@ -106,11 +114,11 @@ class Trial:
     def tokenizer(self) -> str:
         """Data set and tokenizer agree."""
         words = tokenizer.Tokenizer.load(self.data)
-        if words.sha256 != self.manifest["tokenizer"]["sha256"]:
-            raise Failed("tokenizer.json is not the one that the manifest names")
-        if words.vocab_size != self.manifest["tokenizer"]["vocab_size"]:
-            raise Failed(f"the tokenizer has {words.vocab_size} entries, the manifest says "
-                         f"{self.manifest['tokenizer']['vocab_size']}")
+        named = self.manifest["tokenizer"]
+        must(words.sha256 == named["sha256"],
+             "tokenizer.json is not the one that the manifest names")
+        must(words.vocab_size == named["vocab_size"], f"the tokenizer has {words.vocab_size} "
+             f"entries, the manifest says {named['vocab_size']}")
         found = [ids for ids in stored_documents(self.split) if len(ids) <= 1 << 14]
         special = {words.bos_id, words.eos_id}
         texts = [words.decode([i for i in ids.tolist() if i not in special]) for ids in found]
@@ -128,9 +136,8 @@ class Trial:
         loss = self.model(*batch.to(self.world.device)).item() / batch.targets.numel()
         expected = math.log(self.vocab)
         self.world.reshard(self.model)
-        if not abs(loss - expected) < 0.2:
-            raise Failed(f"it is {loss:.3f} nats, ln {self.vocab} = {expected:.3f}")
-        return f"{loss:.3f} nats, ln {self.vocab} = {expected:.3f}"
+        return must(abs(loss - expected) < 0.2,
+                    f"{loss:.3f} nats, ln {self.vocab} = {expected:.3f}")
 
     def future(self) -> str:
         """No token sees its future."""
@@ -163,9 +170,7 @@ class Trial:
                 p.div_(8)
         error = ((ours - theirs).norm() / theirs.norm()).item()
         limit = 1e-4 if self.engine.dtype == torch.float32 else 0.05
-        if not error < limit:
-            raise Failed(f"logits are off by {error:.2g} of their size, more than {limit}")
-        return f"logits are off by {error:.1g} of their size"
+        return must(error < limit, f"logits are off by {error:.1g} of their size")
 
     def whole(self, name: str) -> Tensor:
         """A parameter in float64 on the host; collective."""
@@ -179,13 +184,13 @@ class Trial:
         still = [name for name, p in learns.items()
                  if p.grad is None or not self.world.any(bool(self.world.piece(p.grad)[0].any()))]
         self.engine.optimizer.zero_grad()
-        if still:
-            raise Failed(f"none reaches {len(still)} of {len(before)}, the first is {still[0]}")
+        must(not still, f"none reaches {len(still)} of {len(before)}, the first is "
+                        f"{' '.join(still[:1])}")
         self.engine.update(self.one, self.rate, self.targets)
         still = [name for name, p in learns.items()
                  if not self.world.any(not torch.equal(self.world.piece(p.data)[0], before[name]))]
-        if still:
-            raise Failed(f"an update leaves {len(still)} as they were, the first is {still[0]}")
+        must(not still, f"an update leaves {len(still)} as they were, the first is "
+                        f"{' '.join(still[:1])}")
         return f"{len(before)} of {len(before)}"
 
     @property
@@ -200,10 +205,8 @@ class Trial:
         while len(losses) < 100 and (not losses or not losses[-1] < goal):
             stats = self.engine.update(self.one, self.rate, self.targets)
             losses.append(Outcome(*stats.tolist()).loss / self.targets)
-        if not losses[-1] < goal:
-            raise Failed(f"from {losses[0]:.2f} to {losses[-1]:.2f} nats in {len(losses)} updates, "
-                         f"not below {goal:.2f}")
-        return f"from {losses[0]:.2f} to {losses[-1]:.2f} nats in {len(losses)} updates"
+        return must(losses[-1] < goal, f"from {losses[0]:.2f} to {losses[-1]:.2f} nats in "
+                                       f"{len(losses)} updates (to be below {goal:.2f})")
 
     def checkpoint(self) -> str:
         """A checkpoint fits on the disk and comes back equal."""
@@ -216,26 +219,22 @@ class Trial:
             saved = checkpoint.save(folder, 1, self.model, self.engine.optimizer.state, state,
                                     self.data / "tokenizer.json", self.world)
             size = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file())
-            if problem := checkpoint.damage(saved):
-                raise Failed(problem)
+            problem = checkpoint.damage(saved)
+            must(not problem, problem)
             with torch.no_grad():
                 for tensor in self.tensors():
                     tensor.zero_()
             load_weights(saved, self.model, self.world)
             checkpoint.load_moments(saved, self.model, self.engine.optimizer.state, self.world)
-            if self.fingerprint() != before:
-                raise Failed("what was read is not what was written")
+            must(self.fingerprint() == before, "what was read is not what was written")
         finally:
             self.world.any(False)  # all have read
             if self.world.rank == 0:
                 shutil.rmtree(folder)
         kept = self.config.keep_last + 2  # with the best, and while the next is written
         need, free = size * kept, shutil.disk_usage(place).free
-        said = f"{kept} of {size / 1e9:.2f} GB need {need / 1e9:.1f} GB, " \
-               f"{free / 1e9:.1f} GB are free in {place}"
-        if need > free:
-            raise Failed(said)
-        return said
+        return must(need <= free, f"{kept} of {size / 1e9:.2f} GB need {need / 1e9:.1f} GB, "
+                                  f"{free / 1e9:.1f} GB are free in {place}")
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight, and every moment of those that learn."""
@@ -253,11 +252,9 @@ class Trial:
 
 def stored_documents(split: shards.Split, most: int = 32) -> Iterator[np.ndarray]:
     """The ids of the first documents of a split's first token file, boundaries included."""
-    ids = split.shard(0)
-    starts = np.fromfile((split.folder / split.names[0]).with_suffix(".idx"), "<u8")
-    for a, b in zip(starts[:most], [*starts[1:most], starts[most] if len(starts) > most
-                                    else len(ids)], strict=False):
-        yield ids[int(a):int(b)]
+    ids, starts = split.shard(0), split.index(0)[:most + 1].tolist()
+    for start, end in list(pairwise([*starts, len(ids)]))[:most]:
+        yield ids[start:end]
 
 
 def reference(weight: Callable[[str], Tensor], c: ModelConfig, ids: Tensor) -> Tensor:
