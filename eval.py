@@ -26,38 +26,36 @@ A local file (also packed: .xz, .gz) holds rows of one kind:
 
 from dataclasses import dataclass
 
-from plainllama import settings
 from plainllama.command import parse_arguments, run_command
 from plainllama.files import read_json, run_of, steps_of
-from plainllama.settings import UserError
+from plainllama.settings import UserError, key
 
 
 @dataclass
 class Flags:
     """Options of eval.py."""
 
-    ckpt: str = settings.key("out", "a checkpoint, a run (its newest step) or a folder of runs")
-    all: str = settings.key("", "a run: score its checkpoints, the oldest first")
-    tasks: str = settings.key("tinyMMLU", "names, with commas between them (empty: none)")
-    shots: str = settings.key("", "a .jsonl file of worked examples for local questions")
-    answers: str = settings.key("auto", "what is scored of local choices",
-                                ("auto", "letters", "full"))
-    limit: int = settings.key(0, "only the first N questions of each task (0: all)", low=0)
-    include_path: str = settings.key("", "a folder with .yaml files of lm-eval tasks")
-    irt_file: str = settings.key("", "tinyMMLU's parameters: a copy of tinyBenchmarks.pkl")
-    irt: str = settings.key("", "a samples_tinyMMLU_*.jsonl to take the answers from")
-    log_samples: bool = settings.key(False, "keep questions and answers beside the scores")
-    contamination: bool = settings.key(False, "look for the questions in the training data")
-    text: str = settings.key("", "a text (.txt, .jsonl, ...) for bits per byte, and no data set")
-    data: str = settings.key("", "data set for bits per byte (default: the run's)")
-    eval_tokens: int = settings.key(0, "validation tokens (0: as in the run)", low=0)
-    batch_tokens: int = settings.key(0, "tokens per forward pass (0: by the device)", low=0)
-    by_position: bool = settings.key(False, "also the loss by position in the context")
-    context: int = settings.key(0, "tokens per validation window (0: the model's context)", low=0)
-    baselines: bool = settings.key(False, "also score a unigram and a 5-gram model")
-    device: str = settings.key("auto", "where to score", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = settings.key("auto", "precision of the matmuls", ("auto", "fp32", "bf16"))
-    json: bool = settings.key(False, "the result as JSON in the last line")
+    ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs")
+    all: str = key("", "a run: score its checkpoints, the oldest first")
+    tasks: str = key("tinyMMLU", "names, with commas between them (empty: none)")
+    shots: str = key("", "a .jsonl file of worked examples for local questions")
+    answers: str = key("auto", "what is scored of local choices", ("auto", "letters", "full"))
+    limit: int = key(0, "only the first N questions of each task (0: all)", low=0)
+    include_path: str = key("", "a folder with .yaml files of lm-eval tasks")
+    irt_file: str = key("", "tinyMMLU's parameters: a copy of tinyBenchmarks.pkl")
+    irt: str = key("", "a samples_tinyMMLU_*.jsonl to take the answers from")
+    log_samples: bool = key(False, "keep questions and answers beside the scores")
+    contamination: bool = key(False, "look for the questions in the training data")
+    text: str = key("", "a text (.txt, .jsonl, ...) for bits per byte, and no data set")
+    data: str = key("", "data set for bits per byte (default: the run's)")
+    eval_tokens: int = key(0, "validation tokens (0: as in the run)", low=0)
+    batch_tokens: int = key(0, "tokens per forward pass (0: by the device)", low=0)
+    by_position: bool = key(False, "also the loss by position in the context")
+    context: int = key(0, "tokens per validation window (0: the model's context)", low=0)
+    baselines: bool = key(False, "also score a unigram and a 5-gram model")
+    device: str = key("auto", "where to score", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = key("auto", "precision of the matmuls", ("auto", "fp32", "bf16"))
+    json: bool = key(False, "the result as JSON in the last line")
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
@@ -71,12 +69,10 @@ from pathlib import Path
 from model import LLaMA
 from plainllama import parallel
 from plainllama.evaluation import counting, irt, likelihood, tasks
-from plainllama.parallel import World
 from plainllama.results import read_scores, record, score_table, write_samples
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
-from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import load_model, read_config
+from plainllama.weights import checkpoint, huggingface
 
 
 def main(command) -> int:
@@ -85,19 +81,14 @@ def main(command) -> int:
     if command.files:
         raise UserError(f"unexpected argument {command.files[0]}; name the model with --ckpt=")
     if flags.irt:
-        return score_samples(flags)
+        metrics = irt.score_samples(flags.irt, flags.irt_file)
+        print(score_table(f"{flags.irt}, {metrics['n']} prompts", metrics))
+        if flags.json:
+            print(json.dumps(metrics))
+        return 0
     with closing(parallel.start(flags.device, "auto")) as world:
         failed = Evaluation(flags, world).score_all()
     return 2 if failed and "tasks" in command.overrides else 0
-
-
-def score_samples(flags: Flags) -> int:
-    """Score tinyMMLU from the answers that another program has kept; the exit code."""
-    metrics = irt.score_samples(flags.irt, flags.irt_file)
-    print(score_table(f"{flags.irt}, {metrics['n']} prompts", metrics))
-    if flags.json:
-        print(json.dumps(metrics))
-    return 0
 
 
 def checkpoints(flags: Flags) -> list[Path]:
@@ -113,7 +104,7 @@ class Evaluation:
 
     # ---- what is asked
 
-    def __init__(self, flags: Flags, world: World):
+    def __init__(self, flags: Flags, world: parallel.World):
         """Look at every input before anything slow begins; UserError for what does not fit."""
         self.flags, self.world = flags, world
         self.say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
@@ -121,23 +112,21 @@ class Evaluation:
         self.folders = world.decide(lambda: checkpoints(flags))
         self.run, self.tokenizer = run_of(self.folders[0]), Tokenizer.load(self.folders[0])
         self.config = read_json(self.run / "run.json")["config"] if self.run else {}
-        block_size = read_config(self.folders[0]).block_size
-        if flags.context > block_size:
-            raise UserError(f"--context={flags.context} is more than the {block_size} tokens of "
-                            "the model's context")
-        length = flags.context or block_size
-        self.shorter = f" in windows of {length}" if length < block_size else ""
+        whole = huggingface.read_config(self.folders[0]).block_size
+        length = flags.context or whole
+        if length > whole:
+            raise UserError(f"--context={length} is more than the {whole} tokens of the model")
+        self.shorter = f" in windows of {length}" if length < whole else ""
         self.windows = self.open_windows(length)
         self.tasks, self.unavailable = tasks.find_tasks(flags, world)
         for reason in self.unavailable:
             self.say(reason)
         of_run = self.run and self.windows and not (flags.data or flags.text or self.shorter)
         if flags.baselines and not of_run:
-            raise UserError("--baselines counts in the rows that a run has seen: name a run whose "
-                            "data set is here, without --data, --context and --text")
+            raise UserError("--baselines counts in the rows of a run whose data set is here; name "
+                            "one, without --data, --context and --text")
         self.contaminated = counting.contamination(
-            {name: task.questions() for name, task in self.tasks.items()}, self.training_data(),
-            self.tokenizer, world) if flags.contamination else {}
+            self.tasks, self.training_data(), self.tokenizer, world) if flags.contamination else {}
         special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
                    if getattr(flags, name) != getattr(Flags, name)]
         if self.run and special:
@@ -201,32 +190,35 @@ class Evaluation:
 
     def complete(self, kept: dict) -> bool:
         """Whether what RUN/eval holds of a checkpoint is all that is asked for."""
-        section, name = self.section()
-        of_windows = kept.get(section, {}).get(name, {}) if section else kept
-        names = [name for task in self.tasks.values() for name in task.names]
+        of_windows = self.of_windows(kept)
+        names = {name for task in self.tasks.values() for name in task.names}
         return (("val_loss" in of_windows or not self.windows)
                 and ("by_position" in of_windows or not self.flags.by_position)
                 and ("baselines" in kept or not self.flags.baselines)
-                and set(names) <= set(kept.get("tasks", ())))
+                and names <= set(kept.get("tasks", ())))
 
-    def section(self) -> tuple[str, str]:
-        """Name where RUN/eval holds the scores of the windows; ('', ''): at its top."""
+    def of_windows(self, result: dict) -> dict:
+        """Find the scores of the windows in a result: at its top, or in a section of it."""
         if self.flags.text:
-            return "texts", self.flags.text + self.shorter
-        return ("contexts", str(self.flags.context)) if self.shorter else ("", "")
+            return result.setdefault("texts", {}).setdefault(self.flags.text + self.shorter, {})
+        if self.shorter:
+            return result.setdefault("contexts", {}).setdefault(str(self.flags.context), {})
+        return result
 
     def score(self, folder: Path) -> int:
         """Score one checkpoint: its windows, then every task; each score is recorded as soon as it
         is there. How many tasks could not be scored."""
-        device, result = self.world.device, {}  # type: ignore[var-annotated]
-        model = load_model(folder, device, parallel.pick_dtype(self.flags.dtype, device))
+        device = self.world.device
+        dtype = parallel.pick_dtype(self.flags.dtype, device)
+        model = huggingface.load_model(folder, device, dtype)
         state = checkpoint.read_state(folder) if self.run else {}
+        result: dict = {}
         if state:  # tokens: targets trained on, as in metrics.jsonl
             seen = state["rows"] * model.config.block_size
             result = {"step": state["step"], "tokens": state.get("tokens", seen)}
         if self.windows:
-            scores, (section, name) = self.score_windows(model, self.windows), self.section()
-            result |= {section: {name: scores}} if section else scores
+            scores = self.score_windows(model, self.windows)
+            self.of_windows(result).update(scores)
             if self.flags.baselines and self.world.rank == 0:
                 result["baselines"] = counting.compare(
                     self.windows, state["rows"], scores, self.config, self.say)  # type: ignore

@@ -13,7 +13,7 @@ Hugging Face hub, once everything here is done.
 from dataclasses import dataclass
 
 from plainllama.command import complain, parse_arguments, run_command
-from plainllama.files import read_json, sync, write_json, write_text
+from plainllama.files import as_json, read_json, sync, write_text
 from plainllama.settings import UserError, install, key
 
 
@@ -53,18 +53,17 @@ from plainllama.weights.huggingface import load_model, load_weights, write_code,
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 TOLERANCE = 1e-4  # largest difference of logits in fp32, as a share of the largest logit
-# Run by a fresh Python process in an empty folder with asked.json; writes logits and token ids.
+# Run by a fresh Python process in an empty folder; writes logits and token ids into it.
 CHECK = """
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-asked = json.loads(Path("asked.json").read_text())
+asked = json.loads(sys.argv[2])
 options = {"trust_remote_code": asked["code"]}
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, **options)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **options)
-with torch.no_grad():
-    logits = model(torch.tensor(asked["ids"])).logits
+logits = model.requires_grad_(False)(torch.tensor(asked["ids"])).logits
 save_file({"logits": logits.contiguous()}, "logits.safetensors")
 ids = {text: tokenizer(text, split_special_tokens=True)["input_ids"] for text in asked["texts"]}
 Path("ids.json").write_text(json.dumps(ids))
@@ -81,7 +80,7 @@ def main(command) -> int:
     tokenizer, model = Tokenizer.load(source), load_model(source)
     for weight in model.parameters():  # from here on the model holds what is exported
         weight.data = weight.data.to(DTYPES[flags.dtype]).float()
-    folder = final.absolute().with_name(final.absolute().name + ".tmp")
+    folder = Path(f"{final.absolute()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
     folder.mkdir(parents=True)
     try:
@@ -125,16 +124,14 @@ def compare_with_transformers(model: LLaMA, tokenizer: Tokenizer, folder: Path, 
             return f"{name} is not what was written"
     del stored
     if importlib.util.find_spec("transformers") is None:
-        print("NOT checked against transformers, which is not installed; for that export into a "
-              f"new folder after: {install('hf')}")
+        print(f"NOT checked with transformers, which is not installed; to do so: {install('hf')}")
         return ""
     ids = torch.randint(model.config.vocab_size, (2, min(model.config.block_size, 128)),
                         generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as elsewhere:
-        asked = {"ids": ids.tolist(), "texts": TEXTS, "code": code}
-        write_json(Path(elsewhere, "asked.json"), asked)
+        asked = as_json({"ids": ids.tolist(), "texts": TEXTS, "code": code})
         environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{elsewhere}/modules"}
-        done = subprocess.run([sys.executable, "-c", CHECK, folder.absolute()], cwd=elsewhere,
+        done = subprocess.run([sys.executable, "-c", CHECK, folder, asked], cwd=elsewhere,
                               env=os.environ | environment, capture_output=True, text=True)
         if done.returncode:
             return f"transformers cannot open it: {done.stderr.strip()[-2000:]}"
@@ -161,7 +158,7 @@ def push(folder: Path, name: str) -> int:
         HfApi().upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # no network, no login, no rights: the library has many kinds
         reason = str(error).strip().split("\n")[0]
-        return complain(f"{folder} is complete, but was not uploaded to {name}: {reason}; "
+        return complain(f"{folder} is complete, but was not uploaded: {reason}; "
                         f"try again with: hf upload {name} {folder}", 1)
     print(f"uploaded to {url}")
     return 0

@@ -24,7 +24,7 @@ goes on with what is missing. The bytes are the same for any number of workers a
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plainllama.command import CommandLine, complain, parse_arguments, run_command
 from plainllama.settings import Settings, UserError, key
@@ -45,7 +45,6 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before anyt
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -56,9 +55,8 @@ from pathlib import Path
 
 from plainllama.files import read_json
 from plainllama.text.documents import Part, Rules
-from plainllama.text.kinds import Piece
 from plainllama.text.selection import check_dedup, choose_hold_out, mark_parts, without_repeats
-from plainllama.text.sources import Source, described, survey
+from plainllama.text.sources import described, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
 from plainllama.tokens.parts import choose_tokenizer, make_shards, merged, note_beginning
@@ -81,8 +79,8 @@ def main(command: CommandLine) -> int:
         try:
             whole = prepare(config, folder, share)
         except BrokenProcessPool:
-            return complain("a worker process was killed (out of memory? take fewer --workers)"
-                            "; the same command goes on from the finished parts", 1)
+            return complain("a worker process was killed (out of memory? take fewer --workers); "
+                            "the same command goes on from the finished parts", 1)
     if whole:
         words = ["next: python train.py", *command.files]
         if "dataset" in command.overrides:
@@ -104,7 +102,6 @@ def share_of(text: str) -> slice:
 @contextlib.contextmanager
 def held(folder: Path, shared: bool) -> Iterator[Path]:
     """Make the folder and lock it; `shared`: others that say so may work in it too."""
-    new = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -116,26 +113,24 @@ def held(folder: Path, shared: bool) -> Iterator[Path]:
                         "another --dataset name") from None
     finally:
         os.close(handle)
-        for path in new:  # nothing was begun: leave nothing behind
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with contextlib.suppress(OSError):  # nothing was begun: leave nothing behind
+            os.removedirs(folder)
 
 
 # ---- the steps
 
 def prepare(config: Settings, folder: Path, share: slice) -> bool:
     """Make the data set, or what is missing of it, or a share of it; return whether it is whole."""
-    sources = described(config.sources)
     recipe = {key: getattr(config, key) for key in RECIPE}
-    recipe["sources"] = [source.given for source in sources]
+    recipe["sources"] = described(config.sources)
     complete = (folder / "manifest.json").exists()
     state = shards.read_manifest(folder) if complete else unfinished(folder)
     check_dedup(config.dedup)
     refuse_another_recipe(folder, recipe, state)
-    records, pieces = what_is_there(folder, sources, state, complete)
+    records, parts = what_is_there(folder, recipe["sources"], state, complete)
     if not complete:
         begun = {"recipe": recipe, "source": records}
-        rest = make_parts(config, folder, share, begun, pieces)
+        rest = make_parts(config, folder, share, begun, parts)
         if not rest:
             return False
         state = begun | rest
@@ -168,35 +163,35 @@ def refuse_another_recipe(folder: Path, recipe: dict, state: dict) -> None:
             make_tokenizer(recipe["tokenizer"]).sha256 != made_with["sha256"]):
         differs = ["the tokenizer's file has changed"]
     if differs:
-        raise UserError(f"{folder} was prepared with another recipe: {'; '.join(differs)}. Take "
-                        f"another name (--dataset=NAME) or remove {folder}")
+        raise UserError(f"{folder} was prepared with another recipe: {'; '.join(differs)}; take "
+                        "another --dataset=NAME or remove it")
 
 
-def what_is_there(folder: Path, sources: list[Source], state: dict,
-                  complete: bool) -> tuple[list[dict], list[list[Piece]]]:
+def what_is_there(folder: Path, sources: list[dict], state: dict,
+                  complete: bool) -> tuple[list[dict], list[Part]]:
     """Survey the sources; refuse those that held something else when `state` was noted."""
     known = state.get("source", [])
-    if complete and all(source.path.startswith("hf:") for source in sources):
+    if complete and all(source["path"].startswith("hf:") for source in sources):
         return known, []
     try:
-        records, pieces = survey(sources, known)
+        records, parts = survey(sources, known)
     except UserError:
         if complete:  # the source has gone, and what was made of it still stands
             return known, []
         raise
     for was, now in zip(known, records, strict=False):
         if was != now:
-            raise UserError(f"{folder} was prepared when {now['path']} held something else. Take "
-                            f"another name (--dataset=NAME) or remove {folder}")
-    return records, pieces
+            raise UserError(f"{folder} was prepared when {now['path']} held something else; take "
+                            "another --dataset=NAME or remove it")
+    return records, parts
 
 
 def make_parts(config: Settings, folder: Path, share: slice, begun: dict,
-               pieces: list[list[Piece]]) -> dict:
+               parts: list[Part]) -> dict:
     """Make what is missing of a share of the parts; return the rest of the manifest, {} if others
     must be made first."""
     rules = Rules(config.strict, config.min_chars, config.max_chars)
-    parts = [Part(part, rules) for part in pieces]
+    parts = [replace(part, rules=rules) for part in parts]
     hold_out = choose_hold_out(parts, config.val_fraction)
     tokenizer = choose_tokenizer(config.tokenizer, folder, parts)
     note_beginning(folder, begun, tokenizer)
@@ -224,10 +219,9 @@ def print_counts(manifest: dict) -> None:
     dropped, splits = manifest["dropped"], manifest["splits"]
     total = sum(x.get("documents", x.get("count")) for x in (*splits.values(), *dropped.values()))
     print(f"{total:>14,} documents in")
-    for rule, entry in dropped.items():
-        print(f"{entry['count']:>14,} dropped: {rule} (first: {entry['first']})")
-    for rule, entry in manifest.get("cut", {}).items():
-        print(f"{entry['count']:>14,} cut: {rule} (first: {entry['first']})")
+    for what in ("dropped", "cut"):
+        for rule, entry in manifest.get(what, {}).items():
+            print(f"{entry['count']:>14,} {what}: {rule} (first: {entry['first']})")
     print(f"{'':8}{'documents':>12}{'tokens':>16}{'MB':>10}{'bytes/token':>13}{'longest':>11}")
     for split, n in splits.items():
         print(f"{split:8}{n['documents']:>12,}{n['tokens']:>16,}{n['bytes'] / 1e6:>10,.1f}"
@@ -255,7 +249,7 @@ def inspect(folder: Path) -> int:
     for split in (shards.Split(folder, name, manifest) for name in ("train", "val")):
         if split.names:
             tokens, starts = split.shard(0), split.index(0)[:4].tolist()
-            for start, end in list(itertools.pairwise([*starts, len(tokens)]))[:3]:
+            for start, end in list(zip(starts, [*starts[1:], len(tokens)], strict=True))[:3]:
                 text = tokenizer.decode(tokens[start:min(end, start + 64)]).strip()
                 print(f"{split.split}, {end - start:,} tokens: {text.partition(chr(10))[0]}")
     return 0

@@ -37,8 +37,7 @@ def main(command: CommandLine) -> int:
     """Write the page and its Markdown twin; or compare the runs with reference curves."""
     folders = list(dict.fromkeys(map(find_run, command.files or ["out"])))
     flags = command.flags
-    given = [value for value in (flags.compare, flags.save_reference, flags.out) if value]
-    if len(given) > 1:
+    if len(list(filter(None, vars(flags).values()))) > 1:
         raise UserError("--compare, --save_reference and --out exclude each other")
     out = Path(flags.out or folders[0] / "report.html")
     if out.suffix != ".html":
@@ -47,8 +46,7 @@ def main(command: CommandLine) -> int:
     if flags.save_reference:
         print(compare.save(runs, Path(flags.save_reference)))
     elif flags.compare:
-        lines = [line for run in runs for line in compare.compare(run, Path(flags.compare))]
-        print("\n".join(lines))
+        print("\n".join(compare.compare(run, Path(flags.compare)) for run in runs))
     else:
         print(f"{len(runs)} run(s) -> {out} and {write_page(runs, out)}")
     return 0

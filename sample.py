@@ -37,22 +37,18 @@ class Flags(Sampling):
     stop: object = key("", "end where this text comes")
     seed: int = key(1337, "seeds the draws, with the number of the text", low=0)
     batch: int = key(16, "texts that are generated side by side", low=1)
-    embed: str = key("none", "instead of text, the states of the prompt's tokens: their mean, or "
-                     "those of the last", ("none", "mean", "last"))
-    layers: str = key("-1", "whose states (averaged): N or FROM:TO; 0 are the embeddings, -1 the "
-                      "last, normalised")
+    embed: str = key("none", "states of the prompt's tokens, not text", ("none", "mean", "last"))
+    layers: str = key("-1", "states N or FROM:TO, averaged (0: embeddings, -1: last, normalised)")
     save: bool = key(False, "add the texts to the run's samples.jsonl, which report.py shows")
     device: str = key("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     dtype: str = key("auto", "matmuls (auto: bf16 where it is native)", ("auto", "fp32", "bf16"))
-    compile: str = key("auto", "torch.compile (auto: for --prompts on CUDA)",
-                       ("auto", "true", "false"))
+    compile: str = key("auto", "torch.compile (auto: --out on CUDA)", ("auto", "true", "false"))
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import contextlib
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -60,14 +56,11 @@ from typing import Any
 
 import torch
 
-from model import LLaMA
 from plainllama import parallel
 from plainllama.generation import generate, prompt_files
-from plainllama.generation.prompt_files import Journal, Prompts, made_with
 from plainllama.progress import Progress
 from plainllama.tokens.tokenizer import Tokenizer
-from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import read_config
+from plainllama.weights import checkpoint, huggingface
 
 
 def main(command) -> int:
@@ -80,21 +73,20 @@ def main(command) -> int:
     if bool(f.prompts) != bool(f.out) or (f.prompts and f.prompt):
         raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
     if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
-        raise UserError("--embed writes states, and those to a .parquet: --prompts F --out "
-                        "G.parquet, without --save")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not f.out:
-        raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
-    prompts = Prompts([{f.column: f.prompt}] * f.num_samples)
+        raise UserError("--embed writes states, and those to a .parquet (--out), without --save")
+    prompts = prompt_files.Prompts([{f.column: f.prompt}] * f.num_samples)
     if f.prompts:
         added = {"completion", "stop"} if f.embed == "none" else {"embedding"}
         prompts = prompt_files.read_prompts(Path(f.prompts), Path(f.out), f.num_samples, f.column,
                                             added)
     with contextlib.closing(parallel.start(f.device, "auto")) as world:
+        if world.size > 1 and not f.out:
+            raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
         world.set_timeout(timedelta(days=7))  # ranks do not end together
         return work(f, prompts, world)
 
 
-def work(f: Any, prompts: Prompts, world: parallel.World) -> int:
+def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World) -> int:
     """Decode this rank's share of the rows; rank 0 then writes or shows what was made of all."""
     folder = world.decide(lambda: checkpoint.find_checkpoint(f.ckpt))
     run, rows = run_of(folder), prompts.rows
@@ -103,22 +95,20 @@ def work(f: Any, prompts: Prompts, world: parallel.World) -> int:
     tokenizer = Tokenizer.load(folder)
     ids = [[tokenizer.bos_id, *tokenizer.encode(row[f.column])] for row in rows]
     check(f, ids, folder)
-    journal = Journal(Path(f.out), made_with(f, folder)) if f.out else None
-    done = set(world.decide(lambda: list(journal.read() if journal else ())))
+    journal = prompt_files.Journal(f, folder) if f.out else None
+    done = world.decide(lambda: list(journal.read()) if journal else [])
     if journal and prompts.complete:
         if world.rank == 0:
             journal.remove()  # there if a kill came just before this line
-            print(f"{f.out} is complete, with all {len(rows)} rows, from an earlier start; "
-                  "move it away to make it anew")
+            print(f"{f.out} is complete, with {len(rows)} rows; move it away to make it anew")
         return 0
     if journal:
         journal.begin(world.rank)
     if done and world.rank == 0:
         print(f"{len(done)} of {len(rows)} rows were done before", flush=True)
-    todo = sorted(set(range(len(rows))) - done, key=lambda i: (-len(ids[i]), i))
+    todo = sorted(set(range(len(rows))).difference(done), key=lambda i: (-len(ids[i]), i))
     batches = [todo[first:first + f.batch] for first in range(0, len(todo), f.batch)]
-    model = generate.ready(folder, world.device, f.dtype)
-    made, line = decode(f, model, tokenizer, ids, batches, journal, world)
+    made, line = decode(f, folder, tokenizer, ids, batches[world.rank::world.size], journal, world)
     if world.rank > 0:
         return 0
     if journal:
@@ -138,15 +128,13 @@ def work(f: Any, prompts: Prompts, world: parallel.World) -> int:
 def check(f: Any, ids: list[list[int]], folder: Path) -> None:
     """Raise UserError if a prompt does not fit into the model's context, beside a new token if one
     is drawn, or if the model has no such --layers."""
-    config = read_config(folder)
-    room, more = config.block_size, ""
-    if f.embed == "none":
-        room, more = room - 1, " and at least one more"
+    config = huggingface.read_config(folder)
+    room = config.block_size - 1 if f.embed == "none" else config.block_size
     for i, prompt in enumerate(ids):
         if len(prompt) > room:
             where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
             raise UserError(f"{where}the prompt has {len(prompt)} tokens, and the model's context "
-                            f"of {config.block_size} must hold it{more}; shorten it")
+                            f"of {config.block_size} has room for {room}; shorten it")
     generate.layers_of(f.layers, config.n_layer + 1)
 
 
@@ -159,16 +147,16 @@ def save(run: Path, step: int, texts: list[dict]) -> None:
         kept.writelines(prompt_files.as_line(text) for text in texts if text not in there)
 
 
-def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]],
-           batches: list[list[int]], journal: Journal | None,
-           world: parallel.World) -> tuple[dict[int, dict], str]:
-    """Decode this rank's share of the batches. Return {row: what was made of it}, empty if the
+def decode(f: Any, folder: Path, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],
+           journal: prompt_files.Journal | None, world: parallel.World) -> tuple[dict, str]:
+    """Decode the batches of rows that are `mine`. Return {row: what was made of it}, empty if the
     journal keeps it, and a line about what all ranks did."""
-    config, mine = model.config, batches[world.rank::world.size]
-    embed, stream, compiled = f.embed != "none", not f.out and len(ids) == 1, None
+    model = generate.load(folder, world.device, f.dtype)
+    block_size, embed, compiled = model.config.block_size, f.embed != "none", None
+    stream = not f.out and len(ids) == 1
     pays = f.compile == "auto" and f.out and world.device.type == "cuda"
     if mine and not embed and (f.compile == "true" or pays):
-        capacity = min(config.block_size, len(ids[mine[0][0]]) + f.max_new_tokens)
+        capacity = min(block_size, len(ids[mine[0][0]]) + f.max_new_tokens)
         compiled = generate.compile_step(model, f.batch, capacity, f.compile == "true")
     if stream:
         print(f.prompt, end="", flush=True)
@@ -180,17 +168,16 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]],
     for batch in mine:
         prompts = [ids[i] for i in batch]
         if embed:
-            states = generate.embed(model, prompts, f.embed,
-                                    generate.layers_of(f.layers, config.n_layer + 1))
+            states = generate.embed(model, prompts, f.embed, f.layers)
             new = [{"embedding": prompt_files.pack(state.numpy())} for state in states]
             tokens += sum(map(len, prompts))
         else:
-            texts = generate.complete(model, tokenizer, prompts, f.max_new_tokens, f,
-                                      [generate.row_seed(f.seed, i) for i in batch], f.stop, stream,
-                                      compiled)
+            seeds = [generate.row_seed(f.seed, i) for i in batch]
+            texts = generate.complete(model, tokenizer, prompts, f.max_new_tokens, f, seeds, f.stop,
+                                      stream, compiled)
             new = [{"completion": text.text, "stop": text.ended} for text in texts]
             tokens += sum(text.tokens for text in texts)
-            cut += sum(text.ended == "length" and len(prompt) + text.tokens == config.block_size
+            cut += sum(text.ended == "length" and len(prompt) + text.tokens == block_size
                        for prompt, text in zip(prompts, texts, strict=True))
         keep(dict(zip(batch, new, strict=True)))
         progress.add(len(batch))
@@ -200,15 +187,10 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]],
     tokens, cut = world.sum(torch.tensor([tokens, cut], device=world.device)).tolist()
     if stream:
         print()
-    return made, summary(f, tokens, cut, time.perf_counter() - start, config.block_size)
-
-
-def summary(f: Any, tokens: int, cut: int, seconds: float, block_size: int) -> str:
-    """Say in a line what was done, and how fast."""
-    kind = "new tokens" if f.embed == "none" else "tokens"
+    seconds = time.perf_counter() - start
+    kind, where = "tokens" if embed else "new tokens", f" -> {f.out}" if f.out else ""
     full = f"; {cut} ended where the context ends, at {block_size} tokens" if cut else ""
-    where = f" -> {f.out}" if f.out else ""
-    return f"{tokens} {kind} in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{full}{where}"
+    return made, f"{tokens} {kind} in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s{full}{where}"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from torch import Tensor
 from model import flops_per_token
 from plainllama import parallel, watch
 from plainllama.evaluation.likelihood import evaluate
-from plainllama.generation.run_samples import RunSamples
+from plainllama.generation.generate import RunSamples
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.tokens import shards
@@ -96,19 +96,22 @@ def vocabulary(config: Settings, manifest: dict) -> int:
 
 def train(command: CommandLine, manifest: dict, world: World) -> int:
     """Train, heedful of signals and of the other ranks; the exit code."""
-    with watch.Guard(world.store, world.rank, world.size, command.config.max_minutes,
-                     leaving=__name__ == "__main__") as guard:
-        run = Run(command, manifest, world, guard)
+    leaving = __name__ == "__main__"
+    with watch.guard(world.store, world.rank, world.size, command.config.max_minutes,
+                     leaving) as (stop, signs):
+        run = Run(command, manifest, world, stop)
         if run.step >= command.config.max_steps:
             return run.already_complete()
         run.build()
+        if world.rank == 0:
+            signs.farewell = lambda: write_status(run.folder, "failed", run.step)
         try:
             code = run.loop()
         except BaseException:
             run.saver.wait(20 if world.size > 1 else None)  # torchrun gives 30 seconds
             run.log.status("failed", run.step)
             raise
-        guard.stop.close(guard.leaving)
+        stop.close(leaving)
         with world.patient():
             world.any(False)  # leave together: torchrun ends the others when one has gone
         return code
@@ -117,9 +120,10 @@ def train(command: CommandLine, manifest: dict, world: World) -> int:
 class Run:
     """One training run: opened by the constructor, built by build(), trained by loop()."""
 
-    def __init__(self, command: CommandLine, manifest: dict, world: World, guard: watch.Guard):
+    def __init__(self, command: CommandLine, manifest: dict, world: World,
+                 stop: watch.StopFlag):
         config = self.config = command.config
-        self.command, self.manifest, self.world, self.guard = command, manifest, world, guard
+        self.command, self.manifest, self.world, self.stop = command, manifest, world, stop
         self.folder, self.data = Path(config.out_dir), Path("data") / config.dataset
         self.rows = training_rows(self.data, manifest, config)
         self.data_hash = hash_of_data(self.data, config)
@@ -159,7 +163,6 @@ class Run:
         if first:
             write_json(self.folder / "run.json", log.describe(
                 self.folder, self.command, self.manifest, self.data_hash, self.engine))
-            self.guard.signs.farewell = lambda: write_status(self.folder, "failed", self.step)
         self.log.announce(self.engine, self.rows)
         if self.samples.wanted and world.sharded:
             self.samples.why_none = "the model is sharded"
@@ -246,7 +249,7 @@ class Run:
         a new run that has none after some minutes."""
         unsaved = self.saver.saved < 0 and not self.saver.thread
         late = time.monotonic() > self.begun + FIRST_SAVE
-        return Wishes(self.guard.stop.asked(), self.world.rank == 0 and unsaved and late)
+        return Wishes(self.stop.asked(), self.world.rank == 0 and unsaved and late)
 
     def tighten_timeouts(self) -> None:
         """After the first step no rank compiles any more: a silent one is lost sooner."""

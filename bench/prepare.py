@@ -26,22 +26,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plainllama.text import sources
 from plainllama.text.documents import Tally, documents
+from plainllama.text.sources import survey
 from plainllama.tokens import tokenizer, vocabulary
 
 
 def bare(text: str, where: str) -> None:
     """The reader and the engine alone."""
     words, batch, size = tokenizer.Tokenizer.load(where), [], 0
-    _, parts = sources.survey(sources.described(text), [])
-    for part in parts:
-        for document in documents(part, Tally()):
-            batch.append(document)
-            size += len(document)
-            if size > 1 << 20:
-                words.encode_documents(batch)
-                batch, size = [], 0
+    _, parts = survey(text)
+    for document in documents(parts, Tally()):
+        batch.append(document)
+        size += len(document)
+        if size > 1 << 20:
+            words.encode_documents(batch)
+            batch, size = [], 0
     words.encode_documents(batch)
 
 
@@ -84,9 +83,9 @@ def gather(corpus: str, megabytes: float, path: Path) -> float:
     """Write the corpus as uncompressed .jsonl; its megabytes of text."""
     size, budget = 0, megabytes * 1e6
     pattern = f"{corpus}/train*.jsonl*" if os.path.isdir(corpus) else corpus
-    _, parts = sources.survey(sources.described(pattern), [])
+    _, parts = survey(pattern)
     with open(path, "w", encoding="utf-8") as file:
-        for text in (t for part in parts for t in documents(part, Tally())):
+        for text in documents(parts, Tally()):
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             size += len(text.encode())
             if size >= budget:

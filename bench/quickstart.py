@@ -22,6 +22,7 @@ from plainllama.files import run_of
 from plainllama.generation import generate
 from plainllama.tokens import shards
 from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.weights import checkpoint
 
 SAMPLES, COPY = 20, 50
 # as in the Makefile
@@ -69,7 +70,8 @@ def copied(texts: list[str], words: Tokenizer, split: shards.Split, length: int)
 def main(command) -> int:
     """Print the table."""
     flags = command.flags
-    model, words, folder = generate.load(flags.ckpt, "cpu", "auto")
+    folder = checkpoint.find_checkpoint(flags.ckpt)
+    model, words = generate.load(folder, "cpu", "auto"), Tokenizer.load(folder)
     run = run_of(folder)
     file = run / "eval" / f"{folder.name}.json" if run else folder
     scores = json.loads(file.read_text()) if file.is_file() else {}

@@ -13,25 +13,24 @@ class Progress:
         self.terminal, self.done = sys.stdout.isatty(), 0
         self.began = self.shown = time.monotonic()
 
-    def add(self, n: int) -> None:
-        """Count `n` more as done, and show the line if that is due."""
+    def add(self, n: int, last: bool = False) -> None:
+        """Count `n` more as done, and show the line if that is due or the `last` time."""
         self.done += n
-        if self.active and time.monotonic() - self.shown >= (0.2 if self.terminal else 10):
-            if self.device == "cuda":
-                import torch
+        due = last or time.monotonic() - self.shown >= (0.2 if self.terminal else 10)
+        if not (due and self.active):
+            return
+        if self.device == "cuda":
+            import torch
 
-                torch.cuda.synchronize()
-            self.show(end="" if self.terminal else "\n")
-
-    def show(self, end: str = "\n") -> None:
-        """Print the line."""
+            torch.cuda.synchronize()
         self.shown = time.monotonic()
         seconds = max(self.shown - self.began, 1e-9)
         rate = self.done / seconds
         left = duration((self.total - self.done) / rate) if self.done else "?"
         line = (f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, "
                 f"{left} left{self.details(seconds)}")
-        print(f"\r{line}\033[K" if self.terminal else line, end=end, flush=True)
+        print(f"\r{line}\033[K" if self.terminal else line,
+              end="" if self.terminal and not last else "\n", flush=True)
 
     def details(self, seconds: float) -> str:
         """Say what the line ends with, after so many seconds; for a stage that knows more."""

@@ -232,33 +232,25 @@ class StopFlag:
             self.inbox.close()
 
 
-class Guard:
+@contextlib.contextmanager
+def guard(store: dist.Store | None, rank: int, size: int, minutes: float,
+          leaving: bool) -> Iterator[tuple[StopFlag, Watch]]:
     """Around a run: signals ask it to stop, and ranks hear of each other's end.
 
     `minutes`: the run's time limit, 0 for none. `leaving`: the process ends with the run.
     """
-
-    def __init__(self, store: dist.Store | None, rank: int, size: int, minutes: float,
-                 leaving: bool):
-        self.rank, self.size, self.leaving = rank, size, leaving
-        self.stop, self.signs = StopFlag(minutes), Watch(store, rank, size)
-
-    def __enter__(self) -> "Guard":
-        return self
-
-    def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        """Tell the other ranks why this one leaves early; leave at once if one of them is lost."""
-        try:
-            if isinstance(error, RuntimeError | UserError):
-                reason = f"rank {self.rank}: {error!s:.160}"
-                if isinstance(error, RuntimeError):
-                    reason += f"; {GO_ON}"
-                    if self.size > 1 and lost(error):
-                        time.sleep(1)  # torchrun names the first to die as the cause
-                        self.signs.end(f"rank {self.rank}: another rank has gone or hangs "
-                                       f"({error!s:.160}); {GO_ON}")
-                self.signs.broken = reason
-        finally:
-            self.signs.close()
-            self.signs.farewell = lambda: None  # it may hold the run, and so its folder's lock
-            self.stop.close(self.leaving)
+    stop, signs = StopFlag(minutes), Watch(store, rank, size)
+    try:
+        yield stop, signs
+    except (RuntimeError, UserError) as error:
+        signs.broken = f"rank {rank}: {error!s:.160}"
+        if isinstance(error, RuntimeError):
+            signs.broken += f"; {GO_ON}"
+            if size > 1 and lost(error):
+                time.sleep(1)  # torchrun names the first to die as the cause
+                signs.end(f"rank {rank}: another rank has gone or hangs ({error!s:.160}); {GO_ON}")
+        raise
+    finally:
+        signs.close()
+        signs.farewell = lambda: None  # it may hold the run, and so its folder's lock
+        stop.close(leaving)

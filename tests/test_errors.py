@@ -106,7 +106,7 @@ TABLE = [
     ("prepare", ["toy.py", "--dataset=mine", "--sources=latin.txt", "--tokenizer=bytes"],
      "invalid utf-8 .first latin.txt"),
     ("prepare", ["toy.py", "--dataset=pictures", "--sources=my.txt"], "holds files of somebody"),
-    ("prepare", ["--verify=data/gone"], "data/gone is not a data set"),
+    ("prepare", ["--verify=data/gone"], "no data set data/gone"),
     ("eval", ["--ckpt=out/toy", "--tasks=", "--data=other"], "another tokenizer than out/toy"),
     ("eval", ["--ckpt=out/toy", "--tasks=local:gone.jsonl"], "no file gone.jsonl"),
     ("eval", ["--ckpt=out/toy", "--tasks=local:rows.jsonl"], "rows.jsonl:1: 'answer' is 'C'"),
@@ -120,7 +120,7 @@ TABLE = [
     ("sample", ["--ckpt=out/toy", "--prompt=" + "x" * 40], "prompt has 41 tokens, .* of 32"),
     ("export", ["--ckpt=out/toy", "--to=data/toy"], "--to data/toy exists and is not empty"),
     ("sample", ["--ckpt=weights"], "weights holds weights but no config.json; copy the folder aga"),
-    ("eval", ["--ckpt=newer"], "newer has format 2, this program reads 1; use the plainllama that"),
+    ("eval", ["--ckpt=newer"], "newer cannot be used: its format is 2, not 1; use the plainllama"),
     ("report", ["data/toy"], "data/toy is not a run and holds none"),
     ("report", ["gone"], "gone is not a run"),
 ]

@@ -142,9 +142,10 @@ def test_a_pickle_that_runs_code_is_stopped_with_its_name(published, tmp_path, m
     assert mark.exists()  # the file does what it is meant to
     for other in (print, pickle.loads, np.load, Path("x"), io.BytesIO(b"x")):
         data = pickle.dumps(other)
+        path.write_bytes(data)
         believe(monkeypatch, data)
         with pytest.raises(UserError, match="only numpy's arrays are admitted"):
-            irt.from_pickle(data, "x")
+            irt.load(str(path))
 
 
 @pytest.mark.parametrize("spoil, said", [
@@ -152,13 +153,14 @@ def test_a_pickle_that_runs_code_is_stopped_with_its_name(published, tmp_path, m
     (lambda table: table["mmlu"].update(seen_examples=[1, 1]), "not the parameters"),
     (lambda table: table["mmlu"]["irt_parameters"].update(A=np.ones((1, 2, N))), "shapes"),
     (lambda table: table["mmlu"]["irt_parameters"]["B"].fill(np.nan), "not the parameters")])
-def test_a_table_of_another_form_is_refused(published, monkeypatch, spoil, said):
+def test_a_table_of_another_form_is_refused(published, tmp_path, monkeypatch, spoil, said):
     table = pickle.loads(pickle.dumps(published))
     spoil(table)
-    data = pickle.dumps(table)
-    believe(monkeypatch, data)
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps(table))
+    believe(monkeypatch, path.read_bytes())
     with pytest.raises(UserError, match=said):
-        irt.from_pickle(data, "x")
+        irt.load(str(path))
 
 
 def test_an_npz_with_objects_is_refused(tmp_path):

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import os
@@ -22,9 +21,10 @@ from hub_stub import SHA, Hub
 
 import prepare
 from plainllama.settings import Settings, UserError
-from plainllama.text import kinds, sources
-from plainllama.text.documents import Part, Rules, Tally, documents
+from plainllama.text import documents
+from plainllama.text.documents import Tally
 from plainllama.text.selection import DEDUP, choose_hold_out, placed
+from plainllama.text.sources import survey
 from plainllama.tokens import shards, tokenizer
 
 pa = pytest.importorskip("pyarrow")
@@ -155,28 +155,28 @@ def test_every_kind_of_file(name, tmp_path, monkeypatch):
 def test_the_table_of_kinds_is_all_there_is_to_a_kind(tmp_path, monkeypatch):
     """Every entry is read by documents(), a new one by its entry alone, another name refused."""
     samples = {"a.txt": LINES[0].encode(), **KINDS}
-    for kind, reader in kinds.KINDS.items():
-        packings = kinds.PACKINGS if reader.packable else ()
+    for kind, reader in documents.KINDS.items():
+        packings = documents.PACKINGS if reader.packable else ()
         assert f"a{kind}" in samples, f"no sample of the kind {kind}"
         for name in (f"a{kind}", *(f"a{kind}{packing}" for packing in packings)):
             pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zst}.get(
                 name.removeprefix(f"a{kind}"), bytes)
             (tmp_path / name).write_bytes(pack(samples[f"a{kind}"]))
-            assert kinds.kind_of(name) == kind
-            _, parts = sources.survey(sources.described(str(tmp_path / name)), [])
+            assert documents.kind_of(name) == kind
+            _, parts = survey(str(tmp_path / name))
             want = LINES[:1] if kind == ".txt" else LINES
-            assert list(documents(itertools.chain(*parts), Tally())) == want
+            assert list(documents.documents(parts, Tally())) == want
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.md").write_text("# text")
     for name in ("a.parquet.gz", "a.gz", "in/a.md"):
         (tmp_path / name).write_bytes(b"text")
         with pytest.raises(UserError, match=rf"{name}: unknown kind .*\.txt, \.jsonl, \.parquet"):
-            sources.survey(sources.described(str(tmp_path / name)), [])
-    with pytest.raises(UserError, match=r"holds a \.txt, \.jsonl or \.parquet file"):
-        sources.survey(sources.described(str(tmp_path / "in")), [])
-    monkeypatch.setitem(kinds.KINDS, ".md", kinds.KINDS[".txt"])
-    _, parts = sources.survey(sources.described(str(tmp_path / "in")), [])
-    assert list(documents(itertools.chain(*parts), Tally())) == ["text"]
+            survey(str(tmp_path / name))
+    with pytest.raises(UserError, match=r"with a file of a known kind \(\.txt, \.jsonl, \.parquet"):
+        survey(str(tmp_path / "in"))
+    monkeypatch.setitem(documents.KINDS, ".md", documents.KINDS[".txt"])
+    _, parts = survey(str(tmp_path / "in"))
+    assert list(documents.documents(parts, Tally())) == ["text"]
 
 
 def test_the_choices_of_dedup_are_its_table():
@@ -225,9 +225,9 @@ def test_a_cut_at_or_beside_a_line_end_loses_nothing(width, packed, tmp_path):
     assert len(data) == 4096 * width
     path = tmp_path / f"a.jsonl{packed}"
     path.write_bytes(gzip.compress(data) if packed else data)
-    _, parts = sources.survey(sources.described(str(path)), [])
+    _, parts = survey(str(path))
     assert packed or len(parts) >= 4
-    assert list(documents([p for part in parts for p in part], Tally())) == lines
+    assert list(documents.documents(parts, Tally())) == lines
 
 
 def test_standard_input(tmp_path):
@@ -265,9 +265,9 @@ def test_embedded_is_the_packages_source(tmp_path, monkeypatch):
             name = path.relative_to(root.parent)
             if not {"tests", "benchmarks"} & set(name.parts) and path.stat().st_size:
                 want[name.as_posix()] = path.read_bytes().decode()
-    records, parts = sources.survey(sources.described("embedded"), [])
+    records, parts = survey("embedded")
     assert len(parts) >= 8 and str(ROOT) not in json.dumps(records)
-    have = list(documents([p for part in parts for p in part], Tally()))
+    have = list(documents.documents(parts, Tally()))
     assert have == [want[name] for name in sorted(want)] and sum(map(len, have)) > 20e6
 
 
@@ -529,8 +529,8 @@ def test_shares_and_a_merge_write_the_same_bytes(dedup, tmp_path):
 
 def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path, monkeypatch):
 
-    monkeypatch.setattr(kinds, "DOCUMENT", 1000)
-    monkeypatch.setattr(kinds, "LINE", 30000)
+    monkeypatch.setattr(documents, "DOCUMENT", 1000)
+    monkeypatch.setattr(documents, "LINE", 30000)
     rng = random.Random(4)
     long = " ".join("".join(rng.choices("aя你🎉", k=rng.randint(1, 9))) for _ in range(900))
     word = "я" * 1801
@@ -540,9 +540,8 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
     for name, want in (("a.jsonl", ["short", long, word, "end"]), ("b.txt", [long]),
                        ("c.parquet", [long, "short"])):
         dropped, cut = Tally(), Tally()
-        _, parts = sources.survey(sources.described(str(tmp_path / name)), [])
-        pieces = [piece for part in parts for piece in part]
-        have = list(documents(pieces, dropped, cut=cut))
+        _, parts = survey(str(tmp_path / name))
+        have = list(documents.documents(parts, dropped, cut))
         assert "".join(have) == "".join(want) and max(len(t.encode()) for t in have) <= 1003
         assert cut["document over 0 MB"]["count"] == 1 + (name == "a.jsonl")
         assert dropped.records == len(want)
@@ -563,13 +562,12 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
 
 def test_one_long_text_is_held_out_at_its_end(tmp_path, monkeypatch):
 
-    monkeypatch.setattr(kinds, "DOCUMENT", 1000)
+    monkeypatch.setattr(documents, "DOCUMENT", 1000)
     text = "\n".join(f"line {i} of it" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
-    jobs = [Part(part, Rules(), {})
-            for part in sources.survey(sources.described(str(tmp_path / "a.txt")), [])[1]]
-    held_out = choose_hold_out(jobs, 0.1)
-    have = list(placed(jobs[0].texts(Tally()), held_out))
+    _, parts = survey(str(tmp_path / "a.txt"))
+    held_out = choose_hold_out(parts, 0.1)
+    have = list(placed(documents.documents(parts[:1], Tally()), held_out))
     assert "".join(t for _, t in have) == text
     assert [s for s, _ in have] == sorted(s for s, _ in have)
     held = "".join(t for s, t in have if s == "val")

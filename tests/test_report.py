@@ -293,7 +293,7 @@ def test_pictures_stand_alone(tmp_path):
     for name in pictures:
         svg = (run / name).read_text()
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
-        assert STYLE in svg and svg.replace(f"<style>{STYLE}</style>", "") in page
+        assert STYLE in svg and svg.replace(f"<style>\n{STYLE}</style>", "") in page
 
 
 def test_a_curve_is_drawn_where_the_numbers_are():

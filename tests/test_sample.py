@@ -321,7 +321,7 @@ def test_prompts_to_file(ckpt, tmp_path):
     assert {row["stop"] for row in found} <= {"eos", "length"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["F.jsonl", "G.jsonl"]
     assert "tokens/s" in done.stdout
-    model, tokenizer, _ = generate.load(str(ckpt), "cpu", "fp32")
+    model, tokenizer = generate.load(ckpt, "cpu", "fp32"), make_tokenizer("bytes", None)
     for i, row in enumerate(found):  # the same texts one by one
         ids = [tokenizer.bos_id, *tokenizer.encode(row["prompt"])]
         why, text, _ = generate.complete(model, tokenizer, [ids], 12, Sampling(),
@@ -329,7 +329,7 @@ def test_prompts_to_file(ckpt, tmp_path):
         assert (why, text) == (row["stop"], row["completion"])
     # again into the same file: nothing to do; another input is refused and the file kept
     same = prompt_files.read_prompts(source, out, 1, "prompt", ADDED)
-    assert same.rows == rows and same.complete
+    assert same == prompt_files.Prompts(rows, None, True)
     before = out.read_bytes()
     source.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(UserError, match="not made from"):
@@ -369,8 +369,7 @@ def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):
         run(*words, "--out", out, "--temperature=0.5")
     monkeypatch.setattr(prompt_files.Journal, "add", add)
     folder = checkpoint.find_checkpoint(str(ckpt))
-    recipe = prompt_files.made_with(flags_of(*words, "--out", out), folder)
-    done = list(prompt_files.Journal(out, recipe).read())
+    done = list(prompt_files.Journal(flags_of(*words, "--out", out), folder).read())
     assert len(done) == len(made) == 18
     for rank in (1, 0):  # rank 0 gathers, so it comes last here
         two, answers = parallel.World(rank, 2), iter([folder, done])

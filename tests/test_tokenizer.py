@@ -452,7 +452,7 @@ def test_a_small_text_gives_a_small_vocabulary():
 
 def test_bad_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("not json")
-    cases = {"not json": "not JSON", "[1]": "no tokenizer model", "{}": "no tokenizer model",
+    cases = {"not json": "not a JSON", "[1]": "not a JSON", "{}": "no tokenizer model",
              '{"model": {"type": "BPE", "vocab": {}}}': "no tokenizer model",
              '{"model": {"type": "WordPiece", "vocab": {"a": 0}}}': "not supported",
              '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": "?"}, '

@@ -7,11 +7,11 @@ every token of the vocabulary a probability above 0, and are scored on the windo
 Counting also tells which questions of a task the training data holds: contaminated().
 """
 
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from plainllama.tokens.tokenizer import Tokenizer
 
 RUN = 13  # words in a row that are no coincidence (https://arxiv.org/abs/2005.14165, appendix C)
 BATCH = 256  # documents decoded at a time
+MOST = 1 << 23  # tokens that the 5-gram model counts: its table is in memory
 
 # ---- language models that count
 
@@ -39,15 +40,6 @@ def unigram(split: Split, vocab_size: int) -> np.ndarray:
     return counts / counts.sum()
 
 
-class Order(NamedTuple):
-    """What is kept of the n-grams of one length."""
-
-    keys: np.ndarray  # sorted: (id of the first n - 1 tokens) V + the last token
-    counts: np.ndarray  # of each key: max(c_n - D_n, 0)
-    spared: np.ndarray  # of each context: D_n types_n
-    totals: np.ndarray  # of each context: total_n
-
-
 class KneserNey:
     """Interpolated Kneser-Ney of a given order (Chen and Goodman 1998, section 2.7), with one
     discount n1 / (n1 + 2 n2) per order, counted in rows of token ids.
@@ -60,8 +52,9 @@ class KneserNey:
     def __init__(self, rows: np.ndarray, order: int, vocab_size: int):
         """Count in `rows` (m, L): no n-gram reaches from one row into the next."""
         self.V = vocab_size
-        every_keys: list[np.ndarray] = []
-        every_counts: list[np.ndarray] = []
+        # of each length n, sorted: (id of the first n - 1 tokens) V + the last token
+        self.keys: list[np.ndarray] = []
+        self.counts: list[np.ndarray] = []  # c_n of each key
         ids = np.zeros((len(rows), rows.shape[1] + 1), np.int64)  # of the empty n-gram
         for n in range(1, order + 1):  # an n-gram's id is the place of its key among all keys
             keys = ids[:, :-1] * vocab_size + rows[:, n - 1:]
@@ -69,53 +62,47 @@ class KneserNey:
                 keys, return_index=True, return_inverse=True, return_counts=True)
             if n > 1:
                 suffixes = ids[:, 1:].reshape(-1)[first]
-                every_counts[-1] = np.bincount(suffixes, minlength=len(every_keys[-1]))
-            every_keys.append(unique)
-            every_counts.append(counts)
+                self.counts[-1] = np.bincount(suffixes, minlength=len(self.keys[-1]))
+            self.keys.append(unique)
+            self.counts.append(counts)
             ids = inverse.reshape(keys.shape)
-        contexts = [1, *map(len, every_keys[:-1])]
-        self.orders = list(map(self.discounted, every_keys, every_counts, contexts))
-
-    def discounted(self, keys: np.ndarray, counts: np.ndarray, contexts: int) -> Order:
-        """Take the discount off the counts of all n-grams of a length; `contexts`: how many n-grams
-        are one token shorter."""
-        context, ones, twos = keys // self.V, int((counts == 1).sum()), int((counts == 2).sum())
-        discount = ones / (ones + 2 * twos) if ones else 0.5
-        return Order(keys, np.maximum(counts - discount, 0),
-                     discount * np.bincount(context[counts > 0], minlength=contexts),
-                     np.bincount(context, counts, contexts))
 
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
         """Give P(row[i] | the tokens before it in its row) for i = 1 .. L-1, (m, L-1)."""
         probabilities = np.full(rows.shape, 1 / self.V)
+        contexts = 1  # how many n-grams are one token shorter
         ids = np.zeros((len(rows), rows.shape[1] + 1), np.int64)  # -1: an n-gram not counted
-        for n, order in enumerate(self.orders, 1):
+        for n, (keys, counts) in enumerate(zip(self.keys, self.counts, strict=True), 1):
+            context, ones, twos = keys // self.V, (counts == 1).sum(), (counts == 2).sum()
+            discount = ones / (ones + 2 * twos) if ones else 0.5
+            types = np.bincount(context[counts > 0], minlength=contexts)
+            totals = np.bincount(context, counts, contexts)
             before = ids[:, :-1]  # the contexts of the n-grams that end at n-1, n ..
             wanted = before * self.V + rows[:, n - 1:]
-            ids = np.searchsorted(order.keys, wanted).clip(max=len(order.keys) - 1)
-            ids[(order.keys[ids] != wanted) | (before < 0)] = -1
+            ids = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+            ids[(keys[ids] != wanted) | (before < 0)] = -1
             context = before.clip(min=0)
-            total = np.where(before < 0, 0, order.totals[context])
+            total = np.where(before < 0, 0, totals[context])
             lower = probabilities[:, n - 1:]
-            mixed = (np.where(ids < 0, 0, order.counts[ids])
-                     + order.spared[context] * lower) / total.clip(1)
+            mixed = (np.where(ids < 0, 0, np.maximum(counts - discount, 0)[ids])
+                     + (discount * types)[context] * lower) / total.clip(1)
             probabilities[:, n - 1:] = np.where(total > 0, mixed, lower)
+            contexts = len(keys)
         return probabilities[:, 1:]
 
 
-def baselines(train: Rows, shown: int, scored: np.ndarray, n_bytes: int, vocab_size: int,
-              order: int = 5, most: int = 1 << 23) -> dict:
+def baselines(train: Rows, shown: int, scored: np.ndarray, n_bytes: int, vocab_size: int) -> dict:
     """Score {unigram_bpb, 5-gram_bpb, tokens}: bits per byte on the windows `scored` (m, T + 1).
 
     The unigram model knows the whole training split, the other what a run saw: its first `shown`
-    rows, without repetitions, or as many as hold `most` tokens, because the table is in memory.
+    rows, without repetitions, or as many as hold MOST tokens.
     """
     alone = unigram(train.split, vocab_size)[scored[:, 1:]]
-    count = min(shown, train.windows, max(1, most // train.block_size))
+    count = min(shown, train.windows, max(1, MOST // train.block_size))
     rows = train.read_windows(train.window_of(0, count)).astype(np.int64)
-    chained = KneserNey(rows, order, vocab_size).probabilities(scored)
+    chained = KneserNey(rows, 5, vocab_size).probabilities(scored)
     bits = [-float(np.log2(p).sum()) / n_bytes for p in (alone, chained)]
-    return {"unigram_bpb": bits[0], f"{order}-gram_bpb": bits[1], "tokens": rows.size}
+    return {"unigram_bpb": bits[0], "5-gram_bpb": bits[1], "tokens": rows.size}
 
 
 def compare(rows: Rows, shown: int, scores: dict, config: dict, say: Callable) -> dict:
@@ -177,23 +164,24 @@ def decoded(splits: list[Split], tokenizer: Tokenizer, world: World) -> Iterator
     """Decode this rank's share of the documents, BATCH at a time, and show how far it is."""
     progress = Progress("looking for questions", sum(split.tokens for split in splits), "tokens",
                         world.rank == 0)
-    shards = ((split, i) for split in splits for i in range(len(split.names)))
-    for split, i in itertools.islice(shards, world.rank, None, world.size):
+    shards = [(split, i) for split in splits for i in range(len(split.names))]
+    for split, i in shards[world.rank::world.size]:
         tokens = split.shard(i)
         bounds = [*split.index(i).tolist(), len(tokens)]  # of the documents
         for first in range(0, len(bounds) - 1, BATCH):
             batch = bounds[first:first + BATCH + 1]
-            yield [tokenizer.decode(tokens[start:end]) for start, end in itertools.pairwise(batch)]
+            yield [tokenizer.decode(tokens[start:end]) for start, end in pairwise(batch)]
             progress.add(world.size * (batch[-1] - batch[0]))
     progress.close()
 
 
-def contamination(asked: dict[str, list[str]], folders: list[Path], tokenizer: Tokenizer,
+def contamination(tasks: dict[str, Any], folders: list[Path], tokenizer: Tokenizer,
                   world: World) -> dict[str, dict]:
     """Compare each task's questions with the training splits: {task: {contaminated: the share that
     has RUN words in a row in common with them, long_enough: how many have as many words}}.
     Collective."""
     splits = [open_split(folder, "train") for folder in folders]
+    asked = {name: task.questions() for name, task in tasks.items()}
     every = [question for questions in asked.values() for question in questions]
     met = torch.from_numpy(contaminated(every, decoded(splits, tokenizer, world)))
     hits = iter((world.sum(met.double()) > 0).tolist())

@@ -20,7 +20,6 @@ import math
 import os
 import pickle
 import urllib.request
-from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -70,43 +69,26 @@ class Parameters:
     balance: np.ndarray  # (N,)
     blend: np.ndarray  # ()
 
-    def check(self, where: str) -> "Parameters":
-        """Give itself back; UserError if the arrays do not fit together."""
-        arrays, n, shape = asdict(self), len(self.anchors), self.a.shape
-        D, N = shape[0], shape[-1]
-        fit = ([array.shape for array in arrays.values()]
-               == [(n,), (n,), (D, N), (D, N), (N,), ()]
-               and n == len(set(self.anchors.tolist()) & set(range(N))) > 0
-               and all(np.isfinite(array).all() for array in arrays.values()))
-        if not fit:
-            shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-            raise UserError(f"{where}: these are not the parameters of n anchors among N "
-                            f"questions, shapes {shapes}")
-        return self
-
-    def curve(self, ability: np.ndarray, which) -> np.ndarray:
-        """Give P(right) of the questions `which` for an ability (D,)."""
-        z = np.clip(self.a[:, which] * ability[:, None] - self.b[:, which], -30, 30).sum(0)
-        return 1 / (1 + np.exp(-z))
+    def __post_init__(self):
+        """UserError if the arrays do not fit together."""
+        arrays, n, (D, N) = asdict(self), len(self.anchors), self.a.shape
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if ([*shapes.values()] != [(n,), (n,), (D, N), (D, N), (N,), ()] or n == 0
+                or len(set(self.anchors.tolist()) & set(range(N))) < n
+                or not all(np.isfinite(array).all() for array in arrays.values())):
+            raise UserError(f"not the parameters of n anchors among N questions: shapes {shapes}")
 
     def ability(self, right: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Fit the likeliest ability (D,) by BFGS from 0, without a prior, as the authors do."""
         from scipy.optimize import minimize
 
-        a, b = (x[:, self.anchors][None] for x in (self.a, self.b))
+        a, b = self.a[:, self.anchors], self.b[:, self.anchors]
 
         def surprise(x: np.ndarray) -> float:
-            z = np.clip(a * x.reshape(1, -1, 1) - b, -30, 30).sum(axis=1)
-            p = (1 / (1 + np.exp(-z))).squeeze()
-            return -np.sum(times * (right * np.log(p + 1e-10)
-                                    + (1 - right) * np.log(1 - p + 1e-10)))
+            p = curve(a, b, x)
+            return -np.sum(times * np.log(np.where(right > 0, p, 1 - p) + 1e-10))
 
         return minimize(surprise, np.zeros(len(self.a)), method="BFGS").x
-
-    @cached_property
-    def others(self) -> np.ndarray:
-        """Number the questions that are no anchors."""
-        return np.setdiff1d(np.arange(self.a.shape[1]), self.anchors)
 
     def estimate(self, right: np.ndarray, times: np.ndarray | None = None) -> dict[str, float]:
         """Estimate {irt, pirt, gpirt} from answers (n,), 0 or 1 in tinyMMLU's order. `times`: how
@@ -116,11 +98,10 @@ class Parameters:
         weights, share = self.weights, len(self.anchors) / self.a.shape[1]
         irt = (weights * times * right).sum() * (weights.sum() / (weights * times).sum())
         seen = (self.balance[self.anchors] * times * right).sum() / times.sum()
-        likely = self.curve(self.ability(right, times), self.others)
-        pirt = share * seen + (1 - share) * (self.balance[self.others] * likely).mean()
-        blend = float(self.blend)
+        likely = self.balance * curve(self.a, self.b, self.ability(right, times))
+        pirt = share * seen + (1 - share) * np.delete(likely, self.anchors).mean()
         return {"irt": float(irt), "pirt": float(pirt),
-                "gpirt": float(blend * irt + (1 - blend) * pirt)}
+                "gpirt": float(self.blend * irt + (1 - self.blend) * pirt)}
 
     @cached_property
     def guessing(self) -> dict[str, list[float]]:
@@ -128,6 +109,11 @@ class Parameters:
         answers = np.random.default_rng(0).random((50 * DRAWS, len(self.anchors))) < 1 / 4
         fitted = gathered([self.estimate(right) for right in answers[:DRAWS]])
         return fitted | {"irt": (answers @ self.weights).tolist()}  # cheap: more of them
+
+
+def curve(a: np.ndarray, b: np.ndarray, ability: np.ndarray) -> np.ndarray:
+    """Give P(right) of questions with the parameters a, b (D, m) for an ability (D,)."""
+    return 1 / (1 + np.exp(-np.clip(a * ability[:, None] - b, -30, 30).sum(0)))
 
 
 def gathered(rows: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -157,17 +143,16 @@ def scores(right: np.ndarray, known: tuple[Parameters | None, str]) -> dict:
         parameters = None
     resamples = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS).astype(float)
     resampled, guessing = {"acc": (resamples @ right / n).tolist()}, {"acc": guessed_accuracy(n)}
-    estimates: dict = {}
+    metrics: dict = {}
     if parameters:
-        estimates = parameters.estimate(right)
+        metrics |= parameters.estimate(right)
         resampled |= gathered([parameters.estimate(right, times) for times in resamples])
         for name, values in parameters.guessing.items():
             guessing[name] = {"mean": float(np.mean(values)), "deviation": float(np.std(values)),
                               "reaches_0.30": float(np.mean(np.array(values) >= REACHED))}
     intervals = {name: np.quantile(values, (0.025, 0.975)).tolist()
                  for name, values in resampled.items()}
-    metrics = estimates | {"correct": int(np.sum(right)), "intervals": intervals,
-                           "guessing": guessing}
+    metrics |= {"correct": int(np.sum(right)), "intervals": intervals, "guessing": guessing}
     return metrics | ({"unavailable": f"irt, pirt, gpirt: {unavailable}"} if unavailable else {})
 
 
@@ -180,8 +165,8 @@ def guessed_accuracy(n: int) -> dict[str, float]:
 
 def letters(nats: list) -> dict[str, int]:
     """Count how often each letter was the likeliest, from every question's log-likelihoods."""
-    counts = Counter(int(np.argmax(row)) for row in nats)
-    return {letter: counts[i] for i, letter in enumerate(LETTERS[:max(map(len, nats))])}
+    likeliest = [int(np.argmax(row)) for row in nats]
+    return {letter: likeliest.count(i) for i, letter in enumerate(LETTERS[:max(map(len, nats))])}
 
 
 def answers(samples: list[dict], where: str) -> tuple[np.ndarray, dict]:
@@ -189,10 +174,9 @@ def answers(samples: list[dict], where: str) -> tuple[np.ndarray, dict]:
     each answer in document order, and {letters, loglikelihood} where they are told."""
     order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     for place, number in enumerate(int(sample["doc_id"]) for sample in order):
-        if number > place:
-            raise UserError(f"{where} lacks doc_id {place}")
-        if number < place:
-            raise UserError(f"{where} holds twice doc_id {place - 1}")
+        if number != place:
+            problem = f"lacks doc_id {place}" if number > place else f"holds twice doc_id {number}"
+            raise UserError(f"{where} {problem}")
     right = np.array([accuracy(sample) for sample in order])
     if not np.isin(right, (0, 1)).all():
         raise UserError(f"{where}: acc or acc_norm is not 0 or 1 everywhere")
@@ -260,7 +244,11 @@ def load(file: str = "") -> Known:
         return Known(None, f"{error}; fetch {URL} and put it at {place}, or name it with "
                      "--irt-file")
     parameters = parameters or read(copy)
-    keep(parameters, kept)
+    with contextlib.suppress(OSError):  # where there is no place, they are fetched again
+        cache.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}.tmp.npz")
+        np.savez(part, **asdict(parameters))
+        os.replace(part, kept)
     return Known(parameters, "")
 
 
@@ -269,53 +257,36 @@ def fetch() -> Parameters:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise OSError("HF_HUB_OFFLINE is set")
     with urllib.request.urlopen(URL, timeout=20) as answer:
-        return from_pickle(answer.read(1 << 26), URL)
-
-
-def keep(parameters: Parameters, path: Path) -> None:
-    """Write the parameters into the cache; where there is no place, they are fetched again."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.tmp.npz")
-        np.savez(part, **asdict(parameters))
-        os.replace(part, path)
+        return from_pickle(answer.read(1 << 26))
 
 
 def read(path: Path) -> Parameters:
-    """Read the parameters in a file; UserError if it does not hold them."""
+    """Read the parameters in an .npz or the published pickle; UserError if they are not there."""
     data = path.read_bytes()
-    if data[:2] != b"PK":  # not a zip, which an .npz is
-        return from_pickle(data, str(path))
     try:
+        if data[:2] != b"PK":  # not a zip, which an .npz is
+            return from_pickle(data)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            parameters = Parameters(**{field.name: arrays[field.name]
-                                       for field in fields(Parameters)})
-        return parameters.check(str(path))
-    except UserError:
-        raise
-    except Exception as error:  # zip, header or an array of it may be broken
+            return Parameters(**{field.name: arrays[field.name] for field in fields(Parameters)})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # a broken zip, array or pickle raises almost anything
         raise UserError(f"{path} does not hold the parameters: {error!r}") from None
 
 
-def from_pickle(data: bytes, where: str) -> Parameters:
+def from_pickle(data: bytes) -> Parameters:
     """Read the parameters of mmlu in the published pickle; its hash is checked before it is
     opened."""
     digest = sha256_bytes(data)
     if digest != SHA256:
-        raise UserError(f"{where} was not opened: its sha256 is {digest}, that of the published "
-                        f"file is {SHA256}")
-    try:
-        table = NumpyOnly(io.BytesIO(data)).load()["mmlu"]
-        [(name, questions)] = table["scenarios_position"].items()
-        total, subjects = int(np.max(questions)) + 1, table["subscenarios_position"][name].values()
-        balance = np.ones(total)
-        for subject in subjects:
-            balance[np.asarray(subject)] = len(questions) / (len(subjects) * len(subject))
-        a, b = (np.asarray(table["irt_parameters"][key], float)[0] for key in "AB")
-        return Parameters(
-            np.asarray(table["seen_examples"], int), np.asarray(table["examples_weights"][name]),
-            a, b, balance, np.asarray(table["optimal_lambdas"][name], float)).check(where)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except Exception as error:  # a broken pickle raises almost anything
-        raise UserError(f"{where} does not hold mmlu's parameters: {error!r}") from None
+        raise UserError(f"it was not opened: its sha256 is {digest}, the published one is {SHA256}")
+    table = NumpyOnly(io.BytesIO(data)).load()["mmlu"]
+    [(name, questions)] = table["scenarios_position"].items()
+    total, subjects = int(np.max(questions)) + 1, table["subscenarios_position"][name].values()
+    balance = np.ones(total)
+    for subject in subjects:
+        balance[np.asarray(subject)] = len(questions) / (len(subjects) * len(subject))
+    a, b = (np.asarray(table["irt_parameters"][key], float)[0] for key in "AB")
+    return Parameters(
+        np.asarray(table["seen_examples"], int), np.asarray(table["examples_weights"][name]),
+        a, b, balance, np.asarray(table["optimal_lambdas"][name], float))

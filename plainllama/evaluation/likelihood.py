@@ -1,10 +1,9 @@
 """How likely a model finds a text: the loss of a split, by position, and of continuations."""
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,31 +25,20 @@ Ids = tuple[int, ...]
 
 # ---- bits per byte
 
-class Windows(Protocol):
-    """What evaluate() and by_position() read: the Rows of a split, or a text's."""
-
-    block_size: int  # T
-    windows: int  # how many there are
-
-    def read_windows(self, windows: Iterable[int]) -> np.ndarray:
-        """Read the given windows, (m, T + 1); PAD where the text has ended."""
-
-
 class TextRows:
-    """The Windows of a text, the last one filled up with PAD."""
+    """The windows of a text as Rows has those of a split, the last one filled up with PAD."""
 
     def __init__(self, file: str, tokenizer: Tokenizer, block_size: int):
         """Encode a file's documents; UserError if it cannot be read or holds none."""
-        from plainllama.text import sources
-        from plainllama.text.documents import Tally, documents
-        from plainllama.text.kinds import Piece, kind_of
+        from plainllama.text.documents import Part, Piece, Tally, documents, kind_of
+        from plainllama.text.sources import survey
 
         path, dropped = Path(file), Tally()
         if path.is_file() and not kind_of(path.name):
-            parts = [[Piece(file, file, ".txt", "text", path.stat().st_size)]]
+            parts = [Part([Piece(file, file, ".txt", "text", path.stat().st_size)])]
         else:
-            _, parts = sources.survey(sources.described(file), [])
-        texts = list(documents(itertools.chain(*parts), dropped))
+            _, parts = survey(file)
+        texts = list(documents(parts, dropped))
         for rule, found in dropped.items():
             if rule != "empty":
                 raise UserError(f"--text: {found['first']}: {rule}")
@@ -67,13 +55,16 @@ class TextRows:
         return self.all[list(windows)]
 
 
+Windows = Rows | TextRows  # what evaluate() and by_position() read
+
+
 def validation_rows(data: Path, folder: Path, block_size: int) -> Rows:
-    """Open the Windows of a data set's validation split; UserError if the model in `folder` has
+    """Open the windows of a data set's validation split; UserError if the model in `folder` has
     another tokenizer."""
     rows = Rows(open_split(data, "val"), block_size, seed=0)
     if sha256_of(data) != sha256_of(folder):
-        raise UserError(f"{data} was made with another tokenizer than {folder} (the sha256 of "
-                        "tokenizer.json differs); name one that fits with --data=FOLDER")
+        raise UserError(f"{data} was made with another tokenizer than {folder} (tokenizer.json's "
+                        "sha256 differs); name one that fits with --data=FOLDER")
     return rows
 
 
@@ -95,9 +86,9 @@ def evaluate(model: nn.Module, rows: Windows, token_byte_info: ByteInfo, tokens:
         n_bytes += decoded_bytes(np.where(ids == PAD, token_byte_info.bos_id, ids), token_byte_info)
         targets += int((batch.targets != IGNORE).sum())
         losses.append(model(*batch.to(world.device)))
-    nll = torch.stack(losses).cpu().double().sum()  # read once: passes are not held up
-    nll, n_bytes, targets = world.sum(
-        torch.cat([nll[None], torch.tensor([n_bytes, targets]).double()])).tolist()
+    nll = torch.stack(losses).cpu().double().sum().item()  # read once: passes are not held up
+    sums = torch.tensor([nll, n_bytes, targets], dtype=torch.float64)
+    nll, n_bytes, targets = world.sum(sums).tolist()
     loss = nll / targets
     return {"val_loss": loss, "val_bpb": nll / math.log(2) / max(n_bytes, 1),
             "tokens": int(targets), "bytes": int(n_bytes), "ppl": math.exp(min(loss, 700))}
@@ -159,47 +150,26 @@ class Likelihood(NamedTuple):
     greedy: bool  # whether greedy decoding gives it
 
 
-class Group(NamedTuple):
+class Group:
     """Rows whose common beginning is computed once."""
 
-    common: int  # tokens that all begin with; of a row alone, those before the scored positions
-    rows: list[Ids]
-
-    @property
-    def shared(self) -> int:
-        """Count the tokens that are computed once for several rows."""
-        return self.common if len(self.rows) > 1 else 0
-
-    @property
-    def longest(self) -> int:
-        """Count the tokens of the longest row."""
-        return max(map(len, self.rows))
+    def __init__(self, common: int, rows: list[Ids]):
+        self.common = common  # tokens that all begin with; of a row alone, those before the scored
+        self.rows = rows
+        self.shared = common if len(rows) > 1 else 0  # tokens computed once for several rows
+        self.longest = max(map(len, rows))
 
 
-class Batch(NamedTuple):
+class Batch:
     """Groups that go through the model together: either all share a beginning, or none."""
 
-    groups: list[Group]
-
-    @property
-    def rows(self) -> list[Ids]:
-        """List the rows of all groups."""
-        return [row for group in self.groups for row in group.rows]
-
-    @property
-    def begin(self) -> int:
-        """Count the tokens of the longest shared beginning."""
-        return max(group.shared for group in self.groups)
-
-    @property
-    def rest(self) -> int:
-        """Count the tokens of the longest rest behind a beginning."""
-        return max(group.longest - group.shared for group in self.groups)
-
-    @property
-    def cost(self) -> int:
-        """Count the tokens that the model computes, padding included."""
-        return len(self.groups) * self.begin + len(self.rows) * self.rest
+    def __init__(self, groups: list[Group]):
+        self.groups = groups
+        self.rows = [row for group in groups for row in group.rows]
+        self.begin = max(group.shared for group in groups)  # tokens of the longest beginning
+        self.rest = max(group.longest - group.shared for group in groups)  # ... and rest behind it
+        # tokens that the model computes, padding included
+        self.cost = len(groups) * self.begin + len(self.rows) * self.rest
 
 
 class Scorer:
@@ -214,7 +184,7 @@ class Scorer:
         self.batch_tokens = batch_tokens
         self.block_size = model.config.block_size
         self.truncated: set = set()  # hashes of the contexts that were cut
-        self.samples: dict[str, list[dict]] = {}  # by task, in lm-eval's form
+        self.samples: dict[str, list[dict]] = {}  # by task, as lm-eval keeps them
 
     def encode(self, text: str) -> list[int]:
         """Encode a text at the start of a document."""
@@ -310,30 +280,20 @@ class Scorer:
         begins = [group.rows[0][:group.shared] for group in batch.groups]
         once = KVCache(model.config, len(begins), batch.begin, device, model.compute_dtype)
         model.hidden(self.padded(begins), once)
-        lengths = torch.tensor(list(map(len, begins)), device=device)
-        owner = torch.tensor([i for i, group in enumerate(batch.groups) for _ in group.rows],
-                             device=device)
-        cache = KVCache(model.config, len(owner), batch.begin + batch.rest, device,
-                        model.compute_dtype)
+        owner = [i for i, group in enumerate(batch.groups) for _ in group.rows]
+        room = batch.begin + batch.rest
+        cache = KVCache(model.config, len(owner), room, device, model.compute_dtype)
         cache.k[:, :, :, :batch.begin] = once.k[:, owner]
         cache.v[:, :, :, :batch.begin] = once.v[:, owner]
-        cache.lengths, cache.used = lengths[owner], batch.begin
+        cache.lengths = torch.tensor([len(begins[i]) for i in owner], device=device)
+        cache.used = batch.begin
         return cache
 
     def padded(self, rows: list[Ids]) -> Tensor:
         """Make rows of ids a rectangle (B, T), filled up at the right with an id that no earlier
         position sees."""
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for line, row in zip(ids, rows, strict=True):
-            line[:len(row)] = torch.tensor(row)
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         return ids.to(self.world.device)
-
-    def keep(self, name: str, items: Iterable, values: list[list[Likelihood]], right) -> None:
-        """Remember what was asked and answered in `samples`."""
-        self.samples[name] = [
-            {"doc_id": i, "target": str(item.right), "arguments": item.pairs,
-             "resps": [[value] for value in row], "acc": float(hit)}
-            for i, (item, row, hit) in enumerate(zip(items, values, right, strict=True))]
 
 
 def common_length(one: Ids, other: Ids) -> int:

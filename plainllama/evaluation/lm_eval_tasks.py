@@ -2,7 +2,6 @@
 thousands by name, own ones with --include_path, and tinyMMLU, whose built-in form cannot be loaded
 without a package that pip does not find."""
 
-import difflib
 import itertools
 import os
 import urllib.request
@@ -107,25 +106,23 @@ def load_task(name: str, include_path: str = "") -> dict[str, Any]:
     Unavailable if it is not on this machine and not to be downloaded."""
     if include_path and not os.path.isdir(include_path):
         raise UserError(f"no folder {include_path}; --include_path holds lm-eval's .yaml files")
-    tiny = False
     try:
         manager = task_manager(False, include_path)
+        if name == TINY_MMLU["task"] and name not in manager.all_tasks:
+            return manager.load([TINY_MMLU])
         if name not in manager.all_tasks:
-            tiny = name == TINY_MMLU["task"]
-            manager = manager if tiny else task_manager(True, include_path)
-        if tiny or name in manager.all_tasks:
-            return manager.load([TINY_MMLU if tiny else name])
+            manager = task_manager(True, include_path)
+        if name in manager.all_tasks:
+            return manager.load([name])
     except ImportError as error:
         raise Unavailable(f"{error}; {settings.install('eval')}") from None
     except Exception as error:  # whatever the library, its plug-ins or the network raise
-        source = f"data set {TINY_MMLU['dataset_path']}" if tiny else "its data"
         cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-        raise Unavailable(f"{source} cannot be had from huggingface.co, nor from its cache "
-                          f"{cache}; run it once with a network, or copy that folder from a "
-                          f"machine that did ({' '.join(str(error).split())[:160]})") from None
-    near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 4, 0.5))
-    raise UserError(f"no task {name}; {f'near it: {near}; ' if near else ''}`lm-eval ls tasks` "
-                    "lists all, a file of your own is local:FILE.jsonl")
+        raise Unavailable(f"its data is not in {cache}, nor to be had from huggingface.co; run it "
+                          "with a network, or copy that folder from a machine that did "
+                          f"({' '.join(str(error).split())[:160]})") from None
+    raise UserError(f"no task {name}{settings.nearest(name, manager.all_tasks)}; `lm-eval ls "
+                    "tasks` lists all, a file of your own is local:FILE.jsonl")
 
 
 def questions(loaded: dict, limit: int) -> list[str]:
@@ -144,12 +141,11 @@ def score(name: str, loaded: dict, limit: int, known: irt.Known | None, scorer: 
     from lm_eval import simple_evaluate
 
     members = set(itertools.chain(*loaded["group_map"].values()))
-    wanted = [task for key, task in [*loaded["groups"].items(), *loaded["tasks"].items()]
-              if key not in members]
+    named = loaded["groups"] | loaded["tasks"]
+    wanted = [task for key, task in named.items() if key not in members]
     output = simple_evaluate(lm_eval_model(scorer), tasks=wanted, limit=limit or None,
                              task_manager=task_manager(False), bootstrap_iters=1000)
-    scores = {task: metrics_of(task, output, known, scorer)
-              for task in (output["results"] if output else ())}
+    scores = {task: metrics_of(task, output, known, scorer) for task in output["results"]}
     if name in scores or len(scores) == 1:  # prompts are counted over the members of a group
         scores[name if name in scores else next(iter(scores))]["truncated"] = len(scorer.truncated)
     return scores

@@ -15,7 +15,7 @@ from plainllama.evaluation.irt import LETTERS, Known
 from plainllama.evaluation.likelihood import Scorer
 from plainllama.parallel import World
 from plainllama.settings import UserError
-from plainllama.text.kinds import opened
+from plainllama.text.documents import opened
 
 SHOTS = 5  # worked examples before a question, as MMLU has them (https://arxiv.org/abs/2009.03300)
 BLANK = re.compile(r"(?<!\w)_(?!\w)")  # what a choice is to be put in for
@@ -34,12 +34,6 @@ class Item(NamedTuple):
     question: str = ""
     letters: bool = False
 
-    @property
-    def solved(self) -> str:
-        """Write the item as a worked example."""
-        context, continuation = self.pairs[self.right]
-        return f"{context}{continuation}\n\n"
-
 
 class Task(NamedTuple):
     """A task that can be scored."""
@@ -56,36 +50,32 @@ def find_tasks(flags: Any, world: World) -> tuple[dict[str, Task], list[str]]:
     uses the network and estimates, then the others read what it fetched. Collective."""
     tasks: dict[str, Task] = {}
     unavailable: list[str] = []
-    asked = [name.strip() for name in flags.tasks.split(",") if name.strip()]
-    names = world.decide(lambda: make_tasks(asked, flags, True, tasks, unavailable))
+
+    def make(names: list[str]) -> list[str]:
+        known, tiny = None, any(map(is_tiny, names))
+        if world.rank == 0 and tiny:
+            known = irt.load(flags.irt_file)
+        elif world.rank == 0 and flags.irt_file:
+            raise UserError("--irt_file is for tinyMMLU; name it, or a local:FILE of that name")
+        shots = read_local(flags.shots, None, flags.answers) if flags.shots else []
+        for name in names:
+            estimates = known if is_tiny(name) else None
+            prefix, colon, _ = name.partition(":")
+            try:
+                maker = MAKERS.get(prefix + colon, lm_eval_task)
+                tasks[name] = maker(name, flags, shots, estimates)
+            except lm_eval_tasks.Unavailable as error:
+                reason = f"no {name}: {error}; or score a file: --tasks=local:FILE.jsonl"
+                if estimates and estimates.unavailable:
+                    reason += f"; irt, pirt, gpirt: {estimates.unavailable}"
+                unavailable.append(reason)
+        return list(tasks)  # those that could be made
+
+    asked = dict.fromkeys(name.strip() for name in flags.tasks.split(",") if name.strip())
+    names = world.decide(lambda: make(list(asked)))
     if world.rank > 0 and names:
-        make_tasks(names, flags, False, tasks, unavailable)
+        make(names)
     return tasks, unavailable
-
-
-def make_tasks(names: list[str], flags: Any, estimate: bool, tasks: dict[str, Task],
-               unavailable: list[str]) -> list[str]:
-    """Add tasks to `tasks` and reasons to `unavailable`, on one rank; the names that could be made.
-    `estimate`: tinyMMLU's scores come with irt's estimates."""
-    known = None
-    if estimate and any(map(is_tiny, names)):
-        known = irt.load(flags.irt_file)
-    elif estimate and flags.irt_file:
-        raise UserError("--irt_file is for tinyMMLU; name it, or a local:FILE of that name, in "
-                        "--tasks")
-    shots = read_local(flags.shots, None, flags.answers) if flags.shots else []
-    for name in dict.fromkeys(names):
-        estimates = known if is_tiny(name) else None
-        prefix, colon, _ = name.partition(":")
-        try:
-            make = MAKERS.get(prefix + colon, lm_eval_task)
-            tasks[name] = make(name, flags, shots, estimates)
-        except lm_eval_tasks.Unavailable as error:
-            reason = f"no {name}: {error}; or score a file: --tasks=local:FILE.jsonl"
-            if estimates and estimates.unavailable:
-                reason += f"; irt, pirt, gpirt: {estimates.unavailable}"
-            unavailable.append(reason)
-    return list(tasks)
 
 
 def is_tiny(name: str) -> bool:
@@ -148,9 +138,12 @@ def local_item(row: dict, shots: list[Item] | None, answers: str = "auto") -> It
     `answers`: letters, the choices are listed and their letters scored, as MMLU asks it; full, the
     choices themselves are scored; auto, letters where a row names its `subject`.
     """
-    prompt = "context" if "context" in row else "question"
-    continues = prompt == "context" and "choices" not in row
-    return KINDS[prompt, "continuation" if continues else "choices"](row, shots, answers)
+    text = prompt = field(row, "context" if "context" in row else "question")
+    if "context" in row and "choices" not in row:
+        return Item(continued(text, [field(row, "continuation")]), 0, question=text)
+    if "context" not in row and (text.rstrip().endswith("?") or text.startswith("Question:")):
+        prompt = f"Question: {text.removeprefix('Question:').strip()}\nAnswer:"
+    return choices_item(row, text, prompt, shots, answers)
 
 
 def field(row: dict, name: str, kind: Any = str) -> Any:
@@ -161,50 +154,29 @@ def field(row: dict, name: str, kind: Any = str) -> Any:
     return row[name]
 
 
-def continuation_item(row: dict, *_) -> Item:
-    """Ask whether greedy decoding of the context gives the continuation."""
-    context = field(row, "context")
-    return Item(continued(context, [field(row, "continuation")]), 0, question=context)
-
-
-def question_item(row: dict, *how) -> Item:
-    """Ask which choice answers the question."""
-    question = prompt = field(row, "question")
-    if question.rstrip().endswith("?") or question.startswith("Question:"):
-        prompt = f"Question: {question.removeprefix('Question:').strip()}\nAnswer:"
-    return choices_item(row, question, prompt, *how)
-
-
-def context_item(row: dict, *how) -> Item:
-    """Ask which choice goes on from the context, without any words added."""
-    return choices_item(row, field(row, "context"), row["context"], *how)
-
-
-# (what is asked, what is scored) -> the maker of the Item; to add one: a function, this entry,
-# local_item's choice, tests/test_eval.py
-KINDS: dict[tuple[str, str], Callable] = {("context", "continuation"): continuation_item,
-                                          ("question", "choices"): question_item,
-                                          ("context", "choices"): context_item}
-
-
 def choices_item(row: dict, text: str, prompt: str, shots: list | None, answers: str) -> Item:
     """Ask for one of a row's choices: by its letter, in the blank of `text`, or after `prompt`."""
     choices, answer = field(row, "choices", list), field(row, "answer", str | int)
     right, subject = right_choice(answer, choices), str(row.get("subject") or "")
     letters = answers == "letters" or (answers == "auto" and "subject" in row)
     blank = BLANK.search(text)
-    if letters:
-        pairs = lettered(text, choices)
+    if letters:  # as MMLU asks for them
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+        listed = "\n".join([text.strip(), *lines, "Answer:"])
+        pairs = [(listed, f" {letter}") for letter in LETTERS[:len(choices)]]
     elif blank and text[blank.end():].strip():
         pairs = [(f"{text[:blank.start()]}{choice}", text[blank.end():]) for choice in choices]
     else:
         pairs = continued(prompt, choices)
-    front = worked_examples(shots or [], subject)
+    fitting = [shot for shot in shots or [] if shot.subject in ("", subject)]
+    if shots and subject and not fitting:
+        raise UserError(f"--shots has no example of the subject {subject}")
+    front = "".join("".join(shot.pairs[shot.right]) + "\n\n" for shot in fitting[:SHOTS])
     if letters and shots is not None and (subject or shots):
         about = f" about {subject.replace('_', ' ')}" if subject else ""
         front = f"The following are multiple choice questions (with answers){about}.\n\n{front}"
-    return Item([(front + context, continuation) for context, continuation in pairs], right,
-                subject, text, letters)
+    pairs = [(front + context, continuation) for context, continuation in pairs]
+    return Item(pairs, right, subject, text, letters)
 
 
 def right_choice(answer: str | int, choices: list) -> int:
@@ -221,26 +193,11 @@ def right_choice(answer: str | int, choices: list) -> int:
     return place
 
 
-def lettered(question: str, choices: list) -> list[tuple[str, str]]:
-    """Ask for a letter, as MMLU does."""
-    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-    prompt = "\n".join([question.strip(), *lines, "Answer:"])
-    return [(prompt, f" {letter}") for letter in LETTERS[:len(choices)]]
-
-
 def continued(context: str, texts: list) -> list[tuple[str, str]]:
     """Pair a context with continuations, with a space in front where none would be between them."""
     spaced = not context or context[-1].isspace()
     return [(context, text if spaced or text[:1].isspace() else f" {text}")
             for text in map(str, texts)]
-
-
-def worked_examples(shots: list[Item], subject: str) -> str:
-    """Join the worked examples of a subject; UserError if there are only others."""
-    fitting = [shot for shot in shots if shot.subject in ("", subject)]
-    if shots and subject and not fitting:
-        raise UserError(f"--shots has no example of the subject {subject}")
-    return "".join(shot.solved for shot in fitting[:SHOTS])
 
 
 # ---- scores
@@ -254,7 +211,10 @@ def score_local(name: str, items: list[Item], known: Known | None, scorer: Score
     nats = [np.array([likelihood.nats for likelihood in row]) for row in rows]
     right = np.array([row.argmax() == item.right if len(row) > 1 else likelihoods[0].greedy
                       for item, row, likelihoods in zip(items, nats, rows, strict=True)])
-    scorer.keep(name, items, rows, right)
+    scorer.samples[name] = [
+        {"doc_id": i, "target": str(item.right), "arguments": item.pairs,
+         "resps": [[likelihood] for likelihood in row], "acc": float(hit)}
+        for i, (item, row, hit) in enumerate(zip(items, rows, right, strict=True))]
     metrics: dict = mean("acc", right)
     if len(rows[0]) > 1:
         sizes = [np.array([max(1, len(text.strip())) for _, text in item.pairs]) for item in items]
@@ -307,8 +267,8 @@ def passkey_prompts(scorer: Scorer, length: int) -> list[Passkey]:
     Each is right equally often, so that a model that always says the same scores 0.1 exactly.
     """
     def longest(lines: int) -> int:
-        pairs = [scorer.pair(case.prompt, f" {case.key}") for case in passkeys(lines, length)]
-        return max(len(prompt) + len(key) for prompt, key in pairs) - 1  # the key is not read
+        texts = [f"{case.prompt} {case.key}" for case in passkeys(lines, length)]
+        return max(len(scorer.encode(text)) for text in texts) - 1  # the key is not read
 
     bare, eight = longest(0), longest(8)
     lines = int((length - bare) / (eight - bare) * 8) + 1  # nearly: pieces may merge between lines
@@ -333,9 +293,8 @@ def score_passkey(limit: int, scorer: Scorer) -> dict:
                              for name in ("length", "depth", "key"))
     right = likeliest == keys
     metrics: dict = mean("acc", right)
-    for length in np.unique(lengths):
-        metrics |= mean(f"acc_{length}", right[lengths == length])
-    for depth in np.unique(depths):
-        metrics |= mean(f"acc_depth_{depth:.0%}", right[depths == depth])
+    for label, values in (("acc_{}", lengths), ("acc_depth_{:.0%}", depths)):
+        for value in np.unique(values):
+            metrics |= mean(label.format(value), right[values == value])
     return {"passkey": metrics | {"chance": 0.1, "n": len(cases),
                                   "truncated": len(scorer.truncated)}}

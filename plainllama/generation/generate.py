@@ -16,9 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import KVCache, Linear, LLaMA
 from plainllama import parallel
-from plainllama.settings import Sampling, UserError
+from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.tokenizer import Tokenizer
-from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import load_model
 
 HALF = "\ufffd"  # what the bytes of an unfinished character decode to
@@ -31,17 +30,16 @@ def allowed(logits: Tensor, s: Sampling) -> Tensor:
     """Divide logits (B, V) by the temperature, and put those of tokens that must not be drawn at
     -inf."""
     logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature  # <= 0: cannot overflow
-    never = float("-inf")
     if s.top_k:
         least = logits.topk(min(s.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, never)
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if s.top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
         drop = p.cumsum(-1) - p >= s.top_p  # those before it are enough
         drop[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), never)
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
     p = logits.softmax(-1)
-    return logits.masked_fill(p < s.min_p * p.amax(-1, keepdim=True), never)
+    return logits.masked_fill(p < s.min_p * p.amax(-1, keepdim=True), -torch.inf)
 
 
 def choose(logits: Tensor, s: Sampling, seen: Tensor, draw: Tensor) -> Tensor:
@@ -94,8 +92,7 @@ def compile_step(model: LLaMA, rows: int, capacity: int, must: bool) -> Compiled
         generate(model, [[0]], 3, Sampling(temperature=0), [0], compiled=compiled)
         return compiled
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory with {rows} rows of {capacity} tokens; take a smaller "
-                        "--batch") from None
+        raise UserError(f"no memory for {rows} rows of {capacity} tokens; lower --batch") from None
     except Exception as error:  # no compiler, an old one, a broken cache: anything
         problem = f"torch.compile fails here ({parallel.why_not(error)})"
         if must:
@@ -115,10 +112,9 @@ class Row:
 
     def take(self, token: int, stop_ids: Collection[int], watch: Watch | None) -> None:
         """Add the next token and see whether the text ends; one that has ended takes none."""
-        if self.ended:
-            return
-        if token in stop_ids:
+        if not self.ended and token in stop_ids:
             self.ended = "eos"
+        if self.ended:
             return
         self.new.append(token)
         if len(self.new) == self.room:
@@ -160,18 +156,15 @@ class Batch:
         self.seen.scatter_(1, self.tokens[:, None], True)
         return self.tokens.tolist()
 
-    def drop_finished(self) -> None:
-        """Go on without the rows that have ended once they are half of all: it copies the cache."""
-        going = [i for i, row in enumerate(self.rows) if not row.ended]
-        if 2 * len(going) > len(self.rows):
-            return
-        self.rows = [self.rows[i] for i in going]
-        kept = torch.tensor(going, device=self.tokens.device)
-        self.cache.keep(kept)
-        self.seen, self.draws, self.tokens = self.seen[kept], self.draws[kept], self.tokens[kept]
-
     def advance(self) -> None:
-        """Feed the newest tokens to the model, for the logits of the next."""
+        """Feed the newest tokens to the model, for the logits of the next. The rows that have ended
+        are left behind once they are half of all, not before: it copies the cache."""
+        going = [i for i, row in enumerate(self.rows) if not row.ended]
+        if not self.compiled and 2 * len(going) <= len(self.rows):
+            kept = torch.tensor(going, device=self.seen.device)
+            self.cache.keep(kept)
+            self.rows, self.tokens = [self.rows[i] for i in going], self.tokens[kept]
+            self.seen, self.draws = self.seen[kept], self.draws[kept]
         # A row that has ended goes on with length 0: it writes where nobody looks any more.
         lengths = [0 if row.ended else len(row.prompt) + len(row.new) - 1 for row in self.rows]
         self.cache.lengths.copy_(torch.tensor(lengths))
@@ -199,8 +192,6 @@ def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampli
             row.take(token, stop_ids, watch)
         if all(row.ended for row in rows):
             break
-        if not compiled:
-            batch.drop_finished()
         batch.advance()
     return [(row.new, row.ended) for row in rows]
 
@@ -268,10 +259,10 @@ def complete(model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]], max_n
 # ---- ids -> states
 
 @torch.no_grad()
-def embed(model: LLaMA, prompts: list[list[int]], pool: str, layers: slice) -> Tensor:
+def embed(model: LLaMA, prompts: list[list[int]], pool: str, layers: str) -> Tensor:
     """Compute the prompts' states, fp32 (B, C) on the host: of the last token or the mean over all
-    tokens (`pool`: last | mean), padding never counted, and the mean over `layers` of the
-    n_layer + 1 states that model.hidden names."""
+    tokens (`pool`: last | mean), padding never counted, and the mean over `layers`, --layers of
+    the n_layer + 1 states that model.hidden names."""
     device = model.rope_cos.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
@@ -280,7 +271,7 @@ def embed(model: LLaMA, prompts: list[list[int]], pool: str, layers: slice) -> T
     pooled: list[Tensor] = []  # (B, C) each; the whole states are not kept
     model.hidden(ids.to(device), watch=lambda x: pooled.append(
         torch.einsum("btc,bt->bc", x.float(), weight)))
-    return torch.stack(pooled[layers]).mean(0).cpu()
+    return torch.stack(pooled[layers_of(layers, len(pooled))]).mean(0).cpu()
 
 
 def layers_of(text: str, count: int) -> slice:
@@ -298,13 +289,7 @@ def layers_of(text: str, count: int) -> slice:
 
 # ---- from a checkpoint
 
-def load(ckpt: str, device: str, dtype: str) -> tuple[LLaMA, Tokenizer, Path]:
-    """Return the model of --ckpt, ready to decode, its tokenizer, and the checkpoint's folder."""
-    folder = checkpoint.find_checkpoint(ckpt)
-    return ready(folder, parallel.pick_device(device), dtype), Tokenizer.load(folder), folder
-
-
-def ready(folder: Path, device: str | torch.device, dtype: str) -> LLaMA:
+def load(folder: Path, device: str | torch.device, dtype: str) -> LLaMA:
     """Load a checkpoint's model with all its matrices, trained or frozen, cast once instead of at
     every token: the same numbers."""
     kind = parallel.pick_dtype(dtype, torch.device(device))
@@ -313,3 +298,32 @@ def ready(folder: Path, device: str | torch.device, dtype: str) -> LLaMA:
         if isinstance(module, Linear):
             module.weight.data = module.weight.data.to(kind)
     return model
+
+
+# ---- from a model in training
+
+class RunSamples:
+    """The text that a run draws at each evaluation: one prompt, the same draws every time.
+    `why_none`: why there will be none, or ''."""
+
+    def __init__(self, config: Settings, data: Path):
+        self.config, self.why_none = config, ""
+        self.wanted = config.sample_tokens > 0 and config.block_size > 1
+        if not self.wanted:
+            return
+        try:
+            self.tokenizer = Tokenizer.load(data)
+        except ImportError:  # training itself does not need the library
+            self.why_none = "there is no `tokenizers` package"
+            return
+        self.prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(config.sample_prompt)]
+        if len(self.prompt) >= config.block_size:
+            raise UserError(f"sample_prompt has {len(self.prompt)} tokens, and the context of "
+                            f"{config.block_size} must hold it and at least one more; shorten it")
+
+    def draw(self, model: LLaMA) -> dict:
+        """Draw a text: {prompt, completion, stop}."""
+        [(stop, text, _)] = complete(model, self.tokenizer, [self.prompt],
+                                     self.config.sample_tokens, Sampling(),
+                                     [row_seed(self.config.seed, 0)], [])
+        return {"prompt": self.config.sample_prompt, "completion": text, "stop": stop}

@@ -11,31 +11,12 @@ from plainllama.report.runs import RunFolder, load
 from plainllama.results import read_scores
 from plainllama.settings import UserError
 
-CARD = """---
-{license_line}library_name: transformers
-pipeline_tag: text-generation
-tags: [llama, plainllama]
----
-# {name}
-
-A LLaMA of {total:,} parameters ({inner:,} without embeddings), trained from text by plainllama, a
-LLaMA trainer in plain PyTorch. The weights are {dtype}. Licence: {license}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
-ids = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=50)
-print(tokenizer.decode(ids[0], skip_special_tokens=True))
-```
-"""
-
 
 def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tuple[int, int]) -> str:
     """Write README.md: what the model is, how it was trained and what it scored, from its run's
     files. `flags`: export.py's; `counts`: all parameters, those without embeddings. The curve
     becomes a picture in `folder`."""
-    text = CARD.format(
+    text = Path(__file__).with_name("card.md").read_text("utf-8").format(
         license=flags.license or "not stated", name=flags.push or Path(flags.to).name,
         license_line=f"license: {flags.license}\n" if flags.license else "", dtype=flags.dtype,
         total=counts[0], inner=counts[1], trust=", trust_remote_code=True" if flags.code else "")

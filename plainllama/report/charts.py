@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,7 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A curve as it is drawn; `metric` is its class in the style below."""
+    """A curve as it is drawn; `metric` is its class in style.css."""
 
     number: int  # which label is its own, and which color
     metric: str
@@ -49,16 +48,8 @@ CHARTS = (
 )
 COLORS = ("#3b7dd8", "#e07020", "#1f9d6b", "#b355c0", "#a58300", "#e0455f")  # on white and on black
 LEFT, RIGHT, HEIGHT = 70, 458, 200  # of the box in a chart in which the curves lie
-STYLE = """
-:root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1e21; --soft: #666b73; --rule: #ddd }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15171a; --ink: #e6e7e9; --soft: #9aa0a8; --rule: #34383d } }
-svg { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round }
-text { font: 14px system-ui, sans-serif; fill: var(--soft) } rect { fill: var(--paper) }
-.x { text-anchor: middle } .y { text-anchor: end } .rule { stroke: var(--rule); stroke-width: 1 }
-.curve path { stroke: currentColor } .curve polygon { fill: currentColor; opacity: .25 }
-.loss { opacity: .5 }
-"""
+# of charts, here and in the page; the rest of the page's style is in page.html
+STYLE = Path(__file__).with_name("style.css").read_text("utf-8")
 
 
 def charts(groups: list[list[RunFolder]], out: Path,
@@ -93,7 +84,7 @@ def chart_block(chart: Chart, labels: list[str], lines: list[Line], out: Path) -
     """Draw a chart; it is also written as a picture beside `out`, with its style."""
     svg = draw(chart, labels, lines)
     picture = out.with_name(f"{out.stem}_{chart.metrics[0]}.svg")
-    picture.write_text(svg.replace(">", f"><style>{STYLE}</style>", 1), "utf-8", "replace")
+    picture.write_text(svg.replace(">", f"><style>\n{STYLE}</style>", 1), "utf-8", "replace")
     return Block(svg, f"![{as_markdown(chart.title)}]({picture.name})")
 
 
@@ -111,9 +102,7 @@ def draw(chart: Chart, labels: list[str], lines: list[Line]) -> str:
         return LEFT + (RIGHT - LEFT) * step / final
 
     def down(value: float) -> float:
-        share = (value - low) / (high - low)
-        if log:
-            share = math.log(value / low) / math.log(high / low)
+        share = math.log(value / low, high / low) if log else (value - low) / (high - low)
         return top + HEIGHT * (1 - share)
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 {bottom + 46}" '
@@ -132,7 +121,7 @@ def draw(chart: Chart, labels: list[str], lines: list[Line]) -> str:
     return "".join(parts) + "</svg>"
 
 
-def draw_line(line: Line, across: Callable, down: Callable) -> str:
+def draw_line(line: Line, across, down) -> str:
     """Return a curve as SVG, with its band if it has one. `across` and `down` place its points."""
     def corners(height: str) -> list[str]:
         return [f"{across(point.step):.1f},{down(getattr(point, height)):.1f}"

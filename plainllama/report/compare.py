@@ -9,10 +9,9 @@ import math
 import statistics
 from pathlib import Path
 
-from plainllama import settings
 from plainllama.files import read_json, write_json
 from plainllama.report.runs import RunFolder
-from plainllama.settings import UserError
+from plainllama.settings import Settings, UserError
 
 FORMAT = 1
 # keys that change neither what is learned nor how, but for rounding, or that the data's hash covers
@@ -28,7 +27,7 @@ T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 def recipe(config: dict) -> dict:
     """Return what of a config makes a run's curve; keys that it is older than have their
     defaults."""
-    known = vars(settings.Settings())
+    known = vars(Settings())
     return {name: config.get(name, known[name]) for name in sorted(known) if name not in ELSEWHERE}
 
 
@@ -40,32 +39,28 @@ def evaluations(run: RunFolder) -> list[tuple[int, float]]:
     return pairs
 
 
-def data_hash(run: RunFolder) -> str:
-    """Return the hash of the manifest of a run's data set."""
-    return run.info["data"].get("manifest_sha256", "unknown")
-
-
-def differing(ours: dict, theirs: dict) -> str:
-    """Return 'learning_rate=0.001 (0.003), …' of keys that are not equal; '' if all are."""
-    return ", ".join(f"{name}={ours.get(name)} ({theirs.get(name)})"
-                     for name in sorted(ours.keys() | theirs.keys())
-                     if ours.get(name) != theirs.get(name))
+def check_same(run: RunFolder, whose: str | Path, config: dict, data: dict) -> None:
+    """UserError if a run has another data set or another recipe than `config` and `data` say."""
+    our_hash, their_hash = (one.get("manifest_sha256", "") for one in (run.info["data"], data))
+    if our_hash != their_hash:
+        raise UserError(f"{run.name} was trained on another data set than {whose}: it has the "
+                        f"hash {our_hash[:12]}, the reference's {their_hash[:12]}")
+    theirs = recipe(config)
+    differing = [f"{name}={value} ({theirs[name]})"
+                 for name, value in recipe(run.info["config"]).items() if value != theirs[name]]
+    if differing:
+        raise UserError(f"{run.name} is of another recipe than {whose}: {', '.join(differing)}")
 
 
 def save(runs: list[RunFolder], path: Path) -> str:
     """Write the curves of finished runs that differ in their seed alone; say what was done."""
-    first = runs[0]
-    seeds = [run.info["config"].get("seed") for run in runs]
+    first, seeds = runs[0], [run.info["config"].get("seed") for run in runs]
     if path.exists():
         raise UserError(f"{path} is there; remove it to make it anew (--compare only reads it)")
     for run in runs:
         if run.status.get("state") != "done":
-            raise UserError(f"{run.name} is {run.status.get('state', 'not done')}; a reference is "
-                            "made of finished runs")
-        if keys := differing(recipe(run.info["config"]), recipe(first.info["config"])):
-            raise UserError(f"{run.name} is of another recipe than {first.name}: {keys}")
-        if data_hash(run) != data_hash(first):
-            raise UserError(f"{run.name} was trained on another data set than {first.name}")
+            raise UserError(f"{run.name} is {run.status.get('state', 'begun')}; finish it first")
+        check_same(run, first.name, first.info["config"], first.info["data"])
     if len(set(seeds)) < len(seeds):
         raise UserError(f"the runs have the seeds {seeds}; each needs one of its own")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,39 +72,28 @@ def save(runs: list[RunFolder], path: Path) -> str:
     return f"{len(runs)} run(s) -> {path}"
 
 
-def read(path: Path) -> dict:
-    """Read a reference file: its recipe, its data's hash and its curves, which are a dict of tokens
-    -> validation loss for every seed. UserError if it is none."""
-    if not path.exists():
-        raise UserError(f"no file {path}; reference/ holds the curves that are kept")
+def read(path: Path, run: RunFolder) -> list[dict[int, float]]:
+    """Read a reference's curves, a dict of tokens -> validation loss for every seed. UserError if
+    the file is none, or not of the run's data set and recipe."""
     stored = read_json(path, tolerant=True)
     try:
         if stored["format"] > FORMAT:
-            raise UserError(f"{path} has format {stored['format']}, newer than this program's "
-                            f"{FORMAT}; update it")
-        curves = [dict(run["evaluations"]) for run in stored["runs"]]
-        if not curves:
-            raise ValueError
-        return {"curves": curves, "hash": stored["data"]["manifest_sha256"],
-                "recipe": recipe(stored["recipe"])}
+            raise UserError(f"{path} has a format newer than this program's {FORMAT}; update it")
+        curves = [dict(seed["evaluations"]) for seed in stored["runs"]]
+        config, data = dict(stored["recipe"]), dict(stored["data"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a file of reference curves") from None
+        raise UserError(f"no file of reference curves: {path}; reference/ holds some") from None
+    check_same(run, path, config, data)
+    return curves
 
 
-def compare(run: RunFolder, path: Path) -> list[str]:
-    """Return lines that say how far a run's validation losses are from the reference's, in standard
-    deviations between its seeds. UserError where data set or recipe are not the same."""
-    reference = read(path)
-    curves = reference["curves"]
-    if data_hash(run) != reference["hash"]:
-        raise UserError(f"{run.name} was trained on another data set than {path}: its manifest has "
-                        f"the hash {data_hash(run)[:12]}, the reference's {reference['hash'][:12]}")
-    if keys := differing(recipe(run.info["config"]), reference["recipe"]):
-        raise UserError(f"{run.name} is of another recipe than {path}: {keys}")
-    lines, verdict = [], ""
+def compare(run: RunFolder, path: Path) -> str:
+    """Say how far a run's validation losses are from the reference's, in standard deviations
+    between its seeds. UserError where data set or recipe are not the same."""
+    curves, lines = read(path, run), []
     for tokens, loss in evaluations(run):
         losses = [curve[tokens] for curve in curves if tokens in curve]
-        if len(losses) < len(curves):
+        if not losses or len(losses) < len(curves):
             continue
         mean = statistics.fmean(losses)
         line = f"{tokens:>15,} tokens: {loss:.4f} nats, reference {mean:.4f}"
@@ -122,7 +106,7 @@ def compare(run: RunFolder, path: Path) -> list[str]:
         lines.append(line)
     if not lines:
         raise UserError(f"{run.name} has no evaluation at the tokens of one in {path}")
-    return [*lines, f"{run.name} and {path}: at the last of these {verdict}"]
+    return "\n".join([*lines, f"{run.name} and {path}: at the last of these {verdict}"])
 
 
 def where(sigmas: float, seeds: int) -> str:

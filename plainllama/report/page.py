@@ -2,83 +2,55 @@
 
 import json
 import shlex
-import time
-from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from html import escape
-from itertools import pairwise
 from pathlib import Path
+from string import Template
 
-from plainllama import settings
 from plainllama.command import read_config
 from plainllama.report.blocks import Block, heading, paragraph, short, side_by_side, table_block
 from plainllama.report.charts import STYLE, Chart, Line, Point, chart_block, charts
 from plainllama.report.runs import RunFolder, grouped, is_number
 from plainllama.results import Score, measured
-from plainllama.settings import UserError
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>{style}
-body {{ margin: auto; max-width: 85rem; padding: 1rem; overflow-wrap: break-word;
-  font: 16px/1.5 system-ui, sans-serif; background: var(--paper); color: var(--ink) }}
-h2 {{ margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--rule) }}
-p, pre {{ max-width: 50rem }} pre {{ white-space: pre-wrap }} div {{ overflow-x: auto }}
-svg {{ width: min(100%, 27rem); margin: .3rem 0 }} tr:first-child {{ font-weight: bold }}
-table {{ border-collapse: collapse; font-size: .9rem; margin: 1rem 0 }}
-td {{ vertical-align: top; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid var(--rule) }}
-@media (max-width: 40rem) {{ td {{ padding-right: .5rem; overflow-wrap: anywhere }} }}
-</style></head><body>
-{body}
-<script type="application/json" id="data">{data}</script></body></html>
-"""
+from plainllama.settings import Settings, UserError
 
 
 def write_page(runs: list[RunFolder], out: Path) -> Path:
     """Write the page, its pictures and its Markdown twin, whose path is returned."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    blocks = page(runs, out)
+    title = ", ".join(run.name for run in runs)
+    blocks = [heading(title, 1), *(paragraph(outcome(run)) for run in runs)]
+    for name, panel in PANELS.items():
+        blocks += [heading(name, 2), *panel(runs, out)]
     # without a < nothing in the data can end the element that holds it
     data = json.dumps({"runs": [vars(run) for run in runs]}).replace("<", "\\u003c")
-    html = PAGE.format(title=escape(", ".join(run.name for run in runs)), style=STYLE,
-                       body="\n".join(block.html for block in blocks), data=data)
+    template = Template(Path(__file__).with_name("page.html").read_text("utf-8"))
+    html = template.substitute(title=escape(title), style=STYLE, data=data,
+                               body="\n".join(block.html for block in blocks))
     out.write_text(html, "utf-8", "replace")
     twin = out.with_suffix(".md")
-    markdown = "\n\n".join(block.markdown for block in blocks)
-    twin.write_text(f"{markdown}\n", "utf-8", "replace")
+    twin.write_text("\n\n".join(block.markdown for block in blocks) + "\n", "utf-8", "replace")
     return twin
-
-
-def page(runs: list[RunFolder], out: Path) -> list[Block]:
-    """Make everything the page says; pictures go beside `out`."""
-    blocks = [heading(", ".join(run.name for run in runs), 1),
-              *(paragraph(outcome(run)) for run in runs)]
-    for title, panel in PANELS.items():
-        blocks += [heading(title, 2), *panel(runs, out)]
-    return blocks
 
 
 def outcome(run: RunFolder) -> str:
     """Say in a sentence what came of a run."""
     timed = [row for row in run.metrics if row.get("tokens_per_second")]
     seconds = sum((row["tokens"] - before["tokens"]) / row["tokens_per_second"]
-                  for before, row in pairwise([{"tokens": 0}, *timed]))
-    counts, device = run.info["parameters"], run.info["device"]
-    return (f"{run.name}: a LLaMA of {short(counts['total'])} parameters, "
-            f"{run.status.get('state', 'begun')} at step {run.last('step')} of "
-            f"{run.info['config']['max_steps']}, after {short(run.last('tokens'))} tokens and "
-            f"{timedelta(seconds=round(seconds))} of training on {device['count']} x "
-            f"{device['name']}: validation loss {short(run.last('val_loss'))} nats per token, "
-            f"{short(run.last('val_bpb'))} bits per byte.")
+                  for before, row in zip([{"tokens": 0}, *timed], timed, strict=False))
+    state, device = run.status.get("state", "begun"), run.info["device"]
+    tokens, loss, bits = (short(run.last(name)) for name in ("tokens", "val_loss", "val_bpb"))
+    return (f"{run.name}: a LLaMA of {short(run.info['parameters']['total'])} parameters, {state} "
+            f"at step {run.last('step')} of {run.info['config']['max_steps']}, after {tokens} "
+            f"tokens and {timedelta(seconds=round(seconds))} of training on {device['count']} x "
+            f"{device['name']}: validation loss {loss} nats per token, {bits} bits per byte.")
 
 
 # ---- what was run
 
 def differences(runs: list[RunFolder], out: Path) -> list[Block]:
     """Show every key in which a run differs from the first one's parent config."""
-    base, parent = runs[0].info.get("base"), vars(settings.Settings())
+    base, parent = runs[0].info.get("base"), vars(Settings())
     try:
         for _, layer in read_config(base) if base else ():
             parent |= layer
@@ -193,10 +165,9 @@ def samples(runs: list[RunFolder], out: Path) -> list[Block]:
         steps = sorted({row["step"] for row in run.samples})
         for step in sorted({steps[i] for i in (0, len(steps) // 2, -1) if steps}):
             blocks.append(heading(f"{run.name}, step {step}", 3))
-            for row in run.samples:
-                if row["step"] == step:
-                    text = escape(f"{row.get('prompt', '')}{row.get('completion', '')}")
-                    blocks.append(Block(f"<pre>{text}</pre>", f"<pre>{text}</pre>"))
+            for row in [row for row in run.samples if row["step"] == step]:
+                text = escape(f"{row.get('prompt', '')}{row.get('completion', '')}")
+                blocks.append(Block(f"<pre>{text}</pre>", f"<pre>{text}</pre>"))
     return blocks or [paragraph("No samples yet: sample.py --ckpt RUN --save adds some.")]
 
 
@@ -205,14 +176,14 @@ def environment(runs: list[RunFolder], out: Path) -> list[Block]:
     names = ("config_file", "started", "data", "device", "git", "versions")
     columns = [{name: run.info.get(name) for name in names} for run in runs]
     for column in columns:
-        begin = time.gmtime(column["started"] or 0)
-        column["started"] = time.strftime("%Y-%m-%d %H:%M UTC", begin)
+        started = datetime.fromtimestamp(column["started"] or 0, UTC)
+        column["started"] = f"{started:%Y-%m-%d %H:%M UTC}"
     return [side_by_side([run.name for run in runs], columns)]
 
 
 # what the page shows, in order: title -> function of the runs and the page's path, in whose folder
 # pictures are written. To add a panel: an entry here, its function, a test.
-PANELS: dict[str, Callable[[list[RunFolder], Path], list[Block]]] = {
+PANELS = {
     "What was run": differences,
     "Curves": lambda runs, out: charts(grouped(runs), out),
     "Scores": lambda runs, out: [*growth(runs, out), *baselines(runs), *scores(runs)],

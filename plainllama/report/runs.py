@@ -47,9 +47,8 @@ def load(folder: Path) -> RunFolder:
         raise UserError(f"{folder}/metrics.jsonl holds no rows yet; come back after a few steps")
     evals = [read_json(path) for path in (folder / "eval").glob("step_*.json")]
     evals.sort(key=lambda evaluation: evaluation.get("step", 0))
-    name = "/".join(folder.resolve().parts[-2:])
-    return RunFolder(name, info, metrics, read_json(folder / "status.json"),
-                     read_rows(folder / "samples.jsonl"), evals)
+    return RunFolder("/".join(folder.resolve().parts[-2:]), info, metrics,
+                     read_json(folder / "status.json"), read_rows(folder / "samples.jsonl"), evals)
 
 
 def grouped(runs: list[RunFolder]) -> list[list[RunFolder]]:

@@ -1,14 +1,266 @@
-"""Records -> documents: what is dropped, what is cut, in bounded memory."""
+"""Files -> records -> documents, in bounded memory: how each kind of file is read, what is dropped.
 
+To add a kind: a reader, its entry in KINDS, and a file of it in KINDS of tests/test_prepare.py.
+"""
+
+import contextlib
+import gzip
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import itertools
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
-from plainllama.settings import UserError
-from plainllama.text import kinds
-from plainllama.text.kinds import KINDS, Dropped, Piece, chunks_of, naming_damage, records_of
+from plainllama.settings import UserError, ceil_div, install
 
+# The memory is bounded: what is longer is cut before a space, inside a word only if it has none ...
+DOCUMENT = 16 << 20  # utf-8 bytes
+LINE = 64 << 20  # ... and a line of .jsonl that is longer is dropped
+PART = 64 << 20  # bytes of text that a worker takes at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive records of one file."""
+
+    path: str  # on this machine
+    label: str  # in messages and in the manifest: the same on every machine
+    kind: str  # a key of KINDS
+    column: str
+    size: int  # bytes of text, roughly
+    start: int = 0  # first byte (.jsonl) or the row group (.parquet)
+    stop: int = sys.maxsize
+    skip: int = 0  # records left out at its start
+    take: int = sys.maxsize
+
+
+class Dropped(str):
+    """Stands for the text of a record that has none; the rule that drops it."""
+
+
+# Where a record begins (a byte or a row), and its text in chunks, decoded when they are read.
+Record = tuple[int, Iterable[str]]
+
+
+# ---- packings
+
+class Packing(NamedTuple):
+    """How a file is unpacked."""
+
+    open: Callable
+    growth: int  # bytes of text in a packed byte: a guess, for the plan
+    seekable: bool = True  # it can be read from the middle on
+
+
+def open_zst(path: str):
+    """Open a file that zstd packed."""
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+
+
+PLAIN = Packing(partial(open, mode="rb"), 1)
+PACKINGS = {".gz": Packing(gzip.open, 3), ".xz": Packing(lzma.open, 4),
+            ".zst": Packing(open_zst, 3, seekable=False)}
+
+
+def packing_of(path: str) -> Packing:
+    """Tell how a file is packed by its name."""
+    return PACKINGS.get(Path(path).suffix, PLAIN)
+
+
+def opened(path: str):
+    """Open a file for its bytes, unpacked."""
+    return packing_of(path).open(path)
+
+
+# ---- .txt: a file is a record
+
+def text_records(piece: Piece) -> Iterator[Record]:
+    """Read a file as one record, in chunks that bound the memory."""
+    with opened(piece.path) as file:
+        yield 0, (decoded(chunk, i == 0) for i, chunk in enumerate(chunks_of(file)))
+
+
+def decoded(chunk: bytes, begins_file: bool = False) -> str:
+    """Decode a chunk of text; a byte order mark may begin a file."""
+    try:
+        return chunk.decode("utf-8-sig" if begins_file else "utf-8")
+    except UnicodeError:
+        return Dropped("invalid utf-8")
+
+
+def chunks_of(file) -> Iterator[bytes]:
+    """Read a file's bytes by at most DOCUMENT, cut before a space or else before a character."""
+    data = file.read(DOCUMENT + 1)
+    while len(data) > DOCUMENT:
+        end = data.rfind(b" ", DOCUMENT // 2, DOCUMENT)
+        if end < 0:
+            end = DOCUMENT
+            while end > DOCUMENT - 4 and data[end] & 0xC0 == 0x80:
+                end -= 1
+        yield data[:end]
+        data = data[end:] + file.read(DOCUMENT + 1 - len(data[end:]))
+    yield data
+
+
+# ---- .jsonl: a line is a record
+
+def line_pieces(file: Piece, few: int) -> Iterator[Piece]:
+    """Cut a file between lines; one that can only be read from its start stays whole."""
+    packing = packing_of(file.path)
+    packed = packing is not PLAIN
+    share = ceil_div(file.size, few) if packed else min(PART, file.size // 12)
+    step = max(64 << 10, share if packing.seekable else file.size)
+    for start in range(0, file.size, step):
+        stop = min(file.size, start + step)
+        end = sys.maxsize if packed and stop == file.size else stop  # the size is a guess
+        yield replace(file, size=stop - start, start=start, stop=end)
+
+
+def line_records(piece: Piece) -> Iterator[Record]:
+    """Read the lines whose first byte lies in the piece; blank ones are no records."""
+    with opened(piece.path) as file:
+        at = 0
+        if piece.start:
+            file.seek(piece.start - 1)
+            at = piece.start - 1 + skip_line(file)
+        while at < piece.stop and (line := file.readline(LINE)):
+            size = len(line)
+            if size == LINE and not line.endswith(b"\n"):
+                size += skip_line(file)
+                yield at, [Dropped(f"line over {LINE >> 20} MB")]
+            elif not line.isspace():
+                yield at, map(partial(text_in, piece.column, at == 0), [line])
+            at += size
+
+
+def text_in(column: str, begins_file: bool, line: bytes) -> str:
+    """Take the text out of a line of JSON."""
+    text = decoded(line, begins_file)
+    if isinstance(text, Dropped):
+        return text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        return Dropped("broken line")
+    if column not in record:
+        return Dropped(f"no column {column!r}, only {', '.join(record)[:200]}")
+    if not isinstance(record[column], str):
+        return Dropped("text is not a string")
+    if b"\\u" in line and re.search("[\ud800-\udfff]", record[column]):
+        return Dropped("invalid utf-8")  # half a surrogate pair, escaped
+    return record[column]
+
+
+def skip_line(file) -> int:
+    """Pass over the rest of a line; return its bytes."""
+    size = 0
+    while line := file.readline(LINE):
+        size += len(line)
+        if line.endswith(b"\n"):
+            break
+    return size
+
+
+def line_place(piece: Piece, at: int) -> str:
+    """Number the line that begins at byte `at` of the piece's file."""
+    with opened(piece.path) as file:
+        chunks = (file.read(min(1 << 20, at - done)) for done in range(0, at, 1 << 20))
+        return ":" + str(1 + sum(chunk.count(b"\n") for chunk in chunks))
+
+
+# ---- .parquet: a row is a record
+
+def row_pieces(file: Piece, few: int) -> Iterator[Piece]:
+    """Cut a file into its row groups."""
+    path, column = file.path, file.column
+    try:
+        import pyarrow.parquet as pq
+
+        table = pq.ParquetFile(path)
+    except ImportError as error:
+        raise UserError(f"{path}: {error}; {install('data')}") from None
+    names = table.schema_arrow.names
+    if column not in names:
+        raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}; say which is "
+                        f"the text: --sources=\"{{'path': '{path}', 'column': '{names[0]}'}}\"")
+    kind = str(table.schema_arrow.field(column).type)
+    if not re.search("string|binary", kind) or "<" in kind.removeprefix("dictionary<values="):
+        raise UserError(f"{path}: column {column!r} is {kind}, not text")
+    for i in range(table.num_row_groups):
+        group = table.metadata.row_group(i)
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema == column:
+                yield replace(file, size=chunk.total_uncompressed_size, start=i)
+
+
+def row_records(piece: Piece) -> Iterator[Record]:
+    """Read the rows of a row group; as bytes, so that invalid utf-8 costs no other row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20)
+    row = sum(table.metadata.row_group(i).num_rows for i in range(piece.start))
+    size = piece.size // max(table.metadata.row_group(piece.start).num_rows, 1)
+    rows = max(1, min(128, LINE // 8 // max(size, 1)))
+    for batch in table.iter_batches(rows, [piece.start], [piece.column]):
+        for value in batch.column(0).cast(pa.large_binary()).to_pylist():
+            yield row, [Dropped("text is not a string") if value is None else decoded(value)]
+            row += 1
+
+
+# ---- the table
+
+class Kind(NamedTuple):
+    """How files of a kind are read."""
+
+    pieces: Callable[[Piece, int], Iterable[Piece]]  # a file, how many of a packed one -> its cuts
+    records: Callable[[Piece], Iterator[Record]]
+    place: Callable[[Piece, int], str]  # where a record lies in the file, for messages
+    packable: bool = True
+
+
+KINDS = {
+    ".txt": Kind(lambda file, few: [file], text_records, lambda piece, at: ""),
+    ".jsonl": Kind(line_pieces, line_records, line_place),
+    ".parquet": Kind(row_pieces, row_records, lambda piece, at: f" row {1 + at}", packable=False),
+}
+
+
+def kind_of(name: str) -> str:
+    """Tell a file's kind, a key of KINDS, by its name; '' if it is unknown."""
+    for kind, reader in KINDS.items():
+        packed = [kind + packing for packing in PACKINGS if reader.packable]
+        if name.endswith((kind, *packed)):
+            return kind
+    return ""
+
+
+def records_of(piece: Piece) -> Iterator[Record]:
+    """Read those records of a piece that its `skip` and `take` leave."""
+    return itertools.islice(KINDS[piece.kind].records(piece), piece.skip, piece.take)
+
+
+@contextlib.contextmanager
+def naming_damage(path: str) -> Iterator[None]:
+    """Make a UserError that names the file of what is raised for one that is damaged."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path} is damaged or cut short: {error}") from None
+
+
+# ---- records -> documents
 
 @dataclass(frozen=True)
 class Rules:
@@ -29,9 +281,6 @@ class Rules:
         if 0 < self.max_chars < len(text):
             return f"over {self.max_chars} characters"
         return ""
-
-
-KEEP_ALL = Rules()
 
 
 class Tally(dict):
@@ -56,7 +305,7 @@ class Part:
     """What a worker must know of a part."""
 
     pieces: list[Piece]
-    rules: Rules = KEEP_ALL
+    rules: Rules = Rules()
     repeated: dict[int, str] = field(default_factory=dict)  # text i -> the rule that drops it
 
     @property
@@ -64,29 +313,22 @@ class Part:
         """Bytes of text, roughly."""
         return sum(piece.size for piece in self.pieces)
 
-    def texts(self, dropped: Tally, cut: Tally | None = None) -> Iterator[str]:
-        """Read the part's documents."""
-        return documents(self.pieces, dropped, self.rules, cut, self.repeated)
 
+def documents(parts: Iterable[Part], dropped: Tally, cut: Tally | None = None) -> Iterator[str]:
+    """Read the texts of the parts, those over DOCUMENT in several.
 
-def documents(pieces: Iterable[Piece], dropped: Tally, rules: Rules = KEEP_ALL,
-              cut: Tally | None = None, repeated: Mapping[int, str] | None = None) -> Iterator[str]:
-    """Read the texts of the pieces, those over DOCUMENT in several.
-
-    What is dropped by a rule, or cut, is counted, and the first of each named. `repeated` names the
-    rule that drops text i of those that would come out without it.
+    What is dropped by a rule, or cut, is counted, and the first of each named.
     """
-    number = 0
-    for piece in pieces:
-        for text, where in texts_of(piece, dropped, rules, cut):
-            if repeated and number in repeated:
-                dropped.note(repeated[number], where)
+    for part in parts:
+        pieces = (texts_of(piece, part.rules, dropped, cut) for piece in part.pieces)
+        for number, (text, where) in enumerate(itertools.chain.from_iterable(pieces)):
+            if number in part.repeated:
+                dropped.note(part.repeated[number], where)
             else:
                 yield text
-            number += 1
 
 
-def texts_of(piece: Piece, dropped: Tally, rules: Rules,
+def texts_of(piece: Piece, rules: Rules, dropped: Tally,
              cut: Tally | None) -> Iterator[tuple[str, Callable[[], str]]]:
     """Read the texts of a piece that the rules keep, each with what names its place."""
     with naming_damage(piece.path):
@@ -96,18 +338,17 @@ def texts_of(piece: Piece, dropped: Tally, rules: Rules,
             for chunk in chunks:
                 rule = rules.broken_by(chunk)
                 if rules.strict and isinstance(chunk, Dropped):
-                    raise UserError(f"{where()}: {rule}; mend it, or leave out --strict: it is then"
-                                    " skipped and counted")
+                    raise UserError(f"{where()}: {rule}; mend it, or skip it without --strict")
                 if rule:
                     dropped.note(rule, where)
                     continue
-                texts = cut_up(chunk)
-                if kept == 0:
-                    dropped.records += 1
-                if cut is not None and kept <= 1 < kept + len(texts):
-                    cut.note(f"document over {kinds.DOCUMENT >> 20} MB", where)
-                kept += len(texts)
-                yield from ((text, where) for text in texts)
+                for text in cut_up(chunk):
+                    kept += 1
+                    if kept == 1:
+                        dropped.records += 1
+                    if kept == 2 and cut is not None:
+                        cut.note(f"document over {DOCUMENT >> 20} MB", where)
+                    yield text, where
 
 
 def place_of(piece: Piece, at: int) -> str:
@@ -117,7 +358,7 @@ def place_of(piece: Piece, at: int) -> str:
 
 def cut_up(text: str) -> list[str]:
     """Cut a text over DOCUMENT into several."""
-    if 4 * len(text) <= kinds.DOCUMENT:
+    if 4 * len(text) <= DOCUMENT:
         return [text]
     return [chunk.decode() for chunk in chunks_of(io.BytesIO(text.encode()))]
 
@@ -127,7 +368,7 @@ def beginnings(parts: list[Part], size: int) -> Iterator[str]:
     share = size / max(sum(part.size for part in parts), 1)
     for part in parts:
         budget = part.size * share
-        for text in part.texts(Tally()):
+        for text in documents([part], Tally()):
             yield text
             budget -= len(text)
             if share < 1 and budget <= 0:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plainllama.settings import UserError, install
-from plainllama.text.documents import Part, Tally
+from plainllama.text.documents import Part, Tally, documents
 from plainllama.text.workers import NOTES, Worker, own_folder, run_workers
 
 SCAN = 16 << 20  # characters read before any work: bad input is met before anything is written
@@ -49,30 +48,25 @@ def choose_hold_out(parts: list[Part], fraction: float) -> HoldOut:
     """
     bound, smallest, largest, size, count = int(fraction * 2**64), 2**64, -1, 0, 0
     dropped = Tally()
-    for text in itertools.chain.from_iterable(part.texts(dropped) for part in parts):
+    for text in documents(parts, dropped):
         smallest, largest = min(smallest, text_hash(text)), max(largest, text_hash(text))
         size, count = size + len(text), count + 1
-        if size > SCAN and dropped.records > 1 and (not bound or smallest < bound <= largest):
+        settled = not bound or smallest < bound <= largest  # both splits have a document
+        if size > SCAN and dropped.records > 1 and settled:
             break
     if count == 0:
-        raise UserError(nothing_left(dropped))
+        reasons = [f"{entry['count']} {rule} (first {entry['first']})"
+                   for rule, entry in dropped.items()]
+        if any(rule.startswith("no column") for rule in dropped):
+            reasons.append("name another: --sources=\"{'path': 'my.jsonl', 'column': 'content'}\"")
+        raise UserError(f"sources: no document is left; dropped: {'; '.join(reasons)}")
     if bound and dropped.records == 1 < count:
         return HoldOut(END_OF_THE_ONE, int(size * (1 - fraction)))
-    if not bound or smallest < bound <= largest:
+    if settled:
         return HoldOut(HASH, bound)
     if smallest == largest:
         return HoldOut(END_OF_EACH, fraction=fraction)
     return HoldOut(HASH, largest if largest < bound else smallest + 1)
-
-
-def nothing_left(dropped: Tally) -> str:
-    """Say why there is no document."""
-    reasons = [f"{entry['count']} {rule} (first {entry['first']})"
-               for rule, entry in dropped.items()]
-    if any(rule.startswith("no column") for rule in dropped):
-        reasons.append("another column is named like this: --sources=\"{'path': 'my.jsonl', "
-                       "'column': 'content'}\"")
-    return f"sources: no document is left; dropped: {'; '.join(reasons)}"
 
 
 def placed(texts: Iterable[str], hold_out: HoldOut) -> Iterator[tuple[str, str]]:
@@ -112,13 +106,12 @@ class Marks(NamedTuple):
     mark: Callable[[str], np.ndarray]  # text -> (width,)
     dtype: str
     width: int
-    bands: int  # rows that agree in one of as many bands are compared, ...
-    neighbours: int  # ... each with so many before it: by chance others may stand between
+    bands: int  # rows that agree in one of as many bands are compared
 
 
 DEDUP = {
-    "exact": Marks("duplicate", lambda text: np.array([text_hash(text)]), "<u8", 1, 1, 1),
-    "near": Marks("near duplicate", signature, "<u4", 4 * BANDS, BANDS, 3),
+    "exact": Marks("duplicate", lambda text: np.array([text_hash(text)]), "<u8", 1, 1),
+    "near": Marks("near duplicate", signature, "<u4", 4 * BANDS, BANDS),
 }
 
 
@@ -137,7 +130,7 @@ def make_marks(folder: Path, dedup: str, worker: Worker, number: int, part: Part
     """Write the marks (documents, width) of a part."""
     kind = DEDUP[dedup]
     marks = []
-    for text in part.texts(Tally()):
+    for text in documents([part], Tally()):
         marks.append(kind.mark(text))
         worker.report(number, 1, 0, len(text.encode()))
     with own_folder(folder) as own:
@@ -161,7 +154,7 @@ def repeats(marks: np.ndarray, kind: Marks) -> np.ndarray:
         bits = np.ascontiguousarray(marks[:, band[0]:band[-1] + 1]).view("<u8")
         keys = (bits[:, 0] * np.uint64(0x9E3779B97F4A7C15)) ^ bits[:, -1]
         order = np.argsort(keys, kind="stable")  # rows with one key in the order of the corpus
-        for back in range(1, 1 + kind.neighbours):
+        for back in (1, 2, 3):  # one that agrees in this band by chance may stand between
             first, second = order[:-back], order[back:]
             pairs = np.flatnonzero(keys[first] == keys[second])
             for chunk in np.split(pairs, range(1 << 14, len(pairs), 1 << 14)):
@@ -179,8 +172,6 @@ def without_repeats(folder: Path, parts: list[Part], dedup: str) -> list[Part]:
             marks = np.load(marks_of(folder, number))
             marks.tofile(file)
             sizes.append(len(marks))
-    if sum(sizes) == 0:
-        return parts
     repeated = repeats(np.memmap(path, kind.dtype, "r").reshape(-1, kind.width), kind)
     path.unlink()
     by_part = np.split(repeated, np.cumsum(sizes)[:-1])

@@ -15,47 +15,53 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from plainllama.settings import UserError, install
-from plainllama.text import kinds
-from plainllama.text.kinds import KINDS, Piece, either, kind_of, naming_damage, records_of
+from plainllama.text import documents
+from plainllama.text.documents import KINDS, Part, Piece, kind_of, naming_damage, records_of
 
+KEYS = {"path": str, "column": str, "slice": str, "max_documents": int}  # of a source
 SPOOLED: list = []  # standard input as files, kept until the program ends
 
 
 # ---- sources -> files -> parts
 
-@dataclass(frozen=True)
-class Source:
-    """One of the sources, as the rooms below need it."""
-
-    path: str
-    column: str
-    first: int  # of the records that are taken, ...
-    stop: int  # ... and the one after the last
-    given: dict  # as the user gave it
-
-
-def described(sources: object) -> list[Source]:
-    """Read the config key `sources`. UserError for an item that is none."""
-    items = sources if isinstance(sources, list | tuple) else [sources]
-    return [source_of({"path": item} if isinstance(item, str) else item) for item in items]
+def described(sources: object) -> list[dict]:
+    """Read the config key `sources` as a list of dicts. UserError for an item that is none."""
+    items: list = list(sources) if isinstance(sources, list | tuple) else [sources]
+    items = [{"path": item} if isinstance(item, str) else item for item in items]
+    for item in items:
+        if not (isinstance(item, dict) and item.get("path")
+                and all(type(value) is KEYS.get(key) for key, value in item.items())
+                and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))):
+            raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
+                            "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
+    return items
 
 
-def source_of(item) -> Source:
-    """Read an item of `sources`."""
-    keys = {"path": str, "column": str, "slice": str, "max_documents": int}
-    if not (isinstance(item, dict) and item.get("path")
-            and all(type(value) is keys.get(key) for key, value in item.items())
-            and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))):
-        raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
-                        "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
-    first, stop = (int(number or 0) for number in item.get("slice", ":").split(":"))
-    stop = min(stop or sys.maxsize, first + item.get("max_documents", sys.maxsize))
-    return Source(item["path"], item.get("column", "text"), first, stop, item)
+def survey(sources: object, known: Sequence[dict] = ()) -> tuple[list[dict], list[Part]]:
+    """Give what the manifest says of the sources, and all their records cut into parts.
+
+    Both are functions of the sources alone; `known` is what an earlier run gave. Raises UserError
+    for what cannot be read.
+    """
+    records: list[dict] = []
+    pieces: list[Piece] = []
+    for i, source in enumerate(described(sources)):
+        path = source["path"]
+        record, files = files_of(path, known[i] if known else {})
+        prints = {label: fingerprint(file) for label, file in files}
+        if path == "embedded":  # a thousand names, as one
+            digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
+            prints = {f"{len(files)} files": digest}
+        records.append({"path": path, **record, "files": prints})
+        if not any(file.stat().st_size for _, file in files):
+            raise UserError(f"sources: {path} is empty")
+        pieces += pieces_of(source, [whole_file(source, label, file) for label, file in files])
+    return records, parts_of(pieces)
 
 
 def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
@@ -63,11 +69,10 @@ def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
     if path.startswith("hf:"):
         return hub_files(path, known)
     if path == "-":
-        spool = tempfile.NamedTemporaryFile(prefix="stdin-")  # noqa: SIM115
-        shutil.copyfileobj(sys.stdin.buffer, spool)
-        spool.flush()
-        SPOOLED.append(spool)
-        return {}, [("-", Path(spool.name))]
+        SPOOLED.append(tempfile.NamedTemporaryFile(prefix="stdin-"))  # noqa: SIM115
+        shutil.copyfileobj(sys.stdin.buffer, SPOOLED[-1])
+        SPOOLED[-1].flush()
+        return {}, [("-", Path(SPOOLED[-1].name))]
     if path == "embedded":
         return {}, embedded_files()
     folder = os.path.isdir(path)
@@ -75,8 +80,8 @@ def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
     matches = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
     matches = [p for p in matches if os.path.isfile(p) and (not folder or kind_of(p))]
     if not matches:
-        raise UserError(f"sources: {path} is no file, and no glob or folder that holds a "
-                        f"{either(KINDS)} file")
+        raise UserError(f"sources: {path} is no file, and no glob or folder with a file of a known "
+                        f"kind ({', '.join(KINDS)})")
     root = path if folder else os.path.commonpath(map(os.path.dirname, matches))
     return {}, sorted((os.path.relpath(p, root or "."), Path(p)) for p in matches)
 
@@ -108,8 +113,7 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
             import datasets
 
             # asked first because it fails at once, where `datasets` retries for half a minute
-            revision = again(lambda: hub.HfApi().dataset_info(
-                name, revision=revision, timeout=20)).sha
+            revision = again(hub.HfApi().dataset_info, name, revision=revision, timeout=20).sha
             splits = datasets.load_dataset_builder(name, revision=revision).config.data_files or {}
             if split not in splits:
                 raise UserError(f"{path}: no split {split!r}; there are {', '.join(splits)}")
@@ -117,8 +121,9 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
         files = []
         for number, label in enumerate(sorted(known["files"]), 1):
             print(f"{path}: file {number} of {len(known['files'])}, {label}", flush=True)
-            files.append((label, Path(again(lambda label=label: hub.hf_hub_download(  # type: ignore
-                name, label, repo_type="dataset", revision=revision, etag_timeout=20)))))
+            file = again(hub.hf_hub_download, name, label, repo_type="dataset", revision=revision,
+                         etag_timeout=20)
+            files.append((label, Path(file)))
         return {"revision": revision}, files
     except ImportError as error:
         raise UserError(f"{path}: {error}; {install('data')}") from None
@@ -126,17 +131,16 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
         raise
     except Exception as error:  # whatever the two libraries and the network raise
         listed = "; its files: " + ", ".join(known["files"])[:200] if known else ""
-        raise UserError(f"{path} is not to be had from the hub ({type(error).__name__}: "
-                        f"{str(error)[:300]}). What is downloaded stays, the same command goes on. "
-                        f"Offline: copy the {either(KINDS)} files of datasets/{name} into a folder "
-                        f"and say --sources=PATH{listed}") from None
+        raise UserError(f"{path}: {type(error).__name__}: {str(error)[:300]}. Try again: what is "
+                        f"downloaded stays. Offline: copy the files of datasets/{name} into a "
+                        f"folder and say --sources=PATH{listed}") from None
 
 
-def again(ask: Callable):
-    """ask(), tried again after a second and after three if the network or the server failed."""
+def again(ask: Callable, *args, **options):
+    """ask(...), tried again after a second and after three if network or server failed."""
     for seconds in (1, 3, None):
         try:
-            return ask()
+            return ask(*args, **options)
         except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", 500)
             may_pass = (status >= 500 or status == 429) and os.environ.get("HF_HUB_OFFLINE") != "1"
@@ -145,76 +149,55 @@ def again(ask: Callable):
             time.sleep(seconds)
 
 
-def survey(sources: list[Source], known: list[dict]) -> tuple[list[dict], list[list[Piece]]]:
-    """Give what the manifest says of the sources, and all their records cut into parts.
-
-    Both are functions of the sources alone. Raises UserError for what cannot be read.
-    """
-    records: list[dict] = []
-    pieces: list[Piece] = []
-    for i, source in enumerate(sources):
-        record, files = files_of(source.path, known[i] if known else {})
-        prints = {label: fingerprint(path) for label, path in files}
-        if source.path == "embedded":  # a thousand names, as one
-            digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
-            prints = {f"{len(files)} files": digest}
-        records.append({"path": source.path, **record, "files": prints})
-        if not any(path.stat().st_size for _, path in files):
-            raise UserError(f"sources: {source.path} is empty")
-        pieces += pieces_of(source, [whole_file(source, label, path) for label, path in files])
-    return records, parts_of(pieces)
-
-
-def parts_of(pieces: list[Piece]) -> list[list[Piece]]:
-    """Join pieces to parts of about PART bytes of text; small corpora have several too."""
-    target = min(kinds.PART, max(64 << 10, sum(piece.size for piece in pieces) // 12))
-    parts: list[list[Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        size += piece.size
-        if size > target and parts[-1]:
-            parts.append([])
-            size = piece.size
-        parts[-1].append(piece)
-    return parts
-
-
 def fingerprint(path: Path) -> str:
     """Hash of a file's size and ends: tells at once that a source is not what it was."""
     size, end = path.stat().st_size, 64 << 10
     with open(path, "rb") as file:
-        ends = file.read(end)
+        start = file.read(end)
         file.seek(max(0, size - end))
-        ends += file.read(end)
-    return hashlib.blake2b(b"%d" % size + ends, digest_size=8).hexdigest()
+        return hashlib.blake2b(b"%d" % size + start + file.read(end), digest_size=8).hexdigest()
 
 
-def whole_file(source: Source, label: str, path: Path) -> Piece:
+def whole_file(source: dict, label: str, path: Path) -> Piece:
     """Describe a file of a source. UserError if its kind is unknown."""
-    kind = ".txt" if source.path == "embedded" else kind_of(path.name)
-    if source.path == "-":
+    kind = ".txt" if source["path"] == "embedded" else kind_of(path.name)
+    if source["path"] == "-":
         kind = ".jsonl" if path.open("rb").read(1 << 16).lstrip().startswith(b"{") else ".txt"
     if not kind:
-        packable = [name for name, reader in KINDS.items() if reader.packable]
-        raise UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}, and "
-                        f"{either(packable)} with {either(kinds.PACKINGS)}")
-    size = path.stat().st_size * kinds.packing_of(str(path)).growth
-    return Piece(str(path), label, kind, source.column, size)
+        raise UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}, also packed: "
+                        f"{', '.join(documents.PACKINGS)}")
+    size = path.stat().st_size * documents.packing_of(str(path)).growth
+    return Piece(str(path), label, kind, source.get("column", "text"), size)
 
 
-def pieces_of(source: Source, files: list[Piece]) -> Iterator[Piece]:
+def pieces_of(source: dict, files: list[Piece]) -> Iterator[Piece]:
     """Cut files into the smallest pieces worth a worker's while, of the records that are taken."""
+    first, stop = (int(number or 0) for number in source.get("slice", ":").split(":"))
+    stop = min(stop or sys.maxsize, first + source.get("max_documents", sys.maxsize))
     # a packed file has few pieces, because each is reached by unpacking what is before it
     few = min(4, max(1, 8 // len(files)))
     seen = 0  # records before a piece
     for file in files:
         with naming_damage(file.path):
             for piece in KINDS[file.kind].pieces(file, few):
-                if source.stop < sys.maxsize or source.first > seen:
-                    records = itertools.islice(records_of(piece), max(0, source.stop - seen))
+                if stop < sys.maxsize or first > seen:
+                    records = itertools.islice(records_of(piece), max(0, stop - seen))
                     count = sum(1 for _ in records)
-                    skip = min(count, max(0, source.first - seen))
+                    skip = min(count, max(0, first - seen))
                     piece = replace(piece, skip=skip, take=count)
                     seen += count
                 if piece.skip < piece.take:
                     yield piece
+
+
+def parts_of(pieces: list[Piece]) -> list[Part]:
+    """Join pieces to parts of about PART bytes of text; small corpora have several too."""
+    target = min(documents.PART, max(64 << 10, sum(piece.size for piece in pieces) // 12))
+    parts, size = [Part([])], 0
+    for piece in pieces:
+        size += piece.size
+        if size > target and parts[-1].pieces:
+            parts.append(Part([]))
+            size = piece.size
+        parts[-1].pieces.append(piece)
+    return parts

@@ -60,35 +60,29 @@ def run_workers(folder: Path, make: Callable, parts: dict[int, Part], workers: i
     counters = context.Array("q", len(COUNTS) + max(parts) + 1)
     overview = Overview(folder, parts, counters)
     count = worker_count(workers, len(parts))
-    if count > 1:
-        with ProcessPoolExecutor(count, context, start_worker, (load, counters)) as pool:
-            run_pool(pool, make, parts, overview)
-    else:
+    if count == 1:
         ours = Worker(loaded, counters, overview.update)
         for number, part in parts.items():
             make(ours, number, part)
             overview.waiting.remove(number)
             overview.update()
-
-
-def run_pool(pool: ProcessPoolExecutor, make: Callable, parts: dict[int, Part],
-             overview: "Overview") -> None:
-    """Have the pool make the parts; kill its processes at an error and at Ctrl-C, ..."""
-    # ... also when it comes while workers start, who inherit that it waits
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    futures = {pool.submit(work, make, number, part): number for number, part in parts.items()}
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        while futures:
-            for future in wait(futures, 0.25, FIRST_COMPLETED).done:
-                future.result()
-                overview.waiting.remove(futures.pop(future))
-            overview.update()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.kill()  # at once: what they hold is made again
-        raise
+        return
+    with ProcessPoolExecutor(count, context, start_worker, (load, counters)) as pool:
+        # Ctrl-C waits while workers start, who inherit that; then it kills them, as any error does
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        futures = {pool.submit(work, make, number, part): number for number, part in parts.items()}
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            while futures:
+                for future in wait(futures, 0.25, FIRST_COMPLETED).done:
+                    future.result()
+                    overview.waiting.remove(futures.pop(future))
+                overview.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()  # at once: what they hold is made again
+            raise
 
 
 # ---- in a process of the pool
@@ -98,15 +92,14 @@ def start_worker(load: Callable[[], Any] | None, counters) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with, args=[multiprocessing.parent_process()], daemon=True).start()
     POOL.append(Worker(load() if load else None, counters, lambda: None))
 
 
-def die_with_parent() -> None:
+def die_with(parent) -> None:
     """End this process when the one that started it has gone, killed or not."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
+    parent.join()
+    os._exit(1)
 
 
 def work(make: Callable, number: int, part: Part) -> None:
@@ -132,11 +125,7 @@ class Overview(Progress):
         least = size + size * len(self.waiting) // len(self.sizes) // 10
         total = max(sum(self.sizes.values()), least) if self.waiting else size
         self.total = total // 1000
-        if self.waiting:
-            self.add(size // 1000 - self.done)
-        else:
-            self.done = self.total
-            self.show()
+        self.add(size // 1000 - self.done, last=not self.waiting)
 
     def details(self, seconds: float) -> str:
         """Say what the line says beside bytes and time."""

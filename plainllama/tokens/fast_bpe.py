@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plainllama.tokens.tokenizer_json import list_steps
-from plainllama.tokens.vocabulary import BYTE_LEVEL, BYTES, CUT_LIKE, SPACES, SPLIT
+from plainllama.tokens.vocabulary import BYTE_LEVEL, BYTES, CUT_LIKE, SPACES, SPLIT, replace
 
 # The pattern by which tiktoken cuts words as BYTE_LEVEL does.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -21,8 +21,7 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 # superscript two.)
 WORDS = [r" *[^\W_²]+| *(?:[^\w ]|[_²])+| +", r" *[^ ]+| +"]
 # Sentencepiece writes spaces as ▁, one more of them in front of a text.
-SENTENCEPIECE = [{"type": "Prepend", "prepend": "▁"},
-                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+SENTENCEPIECE = [{"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")]
 UNUSED = -1  # in a table of ids: this rank has no more of them
 Encoder = Callable[[str, bool], np.ndarray]  # (text, does it begin a document) -> ids (n,)
 
@@ -36,24 +35,23 @@ class Units(NamedTuple):
     cuts_alike: bool  # the tokenizer cuts words just so; else no piece may reach over a cut
 
 
-def make_fast_encoder(spec: dict, model, kind: np.dtype) -> Encoder | None:
+def make_fast_encoder(spec: dict, merger, kind: np.dtype) -> Encoder | None:
     """Make an encoder by tiktoken, whose ids are of dtype `kind`; None where they would be others
-    than those of `spec`, a parsed tokenizer.json, and `model`, its merge engine of `tokenizers`."""
-    vocab, merges = spec["model"]["vocab"], spec["model"].get("merges")
-    if (spec["model"]["type"] != "BPE" or merges is None or spec["model"].get("ignore_merges")
-            or not all(entry["special"] for entry in spec["added_tokens"])):
+    than those of `spec`, a parsed tokenizer.json, and `merger`, its model in `tokenizers`."""
+    model, added = spec["model"], {entry["content"] for entry in spec["added_tokens"]}
+    ordinary = [entry for entry in spec["added_tokens"] if not entry["special"]]
+    if model["type"] != "BPE" or model.get("ignore_merges") or ordinary:
         return None
-    added = {entry["content"] for entry in spec["added_tokens"]}
-    pieces = {piece: i for piece, i in vocab.items() if piece not in added}
+    pieces = {piece: i for piece, i in model["vocab"].items() if piece not in added}
     units = sentencepiece_units(spec, pieces) or byte_level_units(spec, pieces)
-    made = made_pieces(merges)
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    # Pairs in a row that make the same piece (as a sentencepiece model has them) count once.
+    made = [piece for piece, _ in itertools.groupby("".join(pair) for pair in pairs)]
     if (not units or set(made) - units.utf8.keys() or len(set(made)) < len(made)
-            or any(len(model.tokenize(piece)) > 1 for piece in made)):
+            or any(len(merger.tokenize(piece)) > 1 for piece in made)):
         return None  # no order of pieces gives the order of merges, or one is not reached by them
-    try:
-        import tiktoken
-    except ImportError:
-        return None
+    import tiktoken
+
     ids_of = units.ids_of | {units.utf8[piece]: [pieces[piece]] for piece in made}
     ranks = {text: rank for rank, text in enumerate(ids_of)}
     for cut in units.cuts:
@@ -65,13 +63,6 @@ def make_fast_encoder(spec: dict, model, kind: np.dtype) -> Encoder | None:
     return None
 
 
-def made_pieces(merges: list) -> list[str]:
-    """List what merges make, in their order; the pairs in a row that make the same piece (as a
-    sentencepiece model has them) count once."""
-    joined = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-    return [piece for piece, _ in itertools.groupby(joined)]
-
-
 def byte_level_units(spec: dict, pieces: dict[str, int]) -> Units | None:
     """List the units of a byte-level BPE: the 256 bytes. None if `spec` is of another kind or cuts
     words in a way that has no pattern here."""
@@ -80,8 +71,7 @@ def byte_level_units(spec: dict, pieces: dict[str, int]) -> Units | None:
     characters = set("".join(pieces))
     if not cuts or spec.get("normalizer") or not characters <= BYTES.keys() <= pieces.keys():
         return None
-    byte_of = {ord(character): byte for character, byte in BYTES.items()}
-    utf8 = {piece: piece.translate(byte_of).encode("latin-1") for piece in pieces}
+    utf8 = {piece: bytes(BYTES[character] for character in piece) for piece in pieces}
     return Units({utf8[piece]: [pieces[piece]] for piece in BYTES}, utf8, cuts, cuts_alike=True)
 
 
@@ -110,7 +100,6 @@ def make_encoder(engine, ids_of: dict[bytes, list[int]], kind: np.dtype, spaces:
     """Make the encoder by a tiktoken engine whose ranks are written with `ids_of`: one id or, of
     characters without a piece, up to three. With `spaces` it reads text as sentencepiece does."""
     table = np.array(list(itertools.zip_longest(*ids_of.values(), fillvalue=UNUSED))).T  # (R, 3)
-    first = table[:, 0].astype(kind)
     has_more = (table[:, 1:] != UNUSED).any(1)
 
     def encode(text: str, begins: bool) -> np.ndarray:
@@ -118,7 +107,7 @@ def make_encoder(engine, ids_of: dict[bytes, list[int]], kind: np.dtype, spaces:
             text = (" " + text if begins and text else text).replace("▁", " ")
         ranks = engine.encode_to_numpy(text, disallowed_special=())
         if not has_more[ranks].any():
-            return first[ranks]
+            return table[ranks, 0].astype(kind)
         ids = table[ranks]
         return ids[ids != UNUSED].astype(kind)
 

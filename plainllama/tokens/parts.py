@@ -10,10 +10,10 @@ from pathlib import Path
 
 from plainllama.files import file_entry, read_json, write_json
 from plainllama.settings import Settings
-from plainllama.text.documents import Part, Tally, beginnings
+from plainllama.text.documents import Part, Tally, beginnings, documents
 from plainllama.text.selection import HoldOut, placed
 from plainllama.text.workers import COUNTS, NOTES, Worker, own_folder, run_workers, worker_count
-from plainllama.tokens.shards import ShardWriter, token_dtype
+from plainllama.tokens.shards import ShardWriter
 from plainllama.tokens.tokenizer import CUT, Tokenizer, compared, make_tokenizer
 
 SAMPLE = 32 << 20  # characters that bpe:N is trained on
@@ -83,13 +83,13 @@ def make_part(folder: Path, hold_out: HoldOut, worker: Worker, number: int, part
     files: dict = {}
     with own_folder(folder, f"part-{number:05}-") as own:
         writers: dict[str, ShardWriter] = {}
-        for batch in batches(placed(part.texts(dropped, cut), hold_out)):
+        for batch in batches(placed(documents([part], dropped, cut), hold_out)):
             encoded = tokenizer.encode_documents([text for _, text in batch])
             sizes = [len(text) if text.isascii() else len(text.encode()) for _, text in batch]
             for (split, _), ids, size in zip(batch, encoded, sizes, strict=True):
                 if split not in writers:
-                    dtype = token_dtype(tokenizer.vocab_size)
-                    writers[split] = ShardWriter(Path(own), f"{split}-{number:05}", dtype)
+                    name = f"{split}-{number:05}"
+                    writers[split] = ShardWriter(Path(own), name, tokenizer.kind)
                 writers[split].add(ids)
                 add_counts(splits[split], {"documents": 1, "tokens": len(ids), "bytes": size,
                                            "longest": len(ids)})
@@ -106,7 +106,7 @@ def make_part(folder: Path, hold_out: HoldOut, worker: Worker, number: int, part
 
 
 def batches(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Collect documents by the megabyte."""
+    """Collect documents by the megabyte; the last batch may be empty."""
     batch, size = [], 0
     for item in stream:
         batch.append(item)
@@ -114,8 +114,7 @@ def batches(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
         if size >= BATCH:
             yield batch
             batch, size = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
 # ---- parts -> the manifest
@@ -134,11 +133,9 @@ def add_counts(so_far: dict[str, int], more: dict[str, int]) -> None:
 def finished_part(folder: Path, number: int) -> dict:
     """Read the json of a part whose files are all there, {} if it is not finished."""
     part = read_json(folder / NOTES / f"part-{number:05}.json", tolerant=True)
-    for name, entry in part.get("files", {}).items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
-            return {}
-    return part
+    whole = all((folder / name).is_file() and (folder / name).stat().st_size == entry["size"]
+                for name, entry in part.get("files", {}).items())
+    return part if whole else {}
 
 
 def merged(folder: Path, count: int, spec: str, block_size: int, tokenizer: Tokenizer) -> dict:

@@ -5,14 +5,13 @@ NAME.idx of document starts, the tokenizer, and a manifest that is written last:
 one is unfinished. docs/format.md describes every byte.
 """
 
-import json
 import os
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from plainllama.files import file_entry, sha256, sha256_bytes, sync, write_text
+from plainllama.files import as_json, file_entry, read_json, sha256, sha256_bytes, sync, write_text
 from plainllama.settings import UserError
 
 FORMAT = 1
@@ -62,7 +61,7 @@ class ShardWriter:
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write manifest.json and its hash: from here on the data set is complete."""
-    text = json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n"
+    text = as_json({"format": FORMAT, **manifest})
     write_text(folder / "manifest.sha256", sha256_bytes(text.encode()) + "\n", durable=True)
     write_text(folder / "manifest.json", text, durable=True)
 
@@ -73,28 +72,22 @@ def read_manifest(folder: Path) -> dict:
     if not folder.is_dir():
         raise UserError(f"no data set {folder}; make it with: python prepare.py CONFIG "
                         f"--dataset={folder.name} (--sources=YOUR.txt for text of your own)")
-    path = folder / "manifest.json"
+    path, digest = folder / "manifest.json", folder / "manifest.sha256"
     if not path.is_file():
-        unfinished = any(folder.glob("*.bin")) or any(folder.glob("*.tmp"))
-        raise UserError(f"data set {folder} is unfinished (no manifest.json); run prepare.py again "
-                        "to complete it" if unfinished else
-                        f"{folder} is not a data set: it has no manifest.json")
-    content = path.read_bytes()
-    try:
-        manifest = json.loads(content)
-        version = manifest["format"]
-        if version == FORMAT:  # what readers ask for is there
-            sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
-            _ = manifest["splits"]["train"]["tokens"], manifest["tokenizer"]["vocab_size"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a plainllama manifest ({error!r}); prepare the data set "
-                        "again in an empty folder") from None
-    if version != FORMAT:
-        raise UserError(f"{path} has format {version}, this program reads {FORMAT}; use the "
-                        "plainllama that wrote it, or prepare the data set again")
-    digest, expected = folder / "manifest.sha256", sha256_bytes(content) + "\n"
-    if not digest.is_file() or digest.read_bytes() != expected.encode():
+        begun = any(folder.glob("*.bin")) or any(folder.glob("*.tmp"))
+        raise UserError(f"data set {folder} is unfinished (no manifest.json); run prepare.py again"
+                        if begun else f"{folder} is not a data set: it has no manifest.json")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has format {manifest.get('format')}, this program reads {FORMAT}; "
+                        "use the plainllama that wrote it, or prepare the data set again")
+    if not digest.is_file() or digest.read_bytes() != f"{sha256(path)}\n".encode():
         raise UserError(f"{path} does not match manifest.sha256: one of them is damaged")
+    try:  # what readers ask for is there
+        sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
+        _ = manifest["splits"]["train"]["tokens"], manifest["tokenizer"]["vocab_size"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a plainllama manifest ({error!r}); prepare again") from None
     for name, size in sizes.items():
         file = folder / name
         if Path(name).name != name or file.is_symlink():
@@ -103,19 +96,17 @@ def read_manifest(folder: Path) -> dict:
             raise UserError(f"data set {folder}: {name} is missing; prepare it again")
         if file.stat().st_size != size:
             raise UserError(f"data set {folder}: {name} has {file.stat().st_size} bytes where the "
-                            f"manifest says {size}; it is damaged, prepare it again")
+                            f"manifest says {size}; prepare it again")
     return manifest
 
 
 def verify(folder: Path) -> tuple[int, list[str]]:
-    """Check every byte; returns (0, []) if good, (1, problems) if damaged, (2, [why]) if it is not
-    a data set."""
-    if not (folder / "manifest.json").is_file():
-        return 2, [f"{folder} is not a data set: it has no manifest.json"]
+    """Check every byte; returns (0, []) if good, (1, problems) if damaged, (2, [why]) if there is
+    no manifest: it is not a data set, or an unfinished one."""
     try:
         manifest = read_manifest(folder)
     except UserError as error:
-        return 1, [str(error)]
+        return (1 if (folder / "manifest.json").is_file() else 2), [str(error)]
     problems = [f"{folder / name}: its sha256 is not the manifest's"
                 for name, entry in manifest["files"].items()
                 if sha256(folder / name) != entry["sha256"]]
@@ -128,19 +119,22 @@ def verify(folder: Path) -> tuple[int, list[str]]:
 # ---- reading
 
 class Split:
-    """The token files of one split, joined in order; opened when first read."""
+    """The token files of one split, joined in order; mapped into memory when first asked for.
+
+    A map is kept as a plain array: slices of np.memmap itself are slow.
+    """
 
     def __init__(self, folder: Path, split: str, manifest: dict):
         self.folder, self.split, self.manifest = folder, split, manifest
-        self.names = [name for name in manifest["files"]
-                      if name.startswith(f"{split}-") and name.endswith(".bin")]
-        entries = [manifest["files"][name] for name in self.names]
-        counts = [entry["tokens"] for entry in entries]
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.entries = {name: entry for name, entry in manifest["files"].items()
+                        if name.startswith(f"{split}-") and name.endswith(".bin")}
+        self.names = list(self.entries)
+        counts = [entry["tokens"] for entry in self.entries.values()]
+        self.starts = np.cumsum([0, *counts], dtype=np.int64)
         self.tokens = int(self.starts[-1])
         self.maps: dict[str, np.ndarray] = {}
         vocab = manifest["tokenizer"]["vocab_size"]
-        for name, entry in zip(self.names, entries, strict=True):
+        for name, entry in self.entries.items():
             if entry["largest_id"] >= vocab:
                 raise UserError(f"{folder / name} holds id {entry['largest_id']} but the tokenizer "
                                 f"has {vocab} entries; prepare it again")
@@ -149,38 +143,30 @@ class Split:
         """Map token file i, its header checked against the manifest."""
         name = self.names[i]
         if name not in self.maps:
-            path = self.folder / name
+            path, tokens = self.folder / name, self.entries[name]["tokens"]
             with open(path, "rb") as file:
                 magic, version, width, count = HEADER.unpack(file.read(HEADER.size))
-            if (magic != MAGIC or version != FORMAT or width not in DTYPES
-                    or count != self.manifest["files"][name]["tokens"]):
+            if (magic, version, count) != (MAGIC, FORMAT, tokens) or width not in DTYPES:
                 raise UserError(f"{path}: its header does not match the manifest; prepare it again")
-            self.maps[name] = mapped(path, DTYPES[width], HEADER.size)
+            self.maps[name] = np.asarray(np.memmap(path, DTYPES[width], "r", HEADER.size))
         return self.maps[name]
 
     def index(self, i: int) -> np.ndarray:
         """Map the index of token file i: where documents start in it."""
         name = self.names[i].removesuffix(".bin") + ".idx"
         if name not in self.maps:
-            self.maps[name] = mapped(self.folder / name, np.dtype("<u8"))
+            self.maps[name] = np.asarray(np.memmap(self.folder / name, "<u8", "r"))
         return self.maps[name]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Read tokens start..stop-1 of the joined files, in their stored dtype."""
         i = int(np.searchsorted(self.starts, start, "right")) - 1
-        piece = self.shard(i)[start - self.starts[i]:stop - self.starts[i]]
-        if len(piece) == stop - start:  # nearly always: the window lies in one file
-            return piece
-        pieces = [piece]
-        while sum(map(len, pieces)) < stop - start:
+        pieces = []
+        while start < stop:
+            pieces.append(self.shard(i)[start - self.starts[i]:stop - self.starts[i]])
+            start += len(pieces[-1])
             i += 1
-            pieces.append(self.shard(i)[:stop - self.starts[i]])
-        return np.concatenate(pieces)
-
-
-def mapped(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
-    """Map a file as an array, read when touched. (Slices of np.memmap itself are slow.)"""
-    return np.asarray(np.memmap(path, dtype, "r", offset))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)  # nearly always one
 
 
 def open_split(folder: Path, split: str) -> Split:

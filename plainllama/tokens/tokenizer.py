@@ -1,10 +1,10 @@
 """Text <-> ids: what reads and applies a tokenizer.json.
 
 tokenizer.json is the tokenizer of a data set, a run and a checkpoint. Its ids are the truth;
-tiktoken is a faster engine for them, used once it was seen to agree. What
-train.py needs (boundaries, byte counts, Hugging Face files) is read from the JSON alone: the
-tokenizer libraries are imported only where text is encoded or decoded. vocabulary.py makes the JSON
-of tokenizers that have none.
+tiktoken is a faster engine for them, used once it was seen to agree. What train.py needs
+(boundaries, byte counts, Hugging Face files) is read from the JSON alone: the tokenizer libraries
+are imported only where text is encoded or decoded. vocabulary.py makes the JSON of tokenizers that
+have none.
 """
 
 import contextlib
@@ -19,8 +19,6 @@ from plainllama.settings import UserError, nearest
 from plainllama.tokens import tokenizer_json, vocabulary
 from plainllama.tokens.fast_bpe import make_fast_encoder
 from plainllama.tokens.shards import token_dtype
-from plainllama.tokens.tokenizer_json import complete_and_dump, list_steps, read_spec
-from plainllama.tokens.vocabulary import valid
 
 # sha256 of the tokenizer.json made of them: a data set or run that holds it needs nothing else.
 CONVERTED = {
@@ -54,39 +52,36 @@ class Tokenizer:
         self.bos_token = str(bos)
         self.bos_id: int = ids[self.bos_token]
         self.eos_id: int | None = ids[eos] if eos else None
+        # Without an end token a document ends where the next one begins.
+        self.end_id: int = self.bos_id if self.eos_id is None else self.eos_id
         self.stop_ids: frozenset[int] = frozenset([self.end_id])
         self.kind = token_dtype(self.vocab_size)
         self.cut_words = 0  # how many were longer than CUT so far
-        self._pieces_join = {step["type"] for step in list_steps(spec["decoder"])} == {"ByteLevel"}
+        decoders = tokenizer_json.list_steps(spec["decoder"])
+        self._pieces_join = {step["type"] for step in decoders} == {"ByteLevel"}
         self._fast = make_fast_encoder(spec, self._tokenizers.model, self.kind)
         self.check([SAMPLE])
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
         """Read a tokenizer.json, or the one that a folder holds."""
-        return cls(*read_spec(path), str(path))
+        return cls(*tokenizer_json.read_spec(path), str(path))
 
     @property
     def engine(self) -> str:
         """Name the library that encodes: tiktoken or tokenizers."""
         return "tiktoken" if self._fast else "tokenizers"
 
-    @property
-    def end_id(self) -> int:
-        """Return the id that ends a document: where there is no end token, the next one's begin."""
-        return self.bos_id if self.eos_id is None else self.eos_id
-
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json into `folder`."""
         (Path(folder) / "tokenizer.json").write_bytes(self.json_bytes)
 
     def check(self, texts: Iterable[str]) -> bool:
-        """Compare the faster engine's ids with tokenizer.json's; False, and given up, if other."""
-        if self._fast and any(list(self._fast(text, True)) != self._ids([text])[0]
-                              for text in texts):
+        """Compare the engine's ids with tokenizer.json's own; False, and given up, if other."""
+        same = all(list(self._part(text, True)) == self._ids([text])[0] for text in texts)
+        if not same:
             self.give_up()
-            return False
-        return True
+        return same
 
     def give_up(self) -> None:
         """Use the `tokenizers` library from now on."""
@@ -108,15 +103,14 @@ class Tokenizer:
 
     def _batch(self, texts: list[str]) -> list:
         """Encode each text alone; the ids as lists or arrays."""
-        texts = [valid(text) for text in texts]
+        texts = [vocabulary.valid(text) for text in texts]
         if self._fast or any(len(text) > CUT for text in texts):
             return [self._long(text) for text in texts]
         return self._ids(texts)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Encode by tokenizer.json itself, many texts at once."""
-        encodings = self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [e.ids for e in self._tokenizers.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _part(self, text: str, begins: bool) -> list[int] | np.ndarray:
         """Encode a text or, unless it `begins` one, a later part of a text."""
@@ -125,28 +119,24 @@ class Tokenizer:
     def _long(self, text: str) -> list[int] | np.ndarray:
         """Encode a text of any length, CUT characters at a time, which bounds the memory.
 
-        Engines that begin a text in a way of their own take it whole.
+        It is cut before a space, where the ids are the same as without a cut, or inside a word that
+        is longer than CUT, which is counted. Engines that begin a text in a way of their own take
+        it whole.
         """
         if len(text) <= CUT or not (self._fast or self._pieces_join):
             return self._part(text, True)
         parts, start = [], 0
         while start < len(text):
-            end = self._cut(text, start)
-            parts.append(self._part(text[start:end], start == 0))
-            start = end
+            piece = text[start:start + CUT]
+            if start + CUT < len(text):
+                whole_words = re.match(r"(?s).+\S(?= )", piece)
+                if whole_words:
+                    piece = whole_words[0]
+                else:
+                    self.cut_words += 1
+            parts.append(self._part(piece, start == 0))
+            start += len(piece)
         return np.concatenate(parts, dtype=self.kind, casting="unsafe")
-
-    def _cut(self, text: str, start: int) -> int:
-        """Choose where the part that begins at `start` ends: before a space, where the ids are the
-        same as without a cut, or inside a word that is longer than CUT, which is counted."""
-        end = start + CUT
-        if end >= len(text):
-            return len(text)
-        whole_words = re.match(r"(?s).+\S(?= )", text[start:end])
-        if whole_words:
-            return start + whole_words.end()
-        self.cut_words += 1
-        return end
 
 
 # ---- the config key `tokenizer`
@@ -175,20 +165,17 @@ def find_published(name: str, texts, search: Sequence[Path], network: bool) -> t
     for folder in search:
         file = Path(folder) / "tokenizer.json"
         if file.is_file() and sha256(file) == CONVERTED[name]:
-            return read_spec(file)
+            return tokenizer_json.read_spec(file)
     convert = {"mistral": vocabulary.mistral, "gpt2": vocabulary.gpt2}[name]
-    return complete_and_dump(convert(search, network), name)
+    return tokenizer_json.complete(convert(search, network), name)
 
 
-def train_bpe(name: str, texts: Callable | None, *_) -> tuple[dict, bytes]:
-    """Train the byte-level BPE that bpe:N asks for."""
+def train_bpe(name: str, texts: Callable, *_) -> tuple[dict, bytes]:
+    """Train the byte-level BPE that bpe:N asks for, on the text that `texts` gives."""
     size = name.partition(":")[2]
     if not size.isdecimal() or int(size) < 258:
-        raise UserError(f"tokenizer {name}: bpe:N takes a whole number of entries from 258 up "
-                        "(256 bytes and the two boundary tokens), such as bpe:4096")
-    if texts is None:
-        raise UserError(f"tokenizer {name} is trained on text, and none was given")
-    return complete_and_dump(vocabulary.train(int(size), texts()), name)
+        raise UserError(f"tokenizer {name}: bpe:N takes a whole number from 258 up, as bpe:4096")
+    return tokenizer_json.complete(vocabulary.train(int(size), texts()), name)
 
 
 # (name, texts, search, network) of make_tokenizer -> a parsed tokenizer.json and its bytes. To add
@@ -196,11 +183,11 @@ def train_bpe(name: str, texts: Callable | None, *_) -> tuple[dict, bytes]:
 MAKERS: dict[str, Callable[..., tuple[dict, bytes]]] = {
     "mistral": find_published,
     "gpt2": find_published,
-    "bytes": lambda name, *_: complete_and_dump(vocabulary.single_bytes(), name),
+    "bytes": lambda name, *_: tokenizer_json.complete(vocabulary.single_bytes(), name),
     "bpe:N": train_bpe,
-    "a .model": lambda name, *_: complete_and_dump(
+    "a .model": lambda name, *_: tokenizer_json.complete(
         vocabulary.convert_model(Path(name).read_bytes(), name), name),
-    "a tokenizer.json": lambda name, *_: read_spec(name),
+    "a tokenizer.json": lambda name, *_: tokenizer_json.read_spec(name),
 }
 
 
@@ -213,6 +200,6 @@ def compared(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
     for name in CONVERTED:
         with contextlib.suppress(UserError):
             tokenizers[name] = make_tokenizer(name, network=False)
-    size = sum(len(valid(text).encode()) for text in texts)
+    size = sum(len(vocabulary.valid(text).encode()) for text in texts)
     return {name: size / max(1, sum(len(ids) for ids in each._batch(texts)))
             for name, each in tokenizers.items()}

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plainllama.files import sha256_bytes, write_text
+from plainllama.files import read_json, sha256_bytes, write_text
 from plainllama.settings import UserError
-from plainllama.tokens.vocabulary import BYTES, special
+from plainllama.tokens.vocabulary import BYTES, special, split
 
 # Begin and end of a document, by the names that LLaMA-family tokenizers give them.
 PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"),
-         ("<|startoftext|>", "<|endoftext|>"), ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"))
+         ("<|startoftext|>", "<|endoftext|>"), ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+         ("<|endoftext|>", None))  # GPT-2's one token is in front
 DECODERS = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}  # that we know
 
 
@@ -27,23 +28,7 @@ def read_spec(path: Path | str) -> tuple[dict, bytes]:
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}; give a tokenizer.json or a folder that holds one")
-    data = file.read_bytes()
-    try:
-        spec = json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); give a tokenizer.json") from None
-    return (spec, dump_spec(spec)) if complete_spec(spec, str(file)) else (spec, data)
-
-
-def complete_and_dump(spec: dict, where: str) -> tuple[dict, bytes]:
-    """Complete a tokenizer.json that was just made; returns it parsed and as bytes."""
-    complete_spec(spec, where)
-    return spec, dump_spec(spec)
-
-
-def dump_spec(spec: dict) -> bytes:
-    """Write a parsed tokenizer.json in our form."""
-    return (json.dumps(spec, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+    return complete(read_json(file), str(file), file.read_bytes())
 
 
 def sha256_of(path: Path | str) -> str:
@@ -72,24 +57,30 @@ def list_steps(part: dict | None) -> list[dict]:
 def boundaries(spec: dict) -> tuple[str | None, str | None]:
     """Find the (begin, end) token of a parsed tokenizer.json: two, one in front, or none."""
     names = [entry["content"] for entry in spec.get("added_tokens") or [] if entry.get("special")]
-    for pair in PAIRS:
-        if set(pair) <= set(names):
-            return pair
-    if "<|endoftext|>" in names:
-        return "<|endoftext|>", None
+    for begin, end in PAIRS:
+        if begin in names and end in (*names, None):
+            return begin, end
     named = [name for name in names if not re.search("unk|pad|mask", name.lower())]
     return (named[0], None) if len(named) == 1 else (None, None)
 
 
 # ---- completing
 
-def complete_spec(spec: dict, where: str) -> bool:
-    """Add to a parsed tokenizer.json what a document needs; True if that changed anything.
+def complete(spec: dict, where: str, data: bytes = b"") -> tuple[dict, bytes]:
+    """Add to a parsed tokenizer.json what a document needs.
 
-    UserError, which names `where`, if it is not a tokenizer that we can use.
+    Returns it and its bytes: `data`, those it was read from, if nothing was missing. UserError,
+    which names `where`, if it is not a tokenizer that we can use.
     """
-    check_supported(spec, where)
-    before, model = outline(spec), spec["model"]
+    model = spec.get("model")
+    if not isinstance(model, dict) or not model.get("vocab"):
+        raise UserError(f"{where} holds no tokenizer model; give a BPE or unigram tokenizer")
+    model.setdefault("type", "BPE" if "merges" in model else "Unigram")
+    decoders = {step["type"] for step in list_steps(spec.get("decoder"))}
+    if model["type"] not in ("BPE", "Unigram") or not decoders or decoders - DECODERS:
+        raise UserError(f"{where}: a {model['type']} tokenizer with decoders {sorted(decoders)} is "
+                        "not supported; take a BPE or unigram of the LLaMA or GPT family")
+    before = outline(spec)
     spec |= {"truncation": None, "padding": None}
     if model["type"] == "BPE":
         model["dropout"] = None  # it would make encoding random
@@ -100,27 +91,14 @@ def complete_spec(spec: dict, where: str) -> bool:
     bos = boundaries(spec)[0]
     ids = [i for i, (piece, _) in list_entries(spec).items() if piece == bos]
     single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    spec["post_processor"] = {
-        "type": "TemplateProcessing", "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {bos: {"id": bos, "tokens": [bos], "ids": ids}}}
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair,
+                              "special_tokens": {bos: {"id": bos, "tokens": [bos], "ids": ids}}}
     if model["type"] == "Unigram":
         guard_special_pieces(spec)
-    return outline(spec) != before
-
-
-def check_supported(spec: dict, where: str) -> None:
-    """Raise UserError unless `spec` is a BPE or unigram tokenizer with decoders that we know."""
-    model = spec.get("model") if isinstance(spec, dict) else None
-    if not isinstance(model, dict) or not model.get("vocab"):
-        raise UserError(f"{where} holds no tokenizer model; give the tokenizer.json of a BPE or "
-                        "unigram tokenizer")
-    model.setdefault("type", "BPE" if "merges" in model else "Unigram")
-    decoders = {step["type"] for step in list_steps(spec.get("decoder"))}
-    if model["type"] not in ("BPE", "Unigram") or not decoders or decoders - DECODERS:
-        raise UserError(f"{where}: a {model['type']} tokenizer with decoder "
-                        f"{' '.join(sorted(decoders)) or 'none'} is not supported; take a BPE or "
-                        "unigram tokenizer of the LLaMA or GPT family")
+    if not data or outline(spec) != before:
+        data = (json.dumps(spec, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+    return spec, data
 
 
 def outline(spec: dict) -> str:
@@ -132,8 +110,7 @@ def guard_special_pieces(spec: dict) -> None:
     """Cut text that spells a special or byte piece: a unigram model would find it in its list."""
     names = [re.escape(piece[0]) + f"(?={re.escape(piece[1:])})"
              for piece, is_special in list_entries(spec).values() if is_special]
-    guard = {"type": "Split", "pattern": {"Regex": "|".join([*names, "<(?=0x[0-9A-F]{2}>)"])},
-             "behavior": "MergedWithPrevious", "invert": False}
+    guard = split("|".join([*names, "<(?=0x[0-9A-F]{2}>)"]), "MergedWithPrevious")
     steps = list_steps(spec.get("pre_tokenizer"))
     if guard not in steps:
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, guard]}
@@ -155,9 +132,8 @@ def byte_info(path: Path | str) -> ByteInfo:
     entries, bos = list_entries(spec), boundaries(spec)[0]
     decoders = {step["type"]: step for step in list_steps(spec["decoder"])}
     lengths, prefix = np.zeros((2, max(entries) + 1), np.int32)
-    for i, (piece, is_special) in entries.items():
-        if is_special:
-            continue
+    ordinary = {i: piece for i, (piece, is_special) in entries.items() if not is_special}
+    for i, piece in ordinary.items():
         if "ByteLevel" in decoders:
             lengths[i] = len(piece if BYTES.keys() >= set(piece) else piece.encode())
         elif "ByteFallback" in decoders and re.fullmatch("<0x[0-9A-F]{2}>", piece):
@@ -200,11 +176,9 @@ def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: i
         unknown = model["vocab"][model["unk_id"]][0]
     padding = next((name for name in names if "pad" in name.lower()), None)
     tokens = {"bos_token": bos, "eos_token": eos or bos, "unk_token": unknown, "pad_token": padding}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-        "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
-        **{name: token for name, token in tokens.items() if token is not None},
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+              "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    config |= {name: token for name, token in tokens.items() if token is not None}
     (Path(folder) / "tokenizer.json").write_bytes(data)
     write_text(Path(folder) / "tokenizer_config.json",
                json.dumps(config, indent=1, ensure_ascii=False) + "\n")

@@ -6,9 +6,9 @@ Each becomes a parsed tokenizer.json, which tokenizer.py completes with what a d
 import base64
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
+import sys
 import urllib.request
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from plainllama.settings import UserError
 
 
 class Published(NamedTuple):
-    """A published file: its hash, the package that carries it and the path inside that package."""
+    """A published file: its hash, the package that carries it and where that is installed."""
 
     sha256: str
     package: str
@@ -40,31 +40,19 @@ SPLIT = (r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
          r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
               "use_regex": True}
-CUT_LIKE = {"type": "Sequence", "pretokenizers": [  # what bpe:N does with SPLIT
-    {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
-    BYTE_LEVEL | {"use_regex": False}]}
-# Sentencepiece's words, cut out where no merge crosses into the next: `tokenizers` caches those.
-SPACES = {"type": "Split", "pattern": {"Regex": "▁*[^▁]+|▁+"}, "behavior": "Isolated",
-          "invert": False}
 
 
 def valid(text: str) -> str:
     """Replace lone surrogates, which have no utf-8, as JSON readers do."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # ---- the parts of a tokenizer.json
 
-def layout(model: dict, words: dict | None, decoder: dict, specials: dict | None = None,
-           normalizer: dict | None = None) -> dict:
-    """Lay out a parsed tokenizer.json; `words` is its pre-tokenizer, `specials` maps special pieces
-    to their ids."""
-    return {"version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [special(piece, i) for piece, i in (specials or {}).items()],
+def layout(model: dict, words: dict | None, decoder: dict, specials=(), normalizer=None) -> dict:
+    """Lay out a parsed tokenizer.json; `words` is its pre-tokenizer, `specials` are entries of its
+    added_tokens."""
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [*specials],
             "normalizer": normalizer, "pre_tokenizer": words, "post_processor": None,
             "decoder": decoder, "model": model}
 
@@ -81,6 +69,17 @@ def replace(pattern: str, content: str) -> dict:
     return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
 
+def split(pattern: str, behavior: str = "Isolated") -> dict:
+    """Make a step that cuts text at what a regular expression finds."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+
+
+# How bpe:N cuts words.
+CUT_LIKE = {"type": "Sequence", "pretokenizers": [split(SPLIT), BYTE_LEVEL | {"use_regex": False}]}
+# Sentencepiece's words, cut out where no merge crosses into the next: `tokenizers` caches those.
+SPACES = split("▁*[^▁]+|▁+")
+
+
 # ---- byte-level vocabularies
 
 def single_bytes() -> dict:
@@ -91,25 +90,23 @@ def single_bytes() -> dict:
 def train(size: int, texts: Iterable[str]) -> dict:
     """Train a byte-level BPE of `size` entries, of which the last two are the boundaries; of fewer,
     if the text is so small that nothing is left to merge."""
-    from tokenizers import Tokenizer as Engine
-    from tokenizers import trainers
+    import tokenizers
 
-    empty = {"type": "BPE", "vocab": {}, "merges": []}
-    engine = Engine.from_str(json.dumps(layout(empty, CUT_LIKE, BYTE_LEVEL)))
-    trainer = trainers.BpeTrainer(vocab_size=size - 2, initial_alphabet=sorted(BYTES),
-                                  show_progress=False)
-    engine.train_from_iterator((valid(text) for text in texts), trainer)
-    return layout(json.loads(engine.to_str())["model"], CUT_LIKE, BYTE_LEVEL)
+    spec = layout({"type": "BPE", "vocab": {}, "merges": []}, CUT_LIKE, BYTE_LEVEL)
+    engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size - 2, initial_alphabet=sorted(BYTES), show_progress=False)
+    engine.train_from_iterator(map(valid, texts), trainer)
+    return spec | {"model": json.loads(engine.to_str())["model"]}
 
 
 def gpt2(search: Sequence[Path], network: bool = True) -> dict:
     """Find GPT-2's 50,257 entries; `<|endoftext|>` is its one special token."""
     text = published("vocab.bpe", VOCAB_BPE, search, network).decode()
     pairs = [line.split(" ") for line in text.split("\n")[1:-1]]
-    character_of = {byte: character for character, byte in BYTES.items()}
-    pieces = [*(character_of[byte] for byte in _VISIBLE + _HIDDEN), *map("".join, pairs)]
+    pieces = [*sorted(BYTES), *map("".join, pairs)]  # the bytes by their characters: GPT-2's order
     model = {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": pairs}
-    return layout(model, BYTE_LEVEL, BYTE_LEVEL, {"<|endoftext|>": len(pieces)})
+    return layout(model, BYTE_LEVEL, BYTE_LEVEL, [special("<|endoftext|>", len(pieces))])
 
 
 # ---- sentencepiece
@@ -147,7 +144,8 @@ def convert_model(data: bytes, where: str) -> dict:
                  "merges": merges({p.piece: p.score for p in pieces if p.type == p.NORMAL})}
         if not any("▁" in p.piece.lstrip("▁") for p in pieces):
             words = SPACES
-    specials = {p.piece: i for i, p in enumerate(pieces) if p.type in (p.UNKNOWN, p.CONTROL)}
+    specials = [special(p.piece, i) for i, p in enumerate(pieces)
+                if p.type in (p.UNKNOWN, p.CONTROL)]
     return layout(model, words, {"type": "Sequence", "decoders": decoders}, specials,
                   {"type": "Sequence", "normalizers": normalizers})
 
@@ -198,9 +196,7 @@ def published(name: str, file: Published, search: Sequence[Path], network: bool 
     if "TIKTOKEN_CACHE_DIR" in os.environ:
         key = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
         places.append(Path(os.environ["TIKTOKEN_CACHE_DIR"]) / key)
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        package = importlib.metadata.distribution(file.package)
-        places.append(Path(str(package.locate_file(file.inside))))
+    places += [Path(folder) / file.inside for folder in sys.path]
     readers = {str(place): place.read_bytes for place in places if place.is_file()}
     if network:
         readers["the download"] = lambda: download(name)
@@ -208,12 +204,11 @@ def published(name: str, file: Published, search: Sequence[Path], network: bool 
     for source, read in readers.items():
         try:
             data = read()
+            if sha256_bytes(data) == file.sha256:
+                return data
+            tried += f"; {source} has the wrong sha256"
         except Exception as error:  # whatever a missing library or an unreachable host raises
             tried += f"; {source} failed: {error}"
-            continue
-        if sha256_bytes(data) == file.sha256:
-            return data
-        tried += f"; {source} has the wrong sha256"
     raise UserError(f"{name} ({file.sha256[:12]}…) was not found{tried}; "
                     f"`pip install {file.package}` brings it")
 

@@ -24,19 +24,15 @@ class Schedule(NamedTuple):
     share: Callable[[float], float]  # of the fall that is left after a share of its steps
 
 
-def after_warmup(config: Settings) -> int:
-    """The fall begins when the warm-up is over."""
-    return config.warmup_steps
-
-
 def last_fifth(config: Settings) -> int:
-    """The fall begins in the last fifth of the run (https://arxiv.org/abs/2405.18392)."""
+    """The step from which on wsd falls (https://arxiv.org/abs/2405.18392)."""
     return max(config.warmup_steps, config.max_steps - round(0.2 * config.max_steps))
 
 
 # to add one: this entry, a choice in settings, a case in tests/test_optim.py
-SCHEDULES = {"cosine": Schedule(after_warmup, lambda done: 0.5 * (1 + math.cos(math.pi * done))),
-             "linear": Schedule(after_warmup, lambda done: 1 - done),
+SCHEDULES = {"cosine": Schedule(lambda config: config.warmup_steps,
+                                lambda done: 0.5 * (1 + math.cos(math.pi * done))),
+             "linear": Schedule(lambda config: config.warmup_steps, lambda done: 1 - done),
              "wsd": Schedule(last_fifth, lambda done: 1 - done)}
 
 

@@ -13,11 +13,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,54 +37,40 @@ Moments = Mapping[Tensor, Mapping[str, Tensor]]  # the optimizer's state of each
 
 def damage(folder: Path, training: bool = True) -> str:
     """Say what is wrong with a checkpoint, '' if nothing is. Every file is hashed; `training` False
-    leaves out the optimizer's state, which only a resumed run reads. UserError for another
-    format."""
+    leaves out the optimizer's state, which only a resumed run reads."""
     try:
-        return next(problems(folder, training), "")
+        text = (folder / "checksums.json").read_text(encoding="utf-8")
+        sums = json.loads(text)
+        if text != files.as_json(sums):  # nothing else vouches for this file
+            return "checksums.json is not as it was written"
+        if sums["format"] != FORMAT:
+            return f"its format is {sums['format']}, not {FORMAT}; use the plainllama that wrote it"
+        entries = {name: entry for name, entry in sums["files"].items()
+                   if training or not name.startswith("training/")}
+        needed = {"model.safetensors", "config.json"} | ({STATE} if training else set())
+        if missing := needed - entries.keys():
+            return f"checksums.json does not name {min(missing)}"
+        for name, entry in entries.items():
+            path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"checksums.json names {name!r}, outside the checkpoint"
+            if not path.is_file() or path.stat().st_size != entry["size"]:
+                return f"{name} does not match its checksum"
+        with ThreadPoolExecutor() as pool:
+            hashes = pool.map(files.sha256, map(folder.joinpath, entries))
+            for name, digest in zip(entries, hashes, strict=True):
+                if digest != entries[name]["sha256"]:
+                    return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{error!r}"
-
-
-def problems(folder: Path, training: bool) -> Iterator[str]:
-    """Look for damage, in checksums.json itself, then in names and sizes, then in every byte."""
-    text = (folder / "checksums.json").read_text(encoding="utf-8")
-    sums = json.loads(text)
-    if text != files.as_json(sums):  # nothing else vouches for this file
-        yield "checksums.json is not as it was written"
-    refuse_other_format(folder, sums["format"])
-    needed = {"model.safetensors", "config.json"} | ({STATE} if training else set())
-    entries = {name: entry for name, entry in sums["files"].items()
-               if training or not name.startswith("training/")}
-    if missing := needed - entries.keys():
-        yield f"checksums.json does not name {min(missing)}"
-    for name, entry in entries.items():
-        path = folder / name
-        if Path(name).is_absolute() or path.resolve() != folder.resolve() / name:
-            yield f"checksums.json names {name!r}, outside the checkpoint"
-        if path.stat().st_size != entry["size"] or not path.is_file():
-            yield f"{name} does not match its checksum"
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(files.sha256, map(folder.joinpath, entries))
-        for name, digest in zip(entries, hashes, strict=True):
-            if digest != entries[name]["sha256"]:
-                yield f"{name} does not match its checksum"
-
-
-def refuse_other_format(folder: Path, number: int) -> None:
-    """Raise UserError for a checkpoint of another format than this program's."""
-    if number != FORMAT:
-        raise UserError(f"{folder} has format {number}, this program reads {FORMAT}; use the "
-                        "plainllama that wrote it")
+    return ""
 
 
 def newest_good(run: Path, training: bool = True) -> Path | None:
     """Choose the newest checkpoint of a run that is whole; damaged ones are named and passed
     over."""
     for folder in files.steps_of(run):
-        try:
-            problem = damage(folder, training)
-        except UserError as error:
-            problem = str(error)
+        problem = damage(folder, training)
         if not problem:
             return folder
         print(f"checkpoint {folder} is damaged ({problem}); looking for the one before", flush=True)
@@ -100,13 +84,19 @@ def find_checkpoint(path: str) -> Path:
     if not folder.is_dir():
         raise UserError(no_folder(path))
     if (folder / "config.json").is_file():
-        chosen = undamaged(folder)
+        is_ours = (folder / "checksums.json").is_file()  # a model folder from elsewhere has none
+        if is_ours and (problem := damage(folder, training=False)):
+            raise UserError(f"checkpoint {folder} cannot be used: {problem}")
     elif any(folder.glob("*.safetensors")):
         raise UserError(f"{path} holds weights but no config.json; copy the folder again, whole")
     else:
-        chosen = newest_in(folder, path)
-    print(f"checkpoint {chosen}", flush=True)
-    return chosen
+        run = folder if (folder / "checkpoints").is_dir() else files.newest_run(folder)
+        good = newest_good(run, training=False) if run else None
+        if good is None:
+            raise UserError(f"{path} holds no complete checkpoint; name a run that has saved one")
+        folder = good
+    print(f"checkpoint {folder}", flush=True)
+    return folder
 
 
 def no_folder(path: str) -> str:
@@ -115,28 +105,7 @@ def no_folder(path: str) -> str:
         return f"{path} is a file; --ckpt names a checkpoint, a run or a folder of runs"
     if there := files.steps_of(Path(path).parent.parent):
         return f"no checkpoint {path}; its run has {', '.join(step.name for step in there)}"
-    return (f"no folder {path}; train a model first (python train.py) or name a checkpoint or run "
-            "with --ckpt")
-
-
-def newest_in(folder: Path, path: str) -> Path:
-    """Choose the newest good checkpoint of the run that is `folder` or the newest in it."""
-    run = folder if (folder / "checkpoints").is_dir() else files.newest_run(folder)
-    if run is None or not files.steps_of(run):
-        raise UserError(f"{path} holds no complete checkpoint; is it a run's folder, and has the "
-                        "run saved one (save_interval)?")
-    good = newest_good(run, training=False)
-    if good is None:
-        raise UserError(f"{run}: every checkpoint is damaged")
-    return good
-
-
-def undamaged(folder: Path) -> Path:
-    """Return a checkpoint, verified; a model folder from elsewhere, without checksums, as it is."""
-    problem = damage(folder, training=False) if (folder / "checksums.json").is_file() else ""
-    if problem:
-        raise UserError(f"checkpoint {folder} is damaged: {problem}")
-    return folder
+    return f"no folder {path}; name a checkpoint or run with --ckpt, or train one first (train.py)"
 
 
 # ---- written
@@ -158,14 +127,12 @@ class Saver:
         """Copy weights and moments to host memory, once the save before is done; a thread writes
         them as checkpoints/step_N."""
         self.wait()
-        tensors, places = slices_of(model, moments, self.world)
-        write_files = partial(
-            self.write_files, config=model.config, weights=gather_weights(model, self.world),
-            slices=tensors, places=places, state={"format": FORMAT, **state})
+        copies = (model.config, gather_weights(model, self.world),
+                  *slices_of(model, moments, self.world), {"format": FORMAT, **state})
         whole = [*model.parameters(), *(t for kinds in moments.values() for t in kinds.values())]
         need = 4 * sum(tensor.numel() for tensor in whole)
         self.thread = threading.Thread(target=self.write, name="saver", daemon=True,
-                                       args=(step, need, write_files))
+                                       args=(step, need, *copies))
         self.thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -173,14 +140,14 @@ class Saver:
         if self.thread:
             self.thread.join(seconds)
 
-    def write(self, step: int, need: int, write_files: Callable[[Path], dict]) -> None:
-        """Write a checkpoint, in the thread. If any rank fails nothing new is visible, earlier
-        checkpoints are as they were, and every rank knows the problem."""
+    def write(self, step: int, need: int, *copies) -> None:
+        """Write a checkpoint of `copies`, in the thread. If any rank fails nothing new is visible,
+        earlier checkpoints are as they were, and every rank knows the problem."""
         final = self.run / "checkpoints" / f"step_{step}"
         folder = final.with_name(final.name + ".tmp")
         try:
             self.together(self.make_room, folder, need)
-            entries = self.together(write_files, folder)
+            entries = self.together(self.write_files, folder, *copies)
             self.together(self.commit, folder, final, entries)
             self.saved, self.problem = step, ""
         except Exception as error:  # also that another rank failed or is gone
@@ -311,14 +278,13 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
     if not keep_last:
         return
     steps = files.steps_of(run)
-    losses: dict[Path, Any] = {
-        folder: files.read_json(folder / STATE, tolerant=True).get("val_loss") for folder in steps}
-    evaluated = [folder for folder in steps if isinstance(losses[folder], float)]
-    best = min(evaluated, key=lambda folder: losses[folder], default=None)
+    states = {folder: files.read_json(folder / STATE, tolerant=True) for folder in steps}
+    evaluated = [folder for folder in steps if isinstance(states[folder].get("val_loss"), float)]
+    best = min(evaluated, key=lambda folder: states[folder]["val_loss"], default=None)
     for folder in steps[keep_last:]:
         if folder != best and not (keep_every and files.step_of(folder) % keep_every == 0):
-            doomed = folder.with_name(folder.name + ".tmp")  # half deleted, it must not look whole
-            os.rename(folder, doomed)
+            # half deleted, it must not look whole
+            doomed = folder.rename(folder.with_name(folder.name + ".tmp"))
             shutil.rmtree(doomed, ignore_errors=True)  # what is left goes at the next save
 
 
@@ -327,45 +293,32 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
 def read_state(folder: Path) -> dict:
     """Read training/state.json of a checkpoint. UserError if it is damaged or of another format."""
     state = files.read_json(folder / STATE, tolerant=True)
-    if "format" not in state:
-        raise UserError(f"{folder}: training/state.json is not a run's state")
-    refuse_other_format(folder, state["format"])
+    if state.get("format") != FORMAT:
+        raise UserError(f"{folder}: {STATE} is not a run's state in format {FORMAT}")
     return state
 
 
 def load_moments(folder: Path, model: LLaMA, moments: Moments, world: World) -> None:
     """Fill the moments of the trained parameters, which exist already, from slices written by any
     world size. UserError if some are missing."""
-    stored = stored_slices(folder)
-    for name, parameter in trained(model):
-        for kind, value in moments[parameter].items():
-            local, first = world.piece(torch.atleast_1d(value))
-            if not fill(local, first, stored.get(f"{name}/{kind}", [])):
-                raise UserError(f"{folder}: the optimizer's {kind} of {name} is incomplete; "
-                                "was it written by another optimizer?")
-
-
-def stored_slices(folder: Path) -> dict[str, list]:
-    """Open the slices in a checkpoint: PARAMETER/KIND -> [(first row, safetensors' slice), ...]."""
-    slices: dict[str, list] = {}
+    stored: dict[str, list] = {}  # PARAMETER/KIND -> [(first row, safetensors' slice), ...]
     try:  # only files that were verified
         names = files.read_json(folder / "checksums.json")["files"]
         for path in (folder / name for name in names if name.startswith("training/optimizer-")):
             file = safe_open(path, "pt")
             for key, place in json.loads(file.metadata()["places"]).items():
-                slices.setdefault(key, []).append((int(place["offset"]), file.get_slice(key)))
+                stored.setdefault(key, []).append((int(place["offset"]), file.get_slice(key)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder}: its optimizer state cannot be read: {error!r}") from None
-    return slices
-
-
-def fill(local: Tensor, first: int, slices: list) -> bool:
-    """Copy the rows from `first` on into `local`, out of slices of the whole as stored_slices()
-    lists them; True if all were there."""
-    covered, end = first, first + local.shape[0]
-    for offset, rows in sorted(slices, key=lambda pair: pair[0]):
-        last = min(end, offset + rows.get_shape()[0])
-        if offset <= covered < last:
-            local[covered - first:last - first].copy_(rows[covered - offset:last - offset])
-            covered = last
-    return covered == end
+    for name, parameter in trained(model):
+        for kind, value in moments[parameter].items():
+            local, first = world.piece(torch.atleast_1d(value))
+            covered, end = first, first + local.shape[0]
+            for offset, rows in stored.get(f"{name}/{kind}", []):  # of rank after rank
+                last = min(end, offset + rows.get_shape()[0])
+                if offset <= covered < last:
+                    local[covered - first:last - first].copy_(rows[covered - offset:last - offset])
+                    covered = last
+            if covered < end:
+                raise UserError(f"{folder}: the optimizer's {kind} of {name} is incomplete; "
+                                "was it written by another optimizer?")

@@ -7,9 +7,7 @@ model that computes something else must never open.
 """
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,13 +27,11 @@ NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_mod
          "head_dim": "head_dim", "tie_embeddings": "tie_word_embeddings"}
 REQUIRED = ("n_layer", "n_head", "d_model", "d_ff", "vocab_size", "norm_eps", "block_size")
 # rope_scaling -> what this kind of RoPE needs beside its base: ModelConfig's name -> Hugging Face's
-ROPE = {"none": {}, "linear": {"rope_factor": "factor"},
-        "llama3": {"rope_factor": "factor", "rope_low": "low_freq_factor",
-                   "rope_high": "high_freq_factor",
-                   "rope_original": "original_max_position_embeddings"}}
+ROPE = {"none": {}, "linear": {"rope_factor": "factor"}, "llama3": {
+    "rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
+    "rope_original": "original_max_position_embeddings"}}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", *ROPE["linear"].values(), *ROPE["llama3"].values()}
 INDEX = "model.safetensors.index.json"  # which file of several holds which weight
-CODE = ("model.py", "plainllama/weights/modeling_plainllama.py")  # imported by their last names
 
 # ---- written
 
@@ -55,26 +51,21 @@ def write_folder(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
 
 
 def config_json(config: ModelConfig, bos: int | None, eos: int | None, dtype=torch.float32) -> dict:
-    """Describe an architecture as config.json of LlamaForCausalLM does."""
+    """Describe an architecture as config.json of LlamaForCausalLM does, its RoPE in the form of
+    transformers 4 and in that of 5."""
     kind = str(dtype).removeprefix("torch.")
+    stretch = {theirs: getattr(config, ours) for ours, theirs in ROPE[config.rope_scaling].items()}
+    rope = {"rope_type": config.rope_scaling if stretch else "default", **stretch}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
             **{theirs: getattr(config, ours) for ours, theirs in NAMES.items()},
-            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **rope_json(config),
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "rope_theta": config.rope_theta, "rope_scaling": rope if stretch else None,
+            "rope_parameters": rope | {"rope_theta": config.rope_theta},
             "initializer_range": 0.02, "use_cache": True, "bos_token_id": bos, "eos_token_id": eos,
             "torch_dtype": kind, "dtype": kind}
 
 
-def rope_json(config: ModelConfig) -> dict:
-    """Describe RoPE in the form of transformers 4 and in that of 5."""
-    kind = "default" if config.rope_scaling == "none" else config.rope_scaling
-    stretch = {theirs: getattr(config, ours) for ours, theirs in ROPE[config.rope_scaling].items()}
-    scaling = {"rope_type": kind, **stretch}
-    return {"rope_theta": config.rope_theta, "rope_scaling": scaling if stretch else None,
-            "rope_parameters": scaling | {"rope_theta": config.rope_theta}}
-
-
-def write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype,
-                  shard_bytes: int) -> None:
+def write_weights(folder: Path, weights: dict[str, Tensor], dtype, shard_bytes: int) -> None:
     """Write model.safetensors or, if that were larger, shards of `shard_bytes` and their index. A
     single weight may be larger than that."""
     shards, filled = [dict[str, Tensor]()], 0
@@ -100,83 +91,69 @@ def write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype,
 
 def write_code(folder: Path, config: ModelConfig) -> None:
     """Put our own model beside the weights and say in config.json that it is there."""
-    for name in CODE:
+    for name in ("model.py", "plainllama/weights/modeling_plainllama.py"):
         shutil.copyfile(CHECKOUT / name, folder / Path(name).name)
-    module = "modeling_plainllama.PlainLlama"
+    code = "modeling_plainllama.PlainLlama"
     write_json(folder / "config.json", read_json(folder / "config.json") | {
         "model_type": "plainllama", "architectures": ["PlainLlamaForCausalLM"],
-        "plainllama": asdict(config),
-        "auto_map": {"AutoConfig": f"{module}Config",
-                     "AutoModelForCausalLM": f"{module}ForCausalLM"}})
+        "plainllama": vars(config),
+        "auto_map": {"AutoConfig": f"{code}Config", "AutoModelForCausalLM": f"{code}ForCausalLM"}})
 
 
 # ---- the architecture, read
 
 def read_config(folder: Path) -> ModelConfig:
     """Read the architecture of a Hugging Face folder (config.json): a Llama, a Mistral without
-    sliding window, or what `export.py --code` writes. UserError with the reason for any other."""
+    sliding window, or what `export.py --code` writes. What it does not say is transformers' default
+    for its model_type. UserError with the reason for any other architecture."""
     path, only = folder / "config.json", "only plain LLaMA models can be read"
     hf = read_json(path)
     if lacking := sorted({NAMES[name] for name in REQUIRED} - hf.keys()):
         raise UserError(f"{path}: it does not say {', '.join(lacking)} "
                         f"(model_type {hf.get('model_type')!r}); {only}")
     try:
-        config = architecture_in(hf)
-        reasons = [reason for reason, applies in refusals(hf, config).items() if applies]
+        rope = {"rope_theta": hf.get("rope_theta", 10000.0),
+                **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        heads = hf.get("num_key_value_heads", 8 if hf.get("model_type") == "mistral" else None)
+        config = ModelConfig(
+            **{ours: hf[NAMES[ours]] for ours in REQUIRED}, n_kv_head=heads or 0,
+            tie_embeddings=hf.get("tie_word_embeddings", False), rope_theta=rope["rope_theta"],
+            rope_scaling="none" if kind == "default" else kind,
+            **{ours: rope[theirs] for ours, theirs in ROPE.get(kind, {}).items()})
+        refused = [reason for reason, applies in refusals(hf, rope, config).items() if applies]
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is not the config of a LLaMA: {error!r}") from None
-    if reasons:
-        raise UserError(f"{path}: {reasons[0]}; {only}")
+    if refused:
+        raise UserError(f"{path}: {refused[0]}; {only}")
     return config
 
 
-def architecture_in(hf: dict) -> ModelConfig:
-    """Read the fields of a config.json; what it does not say is transformers' default for its
-    model_type. KeyError if a kind of RoPE lacks what it needs."""
-    rope = rope_in(hf)
-    scaling = "none" if rope["rope_type"] == "default" else rope["rope_type"]
-    heads = hf.get("num_key_value_heads", 8 if hf.get("model_type") == "mistral" else None)
-    return ModelConfig(
-        **{ours: hf[NAMES[ours]] for ours in REQUIRED}, n_kv_head=heads or 0,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        rope_theta=rope["rope_theta"], rope_scaling=scaling,
-        **{ours: rope[theirs] for ours, theirs in ROPE.get(scaling, {}).items()})
-
-
-def rope_in(hf: dict) -> dict:
-    """Merge the forms in which a config.json may describe RoPE."""
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0),
-            **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    return {"rope_type": rope.get("type", "default"), **rope}
-
-
-def refusals(hf: dict, config: ModelConfig) -> dict[str, Any]:
-    """List what a config.json may ask for and we do not compute: reason to refuse it -> does it?"""
-    kind, rope = hf.get("model_type"), rope_in(hf)
+def refusals(hf: dict, rope: dict, config: ModelConfig) -> dict[str, object]:
+    """List what a config.json may ask for and we do not compute: reason to refuse it -> does it?
+    `rope`: both of its descriptions of RoPE, merged."""
+    kind, heads, kv = hf.get("model_type"), config.n_head, config.kv_heads
     newer = (hf.get("plainllama") or {}).keys() - ModelConfig.__dataclass_fields__.keys()
     strange = rope.keys() - ROPE_KEYS
-    contradicted = any(form.get(name, value) != value
-                       for name, value in (hf.get("rope_parameters") or {}).items()
-                       for form in (hf.get("rope_scaling") or {}, hf))
+    contradicted = any(form.get(name, value) != value for name, value in rope.items()
+                       for form in (hf, hf.get("rope_scaling") or {}))
     window = hf.get("sliding_window", 4096 if kind == "mistral" else None)
     layers = set(hf.get("layer_types") or ()) - {"full_attention"}
     return {
         f"model_type is {kind!r}, not llama or mistral":
             kind not in ("llama", "mistral", "plainllama"),
         f"it has {', '.join(sorted(newer))}, the format of a newer plainllama": newer,
-        f"its RoPE has {', '.join(sorted(map(str, strange)))}, a newer format or another kind of "
-        "RoPE": strange,
+        f"its RoPE has {', '.join(sorted(strange))}, of a newer format or another kind": strange,
         "rope_scaling and rope_theta say something else than rope_parameters": contradicted,
-        f"RoPE of type {rope['rope_type']}": config.rope_scaling not in ROPE,
+        f"RoPE of type {config.rope_scaling}": config.rope_scaling not in ROPE,
         "it has biases": hf.get("attention_bias") or hf.get("mlp_bias"),
         f"its attention has a sliding window of {window} tokens": window,
         f"it has layers of type {', '.join(sorted(layers))}": layers,
         "its weights are quantized": hf.get("quantization_config"),
         f"hidden_act is {hf.get('hidden_act')}": hf.get("hidden_act", "silu") != "silu",
         "head_dim is not d_model / n_head": hf.get("head_dim") not in (None, config.head_dim),
-        f"{config.n_head} heads, {config.kv_heads} of keys and values, do not fit a width of "
-        f"{config.d_model}": config.head_dim % 2 or config.d_model % config.n_head
-                             or config.n_head % config.kv_heads,
+        f"{heads} heads, {kv} of keys and values, do not fit a width of {config.d_model}":
+            config.head_dim % 2 or config.d_model % heads or heads % kv,
     }
 
 
@@ -189,7 +166,7 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
     """
     names = ["n_layer", "n_head", "kv_heads", "d_model", "d_ff", "vocab_size", "rope_theta",
              "norm_eps", "tie_embeddings"]
-    stretched_on = (ours.rope_scaling == theirs.rope_scaling != "none"
+    stretched_on = (ours.rope_scaling == theirs.rope_scaling
                     and ours.rope_factor >= theirs.rope_factor
                     and ours.rope_original == theirs.rope_original)
     if theirs.rope_scaling != "none" and not stretched_on:
@@ -198,9 +175,9 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
     if theirs.rope_scaling == "llama3" and turns != (ours.rope_low, ours.rope_high):
         raise UserError(f"low_freq_factor, high_freq_factor of {turns} can be read but not trained "
                         f"on; we train with {ours.rope_low}, {ours.rope_high}")
-    keys = {"kv_heads": "n_kv_head"}
-    return " ".join(f"--{keys.get(name, name)}={getattr(theirs, name)}" for name in names
-                    if getattr(theirs, name) != getattr(ours, name))
+    keys = [f"--{name}={getattr(theirs, name)}" for name in names
+            if getattr(theirs, name) != getattr(ours, name)]
+    return " ".join(keys).replace("kv_heads", "n_kv_head")
 
 
 # ---- the weights, read
@@ -225,33 +202,27 @@ def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -
 def load_weights(folder: Path, model: LLaMA, world: World) -> None:
     """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
     mapped from a file may be unaligned, and alignment changes the bits of a matmul."""
-    stored, wanted = stored_weights(folder), dict(model.named_parameters())
-    if model.config.tie_embeddings:
-        stored.pop("lm_head.weight", None)
-    if missing := sorted(wanted.keys() - stored.keys()):
-        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
-    if extra := sorted(stored.keys() - wanted.keys()):
-        raise UserError(f"{folder}: unknown weights, the first is {extra[0]}")
-    for name, parameter in wanted.items():
-        shape = stored[name].get_shape()
-        if shape != list(parameter.shape):
-            raise UserError(f"{folder}: {name} has shape {shape}, the config says "
-                            f"{list(parameter.shape)}")
-        local, first = world.piece(parameter.data)
-        with torch.no_grad():
-            local.copy_(stored[name][first:first + local.shape[0]])
-
-
-def stored_weights(folder: Path) -> dict[str, Any]:
-    """Open a model folder's weights: name -> safetensors' slice, of which rows are read later. The
-    rotary tables that old folders hold are left out."""
     try:
-        files = [safe_open(folder / name, "pt") for name in weight_files(folder)]
-        return {name: file.get_slice(name) for file in files
-                for name in file.keys() if "rotary_emb" not in name}  # noqa: SIM118
+        shards = [safe_open(folder / name, "pt") for name in weight_files(folder)]
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: its weights cannot be read: {error}; if it is a copy, copy it "
                         "again") from None
+    # slices of the files, of which rows are read later; old folders hold rotary tables, too
+    stored = {name: shard.get_slice(name) for shard in shards
+              for name in shard.keys() if "rotary_emb" not in name}  # noqa: SIM118
+    if model.config.tie_embeddings:
+        stored.pop("lm_head.weight", None)
+    wanted = dict(model.named_parameters())
+    for what, names in (("missing", wanted.keys() - stored), ("unknown", stored.keys() - wanted)):
+        if names:
+            raise UserError(f"{folder}: {len(names)} {what} weights, the first is {min(names)}")
+    for name, parameter in wanted.items():
+        shape, expected = stored[name].get_shape(), list(parameter.shape)
+        if shape != expected:
+            raise UserError(f"{folder}: {name} has shape {shape}, the config says {expected}")
+        local, first = world.piece(parameter.data)
+        with torch.no_grad():
+            local.copy_(stored[name][first:first + local.shape[0]])
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -267,9 +238,7 @@ def weight_files(folder: Path) -> list[str]:
         if Path(name).name != name:
             raise UserError(f"{index} names {name!r}, outside the folder")
         if not (folder / name).is_file():
-            remedy = "copy the folder again, whole"
-            if any(folder.glob("pytorch_model*.bin")):
-                remedy = ("pickled weights (pytorch_model.bin) are not read, convert them to "
-                          "safetensors")
+            pickled = any(folder.glob("pytorch_model*.bin"))
+            remedy = "convert its pickled weights" if pickled else "copy the folder again"
             raise UserError(f"{folder}: {name} is missing; {remedy}")
     return names

@@ -40,8 +40,7 @@ class PlainLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         """Ids (B, T) -> logits (B, T, V) and, with labels (B, T), the mean loss in nats of each
         label after the first. Padding stands on the right, where no real token sees it."""
         if attention_mask is not None and not attention_mask[:, 0].all():
-            raise ValueError("pad on the right (tokenizer.padding_side = 'right') or export without"
-                             " --code")
+            raise ValueError("pad on the right (padding_side='right') or export without --code")
         if self.core.rope_cos.device != input_ids.device:  # not a buffer of this module: moved here
             self.core.reset_derived(input_ids.device)
         self.core.compute_dtype = self.model.embed_tokens.weight.dtype
