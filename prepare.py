@@ -102,6 +102,7 @@ def share_of(text: str) -> slice:
 @contextlib.contextmanager
 def held(folder: Path, shared: bool) -> Iterator[Path]:
     """Make the folder and lock it; `shared`: others that say so may work in it too."""
+    new = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -109,12 +110,14 @@ def held(folder: Path, shared: bool) -> Iterator[Path]:
         fcntl.flock(handle, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
         yield folder
     except BlockingIOError:
+        new = []
         raise UserError(f"{folder}: another prepare.py is at work in it; wait for it, or take "
                         "another --dataset name") from None
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):  # nothing was begun: leave nothing behind
-            os.removedirs(folder)
+        for path in new:  # nothing was begun: leave nothing behind
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 # ---- the steps

@@ -34,8 +34,10 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,11 +46,12 @@ from torch import Tensor
 from model import flops_per_token
 from plainllama import parallel, watch
 from plainllama.evaluation.likelihood import evaluate
-from plainllama.generation.generate import RunSamples
+from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.tokens import shards
 from plainllama.tokens.rows import Batch, Rows, hash_of_data, to_batch, training_rows
+from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, optim, preflight, resume
 from plainllama.training.engine import Engine, Outcome, Wishes
@@ -101,15 +104,19 @@ def train(command: CommandLine, manifest: dict, world: World) -> int:
                      leaving) as (stop, signs):
         run = Run(command, manifest, world, stop)
         if run.step >= command.config.max_steps:
-            return run.already_complete()
-        run.build()
+            if world.rank == 0:
+                print(f"{run.folder} is already complete: step {run.step} of {run.step}")
+                write_status(run.folder, "done", run.step)
+            return 0
         if world.rank == 0:
             signs.farewell = lambda: write_status(run.folder, "failed", run.step)
         try:
+            run.build()
             code = run.loop()
         except BaseException:
             run.saver.wait(20 if world.size > 1 else None)  # torchrun gives 30 seconds
-            run.log.status("failed", run.step)
+            if world.rank == 0:
+                write_status(run.folder, "failed", run.step)
             raise
         stop.close(leaving)
         with world.patient():
@@ -130,20 +137,29 @@ class Run:
         self.validation = Rows(shards.Split(self.data, "val", manifest), config.block_size,
                                config.seed)
         self.byte_info = byte_info(self.data)
-        self.samples = RunSamples(config, self.data)
         for name in ("sources", "tokenizer", "val_fraction"):  # run.json says what is in the data
             setattr(config, name, manifest["recipe"].get(name, getattr(config, name)))
         self.start = resume.begin(self.folder, config, manifest, self.data_hash,
                                   command.flags.extend, world)
         self.step = self.start.step
+        say = partial(print, flush=True) if world.rank == 0 else lambda _: None
+        self.samples = self.prompt_of_samples(say)
+        self.saver = checkpoint.Saver(self.folder, self.data / "tokenizer.json", world, say,
+                                      config.keep_last, config.keep_every)
+        self.saver.saved = self.step if self.start.state else -1
 
-    def already_complete(self) -> int:
-        """Say so; the exit code."""
-        if self.world.rank == 0:
-            print(f"{self.folder} is already complete: step {self.step} of "
-                  f"{self.config.max_steps}")
-            write_status(self.folder, "done", self.step)
-        return 0
+    def prompt_of_samples(self, say: Callable[[str], None]) -> generate.RunSamples | None:
+        """Prepare the samples along the run, None where there are none."""
+        if self.config.sample_tokens == 0:
+            return None
+        why = "a context of one token has no room for them"
+        if self.config.block_size > 1:
+            try:
+                return generate.RunSamples(self.config, Tokenizer.load(self.data))
+            except ImportError as error:  # training itself does not need the libraries
+                why = str(error)
+        say(f"no samples along the run: {why}")
+        return None
 
     def build(self) -> None:
         """Make the model and its optimizer, and announce what is trained."""
@@ -151,7 +167,8 @@ class Run:
         first = world.rank == 0
         self.log = log.Log(self.folder, self.step, active=first)
         if first and config.logger != "none":
-            self.log.connect(config)
+            open_logger = log.LOGGERS[config.logger]
+            self.log.connect(f"logger={config.logger}", lambda: open_logger(self.folder, config))
         self.engine = Engine(config, world, self.manifest["tokenizer"]["bos"], start.source,
                              start.state, self.log.say)
         self.engine.ready()
@@ -164,16 +181,13 @@ class Run:
             write_json(self.folder / "run.json", log.describe(
                 self.folder, self.command, self.manifest, self.data_hash, self.engine))
         self.log.announce(self.engine, self.rows)
-        if self.samples.wanted and world.sharded:
-            self.samples.why_none = "the model is sharded"
-        if self.samples.why_none:
-            self.log.say(f"no samples along the run: {self.samples.why_none}")
+        if self.samples and world.sharded:
+            self.samples = None
+            self.log.say("no samples along the run: the model is sharded")
         if start.state:
             self.log.say(f"resuming from {start.source}")
-        self.saver = checkpoint.Saver(self.folder, self.data / "tokenizer.json", world,
-                                      self.log.say, config.keep_last, config.keep_every)
-        self.saver.saved = self.step if start.state else -1
-        self.begun, self.evaluated = time.monotonic(), (-1, 0.0)  # at a step, with a loss
+        self.begun = time.monotonic()
+        self.evaluated_at, self.val_loss = -1, 0.0  # the newest evaluation
         self.clock = log.Clock()
         self.profiler = log.profiler(self.folder) if self.command.flags.profile and first else None
         # updates that were not made: in a row, and since the run began
@@ -190,7 +204,7 @@ class Run:
         gc.disable()  # it would stop one rank, and so all, at any moment; evaluations call it
         if self.profiler:
             self.profiler.start()
-        self.clock.start(self.step)
+        self.clock.start(self.course.tokens_at(self.step))
         stopping = False
         # the numbers of an update are read while a GPU works on the next one; a CPU does not wait
         unread: deque[tuple[int, float, Tensor]] = deque()
@@ -264,8 +278,9 @@ class Run:
         self.count_skipped(step, math.isfinite(loss) and math.isfinite(norm))
         config, first = self.config, self.course.first_step + 1
         if step % config.log_interval == 0 or step in (first, config.max_steps):
-            speed, spent = self.clock.read(step, targets)
-            row = {"step": step, "tokens": self.course.tokens_at(step),
+            tokens = self.course.tokens_at(step)
+            speed, spent = self.clock.read(tokens)
+            row = {"step": step, "tokens": tokens,
                    "rows": self.course.rows_at(step), "loss": loss, "lr": rate,
                    "grad_norm": norm, "tokens_per_second": speed,
                    "mfu": speed * self.flops / (self.peak * self.world.size) if self.peak else None,
@@ -300,13 +315,12 @@ class Run:
             self.world.reshard(self.model)
             gc.collect()
         loss, bpb = scores["val_loss"], scores["val_bpb"]
-        self.evaluated = self.step, loss
+        self.evaluated_at, self.val_loss = self.step, loss
         self.log.row({"step": self.step, "tokens": self.course.tokens_at(self.step),
                       "val_loss": loss, "val_bpb": bpb, "time": time.time()})
         self.log.say(f"step {self.step}: validation loss {loss:.4f} nats/token, "
                      f"{bpb:.4f} bits/byte")
-        # on rank 0 alone, so not where the model is sharded
-        if self.samples.wanted and not self.samples.why_none and self.world.rank == 0:
+        if self.samples and self.world.rank == 0:
             with self.clock.apart("sample_seconds"):
                 text = self.samples.draw(self.model)
             self.log.line("samples.jsonl", {"step": self.step, **text})
@@ -316,14 +330,14 @@ class Run:
 
     def save(self) -> None:
         """Begin to write a checkpoint; a failure is said when it comes, and training goes on."""
-        evaluated, loss = self.evaluated
         engine, world = self.engine, self.world
+        val_loss = self.val_loss if self.evaluated_at == self.step else math.nan
         state = {"step": self.step, "rows": self.course.rows_at(self.step),
                  "tokens": self.course.tokens_at(self.step), "seed": self.config.seed,
                  "data_hash": self.data_hash, "micro_batch": engine.micro,
                  "dtype": str(engine.dtype)[6:], "compile": engine.compiled,
                  "skipped": self.skipped_ever, "loss_scale": engine.optimizer.scale_state(),
-                 "val_loss": loss if evaluated == self.step and math.isfinite(loss) else None,
+                 "val_loss": val_loss if math.isfinite(val_loss) else None,
                  "attention": self.config.attention, "threads": torch.get_num_threads(),
                  "world_size": world.size, "versions": {"torch": torch.__version__},
                  "config": asdict(self.config)}

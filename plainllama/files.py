@@ -3,6 +3,7 @@
 What is written here appears whole or not at all: a temporary name, then a rename.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,9 +48,11 @@ def read_json(path: Path, tolerant: bool = False) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         if tolerant:
             return {}
+        if isinstance(error, OSError):
+            raise
         raise UserError(f"{path} is damaged: it is not a JSON object") from None
 
 
@@ -155,10 +158,13 @@ def steps_of(run: Path) -> list[Path]:
 def newest_run(folder: Path) -> Path | None:
     """Choose the run in a folder of runs, None if it holds none: the one with the newest checkpoint
     or, where none has a checkpoint, the newest row of metrics. Every command uses this rule."""
+    def changed(path: Path) -> float:
+        with contextlib.suppress(FileNotFoundError):  # a run at work may just delete it
+            return path.stat().st_mtime
+        return 0.0
+
     def age(run: Path) -> tuple[float, float]:
-        saved = max((step.stat().st_mtime for step in steps_of(run)), default=0.0)
-        rows = run / "metrics.jsonl"
-        return saved, rows.stat().st_mtime if rows.is_file() else 0.0
+        return max(map(changed, steps_of(run)), default=0.0), changed(run / "metrics.jsonl")
 
     runs = {path.parent for path in (*folder.glob("*/checkpoints"), *folder.glob("*/run.json"))}
     return max(sorted(runs), key=age, default=None)

@@ -99,7 +99,8 @@ def meet(store: dist.Store, rank: int, size: int) -> dist.Store:
             if store.check([f"rank {other}"]):
                 name = store.get(f"rank {other}").decode()
                 store.set(f"answer to {name}", me)
-                missing -= {other} if store.check([f"{name} is in {me}"]) else set()
+                if store.check([f"{name} is in {me}"]):
+                    missing.discard(other)
         if time.monotonic() > end:
             leave(f"of {size} ranks {len(missing)} did not come within {ARRIVE} s, the first is "
                   f"rank {min(missing)}; was torchrun started on every machine?")
@@ -181,8 +182,10 @@ class Watch:
             thread.join(timeout=5)
         if self.threads and not any(thread.is_alive() for thread in self.threads):
             with contextlib.suppress(RuntimeError):
-                self.store.set(*(("end", self.broken) if self.broken
-                                 else (f"sign {self.rank}", "done")))
+                if self.broken:
+                    self.store.set("end", self.broken)
+                else:
+                    self.store.set(f"sign {self.rank}", "done")
 
 
 class StopFlag:
@@ -209,7 +212,9 @@ class StopFlag:
             if number[0] in self.before:
                 if self.signalled and time.monotonic() - self.signalled > COPIES:
                     os._exit(143)
-                first, self.signalled = not self.signalled, self.signalled or time.monotonic()
+                first = not self.signalled
+                if first:
+                    self.signalled = time.monotonic()
                 if first and os.environ.get("RANK", "0") == "0":
                     with contextlib.suppress(OSError):
                         print(f"{signal.Signals(number[0]).name}: asked to finish the step and "

@@ -161,6 +161,11 @@ def test_a_wrong_tokenizer_is_caught(home, monkeypatch, capsys):
         assert f"FAIL  Data set and tokenizer agree: {found}" in capsys.readouterr().out
 
 
+def test_a_deterministic_run_is_forecast_by_whole_steps(home, one_thread, capsys):
+    assert check("--deterministic") == 0
+    assert "all of it holds" in capsys.readouterr().out
+
+
 def test_what_is_sound_passes_and_is_forecast(home, capsys):
     assert check("--price=3", "--max_steps=1000000", "--rope_scaling=llama3", "--rope_factor=4",
                  "--rope_original=16", "--tie_embeddings", "--doc_mask", "--optimizer=muon") == 0

@@ -620,3 +620,13 @@ def test_near_duplicates(tmp_path, monkeypatch):
     assert len(kept & set(lines[600:])) <= 15  # nineteen in twenty copies found
     count = shards.read_manifest(folder)["dropped"]["near duplicate"]["count"]
     assert count == 900 - len(kept)
+
+
+def test_who_may_not_work_in_a_folder_leaves_it_there(tmp_path):
+    folder = tmp_path / "data" / "x"
+    with prepare.held(folder, shared=False):
+        with pytest.raises(UserError, match="another prepare.py is at work"), \
+                prepare.held(folder, shared=False):
+            pass
+        assert folder.is_dir()
+    assert not folder.parent.exists()  # nothing was begun

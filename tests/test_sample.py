@@ -237,6 +237,9 @@ def test_draws_at_the_ends_of_the_unit_interval():
     draws = torch.tensor([0.0, 1 - 2**-24])
     seen = torch.zeros(2, 4, dtype=torch.bool)
     assert generate.choose(logits, Sampling(), seen, draws).tolist() == [1, 2]
+    for kind in (Sampling(), Sampling(temperature=0.0), Sampling(top_p=0.5, top_k=2)):
+        lost = generate.choose(torch.full_like(logits, math.nan), kind, seen, draws)
+        assert (lost >= 0).all() and (lost < logits.shape[1]).all()  # a run's guard has its say
 
 
 def test_unused_entries_are_never_drawn():

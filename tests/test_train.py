@@ -340,3 +340,13 @@ def test_rows_of_documents_and_mixtures(home):
                         ("--packing=concat", "packing=doc")):
         with pytest.raises(UserError, match=said):
             run(*words, other, "--out_dir=out/whole", "--max_steps=9", "--extend")
+
+
+def test_a_run_that_fails_before_its_first_step_is_not_running(home, monkeypatch):
+    def broken(self):
+        raise settings.UserError("no compiler")
+
+    monkeypatch.setattr("plainllama.training.engine.Engine.ready", broken)
+    with pytest.raises(settings.UserError, match="no compiler"):
+        run("toy.py", "--out_dir=out/broken")
+    assert json.loads((home / "out/broken/status.json").read_text())["state"] == "failed"

@@ -75,6 +75,8 @@ def find_tasks(flags: Any, world: World) -> tuple[dict[str, Task], list[str]]:
     names = world.decide(lambda: make(list(asked)))
     if world.rank > 0 and names:
         make(names)
+        if list(tasks) != names:
+            raise UserError(f"rank {world.rank} cannot have what rank 0 has: {unavailable[0]}")
     return tasks, unavailable
 
 

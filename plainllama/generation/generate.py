@@ -55,8 +55,10 @@ def choose(logits: Tensor, s: Sampling, seen: Tensor, draw: Tensor) -> Tensor:
     if s.temperature == 0:
         return logits.argmax(-1)
     total = allowed(logits, s).softmax(-1).cumsum(-1)
-    # The factor keeps the sought value below the last one in spite of rounding.
-    return torch.searchsorted(total, draw[:, None] * (1 - 1e-6) * total[:, -1:], right=True)[:, 0]
+    # The factor keeps the sought value below the last one in spite of rounding; of logits that are
+    # not finite the last token comes.
+    sought = draw[:, None] * (1 - 1e-6) * total[:, -1:]
+    return torch.searchsorted(total, sought, right=True)[:, 0].clamp(max=total.shape[-1] - 1)
 
 
 def row_seed(seed: int, number: int) -> int:
@@ -303,20 +305,11 @@ def load(folder: Path, device: str | torch.device, dtype: str) -> LLaMA:
 # ---- from a model in training
 
 class RunSamples:
-    """The text that a run draws at each evaluation: one prompt, the same draws every time.
-    `why_none`: why there will be none, or ''."""
+    """The text that a run draws at each evaluation: one prompt, the same draws every time."""
 
-    def __init__(self, config: Settings, data: Path):
-        self.config, self.why_none = config, ""
-        self.wanted = config.sample_tokens > 0 and config.block_size > 1
-        if not self.wanted:
-            return
-        try:
-            self.tokenizer = Tokenizer.load(data)
-        except ImportError:  # training itself does not need the library
-            self.why_none = "there is no `tokenizers` package"
-            return
-        self.prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(config.sample_prompt)]
+    def __init__(self, config: Settings, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.prompt = [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)]
         if len(self.prompt) >= config.block_size:
             raise UserError(f"sample_prompt has {len(self.prompt)} tokens, and the context of "
                             f"{config.block_size} must hold it and at least one more; shorten it")

@@ -6,8 +6,8 @@ is done stands in OUT.part-RANK, so that a kill loses no row and no row is done 
 
 import base64
 import importlib.util
-import io
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,10 +112,11 @@ def read_prompts(path: Path, out: Path, copies: int, column: str, added: set[str
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists")
     try:  # what would fail after hours fails now
-        if table is not None:
+        if table is not None and out.suffix == ".parquet":
             table = table.take([i // copies for i in range(len(rows) * copies)])
         prompts = Prompts([row for row in rows for _ in range(copies)], table, out.exists())
-        prompts.write_to(io.BytesIO(), out.suffix, [{}] * len(prompts.rows))
+        with open(os.devnull, "wb") as nowhere:
+            prompts.write_to(nowhere, out.suffix, [{}] * len(prompts.rows))
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path}: its rows do not fit into {out.name}: {error}; name an --out of "
                         "the same kind") from None
@@ -166,9 +167,12 @@ class Journal:
                 file.truncate(file.read().rfind(b"\n") + 1)
             recipe, *rows = read_rows(part) or [self.recipe]
             for name, value in self.recipe.items():
-                if recipe[name] != value:
-                    raise UserError(f"{self.out} was begun with {name}={recipe[name]}, now it is "
-                                    f"{value}; say that again, name another --out or delete {part}")
+                if recipe.get(name) != value:
+                    raise UserError(f"{self.out} was begun with {name}={recipe.get(name)}, now it "
+                                    f"is {value}; say that again, name another --out or delete "
+                                    f"{part}")
+            if not all("row" in row for row in rows):
+                raise UserError(f"{part} is damaged; delete it, and its rows are made anew")
             made |= {row.pop("row"): row for row in rows}
         return made
 

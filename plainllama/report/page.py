@@ -138,7 +138,9 @@ def metrics_by_title(evaluation: dict) -> dict[str, dict]:
     for title, result in (results | evaluation.get("texts", {})).items():
         tables[title] = {"loss, nats per token": result.get("val_loss"),
                          "bits per byte": result.get("val_bpb")}
-        windows = title.removeprefix("validation")
+        windows = f" of {title}"
+        if title.startswith("validation"):
+            windows = title.removeprefix("validation")
         tables[f"loss by position{windows}, at"] = result.get("by_position", {})
     return tables | evaluation.get("tasks", {})
 

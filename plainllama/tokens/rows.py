@@ -82,7 +82,7 @@ class Rows:
 
     def read_windows(self, windows: Iterable[int]) -> np.ndarray:
         """Read the given windows, (m, T + 1) in the stored dtype."""
-        T, windows = self.block_size, np.asarray(list(windows), np.int64)
+        T, windows = self.block_size, np.asarray(windows, np.int64)
         out = np.empty((len(windows), T + 1), self.split.shard(0).dtype)
         for i, start in enumerate((windows * T).tolist()):
             out[i] = self.split.read(start, start + T + 1)
@@ -126,7 +126,7 @@ class DocumentRows(Rows):
 
     def read_windows(self, windows: Iterable[int]) -> np.ndarray:
         """Read the given windows, int64 (m, T + 1); PAD where the document has ended."""
-        starts, sizes = self.spans(np.asarray(list(windows), np.int64))
+        starts, sizes = self.spans(np.asarray(windows, np.int64))
         out = np.full((len(starts), self.block_size + 1), PAD, np.int64)
         for i, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
             out[i, :size] = self.split.read(start, start + size)
@@ -170,11 +170,11 @@ class Mixture(Rows):
 
     def read_windows(self, windows: Iterable[int]) -> np.ndarray:
         """Read the given windows, (m, T + 1), as the sets give them."""
-        windows = np.asarray(list(windows), np.int64)
+        windows = np.asarray(windows, np.int64)
         which = np.searchsorted(self.offsets, windows, "right") - 1
         parts = [(which == i, self.sets[i].read_windows(windows[which == i] - self.offsets[i]))
                  for i in np.unique(which)]
-        dtype = np.result_type(*(rows for _, rows in parts))
+        dtype = np.result_type(np.uint16, *(rows for _, rows in parts))  # a rank may have none
         out = np.empty((len(windows), self.block_size + 1), dtype)
         for here, rows in parts:
             out[here] = rows

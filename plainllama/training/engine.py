@@ -1,8 +1,8 @@
 """The training engine: a model on its device, its optimizer, and one update of both.
 
-train.py drives it through a run, check.py tries it before one, bench/ measures it. A step's rows
-are cut into equal micro-batches on every rank; their number and size change speed and memory, never
-the mathematics.
+train.py drives it through a run, preflight.py tries it before one, bench/ measures it. A step's
+rows are cut into equal micro-batches on every rank; their number and size change speed and memory,
+never the mathematics.
 """
 
 import os
@@ -86,8 +86,9 @@ class Engine:
         checkpoint.load_moments(source, self.model, self.optimizer.state, self.world)
         scale, saved = self.optimizer.loss_scale, state.get("loss_scale")
         if scale and saved:
-            scale.value.fill_(saved[0])
-            scale.good.fill_(saved[1])
+            value, good = saved
+            scale.value.fill_(value)
+            scale.good.fill_(good)
 
     def split_batch(self, state: dict) -> None:
         """Cut the rows of a step into equal micro-batches on every rank."""
@@ -152,7 +153,7 @@ class Engine:
             torch._dynamo.reset()
 
     def rehearse(self, last: bool, rows: int = 0) -> None:
-        """Forward and backward of a micro-batch (of `rows`) whose gradients are dropped."""
+        """Make forward and backward of a micro-batch (of `rows`); its gradients are dropped."""
         batch = to_batch(np.zeros((rows or self.micro, self.config.block_size + 1)),
                          bos_id=self.bos_id)
         module = self.model if rows else self.module
@@ -161,16 +162,16 @@ class Engine:
         self.optimizer.zero_grad()
 
     def pick_micro_batch(self, share: int) -> int:
-        """Rows per forward pass: on a GPU as many as fit, elsewhere enough to keep a CPU busy; at
-        most a rank's share, and in equal micro-batches."""
+        """Choose the rows of a forward pass: on a GPU as many as fit, elsewhere enough to keep a
+        CPU busy; at most a rank's share, and in equal micro-batches."""
         most = max(1, CPU_TOKENS // self.config.block_size)
         if self.world.device.type == "cuda":
             most = self.largest_that_fits(share)
         return ceil_div(share, ceil_div(share, most))
 
     def largest_that_fits(self, share: int) -> int:
-        """The most rows, up to `share`, whose forward and backward leave a tenth of the GPU's
-        memory free: by measuring few rows and reckoning on in a straight line, four times at
+        """Find the most rows, up to `share`, whose forward and backward leave a tenth of the GPU's
+        free memory free: by measuring few rows and reckoning on in a straight line, four times at
         most. Collective: all ranks try the same sizes."""
         device, peaks, rows = self.world.device, [(0, 0)], 1
         room = GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
@@ -242,7 +243,8 @@ class Engine:
             self.micro = smaller
 
     def backward(self, module: nn.Module, batch: Batch, factor: float | Tensor) -> Tensor:
-        """Forward and backward of a micro-batch, its gradients times `factor`; its summed loss."""
+        """Make forward and backward of a micro-batch, its gradients times `factor`; give its summed
+        loss."""
         loss = self.objective.loss(module, *batch.to(self.world.device))
         if self.optimizer.loss_scale:
             factor = self.optimizer.loss_scale.value * factor
@@ -250,7 +252,7 @@ class Engine:
         return loss.detach()
 
     def accumulated(self, batch: Batch, targets: int) -> Tensor:
-        """Forward and backward of each micro-batch."""
+        """Make forward and backward of each micro-batch; give the summed loss."""
         nll = torch.zeros((), device=self.world.device)
         left = ceil_div(len(batch.ids), self.micro)
         for part in batch.split(self.micro):
@@ -263,31 +265,30 @@ class Engine:
 
     def added_in_tree(self, batch: Batch, targets: int) -> Tensor:
         """deterministic: like accumulated(), over all ranks, added up in one binary tree however
-        many ranks there are. Part j meets j + n/2 first, then what came of j + n/4 and so on; W
-        ranks have the parts j mod W, so only the last meetings are between ranks. Up to
-        log2(parts) sums wait in memory."""
-        parts, order = self.accumulate, [0]
-        while len(order) < parts:  # 0, n/2, n/4, 3n/4, ...: neighbours are those that meet
-            order = [2 * place for place in order] + [2 * place + 1 for place in order]
-        learned = [parameter for _, parameter in trained(self.model)]
-        waiting: list[list[Tensor]] = []
-        for done, place in enumerate(order):
-            rows = [place + parts * i for i in range(self.micro)]
-            loss = self.backward(self.model, batch.take(rows), 1 / targets)
-            total = [loss, *(p.grad for p in learned if p.grad is not None)]
-            self.optimizer.zero_grad()
-            while done % 2:  # as often as a binary counter carries
-                for so_far, summand in zip(total, waiting.pop(), strict=True):
-                    so_far += summand
-                done //= 2
-            waiting.append(total)
-        nll, *grads = self.world.add_in_tree(waiting.pop())
-        for parameter, grad in zip(learned, grads, strict=True):
+        many ranks there are. W ranks have the parts j mod W, so only the last meetings are between
+        ranks. Up to log2(parts) sums wait in memory."""
+        nll, *grads = self.world.add_in_tree(self.subtree(batch, targets, 0, 1))
+        for (_, parameter), grad in zip(trained(self.model), grads, strict=True):
             parameter.grad = grad
         return nll
 
+    def subtree(self, batch: Batch, targets: int, part: int, stride: int) -> list[Tensor]:
+        """Loss and gradients of the parts `part`, part + stride, part + 2 stride, ...: part j meets
+        j + n/2 first, then what came of j + n/4, and so on."""
+        if stride < self.accumulate:
+            total = self.subtree(batch, targets, part, 2 * stride)
+            for mine, theirs in zip(total, self.subtree(batch, targets, part + stride, 2 * stride),
+                                    strict=True):
+                mine += theirs
+            return total
+        rows = [part + stride * i for i in range(self.micro)]
+        loss = self.backward(self.model, batch.take(rows), 1 / targets)
+        total = [loss, *(p.grad for _, p in trained(self.model) if p.grad is not None)]
+        self.optimizer.zero_grad()
+        return total
+
 
 def architecture(config: Settings) -> ModelConfig:
-    """The architecture that a config asks for."""
+    """Give the architecture that a config asks for."""
     names = set(ModelConfig.__dataclass_fields__) & set(Settings.__dataclass_fields__)
     return ModelConfig(**{name: getattr(config, name) for name in names})

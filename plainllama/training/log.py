@@ -20,6 +20,7 @@ import torch
 
 from plainllama.command import CommandLine
 from plainllama.files import CHECKOUT, cut_rows, read_json, write_status
+from plainllama.settings import Settings
 from plainllama.tokens.rows import Rows
 from plainllama.training.engine import Engine
 
@@ -34,12 +35,12 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 FLOP/s, or None if it is not in the table."""
+    """Give the device's dense bf16 FLOP/s, or None if it is not in the table."""
     return PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes used so far: on the GPU by this process's tensors, else resident in RAM."""
+    """Give the most bytes used so far: of a GPU by this process's tensors, else resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -81,7 +82,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux tells it, elsewhere what Python knows."""
+    """Give the processor's name as Linux tells it, elsewhere what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
@@ -91,7 +92,7 @@ def cpu_name() -> str:
 
 
 def git_state() -> dict:
-    """The commit that the scripts are at and whether they were edited since; {} outside git."""
+    """Give the commit of the scripts and whether they were edited since; {} outside git."""
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=CHECKOUT, capture_output=True,
                               text=True, timeout=10, check=True).stdout.strip()
@@ -102,10 +103,37 @@ def git_state() -> dict:
         return {}
 
 
-def in_one_line(args) -> None:
-    """End TensorBoard's thread without a traceback on a full disk: Log.row says it in a line."""
-    if type(args.thread).__name__ != "_AsyncWriterThread":
-        threading.__excepthook__(args)
+def tensorboard(run: Path, step: int) -> Callable[[dict], None]:
+    """Open TensorBoard's events; those of an earlier start after `step` are void."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def without_traceback(args) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":  # flush() raises what ended that
+            threading.__excepthook__(args)
+
+    def write(row: dict) -> None:
+        for name, value in row.items():
+            if name not in ("step", "time") and value is not None:
+                board.add_scalar(name, value, row["step"])
+        board.flush()
+
+    threading.excepthook = without_traceback
+    board = SummaryWriter(str(run), purge_step=step + 1 if step else 0)
+    return write
+
+
+def wandb(run: Path, config: Settings) -> Callable[[dict], None]:
+    """Open a run of Weights & Biases, the same one after a resume."""
+    import wandb
+
+    service = wandb.init(project="plainllama", name=run.name, dir=str(run), resume="allow",
+                         id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16],
+                         config=asdict(config))
+    return lambda row: service.log(row, step=row["step"])
+
+
+# to add one: this entry, a choice in settings, a case in tests/test_engine.py
+LOGGERS = {"wandb": wandb}
 
 
 class Log:
@@ -115,59 +143,35 @@ class Log:
     """
 
     def __init__(self, run: Path, step: int, active: bool):
-        self.run, self.active, self.board = run, active, None
+        self.run, self.active = run, active
         self.warned: set[str] = set()  # files of which rows were lost
-        self.service: Callable | None = None  # of the logger that the user asked for
+        self.sinks: dict[str, Callable[[dict], None]] = {}  # where rows go beside metrics.jsonl
         if not active:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_rows(run / name, step or -1)  # killed before its first checkpoint, it begins anew
+        self.connect("TensorBoard", lambda: tensorboard(run, step))
+
+    def connect(self, name: str, open_sink: Callable[[], Callable[[dict], None]]) -> None:
+        """Send rows there too; if that fails, now or later, it is one warning."""
         try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            threading.excepthook = in_one_line
-            # events of an earlier start from the next step on are void
-            self.board = SummaryWriter(str(run), purge_step=step + 1 if step else 0)
-        except ImportError:
-            self.say("tensorboard is not installed: metrics go to metrics.jsonl only")
-        except OSError as error:
-            self.say(f"WARNING: no TensorBoard events: {error}")
-
-    def connect(self, config) -> None:
-        """Send rows to Weights & Biases too; if that fails, now or later, it is one warning."""
-        try:
-            import wandb
-
-            run = wandb.init(project="plainllama", name=self.run.name, dir=str(self.run),
-                             id=hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16],
-                             resume="allow", config=asdict(config))
-            self.service = run.log
-        except Exception as error:  # not installed, no network, no login
-            self.say(f"WARNING: logger=wandb does not work: {error!r:.200}; metrics go to the "
-                     "run's folder only")
+            self.sinks[name] = open_sink()
+        except Exception as error:  # not installed, no disk, no network, no login
+            self.say(f"WARNING: {name} does not work: {error!r:.200}; metrics go to the run's "
+                     "metrics.jsonl only")
 
     def row(self, row: dict) -> None:
-        """Write one row of metrics.jsonl and the same numbers to TensorBoard; a number that is not
-        finite becomes null."""
+        """Write one row of metrics.jsonl, and send it to the sinks; a number that is not finite
+        becomes null."""
         row = {name: value if value is None or math.isfinite(value) else None
                for name, value in row.items()}
         self.line("metrics.jsonl", row)
-        if self.board:
+        for name, write in list(self.sinks.items()):
             try:
-                for name, value in row.items():
-                    if name not in ("step", "time") and value is not None:
-                        self.board.add_scalar(name, value, row["step"])
-                self.board.flush()
-            except OSError as error:
-                self.board = None
-                self.say(f"WARNING: no more TensorBoard events: {error}; metrics.jsonl goes on")
-        if self.service:
-            try:
-                self.service(row, step=row["step"])
-            except Exception as error:
-                self.service = None
-                self.say(f"WARNING: no more rows to the logger: {error!r:.200}; metrics.jsonl "
-                         "goes on")
+                write(row)
+            except Exception as error:  # whatever a library, a disk or a network raises
+                del self.sinks[name]
+                self.say(f"WARNING: no more rows to {name}: {error!r:.200}; metrics.jsonl goes on")
 
     def line(self, name: str, row: dict) -> None:
         """Append a row to a .jsonl file of the run: all of it or, with one warning, nothing."""
@@ -232,9 +236,9 @@ class Clock:
     def __init__(self):
         self.start(0)
 
-    def start(self, step: int) -> None:
-        """Begin to count at `step`."""
-        self.step, self.since = step, time.perf_counter()
+    def start(self, tokens: int) -> None:
+        """Begin to count, when the run has trained on so many tokens."""
+        self.tokens, self.since = tokens, time.perf_counter()
         self.spent: dict[str, float] = {}  # seconds by name
         self.outside = 0.0  # seconds that are not training
 
@@ -247,17 +251,17 @@ class Clock:
         self.spent[name] = self.spent.get(name, 0.0) + seconds
         self.outside += 0.0 if training else seconds
 
-    def read(self, step: int, tokens_per_step: int) -> tuple[float, dict]:
-        """(tokens per second of training since the last call, seconds apart by name)."""
+    def read(self, tokens: int) -> tuple[float, dict]:
+        """Give (tokens per second of training since the last call, seconds apart by name)."""
         seconds = time.perf_counter() - self.since - self.outside
-        rate, spent = (step - self.step) * tokens_per_step / max(seconds, 1e-9), self.spent
+        rate, spent = (tokens - self.tokens) / max(seconds, 1e-9), self.spent
         spent["row_seconds"] = time.perf_counter() - self.since
-        self.start(step)
+        self.start(tokens)
         return rate, spent
 
 
 def shares(spent: dict[str, float]) -> str:
-    """'data 2%, eval 10%, ': what part of the time since the last row went there, if it shows."""
+    """Say which parts of the time since the last row went elsewhere: 'data 2%, eval 10%, '."""
     parts = {name.removesuffix("_seconds"): seconds / max(spent["row_seconds"], 1e-9)
              for name, seconds in spent.items() if name != "row_seconds"}
     return "".join(f"{name} {share:.0%}, " for name, share in parts.items() if share >= 0.005)

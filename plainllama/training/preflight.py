@@ -1,14 +1,13 @@
 """train.py --check: what must hold before a long run, and what that run will take.
 
-The checks share nothing with what they check but the weights: positions, attention and
-the rest of the network are written down here a second time, in float64 and one formula a line.
+The network is written down here a second time, in float64 and one formula a line, and shares with
+model.py nothing but the weights.
 """
 
 import hashlib
 import math
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, flops_per_token
+from plainllama import watch
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.settings import Settings, ceil_div
@@ -48,24 +48,28 @@ def must(holds: object, seen: str) -> str:
 def run_checks(config: Settings, manifest: dict, world: World, price: float) -> int:
     """Try what a long run relies on and say what it will take; 0, or 1 if something failed.
     Collective. Nothing is left behind."""
-    trial = Trial(config, manifest, world)
-    failures = 0
-    for test in (trial.collectives, trial.tokenizer, trial.first_loss, trial.future, trial.network,
-                 trial.gradients, trial.overfits, trial.checkpoint):
-        began, problem = time.perf_counter(), ""
-        try:
-            detail = test()
-        except Exception as error:  # a check that breaks has found something too
-            detail = problem = str(error) if isinstance(error, Failed) else repr(error)
-        failed = world.any(bool(problem))
-        failures += failed
-        what = (test.__doc__ or "").split(".")[0]
-        trial.say(f"{'FAIL' if failed else 'ok  '}  {what}: {detail or 'failed on another rank'} "
-                  f"({time.perf_counter() - began:.1f} s)")
-    del trial.engine
-    forecast(config, manifest, world, price, trial.say)
-    trial.say("all of it holds" if not failures else f"{failures} checks failed: do not train yet")
+    say: Callable[[str], None] = print if world.rank == 0 else lambda _: None
+    failures = try_out(Trial(config, manifest, world), say)
+    forecast(config, manifest, world, price, say)
+    say("all of it holds" if not failures else f"{failures} checks failed: do not train yet")
     return 1 if failures else 0
+
+
+def try_out(trial: "Trial", say: Callable[[str], None]) -> int:
+    """Make every check and say what it saw; how many failed on some rank."""
+    failures = 0
+    for check in (trial.collectives, trial.tokens, trial.first_loss, trial.future, trial.network,
+                  trial.gradients, trial.overfits, trial.saving):
+        began, problem, seen = time.perf_counter(), "", "failed on another rank"
+        try:
+            seen = check()
+        except Exception as error:  # a check that breaks has found something too
+            seen = problem = str(error) if isinstance(error, Failed) else repr(error)
+        mark, what = "ok  ", (check.__doc__ or "").split(".")[0]
+        if trial.world.any(bool(problem)):
+            mark, failures = "FAIL", failures + 1
+        say(f"{mark}  {what}: {seen} ({time.perf_counter() - began:.1f} s)")
+    return failures
 
 
 class Trial:
@@ -73,7 +77,6 @@ class Trial:
 
     def __init__(self, config: Settings, manifest: dict, world: World):
         self.config, self.world, self.manifest = config, world, manifest
-        self.say: Callable[[str], None] = print if world.rank == 0 else lambda _: None
         self.data = Path("data") / config.dataset
         self.length = T = min(TOKENS, config.block_size)
         self.split = shards.Split(self.data, "train", manifest)
@@ -97,21 +100,14 @@ class Trial:
 
     def collectives(self) -> str:
         """Ranks answer each other."""
-        answers: list[Tensor] = []
-        asked = threading.Thread(target=lambda: answers.append(
-            self.world.sum(torch.ones(1 << 20, device=self.world.device)).cpu()), daemon=True)
-        began = time.perf_counter()
-        asked.start()
-        asked.join(60)
-        if not answers:
-            raise Failed("no answer within 60 s; on GPUs try NCCL_P2P_DISABLE=1, between nodes "
-                         "NCCL_IB_DISABLE=1 and NCCL_SOCKET_IFNAME")
-        if not torch.equal(answers[0], torch.full((1 << 20,), float(self.world.size))):
-            raise Failed(f"a sum of ones over {self.world.size} ranks is {answers[0][0].item()}")
-        return f"{self.world.size} x {self.world.device.type}, 4 MB added up in " \
-               f"{1e3 * (time.perf_counter() - began):.1f} ms"
+        began, size, device = time.perf_counter(), self.world.size, self.world.device
+        with watch.deadline(60, f"no answer within 60 s; {watch.NETWORK}"):
+            ones = self.world.sum(torch.ones(1 << 20, device=device)).cpu()
+        must((ones == size).all(), f"a sum of ones over {size} ranks is {ones[0].item()}")
+        took = time.perf_counter() - began
+        return f"{size} x {device.type}, 4 MB added up in {1e3 * took:.1f} ms"
 
-    def tokenizer(self) -> str:
+    def tokens(self) -> str:
         """Data set and tokenizer agree."""
         words = tokenizer.Tokenizer.load(self.data)
         named = self.manifest["tokenizer"]
@@ -170,7 +166,7 @@ class Trial:
                 p.div_(8)
         error = ((ours - theirs).norm() / theirs.norm()).item()
         limit = 1e-4 if self.engine.dtype == torch.float32 else 0.05
-        return must(error < limit, f"logits are off by {error:.1g} of their size")
+        return must(error < limit, f"logits are off by {error:.1g} of their size (at most {limit})")
 
     def whole(self, name: str) -> Tensor:
         """A parameter in float64 on the host; collective."""
@@ -184,13 +180,13 @@ class Trial:
         still = [name for name, p in learns.items()
                  if p.grad is None or not self.world.any(bool(self.world.piece(p.grad)[0].any()))]
         self.engine.optimizer.zero_grad()
-        must(not still, f"none reaches {len(still)} of {len(before)}, the first is "
-                        f"{' '.join(still[:1])}")
+        if still:
+            raise Failed(f"none reaches {len(still)} of {len(before)}, the first is {still[0]}")
         self.engine.update(self.one, self.rate, self.targets)
         still = [name for name, p in learns.items()
                  if not self.world.any(not torch.equal(self.world.piece(p.data)[0], before[name]))]
-        must(not still, f"an update leaves {len(still)} as they were, the first is "
-                        f"{' '.join(still[:1])}")
+        if still:
+            raise Failed(f"an update leaves {len(still)} as they were, the first is {still[0]}")
         return f"{len(before)} of {len(before)}"
 
     @property
@@ -208,7 +204,7 @@ class Trial:
         return must(losses[-1] < goal, f"from {losses[0]:.2f} to {losses[-1]:.2f} nats in "
                                        f"{len(losses)} updates (to be below {goal:.2f})")
 
-    def checkpoint(self) -> str:
+    def saving(self) -> str:
         """A checkpoint fits on the disk and comes back equal."""
         place = next(p for p in Path(self.config.out_dir).absolute().parents if p.is_dir())
         folder = Path(self.world.agree(tempfile.mkdtemp(prefix="plainllama-check-", dir=place)
@@ -250,10 +246,10 @@ class Trial:
         return digest.hexdigest()
 
 
-def stored_documents(split: shards.Split, most: int = 32) -> Iterator[np.ndarray]:
-    """The ids of the first documents of a split's first token file, boundaries included."""
-    ids, starts = split.shard(0), split.index(0)[:most + 1].tolist()
-    for start, end in list(pairwise([*starts, len(ids)]))[:most]:
+def stored_documents(split: shards.Split) -> Iterator[np.ndarray]:
+    """Give the ids of the first documents of a split's first token file, boundaries included."""
+    ids, starts = split.shard(0), split.index(0)[:33].tolist()
+    for start, end in list(pairwise([*starts, len(ids)]))[:32]:
         yield ids[start:end]
 
 
@@ -328,7 +324,9 @@ def forecast(config: Settings, manifest: dict, world: World, price: float,
         return time.perf_counter() - began
 
     rows = engine.micro
-    if world.device.type == "cpu" and world.least(int(1e3 * seconds(1, False))) * rows > 5000:
+    if config.deterministic:
+        rows *= engine.accumulate  # its parts are those of a whole step
+    elif world.device.type == "cpu" and world.least(int(1e3 * seconds(1, False))) * rows > 5000:
         rows = 1  # a micro-batch would take too long to look at
     seconds(rows, True)
     rounds = 1 if world.least(int(seconds(rows, False))) > 2 else 5

@@ -15,8 +15,8 @@ from plainllama.tokens.rows import PAD, Rows, hash_of_data, training_rows
 from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.training.engine import architecture
 from plainllama.training.objectives import Objective
-from plainllama.weights import checkpoint, huggingface
-from plainllama.weights.huggingface import read_config
+from plainllama.weights import checkpoint
+from plainllama.weights.huggingface import other_keys, read_config
 
 # On resume these must be as they were, or the run would be another one ...
 FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
@@ -50,17 +50,17 @@ def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: b
           world: World) -> Start:
     """Decide, on rank 0 for all, where a run begins, and take its folder. UserError where it may
     not. A run that is complete is left as it is."""
-    lock: list[IO] = []
+    start = Start(None, {})
 
     def find() -> tuple[Path | None, dict]:
         if run.is_dir():
-            lock.append(lock_run(run))
+            start.lock = lock_run(run)
         return starting_point(run, config, data_hash, extend)
 
     def claim() -> None:
-        if not lock:
+        if not start.lock:
             run.mkdir(parents=True, exist_ok=True)
-            lock.append(lock_run(run))
+            start.lock = lock_run(run)
             if steps_of(run):
                 raise UserError(f"another process has begun to train in {run}; start again to go "
                                 "on from there")
@@ -68,13 +68,12 @@ def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: b
         if start.state:
             checkpoint.set_aside(run, start.step)
 
-    start = Start(*world.decide(find))
+    start.source, start.state = world.decide(find)
     if not start.source and config.init_from:
         start.source = source = world.decide(lambda: checkpoint.find_checkpoint(config.init_from))
         world.decide(lambda: refuse_other_model(source, architecture(config), manifest))
     if start.step < config.max_steps:
         world.decide(claim)
-    start.lock = lock[0] if lock else None
     return start
 
 
@@ -116,7 +115,7 @@ def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool
 def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> None:
     """Refuse to start from a model that computes something else, or whose token ids mean something
     else than the data set's. Context and RoPE scaling may differ: that is how context grows."""
-    if keys := huggingface.other_keys(read_config(source), config):
+    if keys := other_keys(read_config(source), config):
         raise UserError(f"init_from: {source} is another model than the config's; to go on from it "
                         f"say {keys}")
     for path in (source / "tokenizer.json", source / "tokenizer.model"):
