@@ -54,7 +54,7 @@ from plainllama.tokens.rows import Batch, Rows, hash_of_data, to_batch, training
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, optim, preflight, resume
-from plainllama.training.engine import Engine, Outcome, Wishes
+from plainllama.training.engine import Engine, Outcome
 from plainllama.weights import checkpoint
 
 STOPPED = 75  # EX_TEMPFAIL: start me again
@@ -216,7 +216,8 @@ class Run:
                     batch = upcoming.result()
                 upcoming = reader.submit(self.batch, self.step + 1)
                 rate, targets = optim.lr(self.step, config), self.course.targets_of(self.step)
-                stats = self.engine.update(batch, rate, targets, self.wishes())
+                stats = self.engine.update(batch, rate, targets, self.stop.asked(),
+                                           self.wants_first_save())
                 if self.profiler:
                     self.profiler.step()
                 if self.step == self.course.first_step:
@@ -258,12 +259,11 @@ class Run:
                          self.engine.accumulate * self.engine.micro, self.engine.bos_id)
         return batch.pinned() if self.world.device.type == "cuda" else batch
 
-    def wishes(self) -> Wishes:
-        """What this rank wishes: to stop, when it was asked to; a checkpoint, when it is rank 0 of
-        a new run that has none after some minutes."""
+    def wants_first_save(self) -> bool:
+        """Whether this is rank 0 of a new run that has no checkpoint after some minutes."""
         unsaved = self.saver.saved < 0 and not self.saver.thread
         late = time.monotonic() > self.begun + FIRST_SAVE
-        return Wishes(self.stop.asked(), self.world.rank == 0 and unsaved and late)
+        return self.world.rank == 0 and unsaved and late
 
     def tighten_timeouts(self) -> None:
         """After the first step no rank compiles any more: a silent one is lost sooner."""

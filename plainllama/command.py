@@ -14,7 +14,7 @@ import operator
 import os
 import signal
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +244,12 @@ def help_text(doc: str | None, known: dict) -> str:
     """The command's docstring and a line for every option."""
     lines = [(doc or "").strip(), "", "options:"]
     for name, item in known.items():
-        if name in GROUPS and item.metadata["why"]:
+        if name in GROUPS:
             lines.append(f"\n  {GROUPS[name]} (config file or command line)")
-        default = item.default if item.default is not MISSING else []
         shown = " | ".join(item.metadata["choices"]) or item.metadata["why"]
         if item.metadata["choices"]:
             shown = f"{item.metadata['why']}: {shown}"
-        lines.append(f"  --{name + '=' + str(default):<36} {shown}")
+        lines.append(f"  --{name + '=' + str(item.default):<36} {shown}")
     return "\n".join(lines)
 
 

@@ -120,11 +120,8 @@ class World:
         """Around forward and backward of a micro-batch: gradients are exchanged in the last."""
         if self.sharded:
             module.set_requires_gradient_sync(last)  # type: ignore[operator]
-            yield
-        elif not last and hasattr(module, "no_sync"):  # DDP
-            with module.no_sync():  # type: ignore[operator]
-                yield
-        else:
+        ddp = hasattr(module, "no_sync")
+        with module.no_sync() if ddp and not last else contextlib.nullcontext():  # type: ignore
             yield
 
     def reshard(self, model: LLaMA) -> None:

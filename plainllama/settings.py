@@ -11,8 +11,6 @@ class UserError(Exception):
 def key(default, why: str, choices: tuple = (), low=None, high=None):
     """A config key: its default, a line for --help, and what values it may take."""
     meta = {"why": why, "choices": choices, "low": low, "high": high}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=meta)
     return field(default=default, metadata=meta)
 
 

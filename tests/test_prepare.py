@@ -625,7 +625,7 @@ def test_near_duplicates(tmp_path, monkeypatch):
 def test_who_may_not_work_in_a_folder_leaves_it_there(tmp_path):
     folder = tmp_path / "data" / "x"
     with prepare.held(folder, shared=False):
-        with pytest.raises(UserError, match="another prepare.py is at work"), \
+        with pytest.raises(UserError, match="another prepare"), \
                 prepare.held(folder, shared=False):
             pass
         assert folder.is_dir()

@@ -28,16 +28,6 @@ GPU_SHARE = 0.9  # share of a GPU's memory that a micro-batch which was not aske
 CPU_TOKENS = 4096  # tokens of a forward pass that keep a CPU busy
 
 
-class Wishes(NamedTuple):
-    """What a rank wants to happen after this update; the update tells all ranks."""
-
-    stop: bool = False
-    save: bool = False
-
-
-NOTHING = Wishes()
-
-
 class Outcome(NamedTuple):
     """The numbers of an update, equal on all ranks: what update() gives, once it is read."""
 
@@ -198,11 +188,12 @@ class Engine:
                             "model or block_size")
         return peaks[-1][0]
 
-    def update(self, batch: Batch, rate: float, targets: int,
-               wishes: Wishes = NOTHING) -> Tensor:
-        """Make one optimizer update; the numbers of an Outcome, (4,) on the device.
+    def update(self, batch: Batch, rate: float, targets: int, stop: bool = False,
+               save: bool = False) -> Tensor:
+        """Make one optimizer update; give the numbers of an Outcome, (4,) on the device.
 
-        `targets`: what the summed loss is divided by, over all ranks. Nothing waits for the device.
+        `targets`: what the summed loss is divided by, over all ranks. `stop`, `save`: what this
+        rank wishes to come next, which all hear of. Nothing waits for the device.
         """
         world = self.world
         nll = self.gradients(batch, targets)
@@ -212,8 +203,8 @@ class Engine:
             nll, square = nll * first, square * world.replicas * first
         if scale := self.optimizer.loss_scale:
             square = square / scale.value**2
-        asked = [torch.full_like(nll, float(wish)) for wish in wishes]
-        stats = world.sum(torch.stack([nll, square, *asked]))
+        wishes = [torch.full_like(nll, float(wish)) for wish in (stop, save)]
+        stats = world.sum(torch.stack([nll, square, *wishes]))
         norm = torch.where(stats[0].isfinite(), stats[1].sqrt(), float("nan"))
         optim.step(self.optimizer, rate, norm, self.config.grad_clip)
         self.optimizer.zero_grad()
