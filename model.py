@@ -8,7 +8,6 @@ H query heads, K key/value heads, D = C / H, V = vocab_size, S cached tokens.
 """
 
 import hashlib
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,13 +15,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-# torch 2.11 has varlen_attn without grouped heads
-VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+VARLEN_GROUPS = torch.__version__ >= "2.13"  # 2.11 has varlen_attn without grouped heads
 IGNORE = -100  # a target that does not count
-LOGITS_BYTES = 512 * 2**20  # fp32 logits beyond this are made, and used up, in chunks of a quarter
+LOGITS_BYTES = 512 * 2**20  # fp32 logits beyond this are made, and used up, in chunks
+# Kernels for shapes that change from call to call: cuDNN builds a plan for every new shape, 0.1 to
+# 0.4 s each. Training has one shape, and cuDNN may be the fastest there.
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None = 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) -> Tensor:
     """torch's scaled_dot_product_attention, flash kernels where the device has them."""
-    return causal(q, k, v) if documents is None else by_document(q, k, v, documents)
+    if documents is None:
+        return causal(q, k, v)
+    if q.is_cuda and q.dtype != torch.float32:  # not a host wait and a new plan for each document
+        return varlen(q, k, v, mask, documents)
+    return by_document(q, k, v, documents)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -180,6 +185,8 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
 def varlen(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) -> Tensor:
     """torch's flash attention for packed documents, CUDA in bf16 or fp16 only: it takes all rows
     as one line of tokens with their bounds."""
+    from torch.nn.attention.varlen import varlen_attn  # more than a second of imports
+
     B, _, T, _ = q.shape
     if documents is None:
         documents = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
@@ -372,13 +379,14 @@ class LLaMA(nn.Module):
         With targets (B, T): the sum of -log p(target) in nats, fp32 (); targets of IGNORE count 0.
         """
         x = self.hidden(ids, cache, documents)
-        if targets is not None and 4 * targets.numel() * self.config.vocab_size > LOGITS_BYTES:
+        return self.lm_head(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Sum -log p(target) of states (B, T, C) over targets (B, T), fp32 ()."""
+        if 4 * targets.numel() * self.config.vocab_size > LOGITS_BYTES:
             return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                                      torch.is_grad_enabled())
-        logits = self.lm_head(x)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(),
+        return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten(),
                                ignore_index=IGNORE, reduction="sum")
 
     def parameter_counts(self) -> tuple[int, int]:
@@ -390,7 +398,8 @@ class LLaMA(nn.Module):
 
 class ChunkedLoss(torch.autograd.Function):
     """The loss of states (N, C) under an output matrix (V, C): a chunk's logits become loss and
-    gradients at once and are dropped, so that N x V numbers are never in memory.
+    gradients at once and are dropped, so that N x V numbers are never in memory. Few and even
+    chunks: compiled code has each of them once.
 
     d loss / d logits = softmax - one-hot. torch 2.13 has F.linear_cross_entropy for this, which
     compiled code has to leave; this one is compiled with the rest and runs on 2.11.
@@ -400,8 +409,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
         """The summed loss, fp32 (). `training`: keep the gradients for backward."""
         matrix = weight.to(x.dtype)
-        chunks = math.ceil(4 * len(x) * len(weight) / (LOGITS_BYTES // 4))
-        size = math.ceil(len(x) / chunks)
+        size = chunk_rows(len(weight))
         loss = torch.zeros((), device=x.device)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if training else None
         d_x = []
@@ -412,9 +420,7 @@ class ChunkedLoss(torch.autograd.Function):
             norm = logits.logsumexp(1, keepdim=True)
             loss = loss + ((norm - logits.gather(1, place)) * counts).sum()
             if d_weight is not None:
-                slope = logits.sub_(norm).exp_()
-                slope.scatter_add_(1, place, torch.full_like(norm, -1.0))
-                slope = (slope * counts).to(x.dtype)
+                slope = (without_one(logits.sub_(norm).exp_(), place) * counts).to(x.dtype)
                 d_x.append(slope @ matrix)
                 d_weight += slope.T @ states
         if d_weight is not None:
@@ -426,6 +432,21 @@ class ChunkedLoss(torch.autograd.Function):
         """Of states and matrix."""
         d_x, d_weight = ctx.saved_tensors
         return d_x * slope, d_weight * slope, None, None
+
+
+def chunk_rows(entries: int) -> int:
+    """Rows of a chunk whose fp32 logits for so many entries take LOGITS_BYTES: 4,096 of 32,000
+    entries. A multiple of 256, as the tiles of a GPU's matrix kernels want it."""
+    rows = max(1, LOGITS_BYTES // (4 * entries))
+    return rows - rows % 256 if rows > 256 else rows
+
+
+def without_one(p: Tensor, place: Tensor) -> Tensor:
+    """p (n, V) less one at place (n, 1) of each row. Compiled, a comparison is part of the kernel
+    that makes p; eager on a CPU, only n numbers are touched."""
+    if p.is_cuda or torch.compiler.is_compiling():
+        return torch.where(place == torch.arange(p.shape[1], device=p.device), p - 1, p)
+    return p.scatter_add_(1, place, torch.full_like(place, -1, dtype=p.dtype))
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

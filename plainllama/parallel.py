@@ -115,6 +115,23 @@ class World:
                                            broadcast_buffers=False, process_group=self.group)
         return model
 
+    def compile(self, model: LLaMA, dynamic: bool | None) -> None:
+        """Compile what training calls, in place: names in the state dict stay as they are. The
+        whole model, which DDP cuts at its buckets; where FSDP2's hooks stand around the blocks,
+        each block and the loss, since compiled code has to leave at a hook."""
+        if self.sharded:
+            for block in model.model.layers:
+                block.compile(dynamic=dynamic)
+            model.loss = torch.compile(model.loss, dynamic=dynamic)  # type: ignore[method-assign]
+        else:
+            model.compile(dynamic=dynamic)
+
+    def decompile(self, model: LLaMA) -> None:
+        """Undo compile()."""
+        for module in (model, *model.model.layers):
+            module._compiled_call_impl = None
+        vars(model).pop("loss", None)
+
     @contextlib.contextmanager
     def accumulating(self, module: nn.Module, last: bool):
         """Around forward and backward of a micro-batch: gradients are exchanged in the last."""
@@ -310,8 +327,10 @@ def attention_refusal(backend: str, device: str, dtype: torch.dtype = torch.bflo
         return f"attention={backend} needs a CUDA device, found {device}; use attention=sdpa"
     if backend == "varlen" and dtype == torch.float32:
         return "attention=varlen computes in bf16 or fp16 only; use attention=sdpa or another dtype"
-    if doc_mask and device == "cuda" and backend in ("sdpa", "xformers"):
-        return f"doc_mask on CUDA needs attention=varlen, found {backend}"
+    if doc_mask and backend == "xformers":
+        return "attention=xformers sees no documents; with doc_mask use attention=sdpa"
+    if doc_mask and device == "cuda" and dtype == torch.float32 and backend == "sdpa":
+        return "doc_mask on CUDA computes in bf16 or fp16 only; use another dtype"
     if backend == "xformers":
         try:
             import xformers.ops  # noqa: F401

@@ -22,7 +22,7 @@ from plainllama.command import complain
 from plainllama.settings import UserError
 
 ARRIVE = 600  # seconds that the ranks have to come together: imports from a cold disk take minutes
-FIRST_SUM = 60  # seconds for the first sum over all ranks
+FIRST_SUM = 180  # seconds for the first sum over all ranks: NCCL looks at every link first
 PATIENT = timedelta(minutes=30)  # for a collective during which a rank may compile or write
 BRISK = timedelta(seconds=100)  # for one of the steps after the first
 BEAT, SILENCE = 2.0, 40.0  # seconds between signs of life; without them for so long, a rank is lost

@@ -147,10 +147,22 @@ def test_a_run_with_documents_trains_and_evaluates_with_them(home, monkeypatch):
 @pytest.mark.parametrize(("words", "says"), [
     (("varlen", "cpu"), "attention=varlen needs a CUDA device, found cpu"),
     (("varlen", "cuda", torch.float32), "bf16 or fp16 only"),
-    (("sdpa", "cuda", torch.bfloat16, True), "doc_mask on CUDA needs attention=varlen"),
+    (("xformers", "cuda", torch.bfloat16, True), "attention=xformers sees no documents"),
+    (("sdpa", "cuda", torch.float32, True), "doc_mask on CUDA computes in bf16 or fp16 only"),
 ])
 def test_back_ends_that_cannot_run_say_so(words, says):
     assert says in attention_refusal(*words)
+
+
+def test_documents_on_a_gpu_are_one_call(monkeypatch):
+    """Without --attention=varlen too, in training and in evaluation."""
+    assert not attention_refusal("sdpa", "cuda", torch.bfloat16, True)
+    monkeypatch.setattr(model, "varlen", lambda *inputs: "varlen")
+    monkeypatch.setattr(model, "by_document", lambda *inputs: "by document")
+    q = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert model.sdpa(q, q, q, None, torch.zeros(2)) == "varlen"
+    q.is_cuda = False
+    assert model.sdpa(q, q, q, None, torch.zeros(2)) == "by document"
 
 
 def test_varlen_is_called_as_the_kernel_wants_it(monkeypatch):
@@ -165,7 +177,7 @@ def test_varlen_is_called_as_the_kernel_wants_it(monkeypatch):
             for a, b in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True) if b > a]
         return torch.cat(out)
 
-    monkeypatch.setattr(model, "varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     q, k, v = torch.randn(3, 4, 32, 8), torch.randn(3, 2, 32, 8), torch.randn(3, 2, 32, 8)
     for documents in (None, document_bounds(batch(3, bos_id=1).starts)):
         expected = attend(q, k, v, "reference", documents=documents)
@@ -182,12 +194,27 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch):
         made, (x, y, _) = engine(**keys), batch()
         y[2, 5:] = IGNORE
         losses = []
-        for size in (1 << 30, 16 * 300 * 40):  # 192 tokens: five chunks
+        for size in (1 << 30, 4 * 300 * 40):  # 192 tokens: five chunks
             monkeypatch.setattr(model, "LOGITS_BYTES", size)
             losses.append((made.model(x, y).item(), gradients_of(made, x, y)))
             with torch.no_grad():
                 assert made.model(x, y).item() == pytest.approx(losses[0][0], rel=1e-6)
         assert_close(losses[1], losses[0], 1e-5)
+
+
+def test_chunks_have_about_4096_rows_a_multiple_of_256():
+    assert model.chunk_rows(32000) == 4096
+    for entries in (50304, 65536, 100000, 128256, 256000):
+        rows = model.chunk_rows(entries)
+        assert rows % 256 == 0 and rows * entries * 4 <= model.LOGITS_BYTES
+
+
+def test_the_one_hot_by_comparison_is_that_by_place(monkeypatch):
+    p, place = torch.rand(5, 40), torch.tensor([[0], [39], [7], [7], [12]])
+    eager = model.without_one(p.clone(), place)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(model.without_one(p, place), eager)
+    assert torch.equal(eager, p - F.one_hot(place[:, 0], 40))
 
 
 def gradients_of(made, x, y):
@@ -197,7 +224,7 @@ def gradients_of(made, x, y):
 
 
 def test_the_loss_in_chunks_never_has_all_logits(monkeypatch):
-    monkeypatch.setattr(model, "LOGITS_BYTES", 16 * 300 * 40)
+    monkeypatch.setattr(model, "LOGITS_BYTES", 4 * 300 * 40)
     made, largest = engine(), [0]  # 192 tokens, at most 40 at a time
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -278,7 +305,7 @@ def test_the_largest_micro_batch_that_fits_is_found(monkeypatch):
 # ---- compilation
 
 @pytest.mark.parametrize("chunk", [
-    1 << 30, pytest.param(16 * 300 * 15, marks=pytest.mark.slow)])
+    1 << 30, pytest.param(4 * 300 * 15, marks=pytest.mark.slow)])
 def test_compiled_equals_eager_in_fp32(monkeypatch, chunk):
     """By inductor, where there is a C++ compiler."""
     monkeypatch.setattr(model, "LOGITS_BYTES", chunk)
@@ -297,7 +324,8 @@ def test_training_evaluating_and_sampling_compile_at_most_twice(home, monkeypatc
 
     torch._dynamo.reset()
     counter = CompileCounter()
-    monkeypatch.setattr(LLaMA, "compile", lambda self: nn.Module.compile(self, backend=counter))
+    monkeypatch.setattr(LLaMA, "compile", lambda self, **keys: nn.Module.compile(
+        self, backend=counter, **keys))
     assert train.main(parse(["toy.py", "--compile=true", "--sample_tokens=8"], "",
                                      train.Flags)) == 0
     assert 1 <= counter.frame_count <= 2
@@ -308,7 +336,8 @@ def test_a_compiler_that_fails_costs_a_line_not_the_run(home, monkeypatch, capsy
     def broken(graph, inputs):
         raise RuntimeError("no C++ compiler\nfound")
 
-    monkeypatch.setattr(LLaMA, "compile", lambda self: nn.Module.compile(self, backend=broken))
+    monkeypatch.setattr(LLaMA, "compile", lambda self, **keys: nn.Module.compile(
+        self, backend=broken, **keys))
     with pytest.raises(settings.UserError, match="compile=true"):
         engine(compile="true")
     made = engine()

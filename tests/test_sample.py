@@ -123,6 +123,63 @@ def test_rows_that_end_early_leave_the_others_alone():
     assert generate.generate(model, PROMPTS, 40, GREEDY, [0] * 4, {stop}) == want
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+def test_tokens_that_are_read_late_are_the_same(monkeypatch, prompts):
+    """As on a GPU, whose next step begins before the host looks at a token, and which waits for
+    nothing: no number is read back, none is sent but where rows are left behind."""
+    model, real, events = tiny(), generate.Batch, []
+    alone = generate.generate(model, prompts, 40, GREEDY, [0] * len(prompts))
+    stops = {alone[0][0][9], alone[-1][0][5]}
+    want = generate.generate(model, prompts, 40, GREEDY, [0] * len(prompts), stops)
+
+    class Traffic(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, call, kinds, args=(), kwargs=None):
+            if call.__name__.startswith(("_local_scalar_dense", "lift_fresh")):
+                events.append(call.__name__)
+            return call(*args, **(kwargs or {}))
+
+    class Late(real):
+        def __init__(self, *words):
+            super().__init__(*words)
+            self.lag = 1
+
+        def draw(self, sampling, number):
+            with Traffic():
+                super().draw(sampling, number)
+            events.append(f"draw {number}")
+
+        def advance(self):
+            rows = len(self.rows)
+            with contextlib.nullcontext() if 2 * sum(
+                    not row.ended for row in self.rows) <= rows else Traffic():
+                super().advance()
+
+    monkeypatch.setattr(generate, "Batch", Late)
+    watch = lambda row, token: row == 0 and events.append("read")  # noqa: E731
+    assert generate.generate(model, prompts, 40, GREEDY, [0] * len(prompts), stops,
+                             watch=watch) == want
+    assert events[:6] == ["draw 0", "draw 1", "read", "draw 2", "read", "draw 3"]
+    assert not [event for event in events if event[:4] not in ("draw", "read")]
+
+
+def test_a_deterministic_run_draws_on_the_host(monkeypatch):
+    """cumsum of a GPU has no deterministic kernel: there torch would refuse."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: asked.append(self.shape) or self)
+    logits, seen = torch.randn(2, 9), torch.zeros(2, 9, dtype=torch.bool)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    generate.choose(logits, Sampling(), seen, torch.tensor([0.2, 0.9]))
+    assert asked == [(2, 9), (2,)]
+
+
+def test_decoding_does_without_a_plan_for_each_length():
+    model, seen = tiny(), []
+    generate.generate(model, PROMPTS, 3, GREEDY, [0] * 4, watch=lambda *_: seen.append(
+        torch.backends.cuda.cudnn_sdp_enabled()))
+    assert seen and not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # training may have it
+
+
 def test_random_configurations():
     """Cached, batched and compiled (without a compiler: the same steps in a cache of fixed size)
     equal uncached, whatever the shape of the model, of the prompts and of the batch."""

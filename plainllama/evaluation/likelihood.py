@@ -9,8 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
-from model import IGNORE, KVCache, LLaMA
+from model import ANY_SHAPE, IGNORE, KVCache, LLaMA
 from plainllama.parallel import World
 from plainllama.progress import Progress
 from plainllama.settings import UserError, ceil_div
@@ -198,6 +199,7 @@ class Scorer:
         return before, whole[len(before):]
 
     @torch.no_grad()
+    @sdpa_kernel(ANY_SHAPE)
     def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Likelihood]:
         """Score the continuation of each (context ids, continuation ids).
 
@@ -221,12 +223,15 @@ class Scorer:
         for batch in batches[self.world.rank::self.world.size]:
             counts = [wanted[row] for row in batch.rows]
             log_p = self.model.lm_head(self.states(batch, counts)).float().log_softmax(-1)
+            numbers, found = [], []  # read once, so that the device does not wait for each pair
             for row, scored in zip(batch.rows, log_p.split(counts), strict=True):
                 for i in serves[row]:
-                    target = torch.tensor(pairs[i][1][-len(row):], device=scored.device)
+                    target = torch.tensor(pairs[i][1][-len(row):]).to(scored.device)
                     last = scored[-len(target):]
-                    results[i, 0] = last.gather(1, target[:, None]).sum().item()
-                    results[i, 1] = float((last.argmax(-1) == target).all())
+                    greedy = (last.argmax(-1) == target).all().float()
+                    numbers.append(i)
+                    found.append(torch.stack((last.gather(1, target[:, None]).sum(), greedy)))
+            results[numbers] = torch.stack(found).cpu().double()
             progress.add(min(len(counts) * self.world.size, len(serves) - progress.done))
         progress.close()
         return [Likelihood(nats, greedy > 0) for nats, greedy in self.world.sum(results).tolist()]

@@ -6,15 +6,17 @@ batch computes what it would compute alone (to rounding).
 
 import contextlib
 import hashlib
+from collections import deque
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from model import KVCache, Linear, LLaMA
+from model import ANY_SHAPE, KVCache, Linear, LLaMA
 from plainllama import parallel
 from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.tokenizer import Tokenizer
@@ -54,6 +56,13 @@ def choose(logits: Tensor, s: Sampling, seen: Tensor, draw: Tensor) -> Tensor:
         logits = torch.where(seen, less, logits)
     if s.temperature == 0:
         return logits.argmax(-1)
+    if torch.are_deterministic_algorithms_enabled():
+        return drawn(logits.cpu(), s, draw.cpu()).to(logits.device)  # a GPU's cumsum refuses
+    return drawn(logits, s, draw)
+
+
+def drawn(logits: Tensor, s: Sampling, draw: Tensor) -> Tensor:
+    """Draw a token (B,) of each row from its logits (B, V) by its uniform number (B,)."""
     total = allowed(logits, s).softmax(-1).cumsum(-1)
     # The factor keeps the sought value below the last one in spite of rounding; of logits that are
     # not finite the last token comes.
@@ -128,12 +137,18 @@ class Row:
 class Batch:
     """Rows that are decoded side by side. Row i of the cache and of these tensors is rows[i]'s:
     `seen` (B, V), the tokens that it holds; `draws` (B, block_size), a uniform number for each
-    token of a text; `logits` (B, V) of the next token; `tokens` (B,), the newest ones."""
+    token of a text; `logits` (B, V) of the next token; `tokens` (B,), the newest ones.
+
+    A GPU works while the host looks at tokens: they are read `lag` steps late, and nothing else
+    goes from device to host or back."""
 
     def __init__(self, model: LLaMA, rows: list[Row], vocab_size: int, compiled: Compiled | None):
         """Feed the prompts to the model, padded on the right."""
         config, device = model.config, model.rope_cos.device
         self.model, self.rows, self.compiled = model, rows, compiled
+        self.lag = 1 if device.type == "cuda" else 0
+        self.unread: deque[tuple[list[Row], Tensor, torch.cuda.Event | None]] = deque()
+        self.fed = 0  # tokens of each text that went through the model
         capacity = max(len(row.prompt) + row.room for row in rows)
         self.cache = compiled.cache if compiled else KVCache(config, len(rows), capacity, device,
                                                              model.compute_dtype)
@@ -150,13 +165,28 @@ class Batch:
         last = torch.tensor([len(row.prompt) - 1 for row in rows], device=device)
         states = model.hidden(ids.to(device), self.cache)
         self.logits = model.lm_head(states[torch.arange(len(rows), device=device), last])
+        self.cache.lengths.copy_(last + 1)
 
-    def draw(self, sampling: Sampling, number: int) -> list[int]:
-        """Choose the next token of every row, by draw `number`, and bring them to the host."""
+    def draw(self, sampling: Sampling, number: int) -> None:
+        """Choose the next token of every row, by draw `number`, and send them to the host."""
         logits = self.logits.float()[:, :self.seen.shape[1]]
         self.tokens = choose(logits, sampling, self.seen, self.draws[:, number])
         self.seen.scatter_(1, self.tokens[:, None], True)
-        return self.tokens.tolist()
+        there = self.tokens.to("cpu", non_blocking=True)
+        arrived = None
+        if self.tokens.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.unread.append((self.rows, there, arrived))
+
+    def read(self, lag: int, stop_ids: Collection[int], watch: Watch | None) -> None:
+        """Give the rows all tokens but those of the newest `lag` draws."""
+        while len(self.unread) > lag:
+            rows, tokens, arrived = self.unread.popleft()
+            if arrived:
+                arrived.synchronize()
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                row.take(token, stop_ids, watch)
 
     def advance(self) -> None:
         """Feed the newest tokens to the model, for the logits of the next. The rows that have ended
@@ -167,15 +197,18 @@ class Batch:
             self.cache.keep(kept)
             self.rows, self.tokens = [self.rows[i] for i in going], self.tokens[kept]
             self.seen, self.draws = self.seen[kept], self.draws[kept]
-        # A row that has ended goes on with length 0: it writes where nobody looks any more.
-        lengths = [0 if row.ended else len(row.prompt) + len(row.new) - 1 for row in self.rows]
-        self.cache.lengths.copy_(torch.tensor(lengths))
-        self.cache.used = self.cache.k.shape[3] - 1 if self.compiled else max(lengths)
+        # A row that has ended goes on, at most to the end of the cache; nobody reads its tokens.
+        end = self.cache.k.shape[3] - 1
+        longest = max(len(row.prompt) for row in self.rows if not row.ended)
+        self.cache.used = end if self.compiled else min(longest + self.fed, end)
         advance = self.compiled.step if self.compiled else step
         self.logits = advance(self.model, self.tokens[:, None], self.cache)
+        self.cache.lengths.add_(1).clamp_(max=end)
+        self.fed += 1
 
 
 @torch.no_grad()
+@sdpa_kernel(ANY_SHAPE)
 def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              seeds: list[int], stop_ids: Collection[int] = frozenset(), vocab_size: int = 0,
              watch: Watch | None = None,
@@ -189,9 +222,10 @@ def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampli
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
     idle = compiled.cache.k.shape[1] - len(rows) if compiled else 0  # rows that are nobody's
     batch = Batch(model, rows + [Row(-1, [0], 0, 0)] * idle, vocab_size, compiled)
-    for number in range(max(row.room for row in rows)):
-        for row, token in zip(batch.rows, batch.draw(sampling, number), strict=True):
-            row.take(token, stop_ids, watch)
+    most = max(row.room for row in rows)
+    for number in range(most):
+        batch.draw(sampling, number)
+        batch.read(batch.lag if number + 1 < most else 0, stop_ids, watch)
         if all(row.ended for row in rows):
             break
         batch.advance()
@@ -261,6 +295,7 @@ def complete(model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]], max_n
 # ---- ids -> states
 
 @torch.no_grad()
+@sdpa_kernel(ANY_SHAPE)
 def embed(model: LLaMA, prompts: list[list[int]], pool: str, layers: str) -> Tensor:
     """Compute the prompts' states, fp32 (B, C) on the host: of the last token or the mean over all
     tokens (`pool`: last | mean), padding never counted, and the mean over `layers`, --layers of

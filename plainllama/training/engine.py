@@ -25,7 +25,8 @@ from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import load_weights
 
 GPU_SHARE = 0.9  # share of a GPU's memory that a micro-batch which was not asked for may take
-CPU_TOKENS = 4096  # tokens of a forward pass that keep a CPU busy
+CPU_TOKENS = 4096  # tokens of a forward pass that keep a CPU busy,
+GPU_TOKENS = 65536  # and a GPU: more take memory and gain nothing
 
 
 class Outcome(NamedTuple):
@@ -123,7 +124,9 @@ class Engine:
 
     def compile(self) -> None:
         """Compile the model, tried on one micro-batch; with compile=auto a failure means eager."""
-        self.model.compile()  # in place: names in the state dict stay as they are
+        # Every micro-batch has one shape, and a smaller one after an out-of-memory another. The
+        # number of documents differs from batch to batch.
+        self.world.compile(self.model, dynamic=None if self.config.doc_mask else False)
         problem = ""
         try:
             self.rehearse(last=self.world.sharded)  # which keeps gradients not exchanged
@@ -139,7 +142,7 @@ class Engine:
                 raise UserError(f"compile=true, but torch.compile fails here ({problem}); "
                                 "use compile=auto or false")
             self.say(f"torch.compile fails here ({problem}); going on without it, slower")
-            self.model._compiled_call_impl = None  # what nn.Module.compile set
+            self.world.decompile(self.model)
             torch._dynamo.reset()
 
     def rehearse(self, last: bool, rows: int = 0) -> None:
@@ -152,11 +155,12 @@ class Engine:
         self.optimizer.zero_grad()
 
     def pick_micro_batch(self, share: int) -> int:
-        """Choose the rows of a forward pass: on a GPU as many as fit, elsewhere enough to keep a
-        CPU busy; at most a rank's share, and in equal micro-batches."""
-        most = max(1, CPU_TOKENS // self.config.block_size)
+        """Choose the rows of a forward pass: on a GPU as many as fit and pay, elsewhere enough to
+        keep a CPU busy; at most a rank's share, and in equal micro-batches."""
+        block = self.config.block_size
+        most = max(1, CPU_TOKENS // block)
         if self.world.device.type == "cuda":
-            most = self.largest_that_fits(share)
+            most = self.largest_that_fits(min(share, max(1, GPU_TOKENS // block)))
         return ceil_div(share, ceil_div(share, most))
 
     def largest_that_fits(self, share: int) -> int:

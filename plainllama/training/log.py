@@ -24,13 +24,18 @@ from plainllama.settings import Settings
 from plainllama.tokens.rows import Rows
 from plainllama.training.engine import Engine
 
-# dense bf16 peaks in FLOP/s by the device's whole name; any other device has no MFU
+# dense bf16 peaks in FLOP/s (of cards before Ampere: fp16) by the device's whole name; any other
+# device has no MFU
 PEAKS = {
-    "NVIDIA B200": 2250e12, "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12, "NVIDIA A10G": 70e12, "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA B300": 2250e12, "NVIDIA B200": 2250e12, "NVIDIA GH200 480GB": 990e12,
+    "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12, "NVIDIA H20": 148e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12,
+    "NVIDIA A10": 125e12, "NVIDIA A10G": 70e12, "NVIDIA RTX A6000": 155e12,
+    "NVIDIA RTX 6000 Ada Generation": 364e12, "NVIDIA GeForce RTX 5090": 210e12,
+    "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
+    "Tesla V100-SXM2-32GB": 125e12, "Tesla V100-SXM2-16GB": 125e12, "Tesla T4": 65e12,
 }
 
 

@@ -4,6 +4,7 @@ The network is written down here a second time, in float64 and one formula a lin
 model.py nothing but the weights.
 """
 
+import gc
 import hashlib
 import math
 import shutil
@@ -50,6 +51,10 @@ def run_checks(config: Settings, manifest: dict, world: World, price: float) -> 
     Collective. Nothing is left behind."""
     say: Callable[[str], None] = print if world.rank == 0 else lambda _: None
     failures = try_out(Trial(config, manifest, world), say)
+    gc.collect()  # the trial's model; the forecast measures memory
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     forecast(config, manifest, world, price, say)
     say("all of it holds" if not failures else f"{failures} checks failed: do not train yet")
     return 1 if failures else 0
