@@ -1,5 +1,4 @@
-"""torch.compile under DDP and FSDP2, on two processes: the losses of one, and no second compilation.
-"""
+"""torch.compile under DDP and FSDP2, on two processes: the losses of one, compiled once."""
 
 import json
 from functools import partial

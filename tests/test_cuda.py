@@ -163,6 +163,32 @@ def test_greedy_texts_with_a_cache_are_those_without():
         assert ended == "length" and likeliest.tolist() == new
 
 
+@pytest.mark.parametrize("sampling", [settings.Sampling(temperature=0),
+                                      settings.Sampling(top_p=0.9)])
+def test_decoding_never_waits_for_a_token(monkeypatch, sampling):
+    """Tokens come by copies of their own, which the host looks at a step late."""
+    model, real = build(torch.bfloat16).eval(), generate.Batch
+
+    class Strict(real):
+        def draw(self, *words):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                super().draw(*words)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        def advance(self):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                super().advance()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    want = generate.generate(model, [[5, 6, 7], [8] * 20], 24, sampling, [0, 1])
+    monkeypatch.setattr(generate, "Batch", Strict)
+    assert generate.generate(model, [[5, 6, 7], [8] * 20], 24, sampling, [0, 1]) == want
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_decoding_is_that_without_a_cache(dtype):
     """Also when its cache and its graph are used again, for fewer prompts of other lengths. In
@@ -196,6 +222,28 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
         assert (parts[name] - value).norm() <= 1e-3 * value.norm(), name
 
 
+def test_a_deterministic_run_gives_the_same_bits(tmp_path):
+    texts = some_documents(60)
+    write_data_set(tmp_path / "data" / "toy", {"train": texts, "val": texts[5:9]})
+    (tmp_path / "toy.py").write_text(TOY)
+    for name in ("one", "two"):  # with evaluations and samples, which draw
+        done = run_script("train.py", "toy.py", "--device=cuda", "--dtype=fp32", "--deterministic",
+                          "--compile=false", "--max_steps=6", f"--out_dir=out/{name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / "out" / name / "checkpoints/step_6/model.safetensors")
+                for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@torch.no_grad()
+def test_scoring_builds_no_plan_for_each_length():
+    """cuDNN is off where lengths change from call to call."""
+    seen = []
+    generate.generate(build(torch.bfloat16).eval(), [[5, 6]], 3, settings.Sampling(temperature=0),
+                      [0], watch=lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    assert seen and not any(seen)
+
+
 # ---- the engine
 
 def made(**keys) -> Engine:
@@ -216,7 +264,7 @@ def pinned(documents: bool = False) -> Batch:
 
 @pytest.mark.parametrize("keys", [{}, {"optimizer": "muon"}, {"dtype": "fp16"},
                                   {"activation_checkpointing": True},
-                                  {"attention": "varlen", "doc_mask": True}])
+                                  {"attention": "varlen", "doc_mask": True}, {"doc_mask": True}])
 def test_an_update_never_waits_for_the_host(keys):
     """Copies are asynchronous, and nothing on the device is read."""
     engine, batch = made(**keys), pinned("doc_mask" in keys)
