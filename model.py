@@ -86,8 +86,9 @@ ROPE_SCALINGS = {
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (B, heads, T, D) by tables (T, D) or (B, 1, T, D), computed in fp32."""
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+    cos, sin = cos[..., :first.shape[-1]], sin[..., :first.shape[-1]]  # both halves are alike
+    # one concatenation, at the end: compiled, each way is one kernel
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
 class Linear(nn.Linear):

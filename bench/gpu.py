@@ -2,8 +2,8 @@
 
 Stages, each part in a process of its own: the environment; the ceilings of copies and of matrix
 products; training steps of config/llama100m.py's model beside transformers' LlamaForCausalLM (and
-beside nanoGPT's GPT with --nanogpt=PATH/model.py); peak memory by micro-batch; decoding; saving;
-the CUDA tests. The time that is left is shared out among what is still to come. Rows are added to
+beside nanoGPT's GPT with --nanogpt=PATH/model.py), and `short`, at a quarter of its context; peak
+memory by micro-batch; decoding; saving; the CUDA tests. The time that is left is shared out among what is still to come. Rows are added to
 OUT/results.jsonl as soon as they are measured and shown in OUT/results.md: a kill loses nothing,
 and another call adds to them. What fails or has no time left says so, and the next begins.
 
@@ -28,7 +28,7 @@ class Flags:
 
     config: str = key("config/bench_gpu.py", "the model and its device")
     minutes: float = key(9.0, "end within this time", low=0.1)
-    only: str = key("", "some of environment,ceilings,step,memory,decode,save,tests (empty: all)")
+    only: str = key("", "some of environment,ceilings,step,short,memory,decode,save,tests (empty: all)")
     out: str = key("", "the folder for the results (default: bench/results/gpu-NAME)")
     nanogpt: str = key("", "nanoGPT's model.py, to measure it too")
 
@@ -89,7 +89,7 @@ class Bench:
         self.config = parse([flags.config], "").config
         self.config.vocab_size = self.config.vocab_size or 32000  # Mistral's
         self.shape, self.world = architecture(self.config), World(0, 1, device)
-        self.tokens = min(MICRO_TOKENS, self.config.global_batch_tokens)  # of an arm's update
+        self.tokens = self.config.global_batch_tokens  # of an arm's update
 
     def left(self) -> float:
         """Seconds in which the part that runs now may still begin something."""
@@ -289,15 +289,16 @@ def nano_model(bench: Bench, context: int) -> Any:
 class Arm:
     """One implementation in training: fp32 weights, bf16 matmuls where native. Ours is the engine
     that train.py drives; the others get the same optimizer, clipping and guard. An update is
-    `tokens` tokens; without memory for that in one micro-batch, it is cut into several."""
+    `tokens` tokens, in micro-batches of at most MICRO_TOKENS, or of what fits."""
 
     def __init__(self, bench: Bench, name: str, context: int, compiled: bool, tokens: int):
         free()  # or what goes away later would be counted as this one's
         begin, before = time.perf_counter(), torch.cuda.memory_allocated()
         self.bench, self.kind, self.said = bench, name.split(",")[0], list[str]()
         rows, device = tokens // context, bench.world.device
+        micro = min(rows, MICRO_TOKENS // context)
         self.config = replace(
-            bench.config, block_size=context, micro_batch=rows, global_batch_tokens=rows * context,
+            bench.config, block_size=context, micro_batch=micro, global_batch_tokens=rows * context,
             optimizer="muon" if "Muon" in name else "adamw",
             compile=bench.config.compile if compiled else "false")
         if self.kind == "ours":
@@ -311,7 +312,7 @@ class Arm:
             self.run = torch.compile(self.model, dynamic=False) if wanted else self.model
         free()
         self.own = torch.cuda.memory_allocated() - before  # bytes of weights and moments
-        self.micro, self.compiled = rows, self.config.compile != "false"
+        self.micro, self.compiled = micro, self.config.compile != "false"
         self.peak: int | None = None
         self.at_first = 0.0
         self.batches = []
@@ -400,8 +401,7 @@ def warm_arm(bench: Bench, name: str, context: int) -> Arm:
     """Build an arm and make its first steps; `at_first` is its speed after them."""
     arm = Arm(bench, name, context, "compiled" in name, bench.tokens)
     arm.first()
-    arm.speed(1)
-    arm.at_first = arm.speed(2 if bench.tiny else 10)
+    arm.at_first = arm.speed(2)
     return arm
 
 
@@ -413,7 +413,7 @@ def step(bench: Bench, divisor: int, names: tuple[str, ...]) -> None:
     for name in names:
         if name.startswith("nanoGPT") and not bench.flags.nanogpt:
             continue
-        arm = attempt(bench, "step, first", partial(warm_arm, bench, name, context), 0.6,
+        arm = attempt(bench, "step, first", partial(warm_arm, bench, name, context), 0.75,
                       arm=name, context=context)
         if arm:
             bench.record("step, first", arm=name, context=context, tokens_per_second=arm.at_first,
@@ -462,7 +462,8 @@ def summarise(bench: Bench) -> None:
 def memory(bench: Bench, compiled: bool) -> None:
     """Peak memory of a training step of ours by micro-batch, up to what does not fit."""
     context = bench.config.block_size
-    sizes = [1 << power for power in range((bench.tokens // context).bit_length())]
+    most = min(bench.tokens, MICRO_TOKENS) // context
+    sizes = [1 << power for power in range(most.bit_length())]
     name = f"ours, {'compiled' if compiled else 'eager'}"
 
     def measure(rows: int) -> dict:
@@ -635,17 +636,16 @@ def outcomes_of(said: str) -> dict[str, str]:
 
 # ---- the run
 
-COMPILED = ("ours, compiled", "transformers, compiled", "nanoGPT, compiled", "ours, Muon, compiled")
+COMPILED = ("ours, compiled", "transformers, compiled", "nanoGPT, compiled")
+MUON = "ours, Muon, compiled"
 # what a part, of the stage before the comma, may take of the time; the important ones come first
 PARTS: dict[str, tuple[Callable, float]] = {
     "environment": (environment, 0.02),
-    "ceilings": (ceilings, 0.04),
+    "ceilings": (ceilings, 0.03),
     "step, compiled": (partial(step, divisor=1, names=COMPILED), 0.26),
-    "step, compiled, a quarter of the context":
-        (partial(step, divisor=4, names=(COMPILED[0], COMPILED[3], *COMPILED[1:3])), 0.18),
     "step, eager": (partial(step, divisor=1, names=("ours, eager", "transformers, eager")), 0.06),
-    "step, eager, a quarter of the context":
-        (partial(step, divisor=4, names=("ours, eager",)), 0.03),
+    "short, compiled": (partial(step, divisor=4, names=(COMPILED[0], MUON, *COMPILED[1:])), 0.19),
+    "short, eager": (partial(step, divisor=4, names=("ours, eager",)), 0.03),
     "memory, eager": (partial(memory, compiled=False), 0.06),
     "memory, compiled": (partial(memory, compiled=True), 0.06),
     "decode, batch 1": (partial(decode, batch=1), 0.07),
@@ -740,7 +740,7 @@ def main(command: CommandLine) -> int:
             conduct(bench, name, function, left * share / whole)
         else:
             bench.record("stages", stage=name, state="skipped", why="no time is left")
-        if name.startswith("step"):
+        if name.startswith(("step", "short")):
             summarise(bench)
     print("\n" + markdown(bench.rows()) + f"-> {bench.out}/results.md", flush=True)
     return int(any(row.get("state", "done") != "done" or "not measured" in row.get("note", "")

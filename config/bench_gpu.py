@@ -1,5 +1,4 @@
-"""The model of bench/gpu.py: llama100m, in updates of as many tokens as a GPU takes at once."""
+"""The model of bench/gpu.py: llama100m, as it trains."""
 
 base = "llama100m.py"
 device = "cuda"
-global_batch_tokens = 64 * 1024

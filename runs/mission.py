@@ -26,7 +26,8 @@ The loss is foretold as E + (trial - E) (tokens of the trial / tokens)^b with th
 https://arxiv.org/abs/2404.10102 fits to Chinchilla's runs: b = 0.366, E = 1.817 + 482 / N^0.348 for
 N parameters. Of the CPU's recorded run (143 thousand tokens of a short run: 6.944; 16 times as
 many: 5.200) it says 4.75, so it was 0.45 nats too low; with b = 0.255 it would have been right,
-which is given as the upper end. Nothing of it was checked on a GPU.
+which is given as the upper end. A rehearsal of 103 steps of 1,024 tokens ended above even that
+(6.83; said 6.29, at most 6.62). Nothing of it was checked on a GPU.
 """
 
 import contextlib
@@ -181,21 +182,9 @@ class Mission:
         """A short run, scored and reported as the long ones will be: the plan, made once."""
         if self.plan:
             return
-        run = self.home / "trial"
-        shutil.rmtree(run, ignore_errors=True)  # half of one measures nothing
-        began = time.time()
-        self.train(run, *plans.schedule(plans.TRIAL, 2), "--log_interval=5")
-        trial = plans.measured(run, began, time.time())
-        for name, words in (("score", ("eval.py", f"--ckpt={run}", "--tasks=", "--by_position",
-                                       f"--device={self.keys.device}")),
-                            ("report", ("report.py", str(run)))):
-            began = time.time()
-            try:
-                self.script(*words)
-            except Failed as error:  # the long run is worth it all the same
-                self.note("trial", str(error))
-            trial[name] = time.time() - began
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        trial = read_json(self.home / "trial.json", tolerant=True)  # of minutes that were too few
+        if trial.get("asked") != self.asked:
+            trial = self.measure()
         gone = sum(self.seconds.values()) + time.time() - self.stage_began
         scores = {name: plans.scoring_seconds(name, self.sets, self.keys.block_size, trial)
                   for name in ARMS}
@@ -203,6 +192,24 @@ class Mission:
         data = (Path("data") / self.keys.dataset / "manifest.sha256").read_text().strip()
         self.plan = {"asked": self.asked, "data": data, **plan, "trial": trial}
         write_json(self.out / "plan.json", self.plan)
+
+    def measure(self) -> dict:
+        """Make the trial, from its beginning: half of one measures nothing."""
+        run = self.home / "trial"
+        shutil.rmtree(run, ignore_errors=True)
+        began = time.time()
+        self.train(run, *plans.schedule(plans.TRIAL, 2), "--log_interval=5")
+        trial = plans.measured(run, began, time.time()) | {"asked": self.asked}
+        for name, words in (("score", ("eval.py", f"--ckpt={run}", "--tasks=", "--by_position",
+                                       f"--device={self.keys.device}")),
+                            ("report", ("report.py", str(run)))):
+            began = time.time()
+            with contextlib.suppress(Failed):  # the long run is worth it all the same
+                self.script(*words)
+            trial[name] = time.time() - began
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        write_json(self.home / "trial.json", trial)
+        return trial
 
     def long_run(self, name: str) -> None:
         """Train base or, from its weights, a run at the long context."""

@@ -6,6 +6,7 @@ runs/mission.py, which does it, says what for.
 import lzma
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +20,7 @@ ARMS = {"base": [], "interpolated": ["--rope_scaling=linear", f"--rope_factor={T
 TRIAL = 30  # steps
 FEWEST, FEWEST_LONG = 30, 24  # steps of base and of a long run
 LONG = 0.08  # of the training time, for each long run
-BASE = 0.25  # of the time that is left; base has less only without the long runs
+BASE = 0.2  # of the time that is left; base has less only without the long runs
 SCORES = 0.25  # of the time that is left, at most, is kept for scores
 SPARE = 0.05  # of the time that is left, for what nobody measured
 SLOWER = 1.25  # a long context's step; attention is a larger part of it
@@ -84,11 +85,18 @@ def measured(run: Path, began: float, ended: float) -> dict:
     return {"start": steps[0]["time"] - began, "finish": max(ended - last["time"], 0.0),
             "evaluation": max(row.get("eval_seconds", 0.0) + row.get("sample_seconds", 0.0)
                               for row in steps[1:]),  # the first holds what is compiled
-            "tokens_per_second": median(row["tokens_per_second"] for row in steps[1:]),
+            "tokens_per_second": speed_after(steps[1:]),
             "batch_tokens": info["config"]["global_batch_tokens"],
             "tokens": last["tokens"], "val_loss": last["val_loss"],
             "parameters": info["parameters"]["total"],
             "train_tokens": info["data"]["train_tokens"], "device": info["device"]["name"]}
+
+
+def speed_after(steps: list[dict]) -> float:
+    """Tokens a second over the rows after the first of these: a mean, as slow spells come again."""
+    spans = [(row["tokens"] - before["tokens"], row["tokens_per_second"])
+             for before, row in pairwise(steps)]
+    return sum(tokens for tokens, _ in spans) / sum(tokens / speed for tokens, speed in spans)
 
 
 def schedule(steps: int, looks: int) -> list[str]:
@@ -114,12 +122,14 @@ def outcome(run: Path, tiny: Path | None) -> dict:
     speeds = [row["tokens_per_second"] for row in steps[1:]] or [0.0]
     mfus = [row["mfu"] for row in steps[1:] if row.get("mfu")]
     last = [row for row in rows if row.get("val_loss") is not None][-1]
+    scores = read_scores(run, last_step(run))
+    if scores.get("step", 0) > last["step"] and "val_loss" in scores:
+        last = scores  # the run was cut between two evaluations
     done = [0, *(row["tokens"] for row in steps)]
     seconds = sum((row["tokens"] - before) / row["tokens_per_second"]
                   for row, before in zip(steps, done, strict=False))
-    tasks = read_scores(run, last_step(run)).get("tasks", {})
     return {"step": last["step"], "tokens": last["tokens"], "val_loss": last["val_loss"],
-            "val_bpb": last["val_bpb"], "tinyMMLU": tasks.get(f"local:{tiny}"),
+            "val_bpb": last["val_bpb"], "tinyMMLU": scores.get("tasks", {}).get(f"local:{tiny}"),
             "tokens_per_second": median(speeds), "mfu": median(mfus) if mfus else None,
             "minutes": seconds / 60}
 

@@ -98,17 +98,33 @@ def test_what_a_trial_measured(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({
         "config": {"global_batch_tokens": 100}, "parameters": {"total": 7},
         "data": {"train_tokens": 999}, "device": {"name": "x"}}))
-    steps = [{"step": 1, "loss": 5, "tokens_per_second": 1, "time": 140.0, "eval_seconds": 99.0}]
-    steps += [{"step": s, "loss": 5, "tokens_per_second": v, "time": 140.0 + s} | more
-              for s, v, more in ((5, 80, {}), (10, 100, {}), (20, 120, {
-                  "eval_seconds": 2.0, "sample_seconds": 1.5}), (30, 90, {}))]
+    steps = [{"step": s, "tokens": 100 * s, "loss": 5, "tokens_per_second": v, "time": 139.0 + s,
+              **more} for s, v, more in (
+        (1, 1, {"eval_seconds": 99.0}), (5, 7, {}), (10, 100, {}),
+        (20, 50, {"eval_seconds": 2.0, "sample_seconds": 1.5}), (30, 100, {}))]
     rows = [{"step": 0, "tokens": 0, "val_loss": 9.0, "time": 120.0}, *steps,
             {"step": 30, "tokens": 3000, "val_loss": 4.5, "time": 172.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert plans.measured(tmp_path, 100.0, 180.0) == {
-        "start": 40.0, "finish": 8.0, "evaluation": 3.5, "tokens_per_second": 95.0,
-        "batch_tokens": 100, "tokens": 3000, "val_loss": 4.5, "parameters": 7,
+        "start": 40.0, "finish": 8.0, "evaluation": 3.5, "batch_tokens": 100,
+        "tokens_per_second": pytest.approx(2500 / 35),
+        "tokens": 3000, "val_loss": 4.5, "parameters": 7,
         "train_tokens": 999, "device": "x"}
+
+
+def test_a_run_that_was_cut_is_shown_by_the_scores_of_its_checkpoint(tmp_path):
+    rows = [{"step": 0, "tokens": 0, "val_loss": 9.0, "val_bpb": 3.0},
+            {"step": 1, "tokens": 10, "tokens_per_second": 1.0},
+            {"step": 20, "tokens": 200, "tokens_per_second": 10.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "checkpoints/step_20").mkdir(parents=True)
+    assert plans.outcome(tmp_path, None)["val_loss"] == 9.0
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/step_20.json").write_text(json.dumps(
+        {"step": 20, "tokens": 200, "val_loss": 5.0, "val_bpb": 2.0}))
+    found = plans.outcome(tmp_path, None)
+    assert (found["step"], found["tokens"], found["val_loss"]) == (20, 200, 5.0)
+    assert found["minutes"] == pytest.approx((10 + 19) / 60) and found["tinyMMLU"] is None
 
 
 def test_the_config_is_muon_to_zero():
@@ -167,6 +183,33 @@ def test_a_stage_that_fails_stops_only_those_that_need_it(tmp_path, monkeypatch,
     assert status["state"] == {1: "failed", 75: "stopped"}[code]
     with tarfile.open("kept.tar.gz") as packed:
         assert {"kept/status.json", "kept/commands.log"} <= set(packed.getnames())
+
+
+def test_a_trial_that_cannot_be_scored_is_a_plan_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/mission").mkdir(parents=True)
+    (tmp_path / "data/mission/manifest.sha256").write_text("abc\n")
+    words = ["--config=config/mission_tiny.py", "--out=kept", "--minutes=2"]
+    one = mission.Mission(parse(words, "", mission.Flags, "files").flags)
+    one.out.mkdir()
+    one.home.mkdir(parents=True)
+    ran = []
+
+    def script(name, *words, seconds=0):
+        ran.append(name)
+        if name == "eval.py":
+            raise mission.Failed("no kernel")
+
+    monkeypatch.setattr(one, "script", script)
+    monkeypatch.setattr(plans, "measured", lambda *_: TRIAL | {"batch_tokens": 512})
+    one.trial()
+    assert ran == ["train.py", "eval.py", "report.py"] and one.unfinished == {}
+    assert read(one.out / "plan.json")["data"] == "abc"
+    (one.out / "plan.json").unlink()
+    again = mission.Mission(parse(words, "", mission.Flags, "files").flags)
+    monkeypatch.setattr(again, "script", script)
+    again.trial()  # what was measured is kept where the minutes were too few for a plan
+    assert len(ran) == 3 and read(one.out / "plan.json")["base"] > 0
 
 
 # ---- the whole
