@@ -161,9 +161,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) 
     """torch's scaled_dot_product_attention, flash kernels where the device has them."""
     if documents is None:
         return causal(q, k, v)
-    if q.is_cuda and q.dtype != torch.float32:  # not a host wait and a new plan for each document
-        return varlen(q, k, v, mask, documents)
-    return by_document(q, k, v, documents)
+    one_call = q.is_cuda and q.dtype != torch.float32  # no host wait and plan for each document
+    return (varlen if one_call else by_document)(q, k, v, documents=documents)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -183,7 +182,8 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     return y.unflatten(1, (B, T)).transpose(0, 1)
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, mask: None = None,
+           documents: Tensor | None = None) -> Tensor:
     """torch's flash attention for packed documents, CUDA in bf16 or fp16 only: it takes all rows
     as one line of tokens with their bounds."""
     from torch.nn.attention.varlen import varlen_attn  # more than a second of imports
@@ -191,11 +191,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None
     B, _, T, _ = q.shape
     if documents is None:
         documents = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-    options: dict = {}
-    if VARLEN_GROUPS:
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    else:
-        k, v = repeated(q, k), repeated(q, v)
+    options = {"enable_gqa": q.shape[1] != k.shape[1]} if VARLEN_GROUPS else {}
+    k, v = (k, v) if VARLEN_GROUPS else (repeated(q, k), repeated(q, v))
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B T, heads, D)
     y = varlen_attn(q, k, v, documents, documents, T, T, window_size=(-1, 0), **options)
     return y.unflatten(0, (B, T)).transpose(1, 2)  # type: ignore[union-attr]
@@ -392,8 +389,8 @@ class LLaMA(nn.Module):
 
     def parameter_counts(self) -> tuple[int, int]:
         """(all parameters, those without embedding and output matrix); a tied one counts once."""
-        total = sum(p.numel() for p in self.parameters())
-        ends = {id(p): p.numel() for p in (self.model.embed_tokens.weight, self.lm_head.weight)}
+        total, ends = sum(p.numel() for p in self.parameters()), {
+            id(p): p.numel() for p in (self.model.embed_tokens.weight, self.lm_head.weight)}
         return total, total - sum(ends.values())
 
 

@@ -2,8 +2,9 @@
 
 Stages, each part in a process of its own: the environment; the ceilings of copies and of matrix
 products; training steps of config/llama100m.py's model beside transformers' LlamaForCausalLM (and
-beside nanoGPT's GPT with --nanogpt=PATH/model.py), and `short`, at a quarter of its context; peak
-memory by micro-batch; decoding; saving; the CUDA tests. The time that is left is shared out among what is still to come. Rows are added to
+nanoGPT's GPT with --nanogpt=PATH/model.py), and `short`, at a quarter of its context; peak memory
+by micro-batch; decoding; saving; the CUDA tests. The time that is left is shared out among what is
+still to come. Rows are added to
 OUT/results.jsonl as soon as they are measured and shown in OUT/results.md: a kill loses nothing,
 and another call adds to them. What fails or has no time left says so, and the next begins.
 
@@ -28,7 +29,7 @@ class Flags:
 
     config: str = key("config/bench_gpu.py", "the model and its device")
     minutes: float = key(9.0, "end within this time", low=0.1)
-    only: str = key("", "some of environment,ceilings,step,short,memory,decode,save,tests (empty: all)")
+    only: str = key("", "some of environment,ceilings,step,short,memory,decode,save,tests (all)")
     out: str = key("", "the folder for the results (default: bench/results/gpu-NAME)")
     nanogpt: str = key("", "nanoGPT's model.py, to measure it too")
 
