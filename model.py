@@ -435,8 +435,7 @@ class ChunkedLoss(torch.autograd.Function):
 def chunk_rows(entries: int) -> int:
     """Rows of a chunk whose fp32 logits for so many entries take LOGITS_BYTES: 4,096 of 32,000
     entries. A multiple of 256, as the tiles of a GPU's matrix kernels want it."""
-    rows = max(1, LOGITS_BYTES // (4 * entries))
-    return rows - rows % 256 if rows > 256 else rows
+    return max(1, LOGITS_BYTES // (4 * entries) // 256 * 256 or LOGITS_BYTES // (4 * entries))
 
 
 def without_one(p: Tensor, place: Tensor) -> Tensor:
