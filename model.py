@@ -191,7 +191,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: None = None,
     B, _, T, _ = q.shape
     if documents is None:
         documents = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-    options = {"enable_gqa": q.shape[1] != k.shape[1]} if VARLEN_GROUPS else {}
+    options: dict = {"enable_gqa": q.shape[1] != k.shape[1]} if VARLEN_GROUPS else {}
     k, v = (k, v) if VARLEN_GROUPS else (repeated(q, k), repeated(q, v))
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B T, heads, D)
     y = varlen_attn(q, k, v, documents, documents, T, T, window_size=(-1, 0), **options)
