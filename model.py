@@ -152,22 +152,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None = 
     grouped-query attention (https://arxiv.org/abs/2305.13245).
     """
     if mask is not None and backend != "reference":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                              enable_gqa=q.shape[1] != k.shape[1])
+        return by_torch(q, k, v, mask)
     return ATTENTION[backend](q, k, v, mask, documents)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) -> Tensor:
     """torch's scaled_dot_product_attention, flash kernels where the device has them."""
     if documents is None:
-        return causal(q, k, v)
+        return by_torch(q, k, v)
     one_call = q.is_cuda and q.dtype != torch.float32  # no host wait and plan for each document
     return (varlen if one_call else by_document)(q, k, v, documents=documents)
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by torch's choice of kernel, shapes as in attend()."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
+def by_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention by torch's choice of kernel, causal without a mask; shapes as in attend()."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -178,7 +177,7 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     lengths = [n for n in documents.diff().tolist() if n]
     pieces = zip(*(x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(lengths, 2)
                    for x in (q, k, v)), strict=True)
-    y = torch.cat([causal(*piece) for piece in pieces], 2)[0]  # (H, B T, D)
+    y = torch.cat([by_torch(*piece) for piece in pieces], 2)[0]  # (H, B T, D)
     return y.unflatten(1, (B, T)).transpose(0, 1)
 
 
@@ -389,8 +388,8 @@ class LLaMA(nn.Module):
 
     def parameter_counts(self) -> tuple[int, int]:
         """(all parameters, those without embedding and output matrix); a tied one counts once."""
-        total, ends = sum(p.numel() for p in self.parameters()), {
-            id(p): p.numel() for p in (self.model.embed_tokens.weight, self.lm_head.weight)}
+        total = sum(p.numel() for p in self.parameters())
+        ends = {id(p): p.numel() for p in (self.model.embed_tokens.weight, self.lm_head.weight)}
         return total, total - sum(ends.values())
 
 
@@ -435,7 +434,8 @@ class ChunkedLoss(torch.autograd.Function):
 def chunk_rows(entries: int) -> int:
     """Rows of a chunk whose fp32 logits for so many entries take LOGITS_BYTES: 4,096 of 32,000
     entries. A multiple of 256, as the tiles of a GPU's matrix kernels want it."""
-    return max(1, LOGITS_BYTES // (4 * entries) // 256 * 256 or LOGITS_BYTES // (4 * entries))
+    rows = LOGITS_BYTES // (4 * entries)
+    return max(1, rows // 256 * 256 or rows)
 
 
 def without_one(p: Tensor, place: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""bench_gpu at a size at which a CPU can rehearse all of bench/gpu.py within a minute."""
+"""A model and a data set of seconds on a CPU, for bench/rows.py and bench_gpu_tiny.py."""
 
 base = "bench_gpu.py"
 sources = [{"path": "embedded", "max_documents": 40}]

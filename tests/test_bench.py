@@ -1,5 +1,4 @@
-"""bench/gpu.py and runs/mission.py rehearsed on the CPU: rows, tables, the run's folder; a bad
-stage stops no other."""
+"""bench/gpu.py rehearsed on the CPU: rows, tables, the minutes; a bad stage stops no other."""
 
 import json
 import os
@@ -21,7 +20,6 @@ from plainllama.command import parse
 from plainllama.files import read_rows
 
 sys.path.insert(0, str(ROOT / "bench"))
-sys.path.insert(0, str(ROOT / "runs"))
 import gpu
 
 TINY = ROOT / "config/bench_gpu_tiny.py"

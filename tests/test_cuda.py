@@ -235,15 +235,6 @@ def test_a_deterministic_run_gives_the_same_bits(tmp_path):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-@torch.no_grad()
-def test_scoring_builds_no_plan_for_each_length():
-    """cuDNN is off where lengths change from call to call."""
-    seen = []
-    generate.generate(build(torch.bfloat16).eval(), [[5, 6]], 3, settings.Sampling(temperature=0),
-                      [0], watch=lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    assert seen and not any(seen)
-
-
 # ---- the engine
 
 def made(**keys) -> Engine:

@@ -80,6 +80,15 @@ def scorer(folder) -> Scorer:
     return Scorer(load_model(folder), Tokenizer.load(folder), 4096, World())
 
 
+def test_scoring_does_without_a_plan_for_each_length(scorer, monkeypatch):
+    """cuDNN, which makes one, is off where lengths change from call to call."""
+    seen, real = [], scorer.model.hidden
+    monkeypatch.setattr(scorer.model, "hidden", lambda *words: seen.append(
+        torch.backends.cuda.cudnn_sdp_enabled()) or real(*words))
+    scorer.score([([1, 2, 3], [4]), ([5], [6, 7])])
+    assert seen and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> tuple[Path, Path]:
     """(questions, worked examples): tinyMMLU in shape. Some prompts are longer than the context."""
