@@ -112,8 +112,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        weight = self.weight.float()
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class KVCache:
@@ -152,21 +151,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None = 
     grouped-query attention (https://arxiv.org/abs/2305.13245).
     """
     if mask is not None and backend != "reference":
-        return by_torch(q, k, v, mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                              enable_gqa=q.shape[1] != k.shape[1])
     return ATTENTION[backend](q, k, v, mask, documents)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) -> Tensor:
     """torch's scaled_dot_product_attention, flash kernels where the device has them."""
     if documents is None:
-        return by_torch(q, k, v)
-    one_call = q.is_cuda and q.dtype != torch.float32  # no host wait and plan for each document
-    return (varlen if one_call else by_document)(q, k, v, documents=documents)
+        return causal(q, k, v)
+    if q.is_cuda and q.dtype != torch.float32:  # not a host wait and a new plan for each document
+        return varlen(q, k, v, mask, documents)
+    return by_document(q, k, v, documents)
 
 
-def by_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention by torch's choice of kernel, causal without a mask; shapes as in attend()."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by torch's choice of kernel, shapes as in attend()."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -177,12 +178,11 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     lengths = [n for n in documents.diff().tolist() if n]
     pieces = zip(*(x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(lengths, 2)
                    for x in (q, k, v)), strict=True)
-    y = torch.cat([by_torch(*piece) for piece in pieces], 2)[0]  # (H, B T, D)
+    y = torch.cat([causal(*piece) for piece in pieces], 2)[0]  # (H, B T, D)
     return y.unflatten(1, (B, T)).transpose(0, 1)
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, mask: None = None,
-           documents: Tensor | None = None) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) -> Tensor:
     """torch's flash attention for packed documents, CUDA in bf16 or fp16 only: it takes all rows
     as one line of tokens with their bounds."""
     from torch.nn.attention.varlen import varlen_attn  # more than a second of imports

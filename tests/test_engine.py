@@ -137,8 +137,8 @@ def test_documents_compute_what_each_computes_alone(backend):
 
 def test_a_run_with_documents_trains_and_evaluates_with_them(home, monkeypatch):
     seen, real = [], by_document
-    monkeypatch.setattr(model, "by_document", lambda *a, **k: seen.append(
-        torch.is_grad_enabled()) or real(*a, **k))
+    monkeypatch.setattr(model, "by_document", lambda *a: seen.append(
+        torch.is_grad_enabled()) or real(*a))
     assert train.main(parse(["toy.py", "--doc_mask", "--max_steps=2"], "",
                                      train.Flags)) == 0
     assert True in seen and False in seen
@@ -157,8 +157,8 @@ def test_back_ends_that_cannot_run_say_so(words, says):
 def test_documents_on_a_gpu_are_one_call(monkeypatch):
     """Without --attention=varlen too, in training and in evaluation."""
     assert not attention_refusal("sdpa", "cuda", torch.bfloat16, True)
-    monkeypatch.setattr(model, "varlen", lambda *inputs, documents: "varlen")
-    monkeypatch.setattr(model, "by_document", lambda *inputs, documents: "by document")
+    monkeypatch.setattr(model, "varlen", lambda *inputs: "varlen")
+    monkeypatch.setattr(model, "by_document", lambda *inputs: "by document")
     q = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     assert model.sdpa(q, q, q, None, torch.zeros(2)) == "varlen"
     q.is_cuda = False
