@@ -367,6 +367,67 @@ def test_nothing_in_a_checkpoint_leads_out_of_it(tmp_path, words):
         load_model(folder)
 
 
+def test_a_checkpoint_in_the_cache_of_the_hub(tmp_path, words, capsys):
+    """Every file is a link into blobs/, at the top of a repository or deeper in it."""
+    folder = save(tmp_path / "run", 1, build(), words)
+    repo = tmp_path / "hub" / "models--me--tiny"
+    (repo / "blobs").mkdir(parents=True)
+    for place in (repo / "snapshots" / "abc", repo / "snapshots" / "abc" / "out" / "step_1"):
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            blob = repo / "blobs" / sha256(path)
+            shutil.copy(path, blob)
+            link = place / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+        assert checkpoint.find_checkpoint(str(place)) == place and not checkpoint.damage(place)
+        assert load_model(place).config == build().config
+        (place / ".DS_Store").write_text("x")
+        assert not checkpoint.damage(place)
+        link = place / "config.json"
+        blob = tmp_path / "blobs2" / "config"
+        blob.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "config.json", blob)
+        link.unlink()
+        link.symlink_to(blob)
+        assert "outside the checkpoint" in checkpoint.damage(place)
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_for(tmp_path, words, monkeypatch, capsys):
+    """keep_last=1 in a run that goes on: the one that came instead is taken, once or again."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, build(), words)
+    steps, damage = [tmp_path / f"checkpoints/step_{step}" for step in range(5)], checkpoint.damage
+    for step in steps[2:]:
+        step.rename(tmp_path / step.name)
+
+    def pruned(folder, training=True):  # deleted while its files are hashed
+        if folder == steps[1]:
+            (tmp_path / "step_2").rename(steps[2])
+            shutil.rmtree(folder)
+        return damage(folder, training)
+
+    monkeypatch.setattr(checkpoint, "damage", pruned)
+    assert checkpoint.find_checkpoint(str(tmp_path)) == steps[2]
+    assert "damaged" not in capsys.readouterr().out
+
+    def use(folder):  # deleted before it is loaded
+        used.append(folder)
+        if folder != steps[4] or not len(used) % 2:
+            shutil.rmtree(folder, ignore_errors=True)
+            newer = steps[steps.index(folder) + 1]
+            (tmp_path / newer.name).rename(newer)
+        return len(load_model(folder).model.layers)
+
+    used = []
+    with pytest.raises(UserError, match=r"step_3 was deleted while it was read.*start again"):
+        checkpoint.with_checkpoint(str(tmp_path), World(), use)
+    assert checkpoint.with_checkpoint(str(tmp_path), World(), use) == 2 and len(used) == 3
+    (steps[4] / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="does not match"):
+        checkpoint.with_checkpoint(str(steps[4]), World(), use)
+    assert len(used) == 3
+
+
 def test_what_is_planted_does_no_harm(tmp_path, words, monkeypatch):
     """A pickle, a config with code, and safetensors files with lying headers, all with right
     checksums: refused in a line, or not looked at."""
