@@ -11,7 +11,8 @@
 --prompts also takes .txt (a line is a prompt) and .parquet, --out .parquet. Started again after a
 kill, the same command goes on; torchrun shares the rows among its processes. `stop` says why a text
 ended: eos (the model ended it), stop (a --stop text came; it is cut off) or length (max_new_tokens,
-or the end of the model's context). --stop is a text, several with commas between, or a list:
+or the end of the model's context). --stop is a text or several with commas between, in which \\n,
+\\t, \\r and \\\\ are a line break, tab, return and backslash, or a list in Python's form:
 --stop='[",", "."]'. Text i of a seed is the same alone and in a batch. The options of sampling work
 in the order in which they stand here, which is that of transformers.
 """
@@ -34,7 +35,7 @@ class Flags(Sampling):
     out: str = key("", "the .jsonl or .parquet file to write for --prompts")
     max_new_tokens: int = key(256, "tokens per text, fewer where the context ends", low=1)
     num_samples: int = key(1, "texts per prompt (with --out: as many rows in succession)", low=1)
-    stop: object = key("", "end where this text comes")
+    stop: str = key("", "end where this text comes")
     seed: int = key(1337, "seeds the draws, with the number of the text", low=0)
     batch: int = key(16, "texts that are generated side by side", low=1)
     embed: str = key("none", "states of the prompt's tokens, not text", ("none", "mean", "last"))
@@ -48,28 +49,34 @@ class Flags(Sampling):
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
+import ast
 import contextlib
+import re
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model import LLaMA
 from plainllama import parallel
 from plainllama.generation import generate, prompt_files
 from plainllama.progress import Progress
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint, huggingface
 
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # of --stop
+
 
 def main(command) -> int:
     """Check what was asked, and do this rank's share of it."""
     f = command.flags
-    f.stop = [f.stop] if f.stop and isinstance(f.stop, str) else list(f.stop)
-    if command.files or not all(isinstance(stop, str) and stop for stop in f.stop):
-        raise UserError(f"cannot use {(command.files or f.stop)[0]!r}: --ckpt names the model, "
-                        "--prompt the text to go on from, --stop one or more texts")
+    f.stop = stops_of(f.stop)
+    if command.files:
+        raise UserError(f"cannot use {command.files[0]!r}: --ckpt names the model, --prompt the "
+                        "text to go on from")
     if bool(f.prompts) != bool(f.out) or (f.prompts and f.prompt):
         raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
     if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
@@ -83,12 +90,28 @@ def main(command) -> int:
         if world.size > 1 and not f.out:
             raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
         world.set_timeout(timedelta(days=7))  # ranks do not end together
-        return work(f, prompts, world)
+        return checkpoint.with_checkpoint(f.ckpt, world, partial(work, f, prompts, world))
 
 
-def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World) -> int:
+def stops_of(text: str) -> list[str]:
+    """Parse --stop: texts with commas between and with ESCAPES, or a Python list of texts.
+    UserError for anything else."""
+    try:
+        if text.startswith("["):
+            stops = ast.literal_eval(text)
+        else:
+            parts = text.split(",") if text else []
+            stops = [re.sub(r"\\(.?)", lambda found: ESCAPES[found[1]], part) for part in parts]
+        if all(isinstance(stop, str) and stop for stop in stops):
+            return stops
+    except (SyntaxError, ValueError, KeyError):
+        pass
+    raise UserError(f"cannot use --stop={text}: it is one text or more with commas between, where "
+                    r"\n \t \r \\ are understood and no other \, or a list: " """'[",", "."]'""")
+
+
+def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: Path) -> int:
     """Decode this rank's share of the rows; rank 0 then writes or shows what was made of all."""
-    folder = world.decide(lambda: checkpoint.find_checkpoint(f.ckpt))
     run, rows = run_of(folder), prompts.rows
     if f.save and run is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
@@ -102,19 +125,18 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World) -> int:
             journal.remove()  # there if a kill came just before this line
             print(f"{f.out} is complete, with {len(rows)} rows; move it away to make it anew")
         return 0
+    model = generate.load(folder, world.device, f.dtype)
     if journal:
         journal.begin(world.rank)
     if done and world.rank == 0:
         print(f"{len(done)} of {len(rows)} rows were done before", flush=True)
     todo = sorted(set(range(len(rows))).difference(done), key=lambda i: (-len(ids[i]), i))
     batches = [todo[first:first + f.batch] for first in range(0, len(todo), f.batch)]
-    made, line = decode(f, folder, tokenizer, ids, batches[world.rank::world.size], journal, world)
+    made, line = decode(f, model, tokenizer, ids, batches[world.rank::world.size], journal, world)
     if world.rank > 0:
         return 0
     if journal:
-        made = journal.read()
-        prompts.write(Path(f.out), [made[i] for i in range(len(rows))])
-        journal.remove()
+        made = journal.finish(prompts)
     texts = [{"prompt": row[f.column], **made[i]} for i, row in enumerate(rows)]
     if not f.out and len(texts) > 1:
         for n, text in enumerate(texts, 1):
@@ -147,11 +169,10 @@ def save(run: Path, step: int, texts: list[dict]) -> None:
         kept.writelines(prompt_files.as_line(text) for text in texts if text not in there)
 
 
-def decode(f: Any, folder: Path, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],
+def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],
            journal: prompt_files.Journal | None, world: parallel.World) -> tuple[dict, str]:
     """Decode the batches of rows that are `mine`. Return {row: what was made of it}, empty if the
     journal keeps it, and a line about what all ranks did."""
-    model = generate.load(folder, world.device, f.dtype)
     block_size, embed, compiled = model.config.block_size, f.embed != "none", None
     stream = not f.out and len(ids) == 1
     pays = f.compile == "auto" and f.out and world.device.type == "cuda"

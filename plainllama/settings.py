@@ -95,7 +95,8 @@ class Settings:
 class Sampling:
     """How a token is drawn: in this order, which is that of transformers."""
 
-    repetition_penalty: float = key(1.0, "above 1: what was said is less likely again", low=1e-3)
+    repetition_penalty: float = key(1.0, "above 1: what was said is less likely again",
+                                    (), 1e-3, 1e3)
     temperature: float = key(1.0, "divides the logits; 0: always the likeliest token", low=0)
     top_k: int = key(0, "draw from the k likeliest tokens (0: from all)", low=0)
     top_p: float = key(1.0, "draw from the likeliest tokens of this joint probability", (), 0, 1)

@@ -1,11 +1,13 @@
 """sample.py: the cache, batches, the distributions against their definition, the command."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from plainllama import parallel
 from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.generation import generate, prompt_files
-from plainllama.settings import Sampling, UserError
+from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import config_json
@@ -379,7 +381,8 @@ def test_prompts_to_file(ckpt, tmp_path):
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [{k: row[k] for k in ("id", "prompt", "half")} for row in found] == rows
     assert {row["stop"] for row in found} <= {"eos", "length"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["F.jsonl", "G.jsonl"]
+    names = ["F.jsonl", "G.jsonl", "G.jsonl.made.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert "tokens/s" in done.stdout
     model, tokenizer = generate.load(ckpt, "cpu", "fp32"), make_tokenizer("bytes", None)
     for i, row in enumerate(found):  # the same texts one by one
@@ -440,7 +443,139 @@ def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):
         assert out.exists() == (rank == 0)
     assert sorted(made) == sorted(generate.row_seed(1337, i) for i in range(30))
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["F.jsonl", "G.jsonl", "whole.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "F.jsonl", "G.jsonl", "G.jsonl.made.json", "whole.jsonl", "whole.jsonl.made.json"]
+
+
+def test_a_file_is_complete_only_if_it_was_made_in_this_way(ckpt, tmp_path, monkeypatch, capsys):
+    """By whatever decides the texts, a new flag too: all but those named here count."""
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "word"}, {"prompt": "a"}]
+    Path("F.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = write_checkpoint(tmp_path / "other", tiny(1))
+    same = [f"--ckpt={ckpt}", "--prompts=F.jsonl", "--out=G.jsonl", "--max_new_tokens=4",
+            "--temperature=0.8"]
+    assert run(*same) == 0
+    before, checked = Path("G.jsonl").read_bytes(), {"ckpt", "prompts", "out"}
+    ways = {"max_new_tokens": 5, "temperature": 0.7, "seed": 8, "stop": "x", "column": "text",
+            "num_samples": 2, "top_k": 9, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2,
+            "dtype": "fp32", "embed": "mean", "layers": "0"}
+    assert {f.name for f in dataclasses.fields(sample.Flags)} == checked | set(ways) | {
+        "prompt", "batch", "save", "device", "compile"}
+    Path("T.jsonl").write_text("".join(json.dumps({"text": "a"} | row) + "\n" for row in rows))
+    for name, value in ways.items():
+        words = [*same, f"--{name}={value}"]
+        if name == "column":
+            words.append("--prompts=T.jsonl")
+        if name == "embed":
+            assert run(*words, "--out=E.parquet") == 0
+            words += ["--out=E.parquet", "--embed=last"]
+        with pytest.raises(UserError, match="exists and was not made from this"):
+            run(*words)
+    with pytest.raises(UserError, match=r"sha256 of the model=.*, now it is"):
+        run(*same, f"--ckpt={other}")
+    with pytest.raises(UserError, match=r"sha256 of --prompts=.*, now it is"):
+        run(*same, "--prompts=T.jsonl")
+    shutil.copytree(ckpt, "copy")  # the same model in another place, the same prompts
+    shutil.copy("F.jsonl", "F2.jsonl")
+    capsys.readouterr()
+    assert run(*same, "--ckpt=copy", "--prompts=F2.jsonl", "--batch=1") == 0
+    assert "G.jsonl is complete, with 2 rows" in capsys.readouterr().out
+    save_file = {name: w * 2 for name, w in tiny().named_parameters()}  # other weights, same config
+    from safetensors.torch import save_file as write
+    write(save_file, "copy/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="sha256 of the model"):
+        run(*same, "--ckpt=copy")
+    assert Path("G.jsonl").read_bytes() == before
+    Path("G.jsonl").write_bytes(before + b"{}\n")
+    with pytest.raises(UserError, match="changed since"):
+        run(*same)
+    Path("G.jsonl").unlink()  # what told of it is left, and is written anew
+    assert run(*same, "--temperature=0.7") == run(*same, "--temperature=0.7") == 0
+    Path("G.jsonl.made.json").unlink()
+    with pytest.raises(UserError, match="it is other work"):
+        run(*same, "--temperature=0.7")
+
+
+@pytest.mark.parametrize("text, stops", [
+    (r"\n", ["\n"]), (r"\n\n,\tEND", ["\n\n", "\tEND"]), (r"\r\\n", ["\r\\n"]), ("", []),
+    ('["a,b", "\\\\d", "\\n"]', ["a,b", "\\d", "\n"]), ("one. two", ["one. two"]),
+    ("\n", ["\n"])])
+def test_escapes_of_stop(text, stops):
+    assert sample.stops_of(text) == stops
+
+
+@pytest.mark.parametrize("text", [r"\d", "a\\", "a,,b", ",", "[1]", "['a'", "['']", "[INST]"])
+def test_what_stop_does_not_understand_is_refused(text):
+    with pytest.raises(UserError, match="cannot use --stop"):
+        sample.stops_of(text)
+
+
+def test_stop_at_a_line_break(ckpt, monkeypatch):
+    given = []
+    monkeypatch.setattr(generate, "complete", lambda *args: given.append(args[6]) or [
+        generate.Completion("stop", "", 1)])
+    assert run("--ckpt", ckpt, r"--stop=\n") == 0 and given == [["\n"]]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_is_not_finite_is_said(tmp_path, capsys, value):
+    """No token is drawn from it, greedy or not, alone or in a batch; a run's sample goes on."""
+    pytest.importorskip("pyarrow")
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    folder = write_checkpoint(tmp_path / "model", model)
+    (tmp_path / "F.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    batch = [f"--prompts={tmp_path}/F.jsonl", "--out"]
+    for words in (["--temperature=0"], ["--top_k=5"], ["--num_samples=2"],
+                  [*batch, tmp_path / "G.jsonl"], [*batch, tmp_path / "G.parquet", "--embed=mean"]):
+        with pytest.raises(UserError, match="is not finite"):
+            run("--ckpt", folder, *words)
+    assert not (tmp_path / "G.jsonl").exists() and not (tmp_path / "G.parquet").exists()
+    config = Settings(sample_prompt="ab", block_size=48)
+    samples = generate.RunSamples(config, make_tokenizer("bytes", None))
+    assert samples.draw(model) == {"prompt": "ab", "completion": "", "stop": "not finite"}
+    with pytest.raises(UserError, match="is not finite"):  # and not that it cannot be compiled
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", lambda function, **_: function)
+            generate.compile_step(model, 2, 9, True)
+
+
+def test_flags_at_their_bounds(ckpt):
+    """Whatever is in its range gives texts or one line."""
+    for words in (["--temperature=1e-30"], ["--temperature=1e-45"], ["--temperature=1e-320"],
+                  ["--temperature=0"]):
+        found = generate.generate(tiny(), PROMPTS, 20, flags_of(*words), [0] * 4)
+        assert found == generate.generate(tiny(), PROMPTS, 20, GREEDY, [0] * 4), words
+    for word in ("temperature=1e30", "temperature=1e300", "top_k=1000000000000", "top_p=0",
+                 "min_p=1", "min_p=0", "repetition_penalty=1e3", "repetition_penalty=1e-3",
+                 "max_new_tokens=1000000000000", f"seed={10 ** 40}", "batch=1000000000000"):
+        assert run("--ckpt", ckpt, f"--{word}", "--num_samples=3", "--prompt=word") == 0, word
+
+
+def test_kinds_of_files_go_by_their_names(ckpt, tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    Path("F.TXT").write_text("a\nb\n")
+    words = ["--ckpt", ckpt, "--max_new_tokens=3"]
+    assert run(*words, "--prompts=F.TXT", "--out=G.PARQUET") == 0
+    assert pq.read_table("G.PARQUET")["prompt"].to_pylist() == ["a", "b"]
+    assert run(*words, "--prompts=G.PARQUET", "--out=H.parquet", "--embed=mean") == 0
+    for place, says in (("G.csv", "--out takes .jsonl, .parquet, not a .csv"),
+                        ("G.txt", "not a .txt"), ("G.json", "not a .json")):
+        with pytest.raises(UserError, match=says):
+            run(*words, "--prompts=F.TXT", f"--out={place}")
+    shutil.copy("F.TXT", "F.csv")
+    with pytest.raises(UserError, match=r"--prompts takes .jsonl, .txt, .parquet, not a .csv"):
+        run(*words, "--prompts=F.csv", "--out=G.jsonl")
+    Path("link.jsonl").symlink_to("nowhere/G.jsonl")
+    Path("folder.jsonl").mkdir()
+    for place in ("link.jsonl", "folder.jsonl", "F.TXT/G.jsonl"):
+        with pytest.raises(UserError, match="is not a file in a folder that exists"):
+            run(*words, "--prompts=F.TXT", f"--out={place}")
+    assert Path("link.jsonl").is_symlink() and not list(Path().glob("*.part-*"))
 
 
 def test_txt_and_parquet(ckpt, tmp_path, monkeypatch):
@@ -539,7 +674,8 @@ def test_ten_kills_at_random(ckpt, tmp_path, ranks):
         assert kills < 10 or process.returncode in (0, -9), error
     assert kills == 10 and growth == sorted(growth)
     assert (tmp_path / "G.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["F.jsonl", "G.jsonl", "whole.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "F.jsonl", "G.jsonl", "G.jsonl.made.json", "whole.jsonl", "whole.jsonl.made.json"]
 
 
 def test_one_text_and_the_end_of_the_context(ckpt, capsys):

@@ -6,6 +6,7 @@ batch computes what it would compute alone (to rounding).
 
 import contextlib
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -22,7 +23,10 @@ from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights.huggingface import load_model
 
+TINY = torch.finfo(torch.float32).tiny  # a smaller temperature would be 0 there
 HALF = "\ufffd"  # what the bytes of an unfinished character decode to
+NOT_FINITE = ("what the model computes is not finite: its weights are not or, in half precision, "
+              "its states; take an earlier checkpoint or --dtype=fp32")
 Watch = Callable[[int, int], bool]  # called with (row, new token); True ends the row
 
 
@@ -31,7 +35,8 @@ Watch = Callable[[int, int], bool]  # called with (row, new token); True ends th
 def allowed(logits: Tensor, s: Sampling) -> Tensor:
     """Divide logits (B, V) by the temperature, and put those of tokens that must not be drawn at
     -inf."""
-    logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature  # <= 0: cannot overflow
+    temperature = max(s.temperature, TINY)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # <= 0: cannot overflow
     if s.top_k:
         least = logits.topk(min(s.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -102,6 +107,8 @@ def compile_step(model: LLaMA, rows: int, capacity: int, must: bool) -> Compiled
         compiled = Compiled(model, rows, max(capacity, 3))
         generate(model, [[0]], 3, Sampling(temperature=0), [0], compiled=compiled)
         return compiled
+    except UserError:  # of the model, not of its compilation
+        raise
     except torch.OutOfMemoryError:
         raise UserError(f"no memory for {rows} rows of {capacity} tokens; lower --batch") from None
     except Exception as error:  # no compiler, an old one, a broken cache: anything
@@ -147,7 +154,8 @@ class Batch:
         config, device = model.config, model.rope_cos.device
         self.model, self.rows, self.compiled = model, rows, compiled
         self.lag = 1 if device.type == "cuda" else 0
-        self.unread: deque[tuple[list[Row], Tensor, torch.cuda.Event | None]] = deque()
+        # (rows, their tokens and largest logits, when these have arrived)
+        self.unread: deque[tuple[list[Row], list[Tensor], torch.cuda.Event | None]] = deque()
         self.fed = 0  # tokens of each text that went through the model
         capacity = max(len(row.prompt) + row.room for row in rows)
         self.cache = compiled.cache if compiled else KVCache(config, len(rows), capacity, device,
@@ -172,7 +180,7 @@ class Batch:
         logits = self.logits.float()[:, :self.seen.shape[1]]
         self.tokens = choose(logits, sampling, self.seen, self.draws[:, number])
         self.seen.scatter_(1, self.tokens[:, None], True)
-        there = self.tokens.to("cpu", non_blocking=True)
+        there = [values.to("cpu", non_blocking=True) for values in (self.tokens, logits.amax(-1))]
         arrived = None
         if self.tokens.is_cuda:
             arrived = torch.cuda.Event()
@@ -180,12 +188,15 @@ class Batch:
         self.unread.append((self.rows, there, arrived))
 
     def read(self, lag: int, stop_ids: Collection[int], watch: Watch | None) -> None:
-        """Give the rows all tokens but those of the newest `lag` draws."""
+        """Give the rows all tokens but those of the newest `lag` draws. UserError if one that has
+        not ended was drawn from logits that are not finite."""
         while len(self.unread) > lag:
-            rows, tokens, arrived = self.unread.popleft()
+            rows, there, arrived = self.unread.popleft()
             if arrived:
                 arrived.synchronize()
-            for row, token in zip(rows, tokens.tolist(), strict=True):
+            for row, token, highest in zip(rows, *(t.tolist() for t in there), strict=True):
+                if not (row.ended or math.isfinite(highest)):
+                    raise UserError(NOT_FINITE)
                 row.take(token, stop_ids, watch)
 
     def advance(self) -> None:
@@ -217,6 +228,7 @@ def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampli
 
     Ids from `vocab_size` on (padding of the embedding) are never drawn; 0: there are none. `watch`
     is called with (row, new id) and ends the row by returning True. A stop id is not in the result.
+    UserError if there is nothing to draw from, as with weights that are not finite.
     """
     rows = [Row(number, prompt, min(max_new_tokens, model.config.block_size - len(prompt)), seed)
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
@@ -299,7 +311,7 @@ def complete(model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]], max_n
 def embed(model: LLaMA, prompts: list[list[int]], pool: str, layers: str) -> Tensor:
     """Compute the prompts' states, fp32 (B, C) on the host: of the last token or the mean over all
     tokens (`pool`: last | mean), padding never counted, and the mean over `layers`, --layers of
-    the n_layer + 1 states that model.hidden names."""
+    the n_layer + 1 states that model.hidden names. UserError if they are not finite."""
     device = model.rope_cos.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
@@ -308,7 +320,10 @@ def embed(model: LLaMA, prompts: list[list[int]], pool: str, layers: str) -> Ten
     pooled: list[Tensor] = []  # (B, C) each; the whole states are not kept
     model.hidden(ids.to(device), watch=lambda x: pooled.append(
         torch.einsum("btc,bt->bc", x.float(), weight)))
-    return torch.stack(pooled[layers_of(layers, len(pooled))]).mean(0).cpu()
+    states = torch.stack(pooled[layers_of(layers, len(pooled))]).mean(0).cpu()
+    if not states.isfinite().all():
+        raise UserError(NOT_FINITE)
+    return states
 
 
 def layers_of(text: str, count: int) -> slice:
@@ -350,8 +365,11 @@ class RunSamples:
                             f"{config.block_size} must hold it and at least one more; shorten it")
 
     def draw(self, model: LLaMA) -> dict:
-        """Draw a text: {prompt, completion, stop}."""
-        [(stop, text, _)] = complete(model, self.tokenizer, [self.prompt],
-                                     self.config.sample_tokens, Sampling(),
-                                     [row_seed(self.config.seed, 0)], [])
+        """Draw a text: {prompt, completion, stop}. A model that gives nothing to draw from does not
+        end its run: that is for the guard of the updates."""
+        stop, text = "not finite", ""
+        with contextlib.suppress(UserError):
+            [(stop, text, _)] = complete(model, self.tokenizer, [self.prompt],
+                                         self.config.sample_tokens, Sampling(),
+                                         [row_seed(self.config.seed, 0)], [])
         return {"prompt": self.config.sample_prompt, "completion": text, "stop": stop}

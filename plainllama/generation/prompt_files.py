@@ -1,7 +1,8 @@
 """Files of prompts: read, kept safe while they are worked on, and written with what was made.
 
 A row is an object of JSON, a line of text or a row of parquet. OUT appears whole; until then what
-is done stands in OUT.part-RANK, so that a kill loses no row and no row is done twice.
+is done stands in OUT.part-RANK, so that a kill loses no row and no row is done twice. What made it
+stands in OUT.made.json.
 """
 
 import base64
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from plainllama.files import hold, read_rows, sha256, sync
+from plainllama import files
 from plainllama.settings import UserError, install
 from plainllama.text.documents import naming_damage
+from plainllama.weights.huggingface import weight_files
 
-# a batch is what it is by these, by its file of prompts and by the model
-RECIPE = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "column",
-          "max_new_tokens", "num_samples", "stop", "seed", "embed", "layers")
+READ, WRITTEN = (".jsonl", ".txt", ".parquet"), (".jsonl", ".parquet", "")
+# flags without a say in what is made; the content of the model and of --prompts has one
+NO_MATTER = {"ckpt", "prompt", "prompts", "out", "batch", "save", "device", "compile"}
 
 
 # ---- read
@@ -28,20 +30,21 @@ def read_file(path: Path, column: str) -> tuple[list[dict], Any]:
     """Read the rows of a file and, of a .parquet, the pyarrow.Table. In a .txt, each line is the
     `column` of a row, an empty one too; of any other kind, each is an object of JSON. UserError for
     the first line that is not."""
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         import pyarrow.parquet as pq
 
         with naming_damage(str(path)):
             table = pq.read_table(path)
         return table.to_pylist(), table
     data, what = path.read_bytes(), "a line of text"
-    if path.suffix != ".txt":
+    if kind != ".txt":
         data, what = data.rstrip(), 'a JSON object such as {"prompt": "text"}'
     rows = []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], 1):
         try:
             text = line.decode("utf-8-sig")
-            row = {column: text.removesuffix("\r")} if path.suffix == ".txt" else json.loads(text)
+            row = {column: text.removesuffix("\r")} if kind == ".txt" else json.loads(text)
             rows.append({**row})  # a TypeError if it is no object
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path}:{number} is not {what}: {error}") from None
@@ -58,23 +61,16 @@ def as_line(row: dict) -> bytes:
 
 class Prompts(NamedTuple):
     """The rows to work on; from .parquet to .parquet also as a table, which has their types. And
-    whether --out holds them already."""
+    whether there is an --out already."""
 
     rows: list[dict]
     table: Any = None
     complete: bool = False
 
-    def write(self, out: Path, made: list[dict]) -> None:
-        """Write the rows with what was made of each, as one file that appears whole."""
-        temporary = Path(f"{out}.tmp")
-        with open(temporary, "wb") as file:
-            self.write_to(file, out.suffix, made)
-        sync(temporary)
-        temporary.replace(out)
-
     def write_to(self, file: Any, kind: str, made: list[dict]) -> None:
-        """Write them as a table, embeddings as lists of fp32, or as lines of JSON."""
-        if kind != ".parquet":
+        """Write the rows with what was made of each: as a table, embeddings as lists of fp32, or as
+        lines of JSON."""
+        if kind.lower() != ".parquet":
             file.writelines(as_line(row | new) for row, new in zip(self.rows, made, strict=True))
             return
         import pyarrow as pa
@@ -96,7 +92,11 @@ class Prompts(NamedTuple):
 def read_prompts(path: Path, out: Path, copies: int, column: str, added: set[str]) -> Prompts:
     """Read the rows of `path`, each `copies` times. UserError if `out` cannot take them with what
     is `added`, or holds something else."""
-    if ".parquet" in (path.suffix, out.suffix) and not importlib.util.find_spec("pyarrow"):
+    kinds = path.suffix.lower(), out.suffix.lower()
+    for option, kind, takes in (("prompts", kinds[0], READ), ("out", kinds[1], WRITTEN)):
+        if kind not in takes:
+            raise UserError(f"--{option} takes {', '.join(filter(None, takes))}, not a {kind}")
+    if ".parquet" in kinds and not importlib.util.find_spec("pyarrow"):
         raise UserError(f"a .parquet needs pyarrow: {install('data')}")
     if not path.is_file():
         raise UserError(f"no file {path}; --prompts takes a .jsonl, .txt or .parquet file")
@@ -109,10 +109,11 @@ def read_prompts(path: Path, out: Path, copies: int, column: str, added: set[str
             raise UserError(f"{path}:{number}: `{min(taken)}` would be overwritten; rename it")
     if not rows:
         raise UserError(f"{path} has no rows")
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    lost = out.is_symlink() and not out.exists()  # it would be replaced by a file
+    if lost or out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists")
     try:  # what would fail after hours fails now
-        if table is not None and out.suffix == ".parquet":
+        if table is not None and kinds[1] == ".parquet":
             table = table.take([i // copies for i in range(len(rows) * copies)])
         prompts = Prompts([row for row in rows for _ in range(copies)], table, out.exists())
         with open(os.devnull, "wb") as nowhere:
@@ -120,11 +121,6 @@ def read_prompts(path: Path, out: Path, copies: int, column: str, added: set[str
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path}: its rows do not fit into {out.name}: {error}; name an --out of "
                         "the same kind") from None
-    if prompts.complete:
-        there, _ = read_file(out, column)
-        same = [row.get(column) for row in there] == [row[column] for row in prompts.rows]
-        if not same or not all(added <= set(row) for row in there):
-            raise UserError(f"--out {out} exists and was not made from {path}; name another file")
     return prompts
 
 
@@ -146,11 +142,19 @@ class Journal:
 
     def __init__(self, f: Any, folder: Path):
         """`recipe`: what decides the texts of a batch. `f`: the flags, `folder`: the model."""
-        self.out, sums = Path(f.out), folder / "checksums.json"
-        named = sums if sums.is_file() else folder / "config.json"
-        self.recipe = {"checkpoint": str(folder.absolute()), "weights": sha256(named)[:16],
-                       "sha256 of --prompts": sha256(Path(f.prompts))[:16],
-                       **{name: getattr(f, name) for name in RECIPE}}
+        self.out, self.note = Path(f.out), Path(f"{f.out}.made.json")
+        names = ["checksums.json"]  # the hashes of all the others
+        if not (folder / names[0]).is_file():
+            names = ["config.json", "tokenizer.json", *weight_files(folder)]
+        model = "".join(files.sha256(folder / name) for name in names)
+        self.recipe = {"sha256 of the model": files.sha256_bytes(model.encode())[:16],
+                       "sha256 of --prompts": files.sha256(Path(f.prompts))[:16],
+                       **{key: value for key, value in vars(f).items() if key not in NO_MATTER}}
+
+    def other(self, recipe: dict) -> str:
+        """Say in what another recipe differs from this one, '' if it does not."""
+        return next((f"{name}={recipe.get(name)}, now it is {value}"
+                     for name, value in self.recipe.items() if recipe.get(name) != value), "")
 
     def parts(self) -> list[Path]:
         """List the files there are."""
@@ -159,18 +163,23 @@ class Journal:
 
     def read(self) -> dict[int, dict]:
         """Return {row: what was made of it}, of all parts, and cut off a line that a kill left half
-        written. UserError if a part was made in another way."""
+        written. UserError if a part, or an --out that is there, was made in another way."""
+        if self.out.exists():
+            note = files.read_json(self.note, tolerant=True)
+            known = note.get("file") == files.file_entry(self.out)
+            how = self.other(note["recipe"]) if known else "it is other work, or changed since"
+            if how:
+                raise UserError(f"--out {self.out} exists and was not made from this: {how}; name "
+                                "another --out or move it away")
         made: dict[int, dict] = {}
         for part in self.parts():
             with open(part, "r+b") as file:
-                hold(file, f"another process is writing {self.out}")
+                files.hold(file, f"another process is writing {self.out}")
                 file.truncate(file.read().rfind(b"\n") + 1)
-            recipe, *rows = read_rows(part) or [self.recipe]
-            for name, value in self.recipe.items():
-                if recipe.get(name) != value:
-                    raise UserError(f"{self.out} was begun with {name}={recipe.get(name)}, now it "
-                                    f"is {value}; say that again, name another --out or delete "
-                                    f"{part}")
+            recipe, *rows = files.read_rows(part) or [self.recipe]
+            if how := self.other(recipe):
+                raise UserError(f"{self.out} was begun with {how}; say that again, name another "
+                                f"--out or delete {part}")
             if not all("row" in row for row in rows):
                 raise UserError(f"{part} is damaged; delete it, and its rows are made anew")
             made |= {row.pop("row"): row for row in rows}
@@ -179,7 +188,7 @@ class Journal:
     def begin(self, rank: int) -> None:
         """Add to this rank's part from now on."""
         self.file = open(f"{self.out}.part-{rank}", "ab")  # noqa: SIM115
-        hold(self.file, f"another process is writing {self.out}")
+        files.hold(self.file, f"another process is writing {self.out}")
 
     def add(self, made: dict[int, dict]) -> None:
         """Write down {row: what was made of it}: on the disk when this returns."""
@@ -188,7 +197,18 @@ class Journal:
             lines.insert(0, self.recipe)
         self.file.write(b"".join(map(as_line, lines)))
         self.file.flush()
-        sync(Path(self.file.name))
+        files.sync(Path(self.file.name))
+
+    def finish(self, prompts: Prompts) -> dict[int, dict]:
+        """Write --out, which appears whole, and what made it; {row: what was made of it}."""
+        made, temporary = self.read(), Path(f"{self.out}.tmp")
+        with open(temporary, "wb") as file:
+            prompts.write_to(file, self.out.suffix, [made[i] for i in range(len(prompts.rows))])
+        files.sync(temporary)
+        files.write_json(self.note, {"file": files.file_entry(temporary), "recipe": self.recipe})
+        temporary.replace(self.out)
+        self.remove()
+        return made
 
     def remove(self) -> None:
         """Delete all parts: nothing of them is needed any more."""
