@@ -27,7 +27,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from plainllama.command import CommandLine, complain, parse_arguments, run_command
-from plainllama.settings import Settings, UserError, key
+from plainllama.settings import Settings, UserError, deciding, key
 
 
 @dataclass
@@ -62,7 +62,7 @@ from plainllama.tokens import shards
 from plainllama.tokens.parts import choose_tokenizer, make_shards, merged, note_beginning
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 
-RECIPE = ("sources", "tokenizer", "val_fraction", "min_chars", "max_chars", "dedup")
+RECIPE = deciding("recipe")
 WHOLE = slice(None)  # of the parts; a share is every n-th of them
 
 

@@ -1,17 +1,29 @@
 """Every config key with its type, range and reason, and the rules between keys."""
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 
 
 class UserError(Exception):
     """What the user can mend: one line that says what was found and what to do. Exit code 2."""
 
 
-def key(default, why: str, choices: tuple = (), low=None, high=None):
-    """A config key: its default, a line for --help, and what values it may take."""
-    meta = {"why": why, "choices": choices, "low": low, "high": high}
+def key(default, why: str, choices: tuple = (), low=None, high=None, decides: str = ""):
+    """A key or flag: its default, a line for --help, what values it may take, and what a key of
+    Settings decides."""
+    meta = {"why": why, "choices": choices, "low": low, "high": high, "decides": decides}
     return field(default=default, metadata=meta)
+
+
+# What a key decides, said once, where it is declared; deciding() gives the lists of it.
+recipe = partial(key, decides="recipe")  # the bytes of the data set, and so prepare.py's alone
+prepare = partial(key, decides="prepare")  # how prepare.py works, but not what it makes
+identity = partial(key, decides="identity")  # which run it is: of one recipe there are several
+fixed = partial(key, decides="fixed")  # what the run computes: it must stay on resume
+course = partial(key, decides="course")  # the course of optimisation: resume changes it if told to
+measure = partial(key, decides="measure")  # what is measured of a run, but not what it learns
+free = partial(key, decides="free")  # where, how fast and how often: not what is learned
 
 
 @dataclass
@@ -19,76 +31,76 @@ class Settings:
     """Every key of a run. The defaults are those of config/llama100m.py."""
 
     # data
-    dataset: str = key("openwebtext", "folder under data/ that prepare.py writes")
-    sources: object = key(
+    dataset: str = identity("openwebtext", "folder under data/ that prepare.py writes")
+    sources: object = recipe(
         "hf:ashaba1in/small_openwebtext",
         "text: a path, glob, -, hf:NAME[@REV][:split], embedded, a dict, or a list of these",
     )
-    tokenizer: str = key(
+    tokenizer: str = recipe(
         "mistral", "mistral, gpt2, bytes, bpe:4096 (trained here), a .model, a tokenizer.json")
-    val_fraction: float = key(0.005, "share of documents held out", low=1e-9, high=0.5)
-    min_chars: int = key(0, "documents with fewer characters are dropped", low=0)
-    max_chars: int = key(0, "documents with more characters are dropped (0: no bound)", low=0)
-    dedup: str = key("none", "which repeated documents are dropped", ("none", "exact", "near"))
-    strict: bool = key(False, "stop at a record that cannot be read, which else is only counted")
-    workers: int = key(0, "processes of prepare.py (0: one per core)", low=0)
-    packing: str = key("concat", "doc: a row holds tokens of one document", ("concat", "doc"))
-    mixture: object = key(None, "train on several data sets: {'a': 0.7, 'b': 0.3}")
+    val_fraction: float = recipe(0.005, "share of documents held out", low=1e-9, high=0.5)
+    min_chars: int = recipe(0, "documents with fewer characters are dropped", low=0)
+    max_chars: int = recipe(0, "documents with more characters are dropped (0: no bound)", low=0)
+    dedup: str = recipe("none", "which repeated documents are dropped", ("none", "exact", "near"))
+    strict: bool = recipe(False, "stop at a record that cannot be read, which else is only counted")
+    workers: int = prepare(0, "processes of prepare.py (0: one per core)", low=0)
+    packing: str = fixed("concat", "doc: a row holds tokens of one document", ("concat", "doc"))
+    mixture: object = fixed(None, "train on several data sets: {'a': 0.7, 'b': 0.3}")
     # model
-    n_layer: int = key(16, "transformer blocks", low=1)
-    n_head: int = key(12, "query heads", low=1)
-    n_kv_head: int = key(0, "key and value heads (0: as many as query heads)", low=0)
-    d_model: int = key(768, "width of the residual stream", low=2)
-    d_ff: int = key(2048, "hidden width of the SwiGLU", low=1)
-    vocab_size: int = key(0, "entries of the embedding (0: from the data set)", low=0)
-    block_size: int = key(1024, "context length in tokens", low=1)
-    rope_theta: float = key(10000.0, "base of the rotary frequencies", low=1)
-    rope_scaling: str = key("none", "stretch of the positions", ("none", "linear", "llama3"))
-    rope_factor: float = key(1.0, "by how much the context is stretched", low=1)
-    rope_original: int = key(0, "context length before the stretch (llama3)", low=0)
-    norm_eps: float = key(1e-5, "epsilon of RMSNorm", low=0)
-    tie_embeddings: bool = key(False, "one matrix for embedding and output")
-    attention: str = key("sdpa", "attention back end",
+    n_layer: int = fixed(16, "transformer blocks", low=1)
+    n_head: int = fixed(12, "query heads", low=1)
+    n_kv_head: int = fixed(0, "key and value heads (0: as many as query heads)", low=0)
+    d_model: int = fixed(768, "width of the residual stream", low=2)
+    d_ff: int = fixed(2048, "hidden width of the SwiGLU", low=1)
+    vocab_size: int = fixed(0, "entries of the embedding (0: from the data set)", low=0)
+    block_size: int = fixed(1024, "context length in tokens", low=1)
+    rope_theta: float = fixed(10000.0, "base of the rotary frequencies", low=1)
+    rope_scaling: str = fixed("none", "stretch of the positions", ("none", "linear", "llama3"))
+    rope_factor: float = fixed(1.0, "by how much the context is stretched", low=1)
+    rope_original: int = fixed(0, "context length before the stretch (llama3)", low=0)
+    norm_eps: float = fixed(1e-5, "epsilon of RMSNorm", low=0)
+    tie_embeddings: bool = fixed(False, "one matrix for embedding and output")
+    attention: str = free("sdpa", "attention back end",
                          ("sdpa", "varlen", "xformers", "reference"))
-    doc_mask: bool = key(False, "tokens see their own document only")
+    doc_mask: bool = fixed(False, "tokens see their own document only")
     # training
-    out_dir: str = key("", "the run's folder (default: out/<config file's name>)")
-    init_from: str = key("", "start from the weights of this checkpoint, run or model folder")
-    resume: str = key("auto", "go on from out_dir's newest checkpoint", ("auto", "must", "never"))
-    seed: int = key(1337, "seeds weights and data order", low=0)
-    max_steps: int = key(2300, "optimizer updates", low=1)
-    global_batch_tokens: int = key(524288, "tokens per optimizer update, over all devices", low=1)
-    micro_batch: int = key(0, "rows per forward pass and device (0: as many as fit)", low=0)
-    optimizer: str = key("adamw", "muon: for the blocks' matrices, AdamW for the rest",
+    out_dir: str = free("", "the run's folder (default: out/<config file's name>)")
+    init_from: str = fixed("", "start from the weights of this checkpoint, run or model folder")
+    resume: str = free("auto", "go on from out_dir's newest checkpoint", ("auto", "must", "never"))
+    seed: int = identity(1337, "seeds weights and data order", low=0)
+    max_steps: int = course(2300, "optimizer updates", low=1)
+    global_batch_tokens: int = course(524288, "tokens per optimizer update, of all devices", low=1)
+    micro_batch: int = free(0, "rows per forward pass and device (0: as many as fit)", low=0)
+    optimizer: str = fixed("adamw", "muon: for the blocks' matrices, AdamW for the rest",
                          ("adamw", "muon"))
-    learning_rate: float = key(6e-4, "peak learning rate", low=0)
-    min_lr: float = key(6e-5, "learning rate at the end", low=0)
-    schedule: str = key("cosine", "shape of the learning rate", ("cosine", "wsd", "linear"))
-    warmup_steps: int = key(200, "steps of linear warm-up", low=0)
-    weight_decay: float = key(0.1, "decoupled decay, on matrices only", low=0)
-    beta1: float = key(0.9, "AdamW first moment (Muon's momentum is 0.95)", low=0, high=1)
-    beta2: float = key(0.95, "AdamW second moment", low=0, high=1)
-    grad_clip: float = key(1.0, "largest gradient norm (0: no clipping)", low=0)
-    device: str = key("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = key("auto", "matmul precision; weights stay fp32",
+    learning_rate: float = course(6e-4, "peak learning rate", low=0)
+    min_lr: float = course(6e-5, "learning rate at the end", low=0)
+    schedule: str = course("cosine", "shape of the learning rate", ("cosine", "wsd", "linear"))
+    warmup_steps: int = course(200, "steps of linear warm-up", low=0)
+    weight_decay: float = course(0.1, "decoupled decay, on matrices only", low=0)
+    beta1: float = course(0.9, "AdamW first moment (Muon's momentum is 0.95)", low=0, high=1)
+    beta2: float = course(0.95, "AdamW second moment", low=0, high=1)
+    grad_clip: float = course(1.0, "largest gradient norm (0: no clipping)", low=0)
+    device: str = free("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = free("auto", "matmul precision; weights stay fp32",
                      ("auto", "fp32", "bf16", "fp16"))
-    compile: str = key("auto", "torch.compile", ("auto", "true", "false"))
-    parallel: str = key("auto", "how ranks share the work",
+    compile: str = free("auto", "torch.compile", ("auto", "true", "false"))
+    parallel: str = free("auto", "how ranks share the work",
                         ("auto", "ddp", "fsdp", "hsdp"))
-    activation_checkpointing: bool = key(False, "compute blocks twice to save memory")
-    overfit_rows: int = key(0, "train on this many rows again and again (a sanity check)", low=0)
-    max_minutes: float = key(0.0, "stop with a checkpoint after this long (0: never)", low=0)
-    deterministic: bool = key(False, "the same bits on 1, 2, 4, 8, ... ranks (one process, ddp)")
+    activation_checkpointing: bool = free(False, "compute blocks twice to save memory")
+    overfit_rows: int = fixed(0, "train on this many rows again and again (a sanity check)", low=0)
+    max_minutes: float = free(0.0, "stop with a checkpoint after this long (0: never)", low=0)
+    deterministic: bool = free(False, "the same bits on 1, 2, 4, 8, ... ranks (one process, ddp)")
     # cadence
-    log_interval: int = key(10, "steps between lines of metrics", low=1)
-    logger: str = key("none", "also log to this service, over the network", ("none", "wandb"))
-    eval_interval: int = key(100, "steps between evaluations", low=1)
-    eval_tokens: int = key(1048576, "validation tokens per evaluation", low=1)
-    sample_tokens: int = key(64, "tokens of the text that an evaluation samples (0: none)", low=0)
-    sample_prompt: str = key("", "what that text begins with")
-    save_interval: int = key(100, "steps between checkpoints", low=1)
-    keep_last: int = key(2, "newest checkpoints that are kept, beside the best", low=1)
-    keep_every: int = key(0, "also keep every checkpoint at a multiple of this step", low=0)
+    log_interval: int = free(10, "steps between lines of metrics", low=1)
+    logger: str = free("none", "also log to this service, over the network", ("none", "wandb"))
+    eval_interval: int = free(100, "steps between evaluations", low=1)
+    eval_tokens: int = measure(1048576, "validation tokens per evaluation", low=1)
+    sample_tokens: int = free(64, "tokens of the text that an evaluation samples (0: none)", low=0)
+    sample_prompt: str = free("", "what that text begins with")
+    save_interval: int = free(100, "steps between checkpoints", low=1)
+    keep_last: int = free(2, "newest checkpoints that are kept, beside the best", low=1)
+    keep_every: int = free(0, "also keep every checkpoint at a multiple of this step", low=0)
 
 
 @dataclass
@@ -101,6 +113,11 @@ class Sampling:
     top_k: int = key(0, "draw from the k likeliest tokens (0: from all)", low=0)
     top_p: float = key(1.0, "draw from the likeliest tokens of this joint probability", (), 0, 1)
     min_p: float = key(0.0, "drop tokens below this share of the likeliest's probability", (), 0, 1)
+
+
+def deciding(*what: str) -> tuple[str, ...]:
+    """Name the keys of Settings that decide one of these: 'recipe', 'fixed', ..."""
+    return tuple(item.name for item in fields(Settings) if item.metadata["decides"] in what)
 
 
 def ceil_div(a, b):

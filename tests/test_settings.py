@@ -8,9 +8,12 @@ import time
 import pytest
 from conftest import ROOT
 
+import prepare
 from plainllama import settings
 from plainllama.command import parse
+from plainllama.report import compare
 from plainllama.settings import UserError
+from plainllama.training import resume
 
 COMMANDS = ("train.py", "prepare.py", "sample.py", "eval.py", "export.py", "report.py")
 
@@ -78,6 +81,31 @@ def test_numbers_of_the_command_line():
     config = parse(["--max_steps=1e4", "--global_batch_tokens=65_536", "--compile=true"], "").config
     assert config.max_steps == 10000 and type(config.max_steps) is int
     assert config.global_batch_tokens == 65536 and config.compile == "true"
+
+
+def test_every_key_says_what_it_decides():
+    """What it decides puts a key on the lists of resume, of comparisons and of prepare.py; these
+    are they, so that a new key can be left out of none of them unseen."""
+    kinds = {item.name: item.metadata["decides"] for item in dataclasses.fields(settings.Settings)}
+    assert set(kinds.values()) == {"recipe", "prepare", "identity", "fixed", "course", "measure",
+                                   "free"}
+    assert set(prepare.RECIPE) == {"sources", "tokenizer", "val_fraction", "min_chars", "max_chars",
+                                   "dedup", "strict"}
+    assert set(resume.FIXED) == {
+        "dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
+        "vocab_size", "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
+        "tie_embeddings", "overfit_rows", "optimizer", "doc_mask", "packing", "mixture",
+        "init_from"}
+    assert set(resume.COURSE) == {
+        "global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule", "warmup_steps",
+        "weight_decay", "beta1", "beta2", "grad_clip"}
+    assert kinds.keys() - compare.ELSEWHERE == {
+        *resume.FIXED, *resume.COURSE, "eval_tokens"} - {"dataset", "seed"}
+    assert set(compare.ELSEWHERE) - {"dataset", "seed", "workers", *prepare.RECIPE} == {
+        "out_dir", "resume", "micro_batch", "device", "dtype", "compile", "parallel", "attention",
+        "activation_checkpointing", "max_minutes", "deterministic", "log_interval", "logger",
+        "eval_interval", "sample_tokens", "sample_prompt", "save_interval", "keep_last",
+        "keep_every"}
 
 
 def test_every_shipped_config_is_sound():

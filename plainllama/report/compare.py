@@ -11,15 +11,11 @@ from pathlib import Path
 
 from plainllama.files import read_json, write_json
 from plainllama.report.runs import RunFolder
-from plainllama.settings import Settings, UserError
+from plainllama.settings import Settings, UserError, deciding
 
 FORMAT = 1
 # keys that change neither what is learned nor how, but for rounding, or that the data's hash covers
-ELSEWHERE = ("dataset", "tokenizer", "val_fraction", "min_chars", "max_chars", "dedup", "sources",
-             "strict", "workers", "out_dir", "resume", "seed", "micro_batch", "device", "dtype",
-             "compile", "parallel", "attention", "activation_checkpointing", "max_minutes",
-             "deterministic", "log_interval", "logger", "eval_interval", "sample_tokens",
-             "sample_prompt", "save_interval", "keep_last", "keep_every")
+ELSEWHERE = deciding("recipe", "prepare", "identity", "free")
 # Student's t, two-sided 95 %, by degrees of freedom
 T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 

@@ -9,7 +9,7 @@ import numpy as np
 from model import ModelConfig
 from plainllama.files import lock_run, read_rows, steps_of, write_status
 from plainllama.parallel import World
-from plainllama.settings import Settings, UserError
+from plainllama.settings import Settings, UserError, deciding
 from plainllama.tokens import tokenizer
 from plainllama.tokens.rows import PAD, Rows, hash_of_data, training_rows
 from plainllama.tokens.tokenizer_json import sha256_of
@@ -19,13 +19,9 @@ from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import other_keys, read_config
 
 # On resume these must be as they were, or the run would be another one ...
-FIXED = ("dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
-         "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
-         "tie_embeddings", "overfit_rows", "optimizer", "doc_mask",
-         "packing", "mixture")
+FIXED = deciding("identity", "fixed")
 # ... and these change the course of the optimisation, so they need --extend.
-COURSE = ("global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule",
-          "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
+COURSE = deciding("course")
 
 
 # ---- may this run go on, or start from there?
