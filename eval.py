@@ -27,8 +27,8 @@ A local file (also packed: .xz, .gz) holds rows of one kind:
 from dataclasses import dataclass
 
 from plainllama.command import parse_arguments, run_command
-from plainllama.files import read_json, run_of, steps_of
-from plainllama.settings import UserError, key
+from plainllama.files import read_json, run_of, step_of, steps_of
+from plainllama.settings import Settings, UserError, key
 
 
 @dataclass
@@ -62,14 +62,17 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import json
+import math
+import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from model import LLaMA
-from plainllama import parallel
+from plainllama import parallel, results
 from plainllama.evaluation import counting, irt, likelihood, tasks
-from plainllama.results import read_scores, record, score_table, write_samples
+from plainllama.results import score_table
+from plainllama.tokens.rows import hash_of_data
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.weights import checkpoint, huggingface
@@ -77,26 +80,31 @@ from plainllama.weights import checkpoint, huggingface
 
 def main(command) -> int:
     """Score, the ranks of torchrun together; the exit code."""
-    flags = command.flags
+    flags, given = command.flags, command.overrides
     if command.files:
         raise UserError(f"unexpected argument {command.files[0]}; name the model with --ckpt=")
     if flags.irt:
+        if idle := sorted(given.keys() - {"irt", "irt_file", "json"}):
+            raise UserError(f"--irt scores a file without a model; leave out --{idle[0]}")
         metrics = irt.score_samples(flags.irt, flags.irt_file)
         print(score_table(f"{flags.irt}, {metrics['n']} prompts", metrics))
         if flags.json:
             print(json.dumps(metrics))
         return 0
+    if flags.all and "ckpt" in given:
+        raise UserError("--all and --ckpt both name what is scored; leave one out")
     with closing(parallel.start(flags.device, "auto")) as world:
-        failed = Evaluation(flags, world).score_all()
-    return 2 if failed and "tasks" in command.overrides else 0
-
-
-def checkpoints(flags: Flags) -> list[Path]:
-    """Find the checkpoint, or with --all those of a run, the oldest first."""
-    folders = steps_of(Path(flags.all)) if flags.all else [checkpoint.find_checkpoint(flags.ckpt)]
-    if folders:
-        return folders[::-1]
-    raise UserError(f"--all={flags.all} is not a run with checkpoints; name one, such as out/NAME")
+        evaluation = partial(Evaluation, flags, given, world)
+        if not flags.all:
+            return checkpoint.with_checkpoint(
+                flags.ckpt, world, lambda folder: evaluation(folder).score([folder]))
+        folders = steps_of(Path(flags.all))[::-1]
+        whole = world.decide(lambda: next(
+            (folder for folder in folders if not checkpoint.damage(folder, training=False)), None))
+        if not whole:
+            raise UserError(f"--all={flags.all} is not a run with checkpoints that are whole; name "
+                            "one, such as out/NAME")
+        return evaluation(whole).score(folders)
 
 
 class Evaluation:
@@ -104,15 +112,28 @@ class Evaluation:
 
     # ---- what is asked
 
-    def __init__(self, flags: Flags, world: parallel.World):
-        """Look at every input before anything slow begins; UserError for what does not fit."""
-        self.flags, self.world = flags, world
+    def __init__(self, flags: Flags, given: dict, world: parallel.World, first: Path):
+        """Look at every input before anything slow begins; UserError for what does not fit.
+        `given`: the flags that were said; `first`: a checkpoint, of whose run the others are."""
+        self.first = first
+        self.flags, self.given, self.world = flags, given, world
         self.say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
         self.batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
-        self.folders = world.decide(lambda: checkpoints(flags))
-        self.run, self.tokenizer = run_of(self.folders[0]), Tokenizer.load(self.folders[0])
-        self.config = read_json(self.run / "run.json")["config"] if self.run else {}
-        whole = huggingface.read_config(self.folders[0]).block_size
+        self.dtype = parallel.pick_dtype(flags.dtype, world.device)
+        self.run, self.tokenizer = run_of(self.first), Tokenizer.load(self.first)
+        self.config = Settings(dataset="")
+        if self.run:
+            config = read_json(self.run / "run.json").get("config")
+            if not isinstance(config, dict):
+                raise UserError(f"{self.run}/run.json is damaged: it holds no config")
+            vars(self.config).update(config)
+        special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
+                   if getattr(flags, name) != getattr(Flags, name)]
+        if self.run and special:
+            self.say(f"not recorded in {self.run}/eval, because of {' '.join(special)}")
+        # RUN/eval holds what all runs can be compared by; rank 0 writes it
+        self.keep = None if special or world.rank > 0 else self.run
+        whole = huggingface.read_config(self.first).block_size
         length = flags.context or whole
         if length > whole:
             raise UserError(f"--context={length} is more than the {whole} tokens of the model")
@@ -122,46 +143,92 @@ class Evaluation:
         for reason in self.unavailable:
             self.say(reason)
         of_run = self.run and self.windows and not (flags.data or flags.text or self.shorter)
-        if flags.baselines and not of_run:
-            raise UserError("--baselines counts in the rows of a run whose data set is here; name "
-                            "one, without --data, --context and --text")
-        self.contaminated = counting.contamination(
-            self.tasks, self.training_data(), self.tokenizer, world) if flags.contamination else {}
-        special = [f"--{name}" for name in ("data", "limit", "eval_tokens", "dtype")
-                   if getattr(flags, name) != getattr(Flags, name)]
-        if self.run and special:
-            self.say(f"not recorded in {self.run}/eval, because of {' '.join(special)}")
-        # RUN/eval holds what all runs can be compared by; rank 0 writes it
-        self.keep = None if special or world.rank > 0 else self.run
+        if flags.baselines and (not of_run or self.config.mixture or self.config.packing == "doc"):
+            raise UserError("--baselines counts in the rows of a run of one data set with "
+                            "packing=concat, which is here; name one, without --data, --context "
+                            "and --text")
+        self.name_idle()
+        self.look_through_training_data()
+        if self.keep:
+            results.make_folder(self.keep)
 
     def open_windows(self, block_size: int) -> likelihood.Windows | None:
         """Open the text, or the validation split; None, which is said, if no data set was named and
         the run's is not here."""
-        if self.flags.text:
-            return likelihood.TextRows(self.flags.text, self.tokenizer, block_size)
-        name = self.flags.data or self.config.get("dataset", "")
+        flags, self.made_of = self.flags, {"dtype": str(self.dtype)}
+        asked = {name: True for name in ("by_position", "baselines") if name in self.given}
+        self.windows_made_of: dict = self.made_of | asked
+        self.tokens = flags.eval_tokens or self.config.eval_tokens
+        if flags.text:
+            text = likelihood.TextRows(flags.text, self.tokenizer, block_size, flags.eval_tokens)
+            self.tokens = flags.eval_tokens or text.windows * block_size
+            self.windows_made_of |= {"text": text.hash}
+            return text
+        name = flags.data or self.config.dataset
         data = self.data_folder(name)
-        if data is None and self.flags.data:
+        if data is None and flags.data:
             raise UserError(f"no data set {name}; name a folder that prepare.py wrote")
         if data is None:
             lacking = f"no data set data/{name}" if name else "the model has no run"
             self.say(f"no bits per byte: {lacking}; name a data set with --data=FOLDER")
             return None
-        rows = likelihood.validation_rows(data, self.folders[0], block_size)
-        known = checkpoint.read_state(self.folders[0]).get("data_hash") if self.run else None
-        if not self.flags.data and known != (data / "manifest.sha256").read_text().strip():
-            self.say(f"note: {data} is not as it was when this run was trained on it")
+        rows = likelihood.validation_rows(data, self.first, block_size)
+        digest = (data / "manifest.sha256").read_text().strip()
+        self.windows_made_of |= {"data": digest, "tokens": self.tokens}
+        if self.run and not flags.data:
+            self.compare_data(data)
         return rows
 
-    def training_data(self) -> list[Path]:
-        """Find the data sets that the run learns from, or the one that --data names."""
-        names = list(self.config.get("mixture") or [self.config.get("dataset", "")])
+    def compare_data(self, data: Path) -> None:
+        """Say so if the run's data sets are not what it was trained on."""
+        others = [data.parent / name for name in self.config.mixture or ()]  # type: ignore
+        lacking = [folder.name for folder in others if not (folder / "manifest.sha256").is_file()]
+        known = checkpoint.read_state(self.first).get("data_hash")
+        if lacking:
+            self.say(f"note: of the mixture {', '.join(lacking)} is not here to be compared")
+        elif known != hash_of_data(data, self.config):
+            self.say(f"note: {' or '.join(map(str, [data, *others]))} is not as it was when this "
+                     "run was trained on it")
+
+    def name_idle(self) -> None:
+        """Say which flags have no effect beside the others."""
+        asked = [name.strip() for name in self.flags.tasks.split(",") if name.strip()]
+        local = [name for name in asked if name.startswith("local:")]
+        others = set(asked) - {*local, "passkey"}  # lm-eval's
+        useful = {"shots": local, "answers": local, "include_path": others, "limit": asked,
+                  "log_samples": asked, "contamination": asked, "by_position": self.windows,
+                  "context": self.windows, "eval_tokens": self.windows}
+        for name, use in useful.items():
+            if name in self.given and not use:
+                self.say(f"note: --{name} has no effect here")
+
+    def look_through_training_data(self) -> None:
+        """Find which questions it holds, if that is asked, and say how much of the windows: where
+        it is much, bits per byte measure memory."""
+        names = list(self.config.mixture or [self.config.dataset])  # type: ignore
         names = [self.flags.data] if self.flags.data else names
         folders = [folder for folder in map(self.data_folder, names) if folder]
-        if len(folders) == len(names):
-            return folders
-        raise UserError("--contamination looks through the training data, and data set "
-                        f"{' '.join(names) or 'of this model'} is not here; name one with --data=")
+        here, self.contaminated, self.repeated = len(folders) == len(names), {}, {}
+        if self.flags.contamination and not here:
+            raise UserError("--contamination looks through the training data, and data set "
+                            f"{' '.join(names) or 'of this model'} is not here; name one with "
+                            "--data=")
+        if self.flags.contamination:
+            self.contaminated = counting.contamination(
+                self.tasks, folders, self.tokenizer, self.world)
+            for name in self.tasks.keys() - self.contaminated.keys():
+                self.say(f"contamination of {name} cannot be told: no question has "
+                         f"{counting.RUN} words")
+        if here and self.windows:
+            count = likelihood.window_count(self.windows, self.tokens)
+            most = sys.maxsize if self.flags.contamination else counting.LOOK
+            share = counting.repeated(self.windows.read_windows(range(count)), folders,
+                                      self.tokenizer, self.world, most)
+            if share:
+                self.repeated = {"repeated": share}
+                self.say(f"note: {share:.2%} of the runs of {counting.RUN} words in what is scored "
+                         "lie in the training data, or in as much of it as was looked through: "
+                         "there bits per byte measure memory")
 
     def data_folder(self, name: str) -> Path | None:
         """Find a data set here or beside the run, None if it is nowhere; --data may be a path."""
@@ -172,30 +239,38 @@ class Evaluation:
 
     # ---- checkpoints
 
-    def score_all(self) -> int:
-        """Score every checkpoint; how many tasks could not be scored."""
-        wanted = (folder for folder in self.folders
-                  if not self.flags.all or self.world.decide(partial(self.wants, folder)))
-        return len(self.unavailable) + sum(map(self.score, wanted))
+    def score(self, folders: list[Path]) -> int:
+        """Score the checkpoints, of those of --all the ones that need it; the exit code."""
+        good = not (self.unavailable and "tasks" in self.given)
+        for folder in folders:
+            if not self.flags.all or self.world.decide(partial(self.wants, folder)):
+                good = self.score_checkpoint(folder) and good
+        return 0 if good else 2
 
     def wants(self, folder: Path) -> bool:
         """Whether a checkpoint of --all is to be scored, which is said."""
-        if self.keep and self.complete(read_scores(self.keep, int(folder.name[5:]))):
+        why_not = ""
+        if self.keep and self.complete(results.read_scores(self.keep, step_of(folder))):
             why_not = " has these scores"
-        else:
-            problem = checkpoint.damage(folder, training=False)
-            why_not = f" is damaged ({problem}): left out" if problem else ""
+        elif problem := checkpoint.damage(folder, training=False):
+            why_not = f" is damaged ({problem}): left out"
         self.say(f"checkpoint {folder}{why_not}")
         return not why_not
 
     def complete(self, kept: dict) -> bool:
-        """Whether what RUN/eval holds of a checkpoint is all that is asked for."""
-        of_windows = self.of_windows(kept)
-        names = {name for task in self.tasks.values() for name in task.names}
-        return (("val_loss" in of_windows or not self.windows)
-                and ("by_position" in of_windows or not self.flags.by_position)
-                and ("baselines" in kept or not self.flags.baselines)
-                and names <= set(kept.get("tasks", ())))
+        """Whether RUN/eval holds all that is asked for, made of what it would be made of now."""
+        sections = [(self.of_windows(kept), self.windows_made_of)] if self.windows else []
+        for name, task in self.tasks.items():
+            sections += [(kept.get("tasks", {}).get(member, {}), self.task_made_of(name))
+                         for member in task.names]
+        return all(inputs.items() <= section.get("made_of", {}).items()
+                   for section, inputs in sections)
+
+    def task_made_of(self, name: str) -> dict:
+        """Say what a task's scores are made of, beside the weights."""
+        samples = {"log_samples": True} if self.flags.log_samples else {}
+        return (self.made_of | self.tasks[name].made_of | samples
+                | self.contaminated.get(name, {}))
 
     def of_windows(self, result: dict) -> dict:
         """Find the scores of the windows in a result: at its top, or in a section of it."""
@@ -205,47 +280,52 @@ class Evaluation:
             return result.setdefault("contexts", {}).setdefault(str(self.flags.context), {})
         return result
 
-    def score(self, folder: Path) -> int:
+    def score_checkpoint(self, folder: Path) -> bool:
         """Score one checkpoint: its windows, then every task; each score is recorded as soon as it
-        is there. How many tasks could not be scored."""
-        device = self.world.device
-        dtype = parallel.pick_dtype(self.flags.dtype, device)
-        model = huggingface.load_model(folder, device, dtype)
+        is there. Whether all could be scored that was named."""
+        model = huggingface.load_model(folder, self.world.device, self.dtype)
         state = checkpoint.read_state(folder) if self.run else {}
         result: dict = {}
         if state:  # tokens: targets trained on, as in metrics.jsonl
             seen = state["rows"] * model.config.block_size
-            result = {"step": state["step"], "tokens": state.get("tokens", seen)}
+            result = {"step": state["step"], "tokens": state.get("tokens", seen),
+                      "weights": results.weights_hash(folder)}
+        whole = True
         if self.windows:
-            scores = self.score_windows(model, self.windows)
-            self.of_windows(result).update(scores)
-            if self.flags.baselines and self.world.rank == 0:
-                result["baselines"] = counting.compare(
-                    self.windows, state["rows"], scores, self.config, self.say)  # type: ignore
+            try:
+                self.of_windows(result).update(self.score_windows(model, self.windows, state))
+            except UserError as error:  # the same on every rank
+                self.say(f"no bits per byte: {error}")
+                whole = False
         result["tasks"] = {}
-        record(self.keep, result)
+        results.record(self.keep, result)
         failed = [name for name in self.tasks if not self.score_task(name, model, result)]
         if self.flags.json:
             self.say(json.dumps(result))
-        return len(failed)
+        return whole and not (failed and "tasks" in self.given)
 
-    def score_windows(self, model: LLaMA, windows: likelihood.Windows) -> dict:
+    def score_windows(self, model: LLaMA, windows: likelihood.Windows, state: dict) -> dict:
         """Score the validation split or a text, and say so: {val_loss, val_bpb, ppl, val_tokens,
-        val_bytes, by_position}."""
+        val_bytes, by_position, baselines, made_of}. UserError for losses that are not finite."""
         flags = self.flags
-        tokens = flags.eval_tokens or self.config.get("eval_tokens") or 1 << 20
-        if flags.text and not flags.eval_tokens:
-            tokens = windows.windows * windows.block_size
-        bos_id = self.tokenizer.bos_id if self.config.get("doc_mask") else None
-        how = tokens, max(1, self.batch_tokens // windows.block_size), self.world, bos_id
-        found = likelihood.evaluate(model, windows, byte_info(self.folders[0]), *how)
+        rows = min(self.batch_tokens // windows.block_size,
+                   likelihood.window_count(windows, self.tokens))
+        bos_id = self.tokenizer.bos_id if self.config.doc_mask else None
+        how = self.tokens, max(1, rows), self.world, bos_id
+        found = likelihood.evaluate(model, windows, byte_info(self.first), *how)
+        if not math.isfinite(found["val_loss"]):
+            raise UserError(likelihood.NOT_FINITE)
         scores = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
         title = f"{flags.text or 'validation'}{self.shorter}, {found['tokens']:,} tokens"
         self.say(score_table(f"{title}, {found['bytes']:,} bytes", scores))
-        scores |= {"val_tokens": found["tokens"], "val_bytes": found["bytes"]}
+        scores |= {"val_tokens": found["tokens"], "val_bytes": found["bytes"], **self.repeated,
+                   "made_of": self.windows_made_of}
         if flags.by_position:
             losses = scores["by_position"] = likelihood.by_position(model, windows, *how)
             self.say(score_table(f"loss by position{self.shorter}, nats per token", losses))
+        if flags.baselines and self.world.rank == 0:
+            scores["baselines"] = counting.compare(
+                windows, state["rows"], scores, self.config, self.say)  # type: ignore
         return scores
 
     def score_task(self, name: str, model: LLaMA, result: dict) -> bool:
@@ -257,13 +337,14 @@ class Evaluation:
             self.say(f"no {name}: {error}")
             return False
         for member, metrics in scores.items():
-            metrics |= {"begin": self.tokenizer.bos_token} | self.contaminated.get(name, {})
+            metrics |= {"begin": self.tokenizer.bos_token, "made_of": self.task_made_of(name)}
+            metrics |= self.contaminated.get(name, {})
             self.say(score_table(f"{member}, {metrics['n']} prompts", metrics))
         result["tasks"] |= scores
-        record(self.keep, result)  # after each task: what is finished is kept
         if self.flags.log_samples and self.world.rank == 0:
             for member, samples in scorer.samples.items():
-                write_samples(self.keep, result.get("step"), member, samples)
+                results.write_samples(self.keep, result.get("step"), member, samples)
+        results.record(self.keep, result)  # after each task: what is finished is kept
         return True
 
 

@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from plainllama.files import read_json, write_json, write_text
+from plainllama.files import read_json, sha256_bytes, write_json, write_text
+from plainllama.settings import UserError
 
 HEADING = {"shots": "{} shots", "begin": "{} in front",
            "truncated": "{} too long for the context and cut at the left"}
 DESCRIBES = {*HEADING, "n", "chance", "correct", "long_enough"}  # numbers that are no scores
+GROUPS = {"tasks", "contexts", "texts"}  # of sections; all else in the file is of validation
 
 # ---- what is shown
 
@@ -81,19 +83,49 @@ def scores_file(run: Path, step: int) -> Path:
 
 
 def read_scores(run: Path, step: int) -> dict:
-    """Read what RUN/eval holds of a step; {} if that is nothing, or damaged."""
-    return read_json(scores_file(run, step), tolerant=True)
+    """Read what RUN/eval holds of a step; {} if that is nothing, damaged, or of other weights."""
+    scores = read_json(scores_file(run, step), tolerant=True)
+    return scores if are_of(scores, run / "checkpoints" / f"step_{step}") else {}
+
+
+def weights_hash(checkpoint: Path) -> str:
+    """Hash what a checkpoint's model and tokenizer are, by checksums.json; '' without one."""
+    entries = read_json(checkpoint / "checksums.json", tolerant=True).get("files", {})
+    sums = {name: entry for name, entry in entries.items() if not name.startswith("training/")}
+    return sha256_bytes(json.dumps(sums, sort_keys=True).encode()) if sums else ""
+
+
+def are_of(scores: dict, checkpoint: Path) -> bool:
+    """Whether scores are of the weights that a checkpoint has now, as far as both are known."""
+    now = weights_hash(checkpoint)
+    return not now or scores.get("weights", now) == now
+
+
+def joined(kept: dict, new: dict) -> dict:
+    """Add to a section's new scores those that were kept, unless they differ in an input."""
+    before, now = kept.get("made_of", {}), new.get("made_of", {})
+    return kept | new | {"made_of": before | now} if before | now == now | before else new
+
+
+def make_folder(run: Path) -> None:
+    """Make RUN/eval; UserError, before anything is scored, where it cannot be."""
+    try:
+        (run / "eval").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run}/eval is to hold the scores: {error.strerror}") from None
 
 
 def record(run: Path | None, result: dict) -> None:
     """Write RUN/eval/step_N.json, if there is a run; scores of the same step that were not computed
-    now are kept."""
+    now are kept, if the weights are the same."""
     if run:
         kept = read_scores(run, result["step"])
-        parts = {name: kept.get(name, {}) | result.get(name, {})
-                 for name in ("tasks", "contexts", "texts") if name in kept or name in result}
-        (run / "eval").mkdir(exist_ok=True)
-        write_json(scores_file(run, result["step"]), kept | result | parts)
+        groups = {name: kept[name] for name in GROUPS if name in kept}
+        for name in GROUPS & result.keys():
+            old = groups.get(name, {})
+            groups[name] = old | {title: joined(old.get(title, {}), section)
+                                  for title, section in result[name].items()}
+        write_json(scores_file(run, result["step"]), joined(kept, result) | groups)
 
 
 def write_samples(run: Path | None, step: int | None, task: str, samples: list[dict]) -> None:

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import documents, run_script, write_data_set
+from safetensors.torch import load_file, save_file
 
 import eval
 from model import LLaMA, ModelConfig, initial_weight
-from plainllama import settings
+from plainllama import results, settings
 from plainllama.command import parse
 from plainllama.evaluation import counting, irt, likelihood, lm_eval_tasks, tasks
 from plainllama.evaluation.likelihood import by_position, evaluate
 from plainllama.evaluation.tasks import Item, Scorer, local_item, read_local, score_local
-from plainllama.files import write_json
+from plainllama.files import file_entry, write_json
 from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.tokens import shards
-from plainllama.tokens.rows import Rows
+from plainllama.tokens.rows import Rows, hash_of_data
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import optim
@@ -714,4 +715,188 @@ def test_what_the_user_can_mend_is_said(here):
     assert '"à":224,"á":225' in text
     words.write_text(text.replace('"à":224,"á":225', '"à":225,"á":224'), encoding="utf-8")
     with pytest.raises(UserError, match="sha256"):
+        main("--tasks=")
+
+
+# ---- nothing silently wrong
+
+@pytest.mark.parametrize("choices, answer, right", [
+    (["an", "a"], "a", 1), (["a", "an"], "a", 0), (["A", "B"], "b", 1), (["x", "a", "c"], "c", 2),
+    (["C", "B", "A"], "A", None), (["A", "B"], "A", 0), ([3, 4], 4, 1), ([1, 2], 1, None),
+    (["1", "2", "3"], 1, 1), (["1", "2", "3"], "2", 1), ([3, 4], "4", 1), (["o", "o"], "o", None),
+    (["no", "yes"], True, None), ([" a ", "b"], "a", 0), (["yes", "no"], "B", 1)])
+def test_the_text_of_a_choice_goes_before_its_letter(choices, answer, right):
+    row = {"question": "q", "choices": choices, "answer": answer}
+    if right is None:
+        with pytest.raises(UserError, match="'answer' is "):
+            local_item(row, [])
+    else:
+        assert local_item(row, []).right == right
+
+
+def break_weights(folder: Path) -> None:
+    """Make a checkpoint's weights not finite, and whole again by its checksums."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums["files"]["model.safetensors"] = file_entry(folder / "model.safetensors")
+    write_json(folder / "checksums.json", sums)
+
+
+def test_weights_that_are_not_finite_have_no_score(here, capsys):
+    break_weights(here / "out/toy/checkpoints/step_30")
+    (here / "words.jsonl").write_text('{"context": "def", "continuation": "add"}')
+    (here / "q.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}')
+    assert main("--tasks=local:words.jsonl,local:q.jsonl,passkey", "--by_position") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("are not finite") == 4 and "acc" not in shown and "nan" not in shown
+    assert main("--tasks=") == 2
+    kept = json.loads((here / "out/toy/eval/step_30.json").read_text())
+    assert kept["tasks"] == {} and "val_loss" not in kept
+    likely = [{"doc_id": 0, "acc": 1, "target": 0, "resps": [[["nan", "False"]]]}]
+    with pytest.raises(UserError, match="not finite"):
+        irt.answers(likely, "samples")
+
+
+def test_what_changes_a_score_makes_it_anew(here, capsys):
+    """Each change alone; then the same again, which is known."""
+    def row(i):
+        return json.dumps({"question": f"What is {i}" + ", well" * 11 + "?",
+                           "choices": ["so", "no"], "answer": i % 2})
+
+    for name, count in (("q", 3), ("one", 5), ("two", 6)):
+        (here / f"{name}.jsonl").write_text("\n".join(map(row, range(count)[::-1])))
+    (here / "t.txt").write_text("some text. " * 99)
+    words = ["--tasks=local:q.jsonl", "--shots=one.jsonl", "--text=t.txt"]
+
+    def scored(*more: str) -> bool:
+        assert main("--all=out/toy", *words, *more) == 0
+        return "has these scores" not in capsys.readouterr().out
+
+    assert scored() and not scored()
+    words[1] = "--shots=two.jsonl"
+    assert not scored("--shots=one.jsonl") and scored()
+    (here / "two.jsonl").write_text(row(3) + "\n" + row(2))
+    assert scored() and not scored()
+    assert scored("--answers=letters") and scored("--answers=full") and not scored("--answers=full")
+    (here / "q.jsonl").write_text("\n".join(map(row, (2, 0, 1))))
+    assert scored("--answers=full") and not scored("--answers=full")
+    (here / "t.txt").write_text("some text, " * 99)  # of the same size
+    assert scored("--answers=full") and not scored("--answers=full")
+    assert scored("--answers=full", "--log_samples")
+    assert not scored("--answers=full", "--log_samples") and not scored("--answers=full")
+    assert scored("--answers=full", "--by_position") and not scored("--answers=full")
+    assert scored("--answers=full", "--contamination")
+    assert not scored("--answers=full", "--contamination")
+    shutil.rmtree(here / "data/toy")
+    write_data_set(here / "data/toy", {"train": documents(9), "val": documents(40)})
+    words[2] = ""
+    words.remove("")
+    assert scored("--answers=full") and not scored("--answers=full")
+    kept = here / "out/toy/eval/step_30.json"
+    before = json.loads(kept.read_text())
+    assert before["texts"]["t.txt"]["made_of"]["text"] and before["tasks"]["local:q.jsonl"]["acc"]
+
+
+def test_scores_of_other_weights_are_not_kept(here, folder, capsys):
+    """Of a run that was trained anew in the same folder."""
+    assert main("--all=out/toy", "--tasks=", "--by_position") == 0
+    other = here / "out/toy/checkpoints/step_30"
+    weights = {name: value * 0.5 for name, value in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    sums = json.loads((other / "checksums.json").read_text())
+    sums["files"]["model.safetensors"] = file_entry(other / "model.safetensors")
+    write_json(other / "checksums.json", sums)
+    assert results.read_scores(here / "out/toy", 30) == {}
+    before = json.loads((here / "out/toy/eval/step_30.json").read_text())
+    assert main("--all=out/toy", "--tasks=") == 0
+    assert "has these scores" not in capsys.readouterr().out
+    after = json.loads((here / "out/toy/eval/step_30.json").read_text())
+    assert before["val_loss"] != after["val_loss"] and "by_position" not in after
+
+
+def test_a_mixture_is_as_it_was_until_it_is_not(here, capsys):
+    write_data_set(here / "data/more", {"train": documents(9), "val": documents(3)})
+    run, names = here / "out/toy", {"toy": 0.7, "more": 0.3}
+    info = json.loads((run / "run.json").read_text())
+    info["config"]["mixture"] = names
+    write_json(run / "run.json", info)
+    state = run / "checkpoints/step_30/training/state.json"
+    digest = hash_of_data(here / "data/toy", settings.Settings(mixture=names))
+    write_json(state, json.loads(state.read_text()) | {"data_hash": digest})
+    sums = json.loads((state.parents[1] / "checksums.json").read_text())
+    sums["files"]["training/state.json"] = file_entry(state)
+    write_json(state.parents[1] / "checksums.json", sums)
+    assert main("--tasks=") == 0
+    assert "as it was" not in capsys.readouterr().out
+    shutil.rmtree(here / "data/more")
+    assert main("--tasks=") == 0
+    assert "of the mixture more is not here" in capsys.readouterr().out
+    write_data_set(here / "data/more", {"train": documents(8), "val": documents(3)})
+    assert main("--tasks=") == 0
+    assert "data/more is not as it was" in capsys.readouterr().out
+    with pytest.raises(UserError, match="of one data set"):
+        main("--tasks=", "--baselines")
+
+
+def test_a_validation_split_that_repeats_the_training_text_is_said(here, capsys):
+    assert main("--tasks=") == 0
+    assert "lie in the training data" not in capsys.readouterr().out
+    shutil.rmtree(here / "data/toy")
+    texts = [" ".join(f"w{i}x{j}" for j in range(120)) for i in range(8)]
+    write_data_set(here / "data/toy", {"train": texts[2:], "val": texts[:4]}, 1)
+    assert main("--tasks=", "--json") == 0
+    shown = capsys.readouterr().out
+    share = json.loads(shown.splitlines()[-1])["repeated"]
+    tokenizer = Tokenizer.load(here / "data/toy")
+    val = Rows(shards.open_split(here / "data/toy", "val"), BLOCK, 0)
+    runs, known = [], " ".join(texts[2:])
+    for window in val.read_windows(range(val.windows)):
+        words = re.findall(r"\w+", tokenizer.decode(window))
+        runs += [" ".join(words[i:i + 13]) in known for i in range(len(words) - 12)]
+    assert share == pytest.approx(np.mean(runs)) and 0.3 < share < 0.7
+    assert f"{share:.2%} of the runs of 13 words" in shown
+
+
+def test_a_few_tokens_of_a_long_text_are_read_alone(here, folder, capsys, monkeypatch):
+    tokenizer = Tokenizer.load(folder)
+    long = "".join(f"line {i} of the text.\n" for i in range(30000))
+    (here / "t.txt").write_text(long)
+    read, real = [], Tokenizer.encode_documents
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda self, texts: read.append(
+        sum(map(len, texts))) or real(self, texts))
+    for name in ("t.txt", "t.jsonl"):
+        (here / "t.jsonl").write_text("\n".join([json.dumps({"text": long})] * 3) + "\n{")
+        read.clear()
+        assert main("--tasks=", f"--text={name}", "--eval_tokens=64", "--context=64", "--json") == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])["texts"][
+            f"{name} in windows of 64"]
+        assert found["val_tokens"] == 64 and found["val_bytes"] == 64 and sum(read) < 5000
+    first = likelihood.first_ids(long, tokenizer, 100)
+    assert first.tolist() == real(tokenizer, [long])[0][:100].tolist()
+
+
+def test_what_has_no_effect_is_said_or_refused(here, capsys):
+    (here / "one.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}')
+    assert main("--tasks=", "--shots=one.jsonl", "--log_samples", "--answers=full") == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"note: (\S+) has no effect here", shown) == [
+        "--shots", "--answers", "--log_samples"]
+    for words, said in ((["--all=out/toy", "--ckpt=out/toy"], "--all and --ckpt"),
+                        (["--irt=x.jsonl", "--limit=3"], "leave out --limit")):
+        with pytest.raises(UserError, match=said):
+            main(*words)
+    (here / "out/toy/checkpoints/step_30/config.json").write_text("{}")
+    with pytest.raises(UserError, match="not a run with checkpoints that are whole"):
+        main("--all=out/toy", "--tasks=")
+
+
+def test_what_lies_in_the_place_of_the_scores_is_said_before_anything_is_scored(here, monkeypatch):
+    monkeypatch.setattr(eval.huggingface, "load_model", None)
+    (here / "out/toy/eval").symlink_to("gone")
+    with pytest.raises(UserError, match="out/toy/eval is to hold the scores: File exists"):
+        main("--tasks=")
+    (here / "out/toy/run.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="is damaged: it holds no config"):
         main("--tasks=")

@@ -4,10 +4,11 @@ A language model that does not beat them has learned nothing that a table does n
 every token of the vocabulary a probability above 0, and are scored on the windows and in the unit
 (bits per utf-8 byte) of the model that they stand beside.
 
-Counting also tells which questions of a task the training data holds: contaminated().
+Counting also tells which questions of a task, and how much of a text, the training data holds.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,14 +19,15 @@ import torch
 
 from plainllama.parallel import World
 from plainllama.progress import Progress
-from plainllama.settings import UserError
-from plainllama.tokens.rows import Rows
+from plainllama.settings import Settings
+from plainllama.tokens.rows import PAD, Rows
 from plainllama.tokens.shards import Split, open_split
 from plainllama.tokens.tokenizer import Tokenizer
 
 RUN = 13  # words in a row that are no coincidence (https://arxiv.org/abs/2005.14165, appendix C)
 BATCH = 256  # documents decoded at a time
 MOST = 1 << 23  # tokens that the 5-gram model counts: its table is in memory
+LOOK = 1 << 22  # tokens of the training data in which a validation split is looked for unasked
 
 # ---- language models that count
 
@@ -105,17 +107,15 @@ def baselines(train: Rows, shown: int, scored: np.ndarray, n_bytes: int, vocab_s
     return {"unigram_bpb": bits[0], "5-gram_bpb": bits[1], "tokens": rows.size}
 
 
-def compare(rows: Rows, shown: int, scores: dict, config: dict, say: Callable) -> dict:
+def compare(rows: Rows, shown: int, scores: dict, config: Settings, say: Callable) -> dict:
     """Say what counting reaches beside the model's `scores`; {unigram_bpb, 5-gram_bpb, tokens}.
 
     `rows`: the validation windows, of which the first val_tokens were scored; `shown`: rows of the
     training split that the run, whose config this is, has consumed.
     """
     split = rows.split
-    if config.get("mixture") or config.get("packing", "concat") != "concat":
-        raise UserError("--baselines counts in the rows of one data set with packing=concat")
-    train = Rows(Split(split.folder, "train", split.manifest), rows.block_size, config["seed"],
-                 config.get("overfit_rows", 0))
+    train = Rows(Split(split.folder, "train", split.manifest), rows.block_size, config.seed,
+                 config.overfit_rows)
     scored = rows.read_windows(range(scores["val_tokens"] // rows.block_size)).astype(np.int64)
     table = baselines(train, shown, scored, scores["val_bytes"],
                       split.manifest["tokenizer"]["vocab_size"])
@@ -133,22 +133,23 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def contaminated(questions: list[str], documents: Iterable[list[str]]) -> np.ndarray:
-    """Tell of each question (n,) whether it has RUN words in a row in common with one of the texts,
-    which come in lists."""
-    numbers: dict[str, int] = {}  # of the words of the questions; 0: of other words
-    asked = [[numbers.setdefault(word, len(numbers) + 1) for word in words_of(question)]
-             for question in questions]
+def runs_met(asked_texts: list[str],
+             documents: Iterable[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tell of every run of RUN words in the texts asked about (m,): the number of its text, and
+    whether one of the documents, which come in lists, holds it."""
+    numbers: dict[str, int] = {}  # of the words that are asked about; 0: of other words
+    asked = [[numbers.setdefault(word, len(numbers) + 1) for word in words_of(text)]
+             for text in asked_texts]
     owner = np.repeat(np.arange(len(asked)), [max(0, len(ids) - RUN + 1) for ids in asked])
     hashes = np.concatenate([run_hashes(np.array(ids, np.uint64)) for ids in [[], *asked]])
-    wanted, is_met = np.unique(hashes), np.zeros(len(asked), bool)
+    wanted, is_met = np.unique(hashes), np.zeros(len(hashes), bool)
     for texts in documents:
         ids = np.array([number for text in texts for number in
                         (*(numbers.get(word, 0) for word in words_of(text)), 0)], np.uint64)
         others = np.cumsum(np.concatenate([[0], ids == 0]))
         met = np.unique(run_hashes(ids)[others[RUN:] == others[:-RUN]])
-        is_met[owner[np.isin(hashes, met[np.isin(met, wanted)])]] = True
-    return is_met
+        is_met |= np.isin(hashes, met[np.isin(met, wanted)])
+    return owner, is_met
 
 
 def run_hashes(ids: np.ndarray) -> np.ndarray:
@@ -160,15 +161,19 @@ def run_hashes(ids: np.ndarray) -> np.ndarray:
     return total
 
 
-def decoded(splits: list[Split], tokenizer: Tokenizer, world: World) -> Iterator[list[str]]:
-    """Decode this rank's share of the documents, BATCH at a time, and show how far it is."""
-    progress = Progress("looking for questions", sum(split.tokens for split in splits), "tokens",
-                        world.rank == 0)
+def decoded(splits: list[Split], tokenizer: Tokenizer, world: World,
+            most: int) -> Iterator[list[str]]:
+    """Decode this rank's share of the documents that hold about the first `most` tokens, BATCH at a
+    time, and show how far it is."""
+    total = min(most, sum(split.tokens for split in splits))
+    progress = Progress("looking through the training data", total, "tokens", world.rank == 0)
     shards = [(split, i) for split in splits for i in range(len(split.names))]
     for split, i in shards[world.rank::world.size]:
         tokens = split.shard(i)
         bounds = [*split.index(i).tolist(), len(tokens)]  # of the documents
         for first in range(0, len(bounds) - 1, BATCH):
+            if progress.done >= total:
+                break
             batch = bounds[first:first + BATCH + 1]
             yield [tokenizer.decode(tokens[start:end]) for start, end in pairwise(batch)]
             progress.add(world.size * (batch[-1] - batch[0]))
@@ -178,13 +183,31 @@ def decoded(splits: list[Split], tokenizer: Tokenizer, world: World) -> Iterator
 def contamination(tasks: dict[str, Any], folders: list[Path], tokenizer: Tokenizer,
                   world: World) -> dict[str, dict]:
     """Compare each task's questions with the training splits: {task: {contaminated: the share that
-    has RUN words in a row in common with them, long_enough: how many have as many words}}.
-    Collective."""
+    has RUN words in a row in common with them, long_enough: how many have as many words}}; of a
+    task without such questions nothing. Collective."""
+    found = {}
+    for name, task in tasks.items():
+        questions = task.questions()
+        owner, met = looked_for(questions, folders, tokenizer, world, sys.maxsize)
+        if len(owner):
+            found[name] = {"contaminated": len(set(owner[met])) / len(questions),
+                           "long_enough": len(set(owner))}
+    return found
+
+
+def repeated(rows: np.ndarray, folders: list[Path], tokenizer: Tokenizer, world: World,
+             most: int) -> float:
+    """Give the share of the runs of RUN words in rows of ids (m, T + 1) that the first `most`
+    tokens of training splits hold; 0 where no row has so many words. Collective."""
+    texts = [tokenizer.decode(row[row != PAD]) for row in rows]
+    _, met = looked_for(texts, folders, tokenizer, world, most)
+    return float(met.mean()) if len(met) else 0.0
+
+
+def looked_for(texts: list[str], folders: list[Path], tokenizer: Tokenizer, world: World,
+               most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Look for the runs of words of texts in the first `most` tokens of training splits, as
+    runs_met() tells them. Collective."""
     splits = [open_split(folder, "train") for folder in folders]
-    asked = {name: task.questions() for name, task in tasks.items()}
-    every = [question for questions in asked.values() for question in questions]
-    met = torch.from_numpy(contaminated(every, decoded(splits, tokenizer, world)))
-    hits = iter((world.sum(met.double()) > 0).tolist())
-    return {name: {"contaminated": sum(next(hits) for _ in questions) / len(questions),
-                   "long_enough": sum(len(words_of(question)) >= RUN for question in questions)}
-            for name, questions in asked.items() if questions}
+    owner, met = runs_met(texts, decoded(splits, tokenizer, world, most))
+    return owner, (world.sum(torch.from_numpy(met).double()) > 0).numpy()

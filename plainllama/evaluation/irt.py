@@ -128,6 +128,14 @@ class Known(NamedTuple):
     unavailable: str
 
 
+def made_of(known: Known | None) -> dict[str, str]:
+    """Hash the parameters that a task's estimates are made of; {} without them."""
+    if known is None or known.parameters is None:
+        return {}
+    arrays = asdict(known.parameters).values()
+    return {"irt": sha256_bytes(b"".join(array.tobytes() for array in arrays))}
+
+
 # ---- scores
 
 def scores(right: np.ndarray, known: tuple[Parameters | None, str]) -> dict:
@@ -183,6 +191,8 @@ def answers(samples: list[dict], where: str) -> tuple[np.ndarray, dict]:
     try:
         nats = [[float(response[0][0]) for response in sample["resps"]] for sample in order]
         of_target = [row[int(sample["target"])] for row, sample in zip(nats, order, strict=True)]
+        if not np.isfinite([value for row in nats for value in row]).all():
+            raise UserError(f"{where} holds likelihoods that are not finite: the model is broken")
     except (ValueError, TypeError, KeyError, IndexError):
         return right, {}
     return right, {"loglikelihood": float(np.mean(of_target)), "letters": letters(nats)}

@@ -1,6 +1,8 @@
 """How likely a model finds a text: the loss of a split, by position, and of continuations."""
 
 import math
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from model import ANY_SHAPE, IGNORE, KVCache, LLaMA
+from plainllama.files import sha256_bytes
 from plainllama.parallel import World
 from plainllama.progress import Progress
 from plainllama.settings import UserError, ceil_div
@@ -21,6 +24,8 @@ from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import ByteInfo, decoded_bytes, sha256_of
 
 WORTH = 16  # tokens that rows must share before they are computed once for all of them
+MARGIN = 64  # tokens before a cut in a text, which without the cut may be others
+NOT_FINITE = "the model's losses are not finite: its weights are broken, and it has no score"
 Ids = tuple[int, ...]
 
 
@@ -29,31 +34,52 @@ Ids = tuple[int, ...]
 class TextRows:
     """The windows of a text as Rows has those of a split, the last one filled up with PAD."""
 
-    def __init__(self, file: str, tokenizer: Tokenizer, block_size: int):
-        """Encode a file's documents; UserError if it cannot be read or holds none."""
-        from plainllama.text.documents import Part, Piece, Tally, documents, kind_of
+    def __init__(self, file: str, tokenizer: Tokenizer, block_size: int, tokens: int = 0):
+        """Encode a file's documents, or no more than the first `tokens` take; UserError if it
+        cannot be read or holds none."""
+        from plainllama.text import documents as text
         from plainllama.text.sources import survey
 
-        path, dropped = Path(file), Tally()
-        if path.is_file() and not kind_of(path.name):
-            parts = [Part([Piece(file, file, ".txt", "text", path.stat().st_size)])]
+        path, dropped = Path(file), text.Tally()
+        if path.is_file():  # of any name, and not read before it is needed
+            kind = text.kind_of(path.name) or ".txt"
+            whole = text.Piece(file, file, kind, "text", path.stat().st_size)
+            with text.naming_damage(file):
+                parts = [text.Part(list(text.KINDS[kind].pieces(whole, 1)))]
         else:
             _, parts = survey(file)
-        texts = list(documents(parts, dropped))
+        most = max(1, tokens // block_size) * block_size + 1 if tokens else sys.maxsize
+        encoded, count = [np.zeros(0, tokenizer.kind)], 0
+        for document in text.documents(parts, dropped):
+            encoded.append(first_ids(document, tokenizer, most - count))
+            count += len(encoded[-1])
+            if count >= most:
+                break
         for rule, found in dropped.items():
             if rule != "empty":
                 raise UserError(f"--text: {found['first']}: {rule}")
-        ids = np.concatenate([np.zeros(0, np.int64), *tokenizer.encode_documents(texts)])
-        self.block_size, self.windows = block_size, ceil_div(len(ids) - 1, block_size)
+        self.block_size, self.windows = block_size, ceil_div(count - 1, block_size)
         if self.windows < 1:
             raise UserError(f"--text={file} holds no text")
-        filled = np.full(self.windows * block_size + 1, PAD, np.int64)
-        filled[:len(ids)] = ids
+        filled = np.full(self.windows * block_size + 1, PAD, np.int32)
+        filled[:count] = np.concatenate(encoded)
+        self.hash = sha256_bytes(filled.tobytes())
         self.all = np.lib.stride_tricks.sliding_window_view(filled, block_size + 1)[::block_size]
 
     def read_windows(self, windows: Iterable[int]) -> np.ndarray:
-        """Read the given windows, int64 (m, T + 1)."""
+        """Read the given windows, int32 (m, T + 1)."""
         return self.all[list(windows)]
+
+
+def first_ids(text: str, tokenizer: Tokenizer, most: int) -> np.ndarray:
+    """Encode a document, or as much of its beginning as gives its first `most` ids."""
+    size = 8 * most + 1024  # characters
+    while size < len(text):
+        ids = tokenizer.encode_documents([text[:size]])[0]
+        if len(ids) >= most + MARGIN:
+            return ids[:most]
+        size *= 2
+    return tokenizer.encode_documents([text])[0][:most]
 
 
 Windows = Rows | TextRows  # what evaluate() and by_position() read
@@ -234,7 +260,10 @@ class Scorer:
             results[numbers] = torch.stack(found).cpu().double()
             progress.add(min(len(counts) * self.world.size, len(serves) - progress.done))
         progress.close()
-        return [Likelihood(nats, greedy > 0) for nats, greedy in self.world.sum(results).tolist()]
+        results = self.world.sum(results)
+        if not results.isfinite().all():  # an argmax of them would look like an answer
+            raise UserError(NOT_FINITE)
+        return [Likelihood(nats, greedy > 0) for nats, greedy in results.tolist()]
 
     def groups(self, wanted: dict[Ids, int]) -> list[Group]:
         """Gather rows in groups; `wanted`: how many positions of each are scored, which lie behind
@@ -244,7 +273,8 @@ class Scorer:
         for row in sorted(wanted):
             alone = Group(len(row) - wanted[row], [row])
             last = groups[-1] if groups else Group(0, [()])
-            common = min(last.common, alone.common, common_length(last.rows[-1], row))
+            shared = len(os.path.commonprefix([last.rows[-1], row]))  # of any sequences
+            common = min(last.common, alone.common, shared)
             joined, members = Group(common, [*last.rows, row]), len(last.rows)
             if (common >= WORTH and members * common >= (members - 1) * last.common
                     and len(joined.rows) * joined.longest <= self.batch_tokens):
@@ -299,9 +329,3 @@ class Scorer:
         position sees."""
         ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         return ids.to(self.world.device)
-
-
-def common_length(one: Ids, other: Ids) -> int:
-    """Count the tokens that both begin with."""
-    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differ, min(len(one), len(other)))

@@ -2,8 +2,11 @@
 thousands by name, own ones with --include_path, and tinyMMLU, whose built-in form cannot be loaded
 without a package that pip does not find."""
 
+import importlib.metadata
 import itertools
+import json
 import os
+import re
 import urllib.request
 from functools import cache
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 from plainllama import settings
 from plainllama.evaluation import irt
 from plainllama.evaluation.likelihood import Scorer
+from plainllama.files import sha256_bytes
 from plainllama.settings import UserError
 
 # The 100 questions of https://arxiv.org/abs/2402.14992. `input_formatted` is a whole prompt, five
@@ -123,6 +127,15 @@ def load_task(name: str, include_path: str = "") -> dict[str, Any]:
                           f"({' '.join(str(error).split())[:160]})") from None
     raise UserError(f"no task {name}{settings.nearest(name, manager.all_tasks)}; `lm-eval ls "
                     "tasks` lists all, a file of your own is local:FILE.jsonl")
+
+
+def hash_of(loaded: dict) -> str:
+    """Hash what tasks ask, of which data and how, and by which version of the harness."""
+    asked: list = [importlib.metadata.version("lm_eval")]
+    for name, task in loaded["tasks"].items():
+        asked += [name, task.dump_config(), list(task.eval_docs)]
+    text = json.dumps(asked, default=repr, sort_keys=True)
+    return sha256_bytes(re.sub(" at 0x[0-9a-f]+", "", text).encode())
 
 
 def questions(loaded: dict, limit: int) -> list[str]:

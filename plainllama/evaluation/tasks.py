@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from plainllama.evaluation import irt, lm_eval_tasks
 from plainllama.evaluation.irt import LETTERS, Known
 from plainllama.evaluation.likelihood import Scorer
+from plainllama.files import sha256_bytes
 from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.text.documents import opened
@@ -41,6 +43,7 @@ class Task(NamedTuple):
     score: Callable[[Scorer], dict]  # -> {task: metrics}; collective
     questions: Callable[[], list[str]]  # the texts that are asked, without worked examples
     names: list[str]  # of the tasks that score() gives
+    made_of: dict  # hashes of what changes the scores, beside the model
 
 
 # ---- names -> tasks
@@ -87,23 +90,26 @@ def is_tiny(name: str) -> bool:
 
 def passkey_task(name: str, flags: Any, *_) -> Task:
     """Make the passkey probe."""
-    return Task(partial(score_passkey, flags.limit), list, [name])
+    return Task(partial(score_passkey, flags.limit), list, [name], {})
 
 
 def local_task(name: str, flags: Any, shots: list[Item], known: Known | None) -> Task:
     """Make a task of a local file's rows."""
     items = read_local(name.removeprefix("local:"), shots, flags.answers)[:flags.limit or None]
     return Task(partial(score_local, name, items, known),
-                lambda: [item.question for item in items], [name])
+                lambda: [item.question for item in items], [name],
+                {"questions": sha256_bytes(json.dumps(items).encode())} | irt.made_of(known))
 
 
 def lm_eval_task(name: str, flags: Any, _shots: list[Item], known: Known | None) -> Task:
     """Load a task or a group of tasks that lm-eval knows by name."""
     if Path(name).is_file():
-        raise UserError(f"--tasks={name} is a file: say --tasks=local:{name}")
+        raise UserError(f"--tasks={name} is a file: say {shlex.quote(f'--tasks=local:{name}')}")
     loaded = lm_eval_tasks.load_task(name, flags.include_path)
     return Task(partial(lm_eval_tasks.score, name, loaded, flags.limit, known),
-                partial(lm_eval_tasks.questions, loaded, flags.limit), list(loaded["tasks"]))
+                partial(lm_eval_tasks.questions, loaded, flags.limit),
+                list(loaded["tasks"]),
+                {"questions": lm_eval_tasks.hash_of(loaded)} | irt.made_of(known))
 
 
 # a name, or what it begins with -> its maker; every other name is lm-eval's. To add one: a
@@ -182,17 +188,24 @@ def choices_item(row: dict, text: str, prompt: str, shots: list | None, answers:
 
 
 def right_choice(answer: str | int, choices: list) -> int:
-    """Number the right choice, told by its letter, its index or its text; UserError for others."""
-    place: Any = answer
-    if isinstance(answer, str):
-        letter = answer.strip().upper()
-        place = LETTERS.find(letter) if len(letter) == 1 else -1
-        if place < 0 and answer in choices:
-            place = choices.index(answer)
-    if not 0 <= place < min(len(choices), len(LETTERS)):
+    """Number the right choice, told by its text, its letter or its index; UserError for others, and
+    for an answer that says more than one."""
+    told = str(answer).strip()
+    as_text = isinstance(answer, str)  # a number is the text of numbers only
+    meant = {i for i, choice in enumerate(choices)
+             if str(choice).strip() == told and (as_text or not isinstance(choice, str))}
+    if isinstance(answer, int):
+        meant.add(answer)
+    elif len(told) == 1 and (told.isupper() or not meant):  # a small letter is first of all a text
+        meant.add(LETTERS.find(told.upper()))
+    meant &= set(range(min(len(choices), len(LETTERS))))
+    if len(meant) > 1:
+        raise UserError(f"'answer' is {answer!r}, which says several of the choices; give the "
+                        "index of one (from 0), and all choices as texts")
+    if not meant or isinstance(answer, bool):
         raise UserError(f"'answer' is {answer!r}, not a letter, an index (from 0) or the text of "
                         f"one of the {len(choices)} choices")
-    return place
+    return meant.pop()
 
 
 def continued(context: str, texts: list) -> list[tuple[str, str]]:
