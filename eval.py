@@ -150,7 +150,7 @@ class Evaluation:
         self.name_idle()
         self.look_through_training_data()
         if self.keep:
-            results.make_folder(self.keep)
+            (self.keep / "eval").mkdir(exist_ok=True)  # OSError before anything is scored
 
     def open_windows(self, block_size: int) -> likelihood.Windows | None:
         """Open the text, or the validation split; None, which is said, if no data set was named and

@@ -2,7 +2,7 @@
 
   report.py                      the newest run under out/
   report.py out/RUN              writes out/RUN/report.html, and report.md with report_*.svg
-  report.py out/A out/B out/C    one page for several, in the first one's folder; runs that differ
+  report.py out/A out/B out/C    one page for several, out/A/report_with_B_C.html; runs that differ
                                  only in their seed are drawn as their mean and a band around it,
                                  from the lowest to the highest
   report.py out/RUN --compare=reference/quickstart.json
@@ -28,7 +28,7 @@ from plainllama.settings import UserError, key
 class Flags:
     """What report.py takes besides run folders."""
 
-    out: str = key("", "the page to write (default: report.html in the first run's folder)")
+    out: str = key("", "the page to write (default: in the first run's folder)")
     compare: str = key("", "no page: how far a run is from this file of reference curves")
     save_reference: str = key("", "no page: make this file of the curves of runs, a seed each")
 
@@ -39,7 +39,9 @@ def main(command: CommandLine) -> int:
     flags = command.flags
     if len(list(filter(None, vars(flags).values()))) > 1:
         raise UserError("--compare, --save_reference and --out exclude each other")
-    out = Path(flags.out or folders[0] / "report.html")
+    others = "_".join(folder.name for folder in folders[1:])[:100]
+    name = f"report_with_{others}.html" if others else "report.html"
+    out = Path(flags.out or folders[0] / name)
     if out.suffix != ".html":
         raise UserError(f"--out={out} must end in .html; the Markdown goes beside it")
     runs = [load(folder) for folder in folders]

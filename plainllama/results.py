@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plainllama.files import read_json, sha256_bytes, write_json, write_text
-from plainllama.settings import UserError
 
 HEADING = {"shots": "{} shots", "begin": "{} in front",
            "truncated": "{} too long for the context and cut at the left"}
@@ -105,14 +104,6 @@ def joined(kept: dict, new: dict) -> dict:
     """Add to a section's new scores those that were kept, unless they differ in an input."""
     before, now = kept.get("made_of", {}), new.get("made_of", {})
     return kept | new | {"made_of": before | now} if before | now == now | before else new
-
-
-def make_folder(run: Path) -> None:
-    """Make RUN/eval; UserError, before anything is scored, where it cannot be."""
-    try:
-        (run / "eval").mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run}/eval is to hold the scores: {error.strerror}") from None
 
 
 def record(run: Path | None, result: dict) -> None:

@@ -76,7 +76,9 @@ def write(path: Path, value) -> None:
 def build(*folders: Path, **flags: str) -> tuple[str, dict, str]:
     """The page, the data embedded in it, and the Markdown."""
     assert run_main([*map(str, folders), *(f"--{k}={v}" for k, v in flags.items())]) == 0
-    page = Path(flags.get("out", folders[0] / "report.html"))
+    others = "_".join(folder.name for folder in folders[1:])
+    name = f"report_with_{others}.html" if others else "report.html"
+    page = Path(flags.get("out", folders[0] / name))
     text = page.read_text(encoding="utf-8")
     found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert len(found) == 1
@@ -227,7 +229,7 @@ def test_scores_are_drawn_against_tokens(tmp_path):
     assert (x0 - LEFT) * 2 == pytest.approx(x1 - LEFT, abs=0.2)  # twice the tokens
     assert y0 - y1 == pytest.approx(HEIGHT * 0.5 / ((0.75 + 1.96 * 0.05) * 1.05), abs=0.2)
     assert "a&amp;b acc against tokens" in svg and ">tokens</text>" in svg and "<polygon" in svg
-    assert "_score_0.svg)" in markdown and (run / "report_score_0.svg").is_file()
+    assert "_score_0.svg)" in markdown and (run / "report_with_other_score_0.svg").is_file()
     rows = {row[1]: row[2:] for row in cells(page) if len(row) == 4}
     assert rows["local:a&b irt"] == ["0.3000 (0.200 to 0.400)", "–"]
     assert rows["x.txt bits per byte"] == ["1.5000", "–"] and "local:a&b correct" not in rows
@@ -367,6 +369,74 @@ def test_no_evaluation_yet(tmp_path):
     page = build(run)[0]
     assert "validation loss – nats" in page and "No scores yet" in page
     assert page.count("<svg") == 2  # loss and tokens per second, a point each
+
+
+def test_a_loss_that_is_not_finite_any_more_is_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    write(run / "status.json", {"state": "failed", "step": 110})
+    assert "not finite" not in build(run)[0]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 110, "tokens": 56320, "loss": null}\n')
+    assert "Its newest loss is not finite; what is said here is older." in build(run)[0]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 110, "tokens": 56320, "val_loss": NaN, "val_bpb": NaN}\n')
+    assert "Its newest loss and val_loss is not finite" in build(run)[2].replace("\\", "")
+
+
+def test_a_page_takes_the_place_of_no_other(tmp_path):
+    """Also not of a file of the user's, or of its Markdown twin."""
+    one, two, three = (make_run(tmp_path / name, n_layer=layers)
+                       for name, layers in (("one", 4), ("two", 5), ("three", 6)))
+    own = build(one)[0]
+    both = build(one, two)[0]
+    assert (one / "report.html").read_text() == own and "report_with_two" in str([*one.iterdir()])
+    assert build(one)[0] == own and build(one, two)[0] == both  # the same again
+    (tmp_path / "mine.html").write_text("mine")
+    (tmp_path / "README.md").write_text("mine")
+    for out, folders, said in (
+            (one / "report.html", (one, two), "is the page of .*/one; name another"),
+            (one / "report_with_two.html", (one, three), "is the page of .*/one, .*/two; name"),
+            (tmp_path / "mine.html", (one,), "is there already; name another"),
+            (tmp_path / "README.html", (one,), r"README\.md is there already; name another")):
+        with pytest.raises(settings.UserError, match=said):
+            build(*folders, out=str(out))
+    assert (tmp_path / "mine.html").read_text() == (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_scores_of_other_weights_are_left_out(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    write(run / "eval/step_100.json", {"step": 100, "val_bpb": 1.25, "weights": "0" * 64})
+    assert "1.2500" in build(run)[0]  # the checkpoint is gone: nothing tells that it was another
+    (run / "checkpoints/step_100").mkdir(parents=True)
+    write(run / "checkpoints/step_100/checksums.json", {"files": {"config.json": {"size": 1}}})
+    assert "1.2500" not in build(run)[0] and "scores other weights" in capsys.readouterr().out
+
+
+def test_what_a_file_does_not_say_is_left_out(tmp_path):
+    """Each key of run.json, of a row, of the scores: a page without it, or a line that names it."""
+    run = make_run(tmp_path / "run")
+    write(run / "eval/step_100.json", {
+        "step": 100, "tokens": 51200, "val_bpb": 1.25, "tasks": {"arc": {"acc": 0.5}},
+        "baselines": {"unigram_bpb": 4.0, "5-gram_bpb": 0.5}})
+    write(run / "samples.jsonl", {"step": 100, "prompt": "def ", "completion": "at"})
+    kept = {path: json.loads(path.read_text()) for path in (
+        run / "run.json", run / "eval/step_100.json", run / "samples.jsonl")}
+    kept[run / "metrics.jsonl"] = metrics_of(run)[1]
+    tried = 0
+    for path, value in kept.items():
+        places = [(value, name) for name in value]
+        places += [(part, name) for part in value.values() if isinstance(part, dict)
+                   for name in part]
+        for part, name in places:
+            taken = part.pop(name)
+            write(path, value)
+            try:
+                build(run)
+            except settings.UserError as error:
+                assert path.name in str(error) and name in str(error)
+            part[name], tried = taken, tried + 1
+        write(path, value)
+    assert tried > 100
 
 
 def test_memory_is_drawn_in_gib(tmp_path):

@@ -39,16 +39,22 @@ def training_facts(info: dict, state: dict) -> dict:
     say."""
     config, data, device, git = (info.get(name) or {} for name in (
         "config", "data", "device", "git"))
-    sources = ", ".join(source["path"] for source in data.get("sources") or [])
+    sources = ", ".join(str(source.get("path")) for source in data.get("sources") or [])
+    mixture = config.get("mixture") or {}
+    total = sum(mixture.values())
+    names = ", ".join(f"{name} ({weight / total:.1%})" for name, weight in mixture.items())
+    seen = state.get("rows", 0) * config.get("block_size", 0)  # of a run older than `tokens`
     given = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
     edited = " (edited)" if git.get("dirty") else ""
     return {
-        "data set": data.get("name"), "sources": sources or None,
+        "data set": names or data.get("name"), "validated on": data.get("name") if names else None,
+        "sources": None if names else sources or None,  # they are of the one that validates
+        "started from": config.get("init_from") or None,
         "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
         "steps": state.get("step", 0),
-        "tokens trained on": f"{state.get('rows', 0) * config.get('block_size', 0):,}",
+        "tokens trained on": f"{state.get('tokens', seen):,}",
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,
-        "commit": f"{git['commit']}{edited}" if git else None,
+        "commit": f"{git.get('commit')}{edited}" if git else None,
         "command": shlex.join(["python", "train.py", info.get("config_file") or "", *given])}
 
 

@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 from plainllama.files import read_json, write_json
-from plainllama.report.runs import RunFolder
+from plainllama.report.runs import RunFolder, is_number
 from plainllama.settings import Settings, UserError, deciding
 
 FORMAT = 1
@@ -29,8 +29,9 @@ def recipe(config: dict) -> dict:
 
 def evaluations(run: RunFolder) -> list[tuple[int, float]]:
     """Return [(tokens, validation loss in nats per token)] of a run, oldest first."""
-    pairs = [(row["tokens"], row["val_loss"]) for row in run.metrics if "val_loss" in row]
-    if any(loss is None for _, loss in pairs):
+    pairs = [(row["tokens"], row["val_loss"]) for row in run.metrics
+             if "val_loss" in row and "tokens" in row]
+    if not all(is_number(loss) for _, loss in pairs):
         raise UserError(f"{run.name} has a validation loss that is not finite")
     return pairs
 

@@ -1,6 +1,7 @@
 """The page: everything that is said of runs, panel by panel."""
 
 import json
+import re
 import shlex
 from datetime import UTC, datetime, timedelta
 from html import escape
@@ -16,7 +17,12 @@ from plainllama.settings import Settings, UserError
 
 
 def write_page(runs: list[RunFolder], out: Path) -> Path:
-    """Write the page, its pictures and its Markdown twin, whose path is returned."""
+    """Write the page, its pictures and its Markdown twin, whose path is returned. UserError if
+    something else than an older page of these runs is in its place."""
+    twin, there = out.with_suffix(".md"), runs_of(out)
+    if there not in (None, [run.name for run in runs]) or (there is None and twin.exists()):
+        what = f"is the page of {', '.join(there)}" if there else f"or {twin} is there already"
+        raise UserError(f"{out} {what}; name another with --out=FILE.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     title = ", ".join(run.name for run in runs)
     blocks = [heading(title, 1), *(paragraph(outcome(run)) for run in runs)]
@@ -28,22 +34,34 @@ def write_page(runs: list[RunFolder], out: Path) -> Path:
     html = template.substitute(title=escape(title), style=STYLE, data=data,
                                body="\n".join(block.html for block in blocks))
     out.write_text(html, "utf-8", "replace")
-    twin = out.with_suffix(".md")
     twin.write_text("\n\n".join(block.markdown for block in blocks) + "\n", "utf-8", "replace")
     return twin
 
 
+def runs_of(page: Path) -> list[str] | None:
+    """Read the names of its runs off a page; [] if it is no page of ours, None if there is none."""
+    if not page.exists():
+        return None
+    data = re.search('id="data">(.*)</script>', page.read_text("utf-8", "replace"))
+    return [run["name"] for run in json.loads(data[1])["runs"]] if data else []
+
+
 def outcome(run: RunFolder) -> str:
-    """Say in a sentence what came of a run."""
-    timed = [row for row in run.metrics if row.get("tokens_per_second")]
+    """Say in sentences what came of a run."""
+    timed = [row for row in run.metrics if row.get("tokens_per_second") and "tokens" in row]
     seconds = sum((row["tokens"] - before["tokens"]) / row["tokens_per_second"]
                   for before, row in zip([{"tokens": 0}, *timed], timed, strict=False))
     state, device = run.status.get("state", "begun"), run.info["device"]
     tokens, loss, bits = (short(run.last(name)) for name in ("tokens", "val_loss", "val_bpb"))
-    return (f"{run.name}: a LLaMA of {short(run.info['parameters']['total'])} parameters, {state} "
-            f"at step {run.last('step')} of {run.info['config']['max_steps']}, after {tokens} "
-            f"tokens and {timedelta(seconds=round(seconds))} of training on {device['count']} x "
-            f"{device['name']}: validation loss {loss} nats per token, {bits} bits per byte.")
+    size, steps = run.info["parameters"].get("total"), run.info["config"].get("max_steps")
+    broken = [name for name in ("loss", "val_loss") if run.ends_broken(name)]
+    said = (f"{run.name}: a LLaMA of {short(size)} parameters, {state} at step {run.last('step')} "
+            f"of {steps}, after {tokens} tokens and {timedelta(seconds=round(seconds))} of "
+            f"training on {device.get('count')} x {device.get('name')}: validation loss {loss} "
+            f"nats per token, {bits} bits per byte.")
+    if broken:
+        said += f" Its newest {' and '.join(broken)} is not finite; what is said here is older."
+    return said
 
 
 # ---- what was run
@@ -67,9 +85,9 @@ def differences(runs: list[RunFolder], out: Path) -> list[Block]:
 
 def command_line(run: RunFolder) -> str:
     """Say by which command a run was last started."""
-    config_file, ranks = run.info["config_file"], run.info["device"]["count"]
-    keys = {"out_dir": run.info["config"]["out_dir"], **run.info.get("overrides", {})}
-    if keys["out_dir"] == f"out/{Path(config_file).stem}":
+    config_file, ranks = run.info.get("config_file", ""), run.info["device"].get("count", 1)
+    keys = {"out_dir": run.info["config"].get("out_dir"), **run.info.get("overrides", {})}
+    if keys["out_dir"] in (None, f"out/{Path(config_file).stem}"):
         del keys["out_dir"]
     options = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
                for name, value in keys.items()]
@@ -106,13 +124,14 @@ def baselines(runs: list[RunFolder]) -> list[Block]:
     """Rank the models beside those that only count, on the same windows, whoever wins."""
     blocks = []
     for run in runs:
-        for newest in [evaluation for evaluation in run.evals if evaluation.get("baselines")][-1:]:
+        for newest in [evaluation for evaluation in run.evals
+                       if "unigram_bpb" in evaluation.get("baselines", {})][-1:]:
             bits = newest["baselines"] | {f"{run.name}_bpb": newest.get("val_bpb")}
             ranking = sorted((value, name.removesuffix("_bpb")) for name, value in bits.items()
                              if name.endswith("_bpb") and is_number(value))
             rows = [[name, f"{value:.4f}", f"{1 - value / bits['unigram_bpb']:.1%}"]
                     for value, name in ranking]
-            heads = [f"step {newest['step']}", "bits per byte", "below unigram"]
+            heads = [f"step {newest.get('step')}", "bits per byte", "below unigram"]
             blocks.append(table_block(heads, rows))
     return blocks
 
@@ -164,10 +183,11 @@ def samples(runs: list[RunFolder], out: Path) -> list[Block]:
     """Show the samples of the first, the middle and the last step that has some."""
     blocks = []
     for run in runs:
-        steps = sorted({row["step"] for row in run.samples})
+        kept = [row for row in run.samples if is_number(row.get("step"))]
+        steps = sorted({row["step"] for row in kept})
         for step in sorted({steps[i] for i in (0, len(steps) // 2, -1) if steps}):
             blocks.append(heading(f"{run.name}, step {step}", 3))
-            for row in [row for row in run.samples if row["step"] == step]:
+            for row in [row for row in kept if row["step"] == step]:
                 text = escape(f"{row.get('prompt', '')}{row.get('completion', '')}")
                 blocks.append(Block(f"<pre>{text}</pre>", f"<pre>{text}</pre>"))
     return blocks or [paragraph("No samples yet: sample.py --ckpt RUN --save adds some.")]
@@ -176,10 +196,13 @@ def samples(runs: list[RunFolder], out: Path) -> list[Block]:
 def environment(runs: list[RunFolder], out: Path) -> list[Block]:
     """Show on what data, by which program and on which device the runs were made."""
     names = ("config_file", "started", "data", "device", "git", "versions")
-    columns = [{name: run.info.get(name) for name in names} for run in runs]
-    for column in columns:
-        started = datetime.fromtimestamp(column["started"] or 0, UTC)
-        column["started"] = f"{started:%Y-%m-%d %H:%M UTC}"
+    columns = [{name: run.info[name] for name in names if name in run.info} for run in runs]
+    for run, column in zip(runs, columns, strict=True):
+        if is_number(column.get("started")):
+            started = datetime.fromtimestamp(column["started"], UTC)
+            column["started"] = f"{started:%Y-%m-%d %H:%M UTC}"
+        if mixture := run.info["config"].get("mixture"):  # data is then what validates
+            column["mixture"] = mixture
     return [side_by_side([run.name for run in runs], columns)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plainllama.files import newest_run, read_json, read_rows
+from plainllama.results import are_of
 from plainllama.settings import UserError
 
 
@@ -25,6 +26,11 @@ class RunFolder:
         values = (row.get(metric) for row in reversed(self.metrics))
         return next(filter(is_number, values), None)
 
+    def ends_broken(self, metric: str) -> bool:
+        """Whether the newest value of a metric is no finite number."""
+        values = [row[metric] for row in self.metrics if metric in row]
+        return bool(values) and not is_number(values[-1])
+
 
 def find_run(name: str) -> Path:
     """Return the run folder meant by `name`: itself, or the newest run in it."""
@@ -41,11 +47,19 @@ def find_run(name: str) -> Path:
 def load(folder: Path) -> RunFolder:
     """Read a run folder. run.json and metrics.jsonl must be there, the rest may be."""
     info, metrics = read_json(folder / "run.json"), read_rows(folder / "metrics.jsonl")
-    if lacking := {"config", "parameters", "device", "data"} - info.keys():
-        raise UserError(f"{folder}/run.json is damaged: it lacks {', '.join(sorted(lacking))}")
+    parts = ("config", "data", "device", "parameters")
+    if lacking := [name for name in parts if not isinstance(info.get(name), dict)]:
+        raise UserError(f"{folder}/run.json is damaged: it lacks {', '.join(lacking)}")
     if not metrics:
         raise UserError(f"{folder}/metrics.jsonl holds no rows yet; come back after a few steps")
-    evals = [read_json(path) for path in (folder / "eval").glob("step_*.json")]
+    if not all(is_number(row.get("step")) for row in metrics):
+        raise UserError(f"{folder}/metrics.jsonl is damaged: a row does not say its step")
+    evals = []
+    for path in (folder / "eval").glob("step_*.json"):
+        evals.append(read_json(path))
+        if not are_of(evals[-1], folder / "checkpoints" / path.stem):
+            print(f"{path} is left out: it scores other weights than its checkpoint has now")
+            evals.pop()
     evals.sort(key=lambda evaluation: evaluation.get("step", 0))
     return RunFolder("/".join(folder.resolve().parts[-2:]), info, metrics,
                      read_json(folder / "status.json"), read_rows(folder / "samples.jsonl"), evals)
