@@ -34,10 +34,12 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,23 +76,18 @@ TEXTS = [SAMPLE, "", " ", "Once upon a time", "  two  spaces ", "\n\n\tif x == 1
 
 def main(command) -> int:
     """Write the folder under a temporary name, check it, rename it, upload it; the exit code."""
-    flags, final = command.flags, Path(command.flags.to)
+    flags = command.flags
     refuse(flags, command.files)
-    source = checkpoint.find_checkpoint(flags.ckpt)
-    tokenizer, model = Tokenizer.load(source), load_model(source)
-    for weight in model.parameters():  # from here on the model holds what is exported
-        weight.data = weight.data.to(DTYPES[flags.dtype]).float()
-    folder = Path(f"{final.absolute()}.tmp")
+    final = Path(os.path.realpath(flags.to))
+    folder = Path(f"{final}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
-    folder.mkdir(parents=True)
     try:
-        write_folder(folder, model.config, dict(model.named_parameters()),
-                     source / "tokenizer.json", DTYPES[flags.dtype], SHARD_BYTES)
-        if flags.code:
-            write_code(folder, model.config)
-        text = card(source, folder, flags, vars(model.config), model.parameter_counts())
-        write_text(folder / "README.md", text)
-        problem = compare_with_transformers(model, tokenizer, folder, flags.code)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--to {final} cannot be made: {error.strerror}; name another") from None
+    try:
+        total, problem = checkpoint.with_checkpoint(flags.ckpt, World(),
+                                                    partial(write, flags, folder))
         if problem:
             return complain(f"the export was not right and is removed: {problem}", 1)
         for path in [*folder.iterdir(), folder]:
@@ -98,8 +95,26 @@ def main(command) -> int:
         os.rename(folder, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{model.parameter_counts()[0]:,} parameters as {flags.dtype} -> {final}")
-    return push(final, flags.push) if flags.push else 0
+    print(f"{total:,} parameters as {flags.dtype} -> {flags.to}")
+    return push(flags.to, flags.push) if flags.push else 0
+
+
+def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
+    """Write the checkpoint `source` into `folder` and check it; the number of its parameters and
+    what is wrong, or ''."""
+    tokenizer, model = Tokenizer.load(source), load_model(source)
+    for name, weight in model.named_parameters():  # from here on it holds what is exported
+        weight.data = weight.data.to(DTYPES[flags.dtype]).float()
+        if not weight.isfinite().all():
+            raise UserError(f"{source}: {name} is not finite in {flags.dtype}; export another step")
+    write_folder(folder, model.config, dict(model.named_parameters()), source / "tokenizer.json",
+                 DTYPES[flags.dtype], SHARD_BYTES)
+    if flags.code:
+        write_code(folder, model.config)
+    text = card(source, folder, flags, vars(model.config), model.parameter_counts())
+    write_text(folder / "README.md", text)
+    return (model.parameter_counts()[0],
+            compare_with_transformers(model, tokenizer, folder, flags.code))
 
 
 def refuse(flags: Flags, files: list) -> None:
@@ -143,13 +158,14 @@ def compare_with_transformers(model: LLaMA, tokenizer: Tokenizer, folder: Path, 
     print(f"checked with transformers: largest difference of logits {share:.1e} of the largest")
     if not share <= TOLERANCE:  # nan too
         return f"its logits differ by {share:.1e} of the largest, allowed are {TOLERANCE:.0e}"
-    for text, theirs in their_ids.items():
+    for text in TEXTS:
+        theirs = their_ids[text]
         if theirs != [tokenizer.bos_id, *tokenizer.encode(text)]:
             return f"its tokenizer reads {text[:40]!r} as {theirs[:12]}, not as ours does"
     return ""
 
 
-def push(folder: Path, name: str) -> int:
+def push(folder: str, name: str) -> int:
     """Upload the folder; what fails there leaves it as it is."""
     from huggingface_hub import HfApi
 
@@ -159,7 +175,7 @@ def push(folder: Path, name: str) -> int:
     except Exception as error:  # no network, no login, no rights: the library has many kinds
         reason = str(error).strip().split("\n")[0]
         return complain(f"{folder} is complete, but was not uploaded: {reason}; "
-                        f"try again with: hf upload {name} {folder}", 1)
+                        f"try again with: hf upload {name} {shlex.quote(folder)}", 1)
     print(f"uploaded to {url}")
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,24 @@ def write_run(folder: Path, **changes) -> Path:
     there = [path for path in step.rglob("*") if path.is_file()]
     checkpoint.commit(step, step.with_suffix(""), checkpoint.sealed(step, there))
     return step.with_suffix("")
+
+
+def test_the_card_says_what_was_learned(tmp_path, unchecked):
+    """Of a mixture every data set with its share; the tokens that were learned, not the rows."""
+    step = write_run(tmp_path / "run")
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    info["config"] |= {"mixture": {"code": 3, "prose": 1.0}, "init_from": "out/first"}
+    write_json(tmp_path / "run" / "run.json", info)
+    state = step / "training" / "state.json"
+    write_json(state, {"step": 7, "rows": 70, "tokens": 5244})
+    there = [path for path in step.rglob("*") if path.is_file() and path.name != "checksums.json"]
+    write_json(step / "checksums.json", {"format": 1, "files": checkpoint.sealed(step, there)})
+    assert run("--ckpt", step, "--to", tmp_path / "hub") == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    for part in ("| data set | code (75.0%), prose (25.0%) |", "| validated on | code |",
+                 "| tokens trained on | 5,244 |", "| started from | out/first |"):
+        assert part in card, part
+    assert "a.txt" not in card
 
 
 def run(*words) -> int:
@@ -180,7 +199,60 @@ def test_push(tmp_path, unchecked, monkeypatch, capsys):
     assert run("--ckpt", step, "--to", tmp_path / "b", "--push=me/tiny") == 1
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "no route" in said.err and "hf upload me/tiny" in said.err
+    assert run("--ckpt", step, "--to", tmp_path / "a b", "--push=me/tiny") == 1
+    assert f"hf upload me/tiny '{tmp_path}/a b'" in capsys.readouterr().err
     assert (tmp_path / "b" / "model.safetensors").is_file()
+
+
+def test_every_text_is_compared(tmp_path, monkeypatch):
+    """Token ids that the fresh process does not hand over are not taken for equal ones."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(export, "CHECK", export.CHECK.replace('in asked["texts"]', "in []"))
+    with pytest.raises(KeyError):
+        run("--ckpt", write_run(tmp_path / "run"), "--to", tmp_path / "hub")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path, unchecked):
+    step = write_run(tmp_path / "run")
+    for value, dtype in ((float("nan"), "fp32"), (float("-inf"), "fp32"), (3.4e38, "bf16")):
+        weights = load_file(step / "model.safetensors")
+        weights["lm_head.weight"][3, 5] = value
+        (step / "checksums.json").unlink(missing_ok=True)
+        save_file(weights, step / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"lm_head.weight is not finite in {dtype}"):
+            run("--ckpt", step, "--to", tmp_path / "hub", "--dtype", dtype)
+        assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_deleted_while_it_is_exported(tmp_path, unchecked, monkeypatch):
+    """keep_last=1 in a run that goes on: the newer one is exported, whole."""
+    step, load = write_run(tmp_path / "run"), export.load_model
+    newer = write_run(tmp_path / "two").rename(step.with_name("newer"))
+
+    def deleted(folder):
+        if newer.exists():
+            shutil.rmtree(step)
+            newer.rename(step.with_name("step_8"))
+        return load(folder)
+
+    monkeypatch.setattr(export, "load_model", deleted)
+    assert run("--ckpt", tmp_path / "run", "--to", tmp_path / "hub") == 0
+    assert not step.exists() and load_model(tmp_path / "hub").config == load_model(
+        step.with_name("step_8")).config
+
+
+def test_a_place_that_cannot_be_made_is_said_at_once(tmp_path, unchecked, monkeypatch):
+    step = write_run(tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("there/hub")
+    (tmp_path / "loop").symlink_to("loop")
+    assert run("--ckpt", step, "--to", tmp_path / "link") == 0  # a link to where it shall be
+    assert (tmp_path / "there" / "hub" / "model.safetensors").is_file()
+    monkeypatch.setattr(checkpoint, "find_checkpoint", lambda _: pytest.fail("not at once"))
+    for place in ("file/hub", "loop/hub", "x" * 253):
+        with pytest.raises(UserError, match="cannot be made"):
+            run("--ckpt", step, "--to", tmp_path / place)
 
 
 def test_bad_input(tmp_path, unchecked):

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -104,7 +105,7 @@ def find_checkpoint(path: str) -> Path:
     return folder
 
 
-def with_checkpoint(path: str, world: World, use: Callable[[Path], int]) -> int:
+def with_checkpoint(path: str, world: World, use: Callable[[Path], Any]) -> Any:
     """Do use(the checkpoint that `path` means), and what that gave. If a run at work deletes the
     checkpoint before it is read, one process looks again, once."""
     for again in (world.size == 1, False):

@@ -121,6 +121,10 @@ def read_config(folder: Path) -> ModelConfig:
             tie_embeddings=hf.get("tie_word_embeddings", False), rope_theta=rope["rope_theta"],
             rope_scaling="none" if kind == "default" else kind,
             **{ours: rope[theirs] for ours, theirs in ROPE.get(kind, {}).items()})
+        for name, field in ModelConfig.__dataclass_fields__.items():
+            value = getattr(config, name)
+            if field.type in (int, float) and not (type(value) in (int, field.type) and value >= 0):
+                raise ValueError(f"{NAMES.get(name, name)} is {value!r}")
         refused = [reason for reason, applies in refusals(hf, rope, config).items() if applies]
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is not the config of a LLaMA: {error!r}") from None
