@@ -67,6 +67,7 @@ from plainllama.progress import Progress
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint, huggingface
 
+FOR_TEXTS = {*vars(Sampling()), "max_new_tokens", "stop", "seed", "compile"}  # not for states
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # of --stop
 
 
@@ -90,6 +91,10 @@ def main(command) -> int:
         if world.size > 1 and not f.out:
             raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
         world.set_timeout(timedelta(days=7))  # ranks do not end together
+        idle = {"layers"} if f.embed == "none" else FOR_TEXTS
+        idle = set(command.overrides) & (idle if f.prompts else idle | {"column"})
+        if idle and world.rank == 0:
+            print(f"without effect here: {', '.join(sorted(idle))}", flush=True)
         return checkpoint.with_checkpoint(f.ckpt, world, partial(work, f, prompts, world))
 
 

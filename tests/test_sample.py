@@ -543,6 +543,18 @@ def test_a_model_that_is_not_finite_is_said(tmp_path, capsys, value):
             generate.compile_step(model, 2, 9, True)
 
 
+def test_what_has_no_effect_is_said(ckpt, tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "F.jsonl").write_text('{"prompt": "a"}\n')
+    states = [f"--prompts={tmp_path}/F.jsonl", f"--out={tmp_path}/G.parquet", "--embed=mean"]
+    for words, said in ((["--layers=0"], "layers"), (["--column=text", "--prompt=a"], "column"),
+                        ([*states, "--seed=1", "--temperature=0"], "seed, temperature")):
+        assert run("--ckpt", ckpt, *words) == 0
+        assert f"without effect here: {said}\n" in capsys.readouterr().out
+    assert run("--ckpt", ckpt, "--max_new_tokens=1", "--temperature=0") == 0
+    assert "without effect" not in capsys.readouterr().out
+
+
 def test_flags_at_their_bounds(ckpt):
     """Whatever is in its range gives texts or one line."""
     for words in (["--temperature=1e-30"], ["--temperature=1e-45"], ["--temperature=1e-320"],
@@ -551,7 +563,7 @@ def test_flags_at_their_bounds(ckpt):
         assert found == generate.generate(tiny(), PROMPTS, 20, GREEDY, [0] * 4), words
     for word in ("temperature=1e30", "temperature=1e300", "top_k=1000000000000", "top_p=0",
                  "min_p=1", "min_p=0", "repetition_penalty=1e3", "repetition_penalty=1e-3",
-                 "max_new_tokens=1000000000000", f"seed={10 ** 40}", "batch=1000000000000"):
+                 "max_new_tokens=1000000000000", f"seed={2 ** 63 - 1}", "batch=1000000000000"):
         assert run("--ckpt", ckpt, f"--{word}", "--num_samples=3", "--prompt=word") == 0, word
 
 
@@ -563,12 +575,12 @@ def test_kinds_of_files_go_by_their_names(ckpt, tmp_path, monkeypatch):
     assert run(*words, "--prompts=F.TXT", "--out=G.PARQUET") == 0
     assert pq.read_table("G.PARQUET")["prompt"].to_pylist() == ["a", "b"]
     assert run(*words, "--prompts=G.PARQUET", "--out=H.parquet", "--embed=mean") == 0
-    for place, says in (("G.csv", "--out takes .jsonl, .parquet, not a .csv"),
+    for place, says in (("G.csv", "--out takes a .jsonl or .parquet, not a .csv"),
                         ("G.txt", "not a .txt"), ("G.json", "not a .json")):
         with pytest.raises(UserError, match=says):
             run(*words, "--prompts=F.TXT", f"--out={place}")
     shutil.copy("F.TXT", "F.csv")
-    with pytest.raises(UserError, match=r"--prompts takes .jsonl, .txt, .parquet, not a .csv"):
+    with pytest.raises(UserError, match=r"F.csv:1 is not a JSON object"):
         run(*words, "--prompts=F.csv", "--out=G.jsonl")
     Path("link.jsonl").symlink_to("nowhere/G.jsonl")
     Path("folder.jsonl").mkdir()

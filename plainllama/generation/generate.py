@@ -61,18 +61,15 @@ def choose(logits: Tensor, s: Sampling, seen: Tensor, draw: Tensor) -> Tensor:
         logits = torch.where(seen, less, logits)
     if s.temperature == 0:
         return logits.argmax(-1)
+    device = logits.device
     if torch.are_deterministic_algorithms_enabled():
-        return drawn(logits.cpu(), s, draw.cpu()).to(logits.device)  # a GPU's cumsum refuses
-    return drawn(logits, s, draw)
-
-
-def drawn(logits: Tensor, s: Sampling, draw: Tensor) -> Tensor:
-    """Draw a token (B,) of each row from its logits (B, V) by its uniform number (B,)."""
+        logits, draw = logits.cpu(), draw.cpu()  # a GPU's cumsum refuses
     total = allowed(logits, s).softmax(-1).cumsum(-1)
     # The factor keeps the sought value below the last one in spite of rounding; of logits that are
     # not finite the last token comes.
     sought = draw[:, None] * (1 - 1e-6) * total[:, -1:]
-    return torch.searchsorted(total, sought, right=True)[:, 0].clamp(max=total.shape[-1] - 1)
+    token = torch.searchsorted(total, sought, right=True)[:, 0].clamp(max=total.shape[-1] - 1)
+    return token.to(device)
 
 
 def row_seed(seed: int, number: int) -> int:
@@ -274,15 +271,13 @@ class TextStream:
         if cuts:
             self.text, self.stopped = self.text[:min(cuts)], True
         if self.stream:
-            end = len(self.text) - (self.held_back() if tokens else 0)
+            # on the screen, what may begin a stop string waits
+            begun = [n for stop in self.stops for n in range(len(stop))
+                     if tokens and self.text.endswith(stop[:n])]
+            end = len(self.text) - max(begun, default=0)
             print(self.text[self.shown:end], end="", flush=True)
             self.shown = max(self.shown, end)
         return self.stopped
-
-    def held_back(self) -> int:
-        """Count the characters at the end of the text that may begin a stop string."""
-        return max((n for stop in self.stops for n in range(len(stop))
-                    if self.text.endswith(stop[:n])), default=0)
 
 
 class Completion(NamedTuple):

@@ -19,7 +19,6 @@ from plainllama.settings import UserError, install
 from plainllama.text.documents import naming_damage
 from plainllama.weights.huggingface import weight_files
 
-READ, WRITTEN = (".jsonl", ".txt", ".parquet"), (".jsonl", ".parquet", "")
 # flags without a say in what is made; the content of the model and of --prompts has one
 NO_MATTER = {"ckpt", "prompt", "prompts", "out", "batch", "save", "device", "compile"}
 
@@ -93,9 +92,8 @@ def read_prompts(path: Path, out: Path, copies: int, column: str, added: set[str
     """Read the rows of `path`, each `copies` times. UserError if `out` cannot take them with what
     is `added`, or holds something else."""
     kinds = path.suffix.lower(), out.suffix.lower()
-    for option, kind, takes in (("prompts", kinds[0], READ), ("out", kinds[1], WRITTEN)):
-        if kind not in takes:
-            raise UserError(f"--{option} takes {', '.join(filter(None, takes))}, not a {kind}")
+    if kinds[1] not in (".jsonl", ".parquet", ""):
+        raise UserError(f"--out takes a .jsonl or .parquet, not a {kinds[1]}")
     if ".parquet" in kinds and not importlib.util.find_spec("pyarrow"):
         raise UserError(f"a .parquet needs pyarrow: {install('data')}")
     if not path.is_file():
