@@ -75,6 +75,9 @@ def main(command: CommandLine) -> int:
     if not re.fullmatch(r"\w[\w.+-]*", config.dataset):
         raise UserError(f"dataset {config.dataset!r} is not the name of a folder under data/")
     share = share_of(look.part)
+    idle = command.overrides.keys() - {*deciding("recipe", "prepare"), "dataset", "block_size"}
+    if idle:
+        print(f"no effect here, but on train.py: {', '.join(sorted(idle))}")
     with held(Path("data") / config.dataset, shared=share != WHOLE) as folder:
         try:
             whole = prepare(config, folder, share)

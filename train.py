@@ -27,8 +27,9 @@ class Flags:
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
-    COMMAND = parse_arguments(__doc__, Flags)
+    COMMAND = parse_arguments(__doc__, Flags, outlives="no more lines here; training goes on")
 
+import contextlib
 import gc
 import math
 import os
@@ -64,28 +65,42 @@ PATIENCE = 10  # updates in a row with non-finite gradients after which a run gi
 
 def main(command: CommandLine) -> int:
     """Join the other ranks and train; the exit code."""
-    config, run = command.config, Path(command.config.out_dir)
+    config, flags, run = command.config, command.flags, Path(command.config.out_dir)
+    refuse_idle(flags)
     device = parallel.pick_device(config.device)
     dtype = parallel.pick_dtype(config.dtype, torch.device(device))
     if problem := parallel.attention_refusal(config.attention, device, dtype, config.doc_mask):
         raise UserError(problem)
-    if run.exists() and not run.is_dir():
-        raise UserError(f"out_dir {run} is a file; name a folder")
+    if os.path.lexists(run) and not run.is_dir():
+        raise UserError(f"out_dir {run} is a file, or a link that leads nowhere; name a folder")
     manifest = shards.read_manifest(Path("data") / config.dataset)
     config.vocab_size = vocabulary(config, manifest)
-    if command.flags.replay:
-        return resume.replay(config, manifest, command.flags.replay)
+    remarks = [resume.keep_recipe(command, manifest), optim.fit_warmup(config)]
+    if os.environ.get("RANK", "0") == "0":
+        print(*filter(None, remarks), sep="\n", end="\n" if any(remarks) else "", flush=True)
+    if flags.replay:
+        return resume.replay(config, manifest, flags.replay)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if restarted and read_status(run) == "stopped":
         return STOPPED  # --max-restarts took the first 75 for a failure
     world = parallel.start(config.device, config.parallel)
     try:
-        if command.flags.check:
-            return preflight.run_checks(config, manifest, world, command.flags.price)
+        if flags.check:
+            return preflight.run_checks(config, manifest, world, flags.price)
         return train(command, manifest, world)
     finally:
         gc.enable()
         world.close()
+
+
+def refuse_idle(flags: Flags) -> None:
+    """Refuse options that would do nothing beside the others."""
+    if flags.price and not flags.check:
+        raise UserError("--price is for --check, which says what a run will cost")
+    others = [f"--{name}" for name in ("check", "replay", "profile", "extend")
+              if getattr(flags, name)]
+    if len(others) > 1 and (flags.check or flags.replay):
+        raise UserError(f"{' and '.join(others)} are not done together; say one of them")
 
 
 def vocabulary(config: Settings, manifest: dict) -> int:
@@ -116,7 +131,8 @@ def train(command: CommandLine, manifest: dict, world: World) -> int:
         except BaseException:
             run.saver.wait(20 if world.size > 1 else None)  # torchrun gives 30 seconds
             if world.rank == 0:
-                write_status(run.folder, "failed", run.step)
+                with contextlib.suppress(OSError):  # a full disk's: what is raised says more
+                    write_status(run.folder, "failed", run.step)
             raise
         stop.close(leaving)
         with world.patient():
@@ -137,15 +153,16 @@ class Run:
         self.validation = Rows(shards.Split(self.data, "val", manifest), config.block_size,
                                config.seed)
         self.byte_info = byte_info(self.data)
-        for name in ("sources", "tokenizer", "val_fraction"):  # run.json says what is in the data
-            setattr(config, name, manifest["recipe"].get(name, getattr(config, name)))
-        self.start = resume.begin(self.folder, config, manifest, self.data_hash,
-                                  command.flags.extend, world)
-        self.step = self.start.step
         say = partial(print, flush=True) if world.rank == 0 else lambda _: None
         self.samples = self.prompt_of_samples(say)
         self.saver = checkpoint.Saver(self.folder, self.data / "tokenizer.json", world, say,
                                       config.keep_last, config.keep_every)
+        # last of all, since it makes the run's folder and says there that the run is at work
+        self.start = resume.begin(self.folder, config, manifest, self.data_hash,
+                                  command.flags.extend, world)
+        self.step = self.start.step
+        if command.flags.extend and not self.start.state:
+            say(f"--extend has no effect: {self.folder} holds nothing to go on from")
         self.saver.saved = self.step if self.start.state else -1
 
     def prompt_of_samples(self, say: Callable[[str], None]) -> generate.RunSamples | None:

@@ -6,10 +6,11 @@ base, file, command line.
 """
 
 import ast
+import contextlib
 import difflib
 import errno
 import importlib.util
-import io
+import math
 import operator
 import os
 import signal
@@ -23,8 +24,8 @@ from plainllama.settings import Settings, UserError, check_keys, install, neares
 
 DEFAULT_CONFIG = "config/llama100m.py"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # it is full or broken
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 INTERRUPTED = "interrupted; the same command goes on from what is complete"
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 GROUPS = {"dataset": "data", "n_layer": "model", "out_dir": "training", "log_interval": "cadence"}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
@@ -95,16 +96,20 @@ def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dic
 
 
 def parse_arguments(doc: str | None, flags: type | None = None,
-                    takes: str = "config") -> CommandLine:
+                    takes: str = "config", outlives: str = "") -> CommandLine:
     """parse() of this process's arguments; what the user can mend is one line and exit code 2.
+    `outlives`: what to say when the screen has gone, of a command that then goes on.
 
     Commands call it before their heavy imports, so that --help and a misspelt key answer at once,
     and so that Ctrl-C during those imports is one line too (run() takes over from there).
     """
-    try:
-        found = parse(sys.argv[1:], doc, flags, takes)
-    except UserError as error:
-        raise SystemExit(complain(str(error), 2)) from None
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed (>&-): else the next file would take its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if outlives:
+        sys.stdout = Screen(sys.stdout, outlives)  # type: ignore[assignment]
+    found = ended(parse, sys.argv[1:], doc, flags, takes)
+    share_the_machine()
     for package in ("numpy", "torch"):
         if importlib.util.find_spec(package) is None:
             raise SystemExit(complain(
@@ -113,6 +118,48 @@ def parse_arguments(doc: str | None, flags: type | None = None,
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: started with &
         signal.signal(signal.SIGINT, lambda *_: os._exit(complain(INTERRUPTED, 1)))
     return found
+
+
+def share_the_machine() -> None:
+    """Say, before torch is loaded, how its threads wait for each other and how many there are,
+    unless the user or torchrun has."""
+    # threads that spin while they wait take the time of other processes, and lose their own; the
+    # name is understood by GNU's OpenMP, which torch ships for Linux, and by LLVM's
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if (allowed := cores()) < affinity():  # of which OpenMP knows, but of no container's quota
+        os.environ.setdefault("OMP_NUM_THREADS", str(allowed))
+
+
+def affinity() -> int:
+    """Count the cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores(groups: str = "/proc/self/cgroup", mount: str = "/sys/fs/cgroup") -> int:
+    """Count the cores that this process may use: those it may run on or, if that is less, what the
+    quotas of its control groups allow (Linux, version 1 or 2)."""
+    found: float = affinity()
+    for line in Path(groups).read_text().splitlines() if os.path.exists(groups) else ():
+        _, controllers, group = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            home = Path(mount) / ("cpu" if controllers else "")
+            inner = home / group.lstrip("/")
+            found = min(found, *(quota(folder) for folder in (inner, *inner.parents)))
+    return max(1, int(found))
+
+
+def quota(group: Path) -> float:
+    """Give how many cores a control group may keep busy, infinity if it does not say."""
+    try:
+        if (group / "cpu.max").exists():
+            share, period = (group / "cpu.max").read_text().split()
+        else:
+            share, period = ((group / f"cpu.cfs_{name}_us").read_text()
+                             for name in ("quota", "period"))
+        return int(share) / int(period) if int(share) > 0 else math.inf
+    except (OSError, ValueError):  # no bound: 'max', or no such file
+        return math.inf
 
 
 def read_config(path: str, seen: tuple = ()) -> list:
@@ -126,8 +173,8 @@ def read_config(path: str, seen: tuple = ()) -> list:
     if os.path.realpath(path) in seen:
         raise UserError(f"{path}: its chain of base files comes back to itself")
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
-    except (SyntaxError, ValueError) as error:  # ValueError: NUL bytes, not UTF-8
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # NUL bytes, not UTF-8
         raise UserError(f"{path} is not a config file: {error}") from None
     known = {f.name: f for f in fields(Settings)}
     values: dict = {}
@@ -170,7 +217,8 @@ def literal(node: ast.expr, names: dict, where: str):
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = literal(node.left, names, where), literal(node.right, names, where)
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
-        if numbers and not (isinstance(node.op, ast.Pow) and abs(right) > 64):
+        huge = numbers and (abs(right) > 64 or abs(left) > 2**63)
+        if numbers and not (isinstance(node.op, ast.Pow) and huge):
             try:
                 return OPERATORS[type(node.op)](left, right)
             except (ZeroDivisionError, OverflowError) as error:
@@ -183,17 +231,19 @@ def from_text(item, text: str):
     """A value of the command line, read by the type of its key."""
     kind, name = item.type, f"--{item.name}"
     if kind is bool:
-        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        if text.lower() not in TRUTH:
             raise UserError(f"{name}: {text!r} is not true or false")
-        return text.lower() in ("true", "1", "yes")
+        return TRUTH[text.lower()]
     if kind in (int, float):
         return checked(item, number(name, kind, text), name)
     if kind is object and text[:1] in "[{":
         try:
             return ast.literal_eval(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             raise UserError(f"{name}: {text!r} is not a Python literal") from None
-    if kind is object and "," in text:
+    if kind is object and "," in text and not os.path.exists(text):
+        if "" in text.split(","):
+            raise UserError(f"{name}: nothing stands before or after a comma of {text!r}")
         return text.split(",")
     return checked(item, text, name)
 
@@ -214,15 +264,20 @@ def checked(item, value, where: str):
     """`value` if it has the type and lies in the range of its key, else UserError."""
     kind, choices = item.type, item.metadata["choices"]
     low, high = item.metadata["low"], item.metadata["high"]
-    if kind is float and type(value) is int:
-        value = float(value)
-    if choices == ("auto", "true", "false") and isinstance(value, bool):
+    whole = type(value) is float and value.is_integer()
+    if (kind is float and type(value) is int and abs(value) < 2**63) or (kind is int and whole):
+        value = kind(value)
+    if choices == ("auto", "true", "false"):
         value = str(value).lower()
     if kind is not object and type(value) is not kind:
         raise UserError(f"{where}: {item.name} takes {kind.__name__}, not {value!r}")
     if choices and value not in choices:
         raise UserError(f"{where}: {item.name} is one of {' | '.join(choices)}, not {value!r}"
                         f"{nearest(str(value), choices)}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{where}: {item.name} is {value!r}, must be a finite number")
+    if kind is int and not -2**63 <= value < 2**63:
+        raise UserError(f"{where}: {item.name} is {value!r}, must fit in 64 bits")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"at least {low}" + (f" and at most {high}" if high is not None else "")
         raise UserError(f"{where}: {item.name} is {value!r}, must be {bounds}")
@@ -256,30 +311,72 @@ def help_text(doc: str | None, known: dict) -> str:
 def run_command(main, *args) -> None:
     """Run a command and leave with its exit code; what the user can mend is one line on stderr."""
     for stream in (sys.stdout, sys.stderr):  # a screen without UTF-8 shows ? for what it lacks
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    try:
+
+    def whole():
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main(*args)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is done: nothing is left to interrupt
+        sys.stdout.flush()
+        return code
+
+    raise SystemExit(ended(whole) or 0)
+
+
+def ended(call, *args):
+    """Give what `call` gives; where it meets what the user can mend, leave with one line."""
+    try:
+        return call(*args)
     except UserError as error:
         code = complain(str(error), 2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # we are leaving: no more of it
         code = complain(INTERRUPTED, 1)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.errno not in (*DISK, *REFUSED):
+        if error.errno is None:
             raise
         code = complain(f"{error.strerror}: {error.filename or 'while writing'}; nothing that was "
                         "complete is lost", 1 if error.errno in DISK else 2)
-    raise SystemExit(code or 0)
+    Screen(sys.stdout, "").flush()  # Python's own at its end would be a second line
+    raise SystemExit(code)
 
 
 def complain(message: str, code: int) -> int:
     """Print one line on stderr and hand back the exit code."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    screen = Screen(sys.stderr, "")
+    screen.write(f"error: {' '.join(message.split())}\n")
+    screen.flush()
     return code
+
+
+class Screen:
+    """A stream that falls silent when its disk is full or its reader has gone, with one `warning`
+    on stderr: for a command that outlives its screen."""
+
+    def __init__(self, stream, warning: str):
+        self.stream, self.warning = stream, warning
+
+    def write(self, text: str) -> int:
+        """Write, or fall silent."""
+        return self.tried(self.stream.write, text) or 0
+
+    def flush(self) -> None:
+        """Flush, or fall silent."""
+        self.tried(self.stream.flush)
+
+    def tried(self, call, *args):
+        """Give what `call` gives; from its first failure on the stream leads nowhere."""
+        try:
+            return call(*args)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.warning:
+                Screen(sys.stderr, "").write(f"WARNING: {error.strerror}: {self.warning}\n")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)

@@ -157,6 +157,10 @@ def check_keys(config: Settings) -> None:
          f"rope_factor {c.rope_factor} has no effect without rope_scaling=linear or llama3"),
         (c.rope_scaling != "llama3" or c.rope_original > 0,
          "rope_scaling=llama3 needs rope_original, the context length before the stretch"),
+        (c.rope_scaling == "llama3" or not c.rope_original,
+         f"rope_original {c.rope_original} has no effect without rope_scaling=llama3"),
+        (c.sample_tokens or not c.sample_prompt,
+         "sample_prompt has no effect without sample_tokens"),
     ]
     if c.mixture is not None:
         pairs = list(c.mixture.items()) if isinstance(c.mixture, dict) else []

@@ -18,16 +18,37 @@ def config(**keys):
 def test_learning_rate_is_the_formula():
     c = config()
     assert optim.lr(0, c) == pytest.approx(1e-3) and optim.lr(9, c) == pytest.approx(1e-2)
-    assert optim.lr(10, c) == pytest.approx(1e-2) and optim.lr(100, c) == pytest.approx(1e-3)
-    assert optim.lr(55, c) == pytest.approx(1e-3 + 0.5 * 9e-3 * (1 + math.cos(math.pi / 2)))
+    assert optim.lr(10, c) < 1e-2 and optim.lr(54, c) == pytest.approx(5.5e-3)  # half of 9 to 99
+    assert optim.lr(10, c) == pytest.approx(1e-3 + 0.5 * 9e-3 * (1 + math.cos(math.pi / 90)))
     assert optim.lr(1000, c) == pytest.approx(1e-3)
     linear = config(schedule="linear")
-    assert optim.lr(55, linear) == pytest.approx(5.5e-3)
-    wsd = config(schedule="wsd")
-    assert optim.lr(50, wsd) == 1e-2 and optim.lr(80, wsd) == pytest.approx(1e-2)
-    assert optim.lr(90, wsd) == pytest.approx(5.5e-3)
-    assert optim.lr(0, config(warmup_steps=0)) == pytest.approx(1e-2)
-    assert optim.lr(5, config(max_steps=5, warmup_steps=10)) == pytest.approx(6e-3)
+    assert optim.lr(54, linear) == pytest.approx(5.5e-3)
+    wsd = config(schedule="wsd")  # the last 20 fall
+    assert optim.lr(50, wsd) == 1e-2 and optim.lr(79, wsd) == pytest.approx(1e-2)
+    assert optim.lr(80, wsd) == pytest.approx(1e-2 - 9e-3 / 20)
+    assert optim.lr(89, wsd) == pytest.approx(5.5e-3)
+
+
+@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+def test_the_first_update_is_not_idle_and_the_last_has_the_least_rate(schedule):
+    for steps in (2, 3, 5, 10, 100):
+        for warmup in range(min(steps, 12)):
+            c = config(schedule=schedule, max_steps=steps, warmup_steps=warmup)
+            rates = [optim.lr(step, c) for step in range(steps)]
+            assert rates[max(warmup - 1, 0)] == 1e-2 == max(rates)
+            assert rates[0] == pytest.approx(1e-2 / max(warmup, 1))
+            assert rates[-1] == 1e-3
+            after = rates[max(warmup - 1, 0):]
+            assert after == sorted(after, reverse=True)
+    assert optim.lr(0, config(schedule=schedule, max_steps=1, warmup_steps=0)) == 1e-2
+
+
+def test_a_warm_up_longer_than_the_run_is_shortened():
+    for steps, asked, kept in ((100, 99, 99), (100, 100, 10), (50, 200, 5), (5, 10, 0)):
+        c = config(max_steps=steps, warmup_steps=asked)
+        said = optim.fit_warmup(c)
+        assert c.warmup_steps == kept and bool(said) == (asked >= steps)
+        assert optim.lr(steps - 1, c) == 1e-3
 
 
 def tiny():

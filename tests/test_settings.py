@@ -1,6 +1,8 @@
 """Config files are parsed and checked, never run."""
 
 import dataclasses
+import importlib
+import os
 import subprocess
 import sys
 import time
@@ -9,12 +11,15 @@ import pytest
 from conftest import ROOT
 
 import prepare
-from plainllama import settings
+import sample
+import train
+from plainllama import command, settings
 from plainllama.command import parse
 from plainllama.report import compare
 from plainllama.settings import UserError
 from plainllama.training import resume
 
+eval_command = importlib.import_module("eval")
 COMMANDS = ("train.py", "prepare.py", "sample.py", "eval.py", "export.py", "report.py")
 
 
@@ -106,6 +111,67 @@ def test_every_key_says_what_it_decides():
         "activation_checkpointing", "max_minutes", "deterministic", "log_interval", "logger",
         "eval_interval", "sample_tokens", "sample_prompt", "save_interval", "keep_last",
         "keep_every"}
+
+
+def test_what_is_written_otherwise_is_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bom = write(tmp_path, "\ufeffmax_steps = 1e3\ncompile = False\nwarmup_steps = 4 / 2\n")
+    config = parse([bom], "").config
+    assert (config.max_steps, config.warmup_steps, config.compile) == (1000, 2, "false")
+    assert type(config.max_steps) is int
+    for text in ("True", "TRUE", "true"):
+        assert parse([bom, f"--compile={text}"], "").config.compile == "true"
+        assert parse([bom, f"--strict={text}"], "").config.strict is True
+    assert parse([bom, "--sources=a,b.txt"], "").config.sources == ["a", "b.txt"]
+    (tmp_path / "a,b.txt").write_text("text")
+    assert parse([bom, "--sources=a,b.txt"], "").config.sources == "a,b.txt"
+    for word, message in (("--sources=a,,b", "nothing stands"), ("--sources=a,", "nothing stands"),
+                          ("--mixture={[]: 1}", "not a Python literal"),
+                          (f"--max_steps={2**63}", "64 bits"), ("--seed=1e30", "64 bits")):
+        with pytest.raises(UserError, match=message):
+            parse([bom, word], "")
+
+
+def test_no_number_is_infinite():
+    for flags in (None, eval_command.Flags, sample.Flags, train.Flags):
+        for item in dataclasses.fields(flags or settings.Settings):
+            for text in ("inf", "-inf", "nan", "1e999") if item.type is float else ():
+                with pytest.raises(UserError, match="must be"):
+                    parse([f"--{item.name}={text}"], "", flags)
+
+
+def test_cores_are_those_of_a_container(tmp_path):
+    (own := tmp_path / "own").write_text("0::/a/b\n")
+    inner = tmp_path / "two/a/b"
+    inner.mkdir(parents=True)
+    assert command.cores(str(own), str(tmp_path / "two")) == command.affinity()
+    (inner / "cpu.max").write_text("max 100000\n")
+    assert command.cores(str(own), str(tmp_path / "two")) == command.affinity()
+    (tmp_path / "two/a/cpu.max").write_text("150000 100000\n")
+    assert command.cores(str(own), str(tmp_path / "two")) == 1
+    own.write_text("4:memory:/x\n3:cpu,cpuacct:/docker/abc\n")
+    (home := tmp_path / "one/cpu").mkdir(parents=True)
+    for quota, found in ((-1, command.affinity()), (50000, 1)):
+        (home / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (home / "cpu.cfs_period_us").write_text("100000\n")
+        assert command.cores(str(own), str(tmp_path / "one")) == found
+    assert command.cores(str(tmp_path / "gone")) == command.affinity()
+
+
+def test_threads_that_wait_do_not_spin(monkeypatch):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(command, "affinity", lambda: 64)
+    monkeypatch.setattr(command, "cores", lambda: 2)
+    command.share_the_machine()
+    assert [os.environ.get(name) for name in names] == ["PASSIVE", None, None, "2"]
+    for name, value in (("OMP_NUM_THREADS", "1"), ("GOMP_SPINCOUNT", "9")):  # torchrun, the user
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    command.share_the_machine()
+    assert [os.environ.get(name) for name in names] == [None, "9", None, "1"]
 
 
 def test_every_shipped_config_is_sound():

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, run_script
+from conftest import ROOT, metrics, run_script
 from safetensors.torch import load_file
 
 import train
@@ -350,3 +353,88 @@ def test_a_run_that_fails_before_its_first_step_is_not_running(home, monkeypatch
     with pytest.raises(settings.UserError, match="no compiler"):
         run("toy.py", "--out_dir=out/broken")
     assert json.loads((home / "out/broken/status.json").read_text())["state"] == "failed"
+
+
+def test_what_has_no_effect_is_refused_or_said(home, capsys):
+    """The recipe is the data set's: run.json holds it, whatever config and command line say."""
+    (home / "more.py").write_text("base = 'toy.py'\nmin_chars = 7\nsources = 'other.txt'\n")
+    for word in ("--sources=x.txt", "--tokenizer=gpt2", "--min_chars=1000", "--dedup=exact",
+                 "--strict", "--val_fraction=0.3", "--max_chars=9", "--workers=2"):
+        name = word[2:].partition("=")[0]
+        for check in ([], ["--check"]):
+            with pytest.raises(settings.UserError, match=f"{name}: data/toy is prepared"):
+                run("toy.py", word, *check)
+    for words, message in ((["--price=3"], "--price is for --check"),
+                           (["--check", "--replay=3"], "--check and --replay are not done"),
+                           (["--check", "--profile"], "not done together"),
+                           (["--replay=1", "--extend"], "not done together"),
+                           (["--rope_original=64"], "rope_original 64 has no effect"),
+                           (["--sample_tokens=0", "--sample_prompt=x"], "has no effect without")):
+        with pytest.raises(settings.UserError, match=message):
+            run("toy.py", *words)
+    assert not (home / "out").exists()
+    capsys.readouterr()
+    words = ["more.py", "--min_chars=0", "--max_steps=5", "--warmup_steps=5", "--extend",
+             "--out_dir=out/a"]
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert said.count("prepared with sources='hf:ashaba1in/small_openwebtext': what more.py") == 1
+    assert "the warm-up takes 0 of them" in said and "--extend has no effect" in said
+    config = json.loads((home / "out/a/run.json").read_text())["config"]
+    assert config["min_chars"] == 0 and config["sources"].startswith("hf:")
+    assert config["warmup_steps"] == 0
+    assert [row["lr"] for row in metrics(home / "out/a") if "lr" in row] == [
+        1e-2, *(row["lr"] for row in metrics(home / "out/a")[2:-2]), 1e-3]
+
+
+FULL = """
+import builtins, os, threading, sys
+def full(*_):
+    raise OSError(28, "No space left on device")
+from plainllama.training import log
+real = open
+log.open = lambda path, *a, **k: full() if "jsonl" in str(path) else real(path, *a, **k)
+log.write_status = full
+"""
+
+
+def test_a_run_outlives_its_screen_and_its_log(home):
+    """A full disk behind stdout and behind the log, a reader that has gone, closed streams."""
+    script, words = str(ROOT / "train.py"), "toy.py --max_steps=6 --save_interval=3"
+    for name, redirect in (("full", ">/dev/full"), ("gone", "| true"), ("both", ">&- 2>&- <&-"),
+                           ("errors", ">/dev/full 2>/dev/full")):
+        line = f"set -o pipefail; {sys.executable} {script} {words} --out_dir=out/{name} {redirect}"
+        done = subprocess.run(["bash", "-c", line], cwd=home, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, (name, done.stderr)
+        assert len(done.stderr.splitlines()) == (name in ("full", "gone")), done.stderr
+        assert (home / f"out/{name}/checkpoints/step_6").is_dir()
+        assert json.loads((home / f"out/{name}/status.json").read_text())["state"] == "done"
+    done = run_script("train.py", *words.split(), "--out_dir=out/log", cwd=home, code=FULL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("WARNING: rows of metrics.jsonl are lost") == 1
+    assert (home / "out/log/checkpoints/step_6").is_dir()
+
+
+def test_whatever_fails_before_the_loop_leaves_no_run_at_work(home, monkeypatch):
+    words = ("toy.py", "--out_dir=out/a", "--max_steps=2")
+    assert run(*words) == 0
+    (home / "out/c").mkdir()
+    (home / "out/c/config.json").write_text("{")
+    faults = (("training.log.Log.announce", OSError(5, "Input/output error")),
+              ("training.log.describe", RuntimeError("no git")),
+              ("weights.checkpoint.Saver.__init__", OSError(28, "full")),
+              ("generation.generate.RunSamples.__init__", KeyError("x")),
+              ("training.resume.write_status", OSError(28, "full")))
+    for i, (place, error) in enumerate(faults):
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            def fail(*_, error=error, **__):
+                raise error
+            patch.setattr(f"plainllama.{place}", fail)
+            run("toy.py", f"--out_dir=out/b{i}", "--max_steps=2")
+        status = home / f"out/b{i}/status.json"
+        assert not status.exists() or json.loads(status.read_text())["state"] == "failed", place
+    for source in ("out/c", "toy.py", "nowhere"):
+        with pytest.raises(settings.UserError):
+            run("toy.py", "--out_dir=out/d", f"--init_from={source}")
+    assert not (home / "out/d").exists()

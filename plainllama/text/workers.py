@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plainllama.command import cores
 from plainllama.progress import Progress
 from plainllama.text.documents import Part
 
@@ -46,7 +47,7 @@ def own_folder(folder: Path, prefix: str = "") -> tempfile.TemporaryDirectory:
 
 def worker_count(asked: int, jobs: int) -> int:
     """Choose the number of processes; `asked`: the config's `workers`."""
-    return min(asked or os.cpu_count() or 1, jobs)
+    return min(asked or cores(), jobs)
 
 
 def run_workers(folder: Path, make: Callable, parts: dict[int, Part], workers: int,

@@ -18,37 +18,53 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class Schedule(NamedTuple):
-    """How the rate falls from the peak to min_lr: from which step on, and in which shape."""
+    """How the rate falls from the peak to min_lr: from which update on, and in which shape."""
 
-    start: Callable[[Settings], int]  # the first step of the fall
-    share: Callable[[float], float]  # of the fall that is left after a share of its steps
+    start: Callable[[Settings], int]  # the last update at the peak
+    share: Callable[[float], float]  # of the fall that is left after a share of its updates
+
+
+def warmed_up(config: Settings) -> int:
+    """The first update at the peak: the last of the warm-up or, without one, the first of all."""
+    return max(config.warmup_steps - 1, 0)
 
 
 def last_fifth(config: Settings) -> int:
-    """The step from which on wsd falls (https://arxiv.org/abs/2405.18392)."""
-    return max(config.warmup_steps, config.max_steps - round(0.2 * config.max_steps))
+    """The update after which wsd falls (https://arxiv.org/abs/2405.18392)."""
+    return max(warmed_up(config), config.max_steps - 1 - max(1, round(0.2 * config.max_steps)))
 
 
 # to add one: this entry, a choice in settings, a case in tests/test_optim.py
-SCHEDULES = {"cosine": Schedule(lambda config: config.warmup_steps,
-                                lambda done: 0.5 * (1 + math.cos(math.pi * done))),
-             "linear": Schedule(lambda config: config.warmup_steps, lambda done: 1 - done),
+SCHEDULES = {"cosine": Schedule(warmed_up, lambda done: 0.5 * (1 + math.cos(math.pi * done))),
+             "linear": Schedule(warmed_up, lambda done: 1 - done),
              "wsd": Schedule(last_fifth, lambda done: 1 - done)}
 
 
 def lr(step: int, config: Settings) -> float:
-    """Learning rate of update `step` (the first is 0): linear warm-up, then the schedule.
+    """Learning rate of update `step`; the first is 0, the last max_steps - 1.
 
-    cosine, linear: from the peak to min_lr at max_steps. wsd: constant, then linear to min_lr.
+    With a warm-up of w updates, update k < w has peak * (k + 1) / w. After update s the rate falls:
+    update k has x * peak + (1 - x) * min_lr, x = share((k - s) / (max_steps - 1 - s)), so that s
+    has the peak and the last update min_lr. cosine, linear: s ends the warm-up. wsd: the peak is
+    kept until the last fifth. (A run of one update has the peak.)
     """
     c, schedule = config, SCHEDULES[config.schedule]
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     start = schedule.start(c)
-    if step < start:
-        return c.learning_rate
-    done = min((step - start) / max(c.max_steps - start, 1), 1.0)
-    return c.min_lr + (c.learning_rate - c.min_lr) * schedule.share(done)
+    done = (step - start) / max(c.max_steps - 1 - start, 1)
+    left = schedule.share(min(max(done, 0.0), 1.0))
+    return left * c.learning_rate + (1 - left) * c.min_lr
+
+
+def fit_warmup(config: Settings) -> str:
+    """Shorten a warm-up that the run would not outlast to a tenth of it; what to say, or ''."""
+    asked = config.warmup_steps
+    if asked < config.max_steps:
+        return ""
+    config.warmup_steps = config.max_steps // 10
+    return (f"warmup_steps {asked} does not fit into max_steps {config.max_steps}: the warm-up "
+            f"takes {config.warmup_steps} of them")
 
 
 def adamw(model: nn.Module, config: Settings, world: World) -> "Optimizer":

@@ -7,9 +7,11 @@ from typing import IO
 import numpy as np
 
 from model import ModelConfig
+from plainllama.command import CommandLine
 from plainllama.files import lock_run, read_rows, steps_of, write_status
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError, deciding
+from plainllama.text.sources import described
 from plainllama.tokens import tokenizer
 from plainllama.tokens.rows import PAD, Rows, hash_of_data, training_rows
 from plainllama.tokens.tokenizer_json import sha256_of
@@ -42,6 +44,28 @@ class Start:
         return self.state.get("step", 0)
 
 
+def keep_recipe(command: CommandLine, manifest: dict) -> str:
+    """Give the config the recipe of its data set, which prepare.py has settled; returns what to say
+    of a config file that has another one, or ''. UserError if the command line asks for another."""
+    config, settled = command.config, asdict(Settings()) | manifest["recipe"]
+    refused, unused = [name for name in deciding("prepare") if name in command.overrides], []
+    for name in deciding("recipe"):
+        ours, theirs = getattr(config, name), settled[name]
+        setattr(config, name, theirs)
+        same = described(ours) == described(theirs) if name == "sources" else ours == theirs
+        if not same and name in command.overrides:
+            refused.append(name)
+        elif not same and ours != getattr(Settings, name):
+            unused.append(f"{name}={theirs!r:.80}")
+    if refused:
+        raise UserError(f"{', '.join(refused)}: data/{config.dataset} is prepared, and otherwise; "
+                        "give these options to prepare.py, with a new --dataset")
+    if not unused:
+        return ""
+    return (f"data/{config.dataset} was prepared with {', '.join(unused)}: what "
+            f"{command.config_file} says of that has no effect")
+
+
 def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: bool,
           world: World) -> Start:
     """Decide, on rank 0 for all, where a run begins, and take its folder. UserError where it may
@@ -60,9 +84,9 @@ def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: b
             if steps_of(run):
                 raise UserError(f"another process has begun to train in {run}; start again to go "
                                 "on from there")
-        write_status(run, "running", start.step)  # not `stopped` any more
         if start.state:
             checkpoint.set_aside(run, start.step)
+        write_status(run, "running", start.step)  # not `stopped` any more
 
     start.source, start.state = world.decide(find)
     if not start.source and config.init_from:
@@ -100,7 +124,9 @@ def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool
     defaults = asdict(Settings())  # of keys that the run is older than
     for keys, remedy in ((FIXED, "choose another out_dir"), (COURSE, "say --extend to accept it")):
         for name in keys:
-            if old.get(name, defaults[name]) != new[name] and not (keys is COURSE and extend):
+            from_data = name == "vocab_size" and not new[name]  # whose hash is compared below
+            same = old.get(name, defaults[name]) == new[name] or from_data
+            if not same and not (keys is COURSE and extend):
                 raise UserError(f"{source} was trained with {name}={old.get(name)}, now it is "
                                 f"{new[name]}; {remedy}")
     if state["data_hash"] != data_hash:
