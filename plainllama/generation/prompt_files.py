@@ -6,6 +6,7 @@ stands in OUT.made.json.
 """
 
 import base64
+import glob
 import importlib.util
 import json
 import os
@@ -156,8 +157,7 @@ class Journal:
 
     def parts(self) -> list[Path]:
         """List the files there are."""
-        return sorted(path for path in self.out.absolute().parent.iterdir()
-                      if path.name.startswith(f"{self.out.name}.part-"))
+        return sorted(self.out.parent.glob(glob.escape(self.out.name) + ".part-*"))
 
     def read(self) -> dict[int, dict]:
         """Return {row: what was made of it}, of all parts, and cut off a line that a kill left half
