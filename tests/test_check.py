@@ -161,6 +161,21 @@ def test_a_wrong_tokenizer_is_caught(home, monkeypatch, capsys):
         assert f"FAIL  Data set and tokenizer agree: {found}" in capsys.readouterr().out
 
 
+def test_no_check_is_ok_that_looked_at_nothing(home, monkeypatch, capsys):
+    """A data set of one long document, one without any, a context of one token, weights that do not
+    fit: each was looked at, or is no ok."""
+    monkeypatch.setattr(preflight, "forecast", lambda *_: None)
+    (home / "data").unlink()
+    write_data_set(home / "data/toy", {"train": ["a long one. " * 2000], "val": ["b " * 50]}, 1)
+    assert check() == 0 and "agree: 1 of 1 documents" in capsys.readouterr().out
+    assert check("--block_size=1") == 1
+    assert "FAIL  No token sees its future: in a context of one" in capsys.readouterr().out
+    with pytest.raises(settings.UserError, match="no folder gone"):
+        check("--init_from=gone")
+    monkeypatch.setattr(preflight, "stored_documents", lambda _: iter(()))
+    assert check() == 1 and "agree: the first token file holds no doc" in capsys.readouterr().out
+
+
 def test_a_deterministic_run_is_forecast_by_whole_steps(home, one_thread, capsys):
     assert check("--deterministic") == 0
     assert "all of it holds" in capsys.readouterr().out

@@ -27,7 +27,7 @@ from plainllama.progress import duration
 from plainllama.settings import Settings, ceil_div
 from plainllama.tokens import shards, tokenizer
 from plainllama.tokens.rows import Rows, to_batch
-from plainllama.training import log
+from plainllama.training import log, resume
 from plainllama.training.engine import Engine, Outcome
 from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import load_weights
@@ -50,6 +50,8 @@ def run_checks(config: Settings, manifest: dict, world: World, price: float) -> 
     """Try what a long run relies on and say what it will take; 0, or 1 if something failed.
     Collective. Nothing is left behind."""
     say: Callable[[str], None] = print if world.rank == 0 else lambda _: None
+    if config.init_from:
+        resume.source_of(config, manifest, world)
     failures = try_out(Trial(config, manifest, world), say)
     gc.collect()  # the trial's model; the forecast measures memory
     if world.device.type == "cuda":
@@ -120,12 +122,14 @@ class Trial:
              "tokenizer.json is not the one that the manifest names")
         must(words.vocab_size == named["vocab_size"], f"the tokenizer has {words.vocab_size} "
              f"entries, the manifest says {named['vocab_size']}")
-        found = [ids for ids in stored_documents(self.split) if len(ids) <= 1 << 14]
+        there = list(stored_documents(self.split))
+        found = [ids for ids in there if len(ids) <= 1 << 14] or there[:1]
+        must(found, "the first token file holds no document")
         special = {words.bos_id, words.eos_id}
         texts = [words.decode([i for i in ids.tolist() if i not in special]) for ids in found]
         again = words.encode_documents(texts)
         same = sum(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
-        if found and same < 0.9 * len(found):
+        if same < 0.9 * len(found):
             raise Failed(f"{len(found) - same} of {len(found)} documents, decoded and encoded "
                          f"again, have other ids; the first begins {texts[0][:60]!r}")
         return f"{same} of {len(found)} documents, decoded and encoded again, have the same ids"
@@ -142,6 +146,7 @@ class Trial:
 
     def future(self) -> str:
         """No token sees its future."""
+        must(self.length > 1, "in a context of one token there is none to look at")
         before = self.logits(self.x[:1])
         noise = 1e-5 * before.abs().max()
         for place in sorted({1, self.length // 2, self.length - 1}):

@@ -90,11 +90,18 @@ def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: b
 
     start.source, start.state = world.decide(find)
     if not start.source and config.init_from:
-        start.source = source = world.decide(lambda: checkpoint.find_checkpoint(config.init_from))
-        world.decide(lambda: refuse_other_model(source, architecture(config), manifest))
+        start.source = source_of(config, manifest, world)
     if start.step < config.max_steps:
         world.decide(claim)
     return start
+
+
+def source_of(config: Settings, manifest: dict, world: World) -> Path:
+    """Choose the checkpoint that init_from means, on rank 0 for all. UserError if it does not fit
+    the config or the data set."""
+    source = world.decide(lambda: checkpoint.find_checkpoint(config.init_from))
+    world.decide(lambda: refuse_other_model(source, architecture(config), manifest))
+    return source
 
 
 def starting_point(run: Path, config: Settings, data_hash: str,
