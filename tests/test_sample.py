@@ -537,7 +537,7 @@ def test_a_model_that_is_not_finite_is_said(tmp_path, capsys, value):
     config = Settings(sample_prompt="ab", block_size=48)
     samples = generate.RunSamples(config, make_tokenizer("bytes", None))
     assert samples.draw(model) == {"prompt": "ab", "completion": "", "stop": "not finite"}
-    with pytest.raises(UserError, match="^what the model computes is not"):  # and not that it cannot be compiled
+    with pytest.raises(UserError, match=r"^what the model"):  # and not: it cannot be compiled
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "compile", lambda function, **_: function)
             generate.compile_step(model, 2, 9, True)
