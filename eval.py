@@ -63,7 +63,6 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 
 import json
 import math
-import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -221,14 +220,14 @@ class Evaluation:
                          f"{counting.RUN} words")
         if here and self.windows:
             count = likelihood.window_count(self.windows, self.tokens)
-            most = sys.maxsize if self.flags.contamination else counting.LOOK
+            most = 1 << 40 if self.flags.contamination else counting.LOOK
             share = counting.repeated(self.windows.read_windows(range(count)), folders,
                                       self.tokenizer, self.world, most)
             if share:
                 self.repeated = {"repeated": share}
-                self.say(f"note: {share:.2%} of the runs of {counting.RUN} words in what is scored "
-                         "lie in the training data, or in as much of it as was looked through: "
-                         "there bits per byte measure memory")
+                self.say(f"note: {share:.2%} of the runs of {counting.RUN} words that are scored "
+                         f"lie in the training data (of it {most:,} tokens at most are looked "
+                         "through): of these, bits per byte tell what is remembered")
 
     def data_folder(self, name: str) -> Path | None:
         """Find a data set here or beside the run, None if it is nowhere; --data may be a path."""

@@ -636,12 +636,26 @@ def test_whole_answers_are_asked_for_where_rows_have_no_subject():
     ('{"question": "q", "choices": ["a", "b"], "answer": "C"}', "'C'"),
     ('{"question": "q", "choices": ["a", "b"], "answer": "AB"}', "'AB'"),
     ('{"context": "q"}', "'continuation'"),
-    ('["q"]', "not a JSON object"), ("{", "not a JSON object")])
+    ('{"question": "q", "choices": ["a"], "answer": 0}', "at least two"),
+    ('["q"]', "not a JSON object"), ("{", "not a JSON object"), ("[" * 9999, "not a JSON object")])
 def test_a_wrong_row_is_named_by_file_and_line(tmp_path, line, said):
     path = tmp_path / "f.jsonl"
     path.write_text('{"question": "q", "choices": ["a", "b"], "answer": 1}\n\n' + line)
     with pytest.raises(UserError, match=f"f.jsonl:3: .*{said}"):
         read_local(str(path), [])
+
+
+def test_a_file_holds_rows_of_one_kind(tmp_path):
+    rows = ['{"question": "q", "choices": ["a", "b"], "answer": 1}',
+            '{"question": "q", "choices": ["a", "b"], "answer": 1, "subject": "x"}',
+            '{"context": "q", "continuation": "a"}']
+    for i in range(3):
+        (tmp_path / "f.jsonl").write_text(rows[i] + "\n" + rows[i - 1])
+        with pytest.raises(UserError, match="rows of several kinds"):
+            read_local(str(tmp_path / "f.jsonl"), [])
+    (tmp_path / "f.jsonl.gz").write_text(rows[0])
+    with pytest.raises(UserError, match="f.jsonl.gz is damaged"):
+        read_local(str(tmp_path / "f.jsonl.gz"), [])
 
 
 # ---- the command

@@ -213,7 +213,7 @@ def read_samples(file: str) -> tuple[np.ndarray, dict]:
             sample = json.loads(line)
             int(sample["doc_id"]), accuracy(sample)
             samples.append(sample)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{file}:{number}: not a sample with doc_id and acc or acc_norm "
                             f"({error!r})") from None
     if not samples:

@@ -17,7 +17,7 @@ from plainllama.evaluation.likelihood import Scorer
 from plainllama.files import sha256_bytes
 from plainllama.parallel import World
 from plainllama.settings import UserError
-from plainllama.text.documents import opened
+from plainllama.text.documents import naming_damage, opened
 
 SHOTS = 5  # worked examples before a question, as MMLU has them (https://arxiv.org/abs/2009.03300)
 BLANK = re.compile(r"(?<!\w)_(?!\w)")  # what a choice is to be put in for
@@ -125,17 +125,20 @@ def read_local(file: str, shots: list[Item] | None, answers: str = "auto") -> li
     if not Path(file).is_file():
         raise UserError(f"no file {file}")
     items = []
-    with opened(file) as lines:
+    with naming_damage(file), opened(file) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
                     items.append(local_item(json.loads(line), shots, answers))
-            except (ValueError, TypeError, AttributeError):
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{file}:{number}: not a JSON object") from None
             except UserError as error:
                 raise UserError(f"{file}:{number}: {error}") from None
     if not items:
         raise UserError(f"{file} holds no rows")
+    if len({(len(item.pairs) > 1, item.letters) for item in items}) > 1:
+        raise UserError(f"{file} holds rows of several kinds, of which no score can be the mean: "
+                        "choices and continuations, or choices with and without a subject")
     return items
 
 
@@ -165,6 +168,8 @@ def field(row: dict, name: str, kind: Any = str) -> Any:
 def choices_item(row: dict, text: str, prompt: str, shots: list | None, answers: str) -> Item:
     """Ask for one of a row's choices: by its letter, in the blank of `text`, or after `prompt`."""
     choices, answer = field(row, "choices", list), field(row, "answer", str | int)
+    if len(choices) < 2:
+        raise UserError("a row with 'choices' has at least two of them")
     right, subject = right_choice(answer, choices), str(row.get("subject") or "")
     letters = answers == "letters" or (answers == "auto" and "subject" in row)
     blank = BLANK.search(text)
