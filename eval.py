@@ -73,7 +73,7 @@ from plainllama.evaluation import counting, irt, likelihood, tasks
 from plainllama.results import score_table
 from plainllama.tokens.rows import hash_of_data
 from plainllama.tokens.tokenizer import Tokenizer
-from plainllama.tokens.tokenizer_json import byte_info
+from plainllama.tokens.tokenizer_json import byte_info, sha256_of
 from plainllama.weights import checkpoint, huggingface
 
 
@@ -143,9 +143,8 @@ class Evaluation:
             self.say(reason)
         of_run = self.run and self.windows and not (flags.data or flags.text or self.shorter)
         if flags.baselines and (not of_run or self.config.mixture or self.config.packing == "doc"):
-            raise UserError("--baselines counts in the rows of a run of one data set with "
-                            "packing=concat, which is here; name one, without --data, --context "
-                            "and --text")
+            raise UserError("--baselines counts in the rows of a run of one data set that is here, "
+                            "with packing=concat; name one, without --data, --context and --text")
         self.name_idle()
         self.look_through_training_data()
         if self.keep:
@@ -155,7 +154,7 @@ class Evaluation:
         """Open the text, or the validation split; None, which is said, if no data set was named and
         the run's is not here."""
         flags, self.made_of = self.flags, {"dtype": str(self.dtype)}
-        asked = {name: True for name in ("by_position", "baselines") if name in self.given}
+        asked = {name: True for name in ("by_position", "baselines") if getattr(flags, name)}
         self.windows_made_of: dict = self.made_of | asked
         self.tokens = flags.eval_tokens or self.config.eval_tokens
         if flags.text:
@@ -206,12 +205,14 @@ class Evaluation:
         it is much, bits per byte measure memory."""
         names = list(self.config.mixture or [self.config.dataset])  # type: ignore
         names = [self.flags.data] if self.flags.data else names
-        folders = [folder for folder in map(self.data_folder, names) if folder]
+        folders = [folder for folder in map(self.data_folder, names)
+                   if folder and (folder / "manifest.json").is_file()
+                   and sha256_of(folder) == sha256_of(self.first)]
         here, self.contaminated, self.repeated = len(folders) == len(names), {}, {}
         if self.flags.contamination and not here:
             raise UserError("--contamination looks through the training data, and data set "
-                            f"{' '.join(names) or 'of this model'} is not here; name one with "
-                            "--data=")
+                            f"{' '.join(names) or 'of this model'} is not here, or of another "
+                            "tokenizer; name one with --data=")
         if self.flags.contamination:
             self.contaminated = counting.contamination(
                 self.tasks, folders, self.tokenizer, self.world)

@@ -76,14 +76,9 @@ def score_table(title: str, metrics: dict) -> str:
 
 # ---- what is kept
 
-def scores_file(run: Path, step: int) -> Path:
-    """Name the file that holds the scores of a step."""
-    return run / "eval" / f"step_{step}.json"
-
-
 def read_scores(run: Path, step: int) -> dict:
     """Read what RUN/eval holds of a step; {} if that is nothing, damaged, or of other weights."""
-    scores = read_json(scores_file(run, step), tolerant=True)
+    scores = read_json(run / "eval" / f"step_{step}.json", tolerant=True)
     return scores if are_of(scores, run / "checkpoints" / f"step_{step}") else {}
 
 
@@ -116,7 +111,7 @@ def record(run: Path | None, result: dict) -> None:
             old = groups.get(name, {})
             groups[name] = old | {title: joined(old.get(title, {}), section)
                                   for title, section in result[name].items()}
-        write_json(scores_file(run, result["step"]), joined(kept, result) | groups)
+        write_json(run / "eval" / f"step_{result['step']}.json", joined(kept, result) | groups)
 
 
 def write_samples(run: Path | None, step: int | None, task: str, samples: list[dict]) -> None:

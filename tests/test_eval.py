@@ -25,7 +25,7 @@ from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.tokens import shards
 from plainllama.tokens.rows import Rows, hash_of_data
-from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import optim
 from plainllama.weights import checkpoint
@@ -323,6 +323,12 @@ def test_questions_in_the_training_data_are_found(here, capsys):
     (here / "data").rename(here / "away")
     with pytest.raises(UserError, match="data set toy is not here"):
         main("--tasks=local:q.jsonl", "--contamination")
+    (here / "other").mkdir()
+    shutil.copy(here / "away/toy/manifest.json", here / "other")
+    make_tokenizer("bpe:300", lambda: documents(9)).save(here / "other")
+    (here / "t.txt").write_text("text")
+    with pytest.raises(UserError, match="or of another tokenizer"):
+        main("--tasks=local:q.jsonl", "--contamination", "--data=other", "--text=t.txt")
 
 
 # ---- log-likelihoods

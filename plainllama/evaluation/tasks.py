@@ -43,7 +43,7 @@ class Task(NamedTuple):
     score: Callable[[Scorer], dict]  # -> {task: metrics}; collective
     questions: Callable[[], list[str]]  # the texts that are asked, without worked examples
     names: list[str]  # of the tasks that score() gives
-    made_of: dict  # hashes of what changes the scores, beside the model
+    made_of: dict[str, str]  # hashes of what changes the scores, beside the model
 
 
 # ---- names -> tasks
@@ -88,11 +88,6 @@ def is_tiny(name: str) -> bool:
     return "tinymmlu" in re.sub("[^a-z]", "", Path(name).name.lower())
 
 
-def passkey_task(name: str, flags: Any, *_) -> Task:
-    """Make the passkey probe."""
-    return Task(partial(score_passkey, flags.limit), list, [name], {})
-
-
 def local_task(name: str, flags: Any, shots: list[Item], known: Known | None) -> Task:
     """Make a task of a local file's rows."""
     items = read_local(name.removeprefix("local:"), shots, flags.answers)[:flags.limit or None]
@@ -114,7 +109,10 @@ def lm_eval_task(name: str, flags: Any, _shots: list[Item], known: Known | None)
 
 # a name, or what it begins with -> its maker; every other name is lm-eval's. To add one: a
 # function, this entry, tests/test_eval.py
-MAKERS = {"passkey": passkey_task, "local:": local_task}
+MAKERS: dict[str, Callable[..., Task]] = {
+    "passkey": lambda name, flags, *_: Task(partial(score_passkey, flags.limit), list, [name], {}),
+    "local:": local_task,
+}
 
 
 # ---- local files

@@ -99,17 +99,12 @@ def compare(run: RunFolder, path: Path) -> str:
         if spread > 0:
             sigmas = (loss - mean) / spread
             line += f" ± {spread:.4f}, {sigmas:+.1f} sigma"
-            verdict += f", {sigmas:+.1f} sigma, {where(sigmas, len(losses))}"
+            # the bound is that of one more draw, from a mean and a deviation that are estimates
+            bound = T_95[min(len(losses), len(T_95)) - 1] * math.sqrt(1 + 1 / len(losses))
+            side = "within" if abs(sigmas) <= bound else "OUTSIDE"
+            verdict += (f", {sigmas:+.1f} sigma, {side} the {bound:.1f} sigma around the mean of "
+                        f"{len(losses)} seeds in which 95 % of such runs lie")
         lines.append(line)
     if not lines:
         raise UserError(f"{run.name} has no evaluation at the tokens of one in {path}")
     return "\n".join([*lines, f"{run.name} and {path}: at the last of these {verdict}"])
-
-
-def where(sigmas: float, seeds: int) -> str:
-    """Say whether a run lies where 95 % of the reference's kind do. The bound is that of one more
-    draw, from a mean and a deviation that are themselves estimates."""
-    bound = T_95[min(seeds, len(T_95)) - 1] * math.sqrt(1 + 1 / seeds)
-    side = "within" if abs(sigmas) <= bound else "OUTSIDE"
-    return (f"{side} the {bound:.1f} sigma around the mean of {seeds} seeds in which 95 % of such "
-            "runs lie")
