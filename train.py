@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from plainllama import settings
 from plainllama.command import CommandLine, complain, parse_arguments, run_command
 from plainllama.files import read_status, write_json, write_status
-from plainllama.settings import Settings, UserError
+from plainllama.settings import UserError
 
 
 @dataclass
@@ -55,7 +55,7 @@ from plainllama.tokens.rows import Batch, Rows, hash_of_data, to_batch, training
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, optim, preflight, resume
-from plainllama.training.engine import Engine, Outcome
+from plainllama.training.engine import Engine, Outcome, refuse_too_large
 from plainllama.weights import checkpoint
 
 STOPPED = 75  # EX_TEMPFAIL: start me again
@@ -74,10 +74,10 @@ def main(command: CommandLine) -> int:
     if os.path.lexists(run) and not run.is_dir():
         raise UserError(f"out_dir {run} is a file, or a link that leads nowhere; name a folder")
     manifest = shards.read_manifest(Path("data") / config.dataset)
-    config.vocab_size = vocabulary(config, manifest)
-    remarks = [resume.keep_recipe(command, manifest), optim.fit_warmup(config)]
-    if os.environ.get("RANK", "0") == "0":
-        print(*filter(None, remarks), sep="\n", end="\n" if any(remarks) else "", flush=True)
+    config.vocab_size = resume.vocabulary(config, manifest)
+    for remark in (resume.keep_recipe(command, manifest), optim.fit_warmup(config)):
+        if remark and os.environ.get("RANK", "0") == "0":
+            print(remark, flush=True)
     if flags.replay:
         return resume.replay(config, manifest, flags.replay)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -85,6 +85,7 @@ def main(command: CommandLine) -> int:
         return STOPPED  # --max-restarts took the first 75 for a failure
     world = parallel.start(config.device, config.parallel)
     try:
+        refuse_too_large(config, world)
         if flags.check:
             return preflight.run_checks(config, manifest, world, flags.price)
         return train(command, manifest, world)
@@ -97,42 +98,34 @@ def refuse_idle(flags: Flags) -> None:
     """Refuse options that would do nothing beside the others."""
     if flags.price and not flags.check:
         raise UserError("--price is for --check, which says what a run will cost")
-    others = [f"--{name}" for name in ("check", "replay", "profile", "extend")
-              if getattr(flags, name)]
-    if len(others) > 1 and (flags.check or flags.replay):
-        raise UserError(f"{' and '.join(others)} are not done together; say one of them")
-
-
-def vocabulary(config: Settings, manifest: dict) -> int:
-    """Entries of the embedding: the config's if it says, else the tokenizer's."""
-    entries = manifest["tokenizer"]["vocab_size"]
-    if config.vocab_size and config.vocab_size < entries:
-        raise UserError(f"vocab_size {config.vocab_size} is smaller than the {entries} entries of "
-                        f"the tokenizer of data set {config.dataset}; leave it 0")
-    return config.vocab_size or entries
+    given = [f"--{name}" for name, value in vars(flags).items() if value and name != "price"]
+    if len(given) > 1 and (flags.check or flags.replay):
+        raise UserError(f"{' and '.join(given)} are not done together; say one of them")
 
 
 def train(command: CommandLine, manifest: dict, world: World) -> int:
     """Train, heedful of signals and of the other ranks; the exit code."""
     leaving = __name__ == "__main__"
-    with watch.guard(world.store, world.rank, world.size, command.config.max_minutes,
-                     leaving) as (stop, signs):
+    minutes = command.config.max_minutes
+    with watch.guard(world.store, world.rank, world.size, minutes, leaving) as (stop, signs):
         run = Run(command, manifest, world, stop)
         if run.step >= command.config.max_steps:
             if world.rank == 0:
                 print(f"{run.folder} is already complete: step {run.step} of {run.step}")
                 write_status(run.folder, "done", run.step)
             return 0
-        if world.rank == 0:
-            signs.farewell = lambda: write_status(run.folder, "failed", run.step)
+        def failed() -> None:
+            with contextlib.suppress(OSError):  # a full disk's: why the run ends says more
+                if world.rank == 0:
+                    write_status(run.folder, "failed", run.step)
+
+        signs.farewell = failed
         try:
             run.build()
             code = run.loop()
         except BaseException:
             run.saver.wait(20 if world.size > 1 else None)  # torchrun gives 30 seconds
-            if world.rank == 0:
-                with contextlib.suppress(OSError):  # a full disk's: what is raised says more
-                    write_status(run.folder, "failed", run.step)
+            failed()
             raise
         stop.close(leaving)
         with world.patient():
@@ -335,8 +328,8 @@ class Run:
         self.evaluated_at, self.val_loss = self.step, loss
         self.log.row({"step": self.step, "tokens": self.course.tokens_at(self.step),
                       "val_loss": loss, "val_bpb": bpb, "time": time.time()})
-        self.log.say(f"step {self.step}: validation loss {loss:.4f} nats/token, "
-                     f"{bpb:.4f} bits/byte")
+        seen = f"validation loss {loss:.4f} nats/token, {bpb:.4f} bits/byte"
+        self.log.say(f"step {self.step}: {seen}")
         if self.samples and self.world.rank == 0:
             with self.clock.apart("sample_seconds"):
                 text = self.samples.draw(self.model)

@@ -207,9 +207,9 @@ def literal(node: ast.expr, names: dict, where: str):
         return names[node.id]
     if isinstance(node, ast.List | ast.Tuple):
         return [literal(item, names, where) for item in node.elts]
-    if isinstance(node, ast.Dict) and all(node.keys):
-        return {literal(k, names, where): literal(v, names, where)
-                for k, v in zip(node.keys, node.values, strict=True) if k}
+    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
+        return {key.value: literal(value, names, where)  # type: ignore[union-attr]
+                for key, value in zip(node.keys, node.values, strict=True)}
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = literal(node.operand, names, where)
         if isinstance(value, int | float):
@@ -334,6 +334,8 @@ def ended(call, *args):
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # we are leaving: no more of it
         code = complain(INTERRUPTED, 1)
+    except MemoryError as error:
+        code = complain(f"out of memory ({error}); take a smaller model or batch", 2)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         code = 1
     except OSError as error:

@@ -54,10 +54,7 @@ class World:
         """parallel=auto: ddp, which sends least, while the model fits on each device beside its
         activations; else shards, within the machine if that is enough."""
         need = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two moments
-        if self.device.type == "cuda":
-            room = torch.cuda.get_device_properties(self.device).total_memory
-        else:
-            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size(self.size)
+        room = self.room
         local, fits = local_size(self.size), need <= DDP_SHARE * room
         several = 1 < local < self.size and self.size % local == 0  # machines of several ranks
         if fits:
@@ -80,6 +77,13 @@ class World:
                                     mesh_dim_names=("replicas", "shards"))
         group = self.group or dist.group.WORLD
         return DeviceMesh.from_group(group, self.device.type)  # type: ignore[arg-type]
+
+    @property
+    def room(self) -> int:
+        """Bytes of memory that this rank has in all, used or not."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size(self.size)
 
     @property
     def holds_a_piece(self) -> bool:

@@ -151,6 +151,8 @@ def check_keys(config: Settings) -> None:
          f"{c.block_size}; try {max(1, c.global_batch_tokens // c.block_size) * c.block_size}"),
         (c.min_lr <= c.learning_rate,
          f"min_lr {c.min_lr} is above learning_rate {c.learning_rate}"),
+        (c.beta1 < 1 and c.beta2 < 1,
+         f"beta1 {c.beta1} and beta2 {c.beta2} must both be below 1: an average forgets"),
         (c.rope_scaling == "none" or c.rope_factor > 1,
          f"rope_scaling={c.rope_scaling} needs rope_factor above 1, found {c.rope_factor}"),
         (c.rope_scaling != "none" or c.rope_factor == 1,

@@ -57,6 +57,9 @@ BAD_FILES = [
     ("schedule = 'cosin'", "did you mean cosine"),
     ("n_layer = 2 +", "not a config file"),
     ("base = 'nothing.py'", "no config file"),
+    ("mixture = {[1]: 2}", "is not a literal"), ("n_layer = (9**60) ** 60", "is not a literal"),
+    ("n_layer = " + "1 + " * 20000 + "1", "not a config file"),
+    ("learning_rate = 1e999", "finite"), ("max_steps = 2**63", "64 bits"),
     ("base = 'c.py'", "comes back to itself"),
     ("n_layer, n_head = 1, 2", "key = value"),
 ]

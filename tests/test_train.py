@@ -237,6 +237,10 @@ BAD = [
     (["--learning_rate=-1"], "must be at least 0"),
     (["--max_steps=many"], "not a whole number"),
     (["--parallel=fsdp"], "torchrun"),
+    (["--beta1=1"], "must both be below 1"), (["--beta2=1.0"], "must both be below 1"),
+    (["--learning_rate=inf"], "must be a finite number"), (["--d_ff=1e12"], "more ranks"),
+    (["--n_layer=1e15"], "more ranks"), ([f"--vocab_size={2**63 - 1}"], "more ranks"),
+    ([f"--d_model={2**40}"], "more ranks"), (["--min_chars=1e19"], "fit in 64 bits"),
 ]
 
 
@@ -400,12 +404,19 @@ log.write_status = full
 
 def test_a_run_outlives_its_screen_and_its_log(home):
     """A full disk behind stdout and behind the log, a reader that has gone, closed streams."""
-    script, words = str(ROOT / "train.py"), "toy.py --max_steps=6 --save_interval=3"
-    for name, redirect in (("full", ">/dev/full"), ("gone", "| true"), ("both", ">&- 2>&- <&-"),
-                           ("errors", ">/dev/full 2>/dev/full")):
-        line = f"set -o pipefail; {sys.executable} {script} {words} --out_dir=out/{name} {redirect}"
-        done = subprocess.run(["bash", "-c", line], cwd=home, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = "toy.py --max_steps=6 --save_interval=3"
+    gone, pipe = os.pipe()
+    os.close(gone)
+    for name in ("full", "gone", "both", "errors"):
+        if name == "both":  # closed before Python starts
+            line = f"{sys.executable} {ROOT / 'train.py'} {words} --out_dir=out/both >&- 2>&- <&-"
+            done = subprocess.run(["bash", "-c", line], cwd=home, capture_output=True, text=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+        else:
+            with open("/dev/full", "w") as full:
+                done = run_script("train.py", *words.split(), f"--out_dir=out/{name}", cwd=home,
+                                  stdout=pipe if name == "gone" else full.fileno(),
+                                  stderr=full.fileno() if name == "errors" else subprocess.PIPE)
         assert done.returncode == 0, (name, done.stderr)
         assert len(done.stderr.splitlines()) == (name in ("full", "gone")), done.stderr
         assert (home / f"out/{name}/checkpoints/step_6").is_dir()
@@ -438,3 +449,27 @@ def test_whatever_fails_before_the_loop_leaves_no_run_at_work(home, monkeypatch)
         with pytest.raises(settings.UserError):
             run("toy.py", "--out_dir=out/d", f"--init_from={source}")
     assert not (home / "out/d").exists()
+
+
+def test_what_lies_in_the_way_of_a_run_is_named(home):
+    """A file, a folder or a link to nowhere in the place of something else: one line, at once."""
+    (home / "nowhere").symlink_to("/no/such/folder")
+    assert run("toy.py", "--out_dir=out/base", "--max_steps=2") == 0
+    for i, name in enumerate(("metrics.jsonl", "run.json", "status.json", "checkpoints",
+                              "checkpoints/step_2", ".lock")):
+        copy = home / f"out/{i}"
+        shutil.copytree(home / "out/base", copy)
+        if (copy / name).is_dir():
+            shutil.rmtree(copy / name)
+            (copy / name).symlink_to("/no/such/folder") if i % 2 else (copy / name).write_text("x")
+        else:
+            (copy / name).unlink()
+            (copy / name).mkdir()
+        with pytest.raises((OSError, settings.UserError)) as found:  # either is one line
+            run("toy.py", f"--out_dir={copy}", "--max_steps=3", "--extend")
+        assert Path(name).name in str(found.value), name
+    for place in ("nowhere", "nowhere/x", "toy.py/x", "x" * 300):
+        with pytest.raises((OSError, settings.UserError)):
+            run("toy.py", f"--out_dir={place}")
+    with pytest.raises(settings.UserError, match="the run ends at step 40"):
+        run("toy.py", "--replay=41")

@@ -269,18 +269,30 @@ class Engine:
 
     def subtree(self, batch: Batch, targets: int, part: int, stride: int) -> list[Tensor]:
         """Loss and gradients of the parts `part`, part + stride, part + 2 stride, ...: part j meets
-        j + n/2 first, then what came of j + n/4, and so on."""
-        if stride < self.accumulate:
+        j + n/2 first, in backward itself, then what came of j + n/4, and so on."""
+        if 2 * stride < self.accumulate:
             total = self.subtree(batch, targets, part, 2 * stride)
-            for mine, theirs in zip(total, self.subtree(batch, targets, part + stride, 2 * stride),
-                                    strict=True):
-                mine += theirs
+            torch._foreach_add_(total, self.subtree(batch, targets, part + stride, 2 * stride))
             return total
-        rows = [part + stride * i for i in range(self.micro)]
-        loss = self.backward(self.model, batch.take(rows), 1 / targets)
-        total = [loss, *(p.grad for _, p in trained(self.model) if p.grad is not None)]
+        nll = torch.zeros((), device=self.world.device)
+        for number in range(part, self.accumulate, stride):  # two, or the only one
+            rows = [number + self.accumulate * i for i in range(self.micro)]
+            nll += self.backward(self.model, batch.take(rows), 1 / targets)
+        total = [nll, *(p.grad for _, p in trained(self.model) if p.grad is not None)]
         self.optimizer.zero_grad()
         return total
+
+
+def refuse_too_large(config: Settings, world: World) -> None:
+    """UserError, before anything is made, where the ranks together lack the memory for weights,
+    gradients and two moments."""
+    c = architecture(config)
+    block = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim + 3 * c.d_ff)
+    need = 16 * (c.n_layer * block + c.vocab_size * c.d_model)
+    if need > world.room * world.size:
+        raise UserError(f"weights, gradients and moments of this model need {need / 1e9:.4g} GB, "
+                        f"{world.size} x {world.room / 1e9:.4g} GB are there: take a smaller model "
+                        "or more ranks")
 
 
 def architecture(config: Settings) -> ModelConfig:

@@ -66,6 +66,15 @@ def keep_recipe(command: CommandLine, manifest: dict) -> str:
             f"{command.config_file} says of that has no effect")
 
 
+def vocabulary(config: Settings, manifest: dict) -> int:
+    """Entries of the embedding: the config's if it says, else the tokenizer's."""
+    entries = manifest["tokenizer"]["vocab_size"]
+    if config.vocab_size and config.vocab_size < entries:
+        raise UserError(f"vocab_size {config.vocab_size} is smaller than the {entries} entries of "
+                        f"the tokenizer of data set {config.dataset}; leave it 0")
+    return config.vocab_size or entries
+
+
 def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: bool,
           world: World) -> Start:
     """Decide, on rank 0 for all, where a run begins, and take its folder. UserError where it may
@@ -84,6 +93,7 @@ def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: b
             if steps_of(run):
                 raise UserError(f"another process has begun to train in {run}; start again to go "
                                 "on from there")
+        (run / "checkpoints").mkdir(exist_ok=True)  # where it cannot be, that is known now
         if start.state:
             checkpoint.set_aside(run, start.step)
         write_status(run, "running", start.step)  # not `stopped` any more
@@ -166,6 +176,8 @@ def replay(config: Settings, manifest: dict, step: int) -> int:
     # the batch may have changed at a resume: steps and rows as the run has written them down
     known = {0: 0} | {row["step"]: row["rows"]
                       for row in read_rows(run / "metrics.jsonl", tolerant=True) if "rows" in row}
+    if step > (end := max(config.max_steps, *known)):
+        raise UserError(f"--replay={step}: the run ends at step {end}")
     last = max(s for s in known if s < step)
     following = min((s for s in known if s >= step), default=None)
     batch = config.global_batch_tokens // config.block_size

@@ -77,7 +77,7 @@ def newest_good(run: Path, training: bool = True) -> Path | None:
         problem = damage(folder, training)
         if not problem:
             return folder
-        if not folder.is_dir():  # a run at work has just deleted it, so there is a newer one
+        if not os.path.lexists(folder):  # a run at work has just deleted it: there is a newer one
             return newest_good(run, training)
         print(f"checkpoint {folder} is damaged ({problem}); looking for the one before", flush=True)
     return None
@@ -193,7 +193,10 @@ class Saver:
         """Make an empty folder on a disk with room for `need` bytes; rank 0's part."""
         if self.world.rank == 0:
             for old in folder.parent.glob("*.tmp"):
-                shutil.rmtree(old, ignore_errors=old != folder)
+                if old.is_dir():
+                    shutil.rmtree(old, ignore_errors=old != folder)
+                else:
+                    old.unlink()
             (folder / "training").mkdir(parents=True)
             files.check_space(folder, need)
 
