@@ -221,14 +221,16 @@ class Evaluation:
                          f"{counting.RUN} words")
         if here and self.windows:
             count = likelihood.window_count(self.windows, self.tokens)
-            most = 1 << 40 if self.flags.contamination else counting.LOOK
+            everywhere = self.flags.contamination
+            most = 1 << 40 if everywhere else counting.LOOK
             share = counting.repeated(self.windows.read_windows(range(count)), folders,
                                       self.tokenizer, self.world, most)
             if share:
                 self.repeated = {"repeated": share}
+                first = "" if everywhere else f"the first {counting.LOOK:,} tokens of "
                 self.say(f"note: {share:.2%} of the runs of {counting.RUN} words that are scored "
-                         f"lie in the training data (of it {most:,} tokens at most are looked "
-                         "through): of these, bits per byte tell what is remembered")
+                         f"lie in {first}the training data: of these, bits per byte tell what is "
+                         "remembered")
 
     def data_folder(self, name: str) -> Path | None:
         """Find a data set here or beside the run, None if it is nowhere; --data may be a path."""
