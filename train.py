@@ -72,7 +72,8 @@ def main(command: CommandLine) -> int:
     if problem := parallel.attention_refusal(config.attention, device, dtype, config.doc_mask):
         raise UserError(problem)
     if os.path.lexists(run) and not run.is_dir():
-        raise UserError(f"out_dir {run} is a file, or a link that leads nowhere; name a folder")
+        what = "link to nowhere" if run.is_symlink() else "file"
+        raise UserError(f"out_dir {run} is a {what}; name a folder")
     manifest = shards.read_manifest(Path("data") / config.dataset)
     config.vocab_size = resume.vocabulary(config, manifest)
     for remark in (resume.keep_recipe(command, manifest), optim.fit_warmup(config)):

@@ -209,16 +209,16 @@ class StopFlag:
     def listen(self) -> None:
         """First: finish the step and save. Second: leave at once; the last commit stands."""
         while number := self.inbox.recv(1):
-            if number[0] in self.before:
-                if self.signalled and time.monotonic() - self.signalled > COPIES:
+            if number[0] not in self.before:
+                continue
+            if self.signalled:
+                if time.monotonic() - self.signalled > COPIES:
                     os._exit(143)
-                first = not self.signalled
-                if first:
-                    self.signalled = time.monotonic()
-                if first and os.environ.get("RANK", "0") == "0":
-                    with contextlib.suppress(OSError):
-                        print(f"{signal.Signals(number[0]).name}: asked to finish the step and "
-                              "save; a second signal leaves at once", flush=True)
+                continue
+            self.signalled = time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{signal.Signals(number[0]).name}: asked to finish the step and save; a "
+                      "second signal leaves at once", flush=True)
 
     def asked(self) -> bool:
         """Whether this rank wants to stop."""
