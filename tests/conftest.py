@@ -1,7 +1,9 @@
 """Shared by the tests: everything runs offline, on the CPU, in temporary folders."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,14 @@ import pytest
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
                   CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
+import forks
 import torch
 
 from plainllama.files import file_entry
 from plainllama.tokens import shards, tokenizer
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices lose time on more, most of all beside another test
 
 
 def write_data_set(folder: Path, texts: dict[str, list[str]], files_per_split: int = 2) -> None:
@@ -97,23 +100,64 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def run_script(*words: str, cwd: Path, processes: int = 0, code: str = "", timeout: int = 120,
-               env: dict | None = None) -> subprocess.CompletedProcess:
+def run_script(*words: str, cwd: Path, processes: int = 0, code: str = "", timeout: int = 600,
+               env: dict | None = None, fresh: bool = False,
+               **streams) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; `processes` > 0 goes through torchrun; `code`
-    is run in each process before the script (to plant a fault)."""
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                    str(processes)]
+    is run in each process before the script (to plant a fault). The processes are forks of one
+    that has imported torch, unless they shall be `fresh`. `streams`: stdout, stderr."""
+    launcher = ["--standalone", "--nproc_per_node", str(processes)] if processes else []
+    script = [str(ROOT / words[0]), *words[1:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if not fresh and sys.platform == "linux":
+        command = [forks.TORCHRUN, *launcher, *script] if processes else script
+        process = start_fork(command, cwd=cwd, env=env, code=code, **streams)
+        out, error = process.communicate(timeout)
+        return subprocess.CompletedProcess(command, process.returncode, out, error)
     if code:
         stub = cwd / "stub.py"
         stub.write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
                         "sys.argv = sys.argv[1:]\n"
                         "runpy.run_path(sys.argv[0], run_name='__main__')\n")
-        command.append(str(stub))
-    command += [str(ROOT / words[0]), *words[1:]]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+        script.insert(0, str(stub))
+    command = [sys.executable, *(["-m", forks.TORCHRUN] if processes else []), *launcher, *script]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.run(command, cwd=cwd, text=True, timeout=timeout, env=env, **streams)
+
+
+SERVERS: list[forks.Server] = []  # none or one
+
+
+def start_fork(argv: list, **how) -> forks.Forked:
+    """A forks.Forked, and the server that it needs."""
+    if not SERVERS:
+        SERVERS.append(forks.Server())
+    return forks.Forked(argv, **how)
+
+
+def end_all_below(folder: Path) -> None:
+    """Kill what works in a folder: what a failed test has started, and what that has started."""
+    for place in Path("/proc").glob("[1-9]*"):
+        with contextlib.suppress(OSError):  # gone, or another user's
+            words = (place / "cmdline").read_bytes()
+            helper = b"resource_tracker" in words or b"compile_worker" in words  # of this process
+            there = Path(os.readlink(place / "cwd").removesuffix(" (deleted)"))
+            if there.is_relative_to(folder) and int(place.name) != os.getpid() and not helper:
+                os.kill(int(place.name), signal.SIGKILL)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    if call.excinfo and not call.excinfo.errisinstance(pytest.skip.Exception):
+        end_all_below(item.config._tmp_path_factory.getbasetemp())
+    return (yield)
+
+
+def pytest_sessionfinish(session) -> None:
+    """Also after Ctrl-C; under xdist in each worker, and in the end in the process above them."""
+    while SERVERS:
+        SERVERS.pop().close()
+    end_all_below(session.config._tmp_path_factory.getbasetemp())
 
 
 def metrics(run: Path) -> list[dict]:
