@@ -46,7 +46,8 @@ class Forked:
         with socket.socket(socket.AF_UNIX) as call:
             call.connect(os.environ[PLACE])
             request = json.dumps({"argv": [str(word) for word in argv], "cwd": str(cwd),
-                                  "env": env | {PLACE: os.environ[PLACE]},
+                                  "env": {name: os.fspath(value) for name, value in
+                                          {**env, PLACE: os.environ[PLACE]}.items()},
                                   "code": code}).encode()
             socket.send_fds(call, [len(request).to_bytes(8, "little")],
                             [theirs for theirs, _ in ends])

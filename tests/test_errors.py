@@ -156,25 +156,23 @@ def start(place: Path, *words: str, **how) -> subprocess.Popen:
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def a_full_disk() -> None:
-    """No file may grow past 8 kB: the nearest thing to a full disk that needs no disk."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+# no file may grow past 8 kB: the nearest thing to a full disk that needs no disk
+FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
 
 
 def test_a_full_disk_loses_nothing(place):
-    for words in (["train.py", "toy.py", "--out_dir=out/full", "--max_steps=100"],
+    for words in (["train.py", "toy.py", "--out_dir=out/full", "--max_steps=20"],
                   ["prepare.py", "toy.py", "--dataset=full", "--sources=my.txt",
                    "--tokenizer=bpe:900", "--workers=1"]):
-        out, error = (full := start(place, *words, preexec_fn=a_full_disk)).communicate()
+        full = run_script(*words, cwd=place, code=FULL_DISK)
+        out, error = full.stdout, full.stderr
         assert full.returncode == 1 and error.count("\n") == 1, (out, error)
         assert re.search("File too large|no checkpoint could be written", error)
         assert "Traceback" not in out
         done = run_script(*words, cwd=place)
         assert done.returncode == 0, done.stderr
         assert not list(place.glob("data/full/*.tmp")) and not list(place.glob("data/full/work*"))
-    assert (place / "out/full/checkpoints/step_100").is_dir()
+    assert (place / "out/full/checkpoints/step_20").is_dir()
 
 
 def test_no_permission_to_write(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import start_fork
 from hub_stub import SHA, Hub
 
 import prepare
@@ -58,17 +59,23 @@ def zst(data):
     return out.getvalue().to_pybytes()
 
 
-def run(cwd, *words, stdin=None, env=(), code=0, start=False):
-    """Run the command in `cwd`; bytes-tokenized and with one worker unless said otherwise."""
-    command = [sys.executable, str(ROOT / "prepare.py"), *map(str, words)]
+HELD = """
+import time
+from plainllama.tokens import shards
+shards.write_manifest = lambda *_: time.sleep(3600)
+"""
+
+
+def run(cwd, *words, stdin=None, env=(), code=0, start=False, held=False):
+    """Run the command in `cwd`, or `start` it, `held` before it writes its manifest."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment = {**own, **dict(env)}
+    process = start_fork([ROOT / "prepare.py", *words], cwd=cwd, env={**own, **dict(env)},
+                         code=HELD if held else "", input=stdin)
     if start:
-        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL, start_new_session=True)
-    done = subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True)
-    assert done.returncode == code, done.stderr.decode()
-    return done.stdout.decode(), done.stderr.decode()
+        return process
+    out, error = process.communicate(600)
+    assert process.returncode == code, error
+    return out, error
 
 
 def inside(tmp_path, monkeypatch, **keys):
@@ -302,14 +309,14 @@ def test_killed_and_restarted_writes_the_same_bytes(reference):
     words = (*COMMON, "--dataset=killed", "--workers=2")
     interrupted = 0
     for done_parts in (0, 3):
-        process = run(reference, *words, start=True)
+        process = run(reference, *words, start=True, held=True)
         while process.poll() is None and done_parts >= len(list(folder.glob("*/part-*.json"))):
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice
         process.wait()
         interrupted += not (folder / "manifest.json").exists()
         with pytest.raises(ProcessLookupError):
-            for _ in range(1000):
+            for _ in range(30000):
                 os.killpg(process.pid, 0)
                 time.sleep(0.01)
     assert interrupted == 2
@@ -343,8 +350,8 @@ def test_a_source_that_changed_is_refused_and_one_that_went_is_not_missed(tmp_pa
 
 def test_unfinished_folder_of_another_recipe_and_foreign_files(reference):
     folder = reference / "data/other"
-    process = run(reference, *COMMON, "--dataset=other", "--workers=1", start=True)
-    while not list(folder.glob("work.tmp/part-*.json")):
+    process = run(reference, *COMMON, "--dataset=other", "--workers=1", start=True, held=True)
+    while not list(folder.glob("work.tmp/part-*.json")) and process.poll() is None:
         time.sleep(0.005)
     _, error = run(reference, *COMMON, "--dataset=other", code=2)
     assert "another prepare.py is at work" in error

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from conftest import run_script
 
 import report
 import sample
@@ -101,8 +102,7 @@ def metrics_of(folder: Path) -> list[dict]:
 
 def fails(*words) -> str:
     """Run report.py as a command that must fail with exit code 2; what it said on stderr."""
-    done = subprocess.run([sys.executable, report.__file__, *map(str, words)],
-                          capture_output=True, text=True, check=False)
+    done = run_script("report.py", *map(str, words), cwd=Path.cwd())
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done
     return done.stderr
 

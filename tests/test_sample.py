@@ -375,8 +375,7 @@ def test_prompts_to_file(ckpt, tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--ckpt", ckpt, "--prompts", source, "--out", out, "--batch=4", "--seed=3",
              "--max_new_tokens=12"]
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *words], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = run_script("sample.py", *map(str, words), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [{k: row[k] for k in ("id", "prompt", "half")} for row in found] == rows
