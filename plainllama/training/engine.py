@@ -77,9 +77,8 @@ class Engine:
         checkpoint.load_moments(source, self.model, self.optimizer.state, self.world)
         scale, saved = self.optimizer.loss_scale, state.get("loss_scale")
         if scale and saved:
-            value, good = saved
-            scale.value.fill_(value)
-            scale.good.fill_(good)
+            scale.value.fill_(saved[0])
+            scale.good.fill_(saved[1])
 
     def split_batch(self, state: dict) -> None:
         """Cut the rows of a step into equal micro-batches on every rank."""
@@ -217,11 +216,10 @@ class Engine:
     def gradients(self, batch: Batch, targets: int) -> Tensor:
         """Add up the gradients of this rank's rows; their summed loss, (). A GPU that runs out of
         memory gets smaller micro-batches from here on."""
+        add_up = self.added_in_tree if self.config.deterministic else self.accumulated
         while True:
             try:
-                if self.config.deterministic:
-                    return self.added_in_tree(batch, targets)
-                return self.accumulated(batch, targets)
+                return add_up(batch, targets)
             except torch.OutOfMemoryError as error:
                 smaller = ceil_div(self.micro, 2)
                 # the other ranks wait in a collective; another split has other bits
