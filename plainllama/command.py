@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,6 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
         return CommandLine(Settings(), chosen, files, "", "", {}, given)
     if len(files) > 1:
         raise UserError(f"expected one config file, found {len(files)}: {' '.join(files)}")
-    if not files:
-        print(f"no config named: taking {DEFAULT_CONFIG}", flush=True)
     config_file = files[0] if files else str(CHECKOUT / DEFAULT_CONFIG)
     layers = read_config(config_file)
     overrides = {k: v for k, v in given.items() if k in keys}
@@ -78,7 +77,7 @@ def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dic
     words = iter(argv)
     for word in words:
         if word in ("--help", "-h"):
-            print(help_text(doc, known))
+            print(help_text(doc, known), flush=True)
             raise SystemExit(0)
         if not word.startswith("--"):
             files.append(word)
@@ -106,9 +105,11 @@ def parse_arguments(doc: str | None, flags: type | None = None,
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed (>&-): else the next file would take its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    found = ended(parse, sys.argv[1:], doc, flags, takes)
     if outlives:
         sys.stdout = Screen(sys.stdout, outlives)  # type: ignore[assignment]
-    found = ended(parse, sys.argv[1:], doc, flags, takes)
+    if takes == "config" and not found.files:
+        ended(partial(print, flush=True), f"no config named: taking {DEFAULT_CONFIG}")
     share_the_machine()
     for package in ("numpy", "torch"):
         if importlib.util.find_spec(package) is None:
@@ -268,7 +269,7 @@ def checked(item, value, where: str):
     if (kind is float and type(value) is int and abs(value) < 2**63) or (kind is int and whole):
         value = kind(value)
     if choices == ("auto", "true", "false"):
-        value = str(value).lower()
+        value = {"1": "true", "0": "false"}.get(str(value), str(value).lower())
     if kind is not object and type(value) is not kind:
         raise UserError(f"{where}: {item.name} takes {kind.__name__}, not {value!r}")
     if choices and value not in choices:
@@ -341,8 +342,10 @@ def ended(call, *args):
     except OSError as error:
         if error.errno is None:
             raise
-        code = complain(f"{error.strerror}: {error.filename or 'while writing'}; nothing that was "
-                        "complete is lost", 1 if error.errno in DISK else 2)
+        full = error.errno in DISK
+        where = error.filename or ("while writing" if full else type(error).__name__)
+        code = complain(f"{error.strerror}: {where}; nothing that was complete is lost",
+                        1 if full else 2)
     Screen(sys.stdout, "").flush()  # Python's own at its end would be a second line
     raise SystemExit(code)
 

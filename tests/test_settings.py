@@ -122,7 +122,7 @@ def test_what_is_written_otherwise_is_understood(tmp_path, monkeypatch):
     config = parse([bom], "").config
     assert (config.max_steps, config.warmup_steps, config.compile) == (1000, 2, "false")
     assert type(config.max_steps) is int
-    for text in ("True", "TRUE", "true"):
+    for text in ("True", "TRUE", "true", "1"):
         assert parse([bom, f"--compile={text}"], "").config.compile == "true"
         assert parse([bom, f"--strict={text}"], "").config.strict is True
     assert parse([bom, "--sources=a,b.txt"], "").config.sources == ["a", "b.txt"]
@@ -133,6 +133,17 @@ def test_what_is_written_otherwise_is_understood(tmp_path, monkeypatch):
                           (f"--max_steps={2**63}", "64 bits"), ("--seed=1e30", "64 bits")):
         with pytest.raises(UserError, match=message):
             parse([bom, word], "")
+
+
+def test_a_screen_that_is_full_closed_or_gone_is_one_line(tmp_path):
+    for name in COMMANDS:
+        for redirect, code, lines in ((">/dev/full", 1, 1), (">&- <&-", 0, 0), ("| true", 0, 0),
+                                      (">/dev/full 2>/dev/full", 1, 0), ("2>&-", 0, 0)):
+            line = f"{sys.executable} {ROOT / name} --help {redirect}"
+            done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True,
+                                  text=True, check=False)
+            assert done.returncode == code, (line, done.stderr)
+            assert done.stderr.count("\n") == lines and "Traceback" not in done.stderr, line
 
 
 def test_no_number_is_infinite():
