@@ -81,8 +81,7 @@ def main(command: CommandLine) -> int:
             print(remark, flush=True)
     if flags.replay:
         return resume.replay(config, manifest, flags.replay)
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if restarted and read_status(run) == "stopped":
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and read_status(run) == "stopped":
         return STOPPED  # --max-restarts took the first 75 for a failure
     world = parallel.start(config.device, config.parallel)
     try:

@@ -6,7 +6,6 @@ base, file, command line.
 """
 
 import ast
-import contextlib
 import difflib
 import errno
 import importlib.util
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from plainllama.files import CHECKOUT
+from plainllama.progress import Screen
 from plainllama.settings import Settings, UserError, check_keys, install, nearest
 
 DEFAULT_CONFIG = "config/llama100m.py"
@@ -356,32 +356,3 @@ def complain(message: str, code: int) -> int:
     screen.write(f"error: {' '.join(message.split())}\n")
     screen.flush()
     return code
-
-
-class Screen:
-    """A stream that falls silent when its disk is full or its reader has gone, with one `warning`
-    on stderr: for a command that outlives its screen."""
-
-    def __init__(self, stream, warning: str):
-        self.stream, self.warning = stream, warning
-
-    def write(self, text: str) -> int:
-        """Write, or fall silent."""
-        return self.tried(self.stream.write, text) or 0
-
-    def flush(self) -> None:
-        """Flush, or fall silent."""
-        self.tried(self.stream.flush)
-
-    def tried(self, call, *args):
-        """Give what `call` gives; from its first failure on the stream leads nowhere."""
-        try:
-            return call(*args)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if self.warning:
-                Screen(sys.stderr, "").write(f"WARNING: {error.strerror}: {self.warning}\n")
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)

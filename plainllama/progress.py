@@ -1,5 +1,7 @@
-"""The one line that shows how far a long piece of work is."""
+"""The one line that shows how far a long piece of work is, and a screen that may break."""
 
+import contextlib
+import os
 import sys
 import time
 
@@ -47,3 +49,33 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Screen:
+    """A stream that falls silent when its disk is full or its reader has gone, with one `warning`
+    on stderr: for a command that outlives its screen."""
+
+    def __init__(self, stream, warning: str):
+        self.stream, self.warning = stream, warning
+
+    def write(self, text: str) -> int:
+        """Write, or fall silent."""
+        return self.tried(self.stream.write, text) or 0
+
+    def flush(self) -> None:
+        """Flush, or fall silent."""
+        self.tried(self.stream.flush)
+
+    def tried(self, call, *args):
+        """Give what `call` gives; from its first failure on the stream leads nowhere."""
+        try:
+            return call(*args)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.warning:
+                Screen(sys.stderr, "").write(f"WARNING: {error.strerror}: {self.warning}\n")
+                self.warning = ""
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)

@@ -218,7 +218,7 @@ class StopFlag:
             self.signalled = time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 print(f"{signal.Signals(number[0]).name}: asked to finish the step and save; a "
-                      "second signal leaves at once", flush=True)
+                      "second signal leaves at once\n", end="", flush=True)  # by one write
 
     def asked(self) -> bool:
         """Whether this rank wants to stop."""
