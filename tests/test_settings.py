@@ -146,6 +146,22 @@ def test_a_screen_that_is_full_closed_or_gone_is_one_line(tmp_path):
             assert done.stderr.count("\n") == lines and "Traceback" not in done.stderr, line
 
 
+def test_prepare_says_which_keys_are_of_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "words of a text\n" * 300, "my.txt")
+    config = write(tmp_path, "dataset = 'x'\nn_layer = 2\n")  # of a file train.py reads the rest
+    assert prepare.main(parse([config, "--sources=my.txt", "--tokenizer=bytes", "--block_size=32",
+                               "--global_batch_tokens=128", "--seed=3"], "", prepare.Flags)) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("no effect here, but on train.py: global_batch_tokens, seed\n")
+    assert prepare.main(parse([config, "--sources=my.txt", "--tokenizer=bytes"], "",
+                              prepare.Flags)) == 0
+    assert "no effect" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="strict was False, is now True"):
+        prepare.main(parse([config, "--sources=my.txt", "--tokenizer=bytes", "--strict"], "",
+                           prepare.Flags))
+
+
 def test_no_number_is_infinite():
     for flags in (None, eval_command.Flags, sample.Flags, train.Flags):
         for item in dataclasses.fields(flags or settings.Settings):
