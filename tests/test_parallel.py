@@ -3,14 +3,11 @@ The deterministic mode is, to the bit."""
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import ranks
 import torch
-from conftest import ROOT
+from conftest import run_script
 from safetensors.torch import load_file
 
 from model import LLaMA, ModelConfig
@@ -53,9 +50,7 @@ def trained(request, tmp_path_factory):
                   ("ddp", 2, False, "adamw"), ("fsdp", 3, True, "adamw"),
                   ("fsdp", 4, False, "muon"), ("hsdp", 4, True, "muon"))]
     (home / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "ranks.py")], cwd=home,
-                          capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = run_script("tests/ranks.py", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     return home, cases, json.loads((home / "found.json").read_text())
 
