@@ -117,9 +117,10 @@ def rank_main(rank: int, folder: Path, cases: list[dict]) -> None:
                 made = build(worlds[mode, size], before[str(keys)], micro_batch=micro, **keys)
                 with torch.profiler.profile() as profiler:
                     found[name + " resumed"] = train(made, range(2, 3))
+                events = profiler.profiler.kineto_results.events()  # key_averages() takes a second
                 found[name + " reductions"] = sum(
-                    event.count for event in profiler.key_averages()
-                    if event.key in ("c10d::allreduce_", "c10d::_reduce_scatter_base_"))
+                    event.name() in ("c10d::allreduce_", "c10d::_reduce_scatter_base_")
+                    for event in events)
         before[str(keys)] = folder / name / "checkpoints" / "step_2"
         dist.barrier()
 
