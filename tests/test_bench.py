@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,10 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
+from model import LLaMA
 from plainllama.command import parse
 from plainllama.files import read_rows
+from plainllama.training.engine import architecture
 
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu
@@ -417,3 +420,22 @@ def test_the_optimizers_differ_in_nothing_else():
     differing = {key: (adamw[key], muon[key]) for key in adamw if adamw[key] != muon[key]}
     differing.pop("out_dir")
     assert differing == {"optimizer": ("adamw", "muon")}
+
+
+def test_the_memory_of_a_config_is_counted_without_having_it():
+    import sizes
+
+    config = parse([str(ROOT / "config/laptop.py")], "").config
+    seen = {}
+    for twice in (False, True):
+        model = replace(architecture(config), vocab_size=512, activation_checkpointing=twice)
+        parameters, seen[twice] = sizes.traced(model, config, sizes.Flags(rows=4))
+    assert parameters == sum(p.numel() for p in LLaMA(model).parameters())
+    muon = parameters - 2 * 512 * 384 - 17 * 384  # one moment for the blocks' matrices, else two
+    held = 4 * (2 * parameters - muon + parameters)
+    assert held <= seen[True]["held"] < held + 1000  # and AdamW's counts of steps
+    passing = {twice: counts["peak"] - counts["held"] for twice, counts in seen.items()}
+    rows = 4 * 512 * 384 * 2  # bytes of one state in bf16
+    assert 8 * rows < passing[True] < 0.5 * passing[False]
+    one, eight = (sizes.per_rank(model, parameters, seen[True], ranks) for ranks in (1, 8))
+    assert one - eight == pytest.approx(7 / 8 * (held + 4 * parameters), rel=1e-3)
