@@ -195,6 +195,14 @@ class World:
             dist.all_reduce(values, group=self.group)
         return values
 
+    def from_rank(self, owner: int, tensor: Tensor | None, shape: tuple) -> Tensor:
+        """The owner's fp32 tensor of this shape, on every rank; others give nothing."""
+        if tensor is None or owner != self.rank:
+            tensor = torch.empty(shape, device=self.device)
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=owner)
+        return tensor
+
     def least(self, value: int) -> int:
         """The smallest of the ranks' values."""
         if self.size == 1:

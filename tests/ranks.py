@@ -141,7 +141,7 @@ def rank_main(rank: int, folder: Path, cases: list[dict]) -> None:
         name, source = "way " + "-".join(map(str, way)), None
         for step, size in enumerate(way):
             if rank < size:
-                made = build(worlds["ddp", size], source, deterministic=True)
+                made = build(worlds["ddp", size], source, deterministic=True, optimizer="muon")
                 found[f"{name} {step}"] = train(made, range(step, step + 1))
                 save(made, folder / name, step + 1)
             source = folder / name / "checkpoints" / f"step_{step + 1}"

@@ -43,7 +43,8 @@ def trained(request, tmp_path_factory):
               "mode": mode, "size": size, "accumulate": many, "keys": {"tie_embeddings": tied}}
              for mode, size, tied, many in (ALL if request.param == "all" else pairwise())]
     cases += [{"name": f"{mode}{size}-muon", "mode": mode, "size": size, "accumulate": True,
-               "keys": {"optimizer": "muon"}} for mode, size in (("fsdp", 3), ("hsdp", 4))]
+               "keys": {"optimizer": "muon"}} for mode, size in (
+                   ("ddp", 3), ("fsdp", 3), ("hsdp", 4))]
     cases += [{"name": f"{mode}{size}-half", "mode": mode, "size": size, "accumulate": many,
                "keys": {"half": True, "optimizer": optimizer}}
               for mode, size, many, optimizer in (
@@ -110,7 +111,7 @@ def test_deterministic_has_the_same_bits_on_any_number_of_ranks(trained):
     for step in range(4):
         assert len({str(found[f"{name} {step}"]) for name in ways}) == 1
     # and it is the same training: the batch cut otherwise, summed otherwise
-    plain = ranks.train(ranks.build(World(), micro_batch=ranks.ROWS), range(4))
+    plain = ranks.train(ranks.build(World(), micro_batch=ranks.ROWS, optimizer="muon"), range(4))
     for step, seen in enumerate(plain):
         assert found[f"{ways[0]} {step}"][0] == pytest.approx(seen, rel=1e-5)
 

@@ -127,24 +127,38 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rate: float, scale: Tensor, skipped: Tensor) -> None:
-        """One update with gradients divided by `scale` (); none where `skipped` () is true."""
-        for parameters in self.stacks:
-            directions = []
-            for p in parameters:
-                momentum = self.state[p]["momentum"]
-                grad, buffer = self.world.piece(p.grad)[0] / scale, self.world.piece(momentum)[0]
-                buffer.copy_(torch.where(skipped, buffer, buffer.lerp(grad, 1 - MOMENTUM)))
-                ahead = torch.zeros_like(momentum)
-                self.world.piece(ahead)[0].copy_(grad.lerp(buffer, MOMENTUM))
-                whole = self.world.whole(ahead)
-                directions.append(whole if whole.shape[0] <= whole.shape[1] else whole.T)
-            turned = orthogonal(torch.stack(directions))
-            turned *= 0.2 * math.sqrt(turned.shape[-1]) * rate
-            for p, direction in zip(parameters, turned, strict=True):
-                local, offset = self.world.piece(p)
-                whole = direction if p.shape[0] <= p.shape[1] else direction.T
-                change = whole[offset:offset + local.shape[0]] + rate * self.weight_decay * local
-                local.sub_(torch.where(skipped, 0.0, change))
+        """One update with gradients divided by `scale` (); none where `skipped` () is true. Each
+        rank makes the directions of every size-th stack, for all ranks."""
+        world = self.world
+        for first in range(0, len(self.stacks), world.size):
+            turn, mine = self.stacks[first:first + world.size], None
+            for owner, parameters in enumerate(turn):
+                ahead = [self.ahead(p, scale, skipped) for p in parameters]
+                if owner == world.rank:
+                    mine = orthogonal(torch.stack(ahead))
+            for owner, parameters in enumerate(turn):
+                shape = len(parameters), *sorted(parameters[0].shape)
+                turned = world.from_rank(owner, mine, shape)
+                for p, direction in zip(parameters, turned, strict=True):
+                    self.move(p, direction, rate, skipped)
+
+    def ahead(self, p: nn.Parameter, scale: Tensor, skipped: Tensor) -> Tensor:
+        """The Nesterov momentum of a matrix, whole and not taller than wide. Collective."""
+        momentum = self.state[p]["momentum"]
+        grad, buffer = self.world.piece(p.grad)[0] / scale, self.world.piece(momentum)[0]
+        buffer.copy_(torch.where(skipped, buffer, buffer.lerp(grad, 1 - MOMENTUM)))
+        ahead = torch.zeros_like(momentum)
+        self.world.piece(ahead)[0].copy_(grad.lerp(buffer, MOMENTUM))
+        whole = self.world.whole(ahead)
+        return whole if whole.shape[0] <= whole.shape[1] else whole.T
+
+    def move(self, p: nn.Parameter, direction: Tensor, rate: float, skipped: Tensor) -> None:
+        """Move this rank's rows of a matrix."""
+        direction *= 0.2 * math.sqrt(direction.shape[-1]) * rate
+        local, offset = self.world.piece(p)
+        whole = direction if p.shape[0] <= p.shape[1] else direction.T
+        change = whole[offset:offset + local.shape[0]] + rate * self.weight_decay * local
+        local.sub_(torch.where(skipped, 0.0, change))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
