@@ -170,9 +170,9 @@ def test_a_stage_that_fails_dies_or_hangs_stops_no_other(tmp_path, parts, capfd)
         bench.record("works", value=12345.6, many=[0.5, None], some_bytes=2**31, name="a|b\nc",
                      yes=True)
 
-    parts(environment=(gpu.environment, 0.2), fails=(fails, 0.2), dies=(dies, 0.2),
-          hangs=(hangs, 0.1), works=(works, 0.3))
-    words = ["--minutes=0.5", f"--out={tmp_path}"]
+    parts(environment=(gpu.environment, 1), fails=(fails, 1), dies=(dies, 1),
+          hangs=(hangs, 0.015), works=(works, 1))
+    words = ["--minutes=5", f"--out={tmp_path}"]
     assert run(*words) == 1
     found = rows(tmp_path)
     states = {row["stage"]: (row["state"], row["why"]) for row in found["stages"]}
@@ -189,8 +189,8 @@ def test_a_stage_that_fails_dies_or_hangs_stops_no_other(tmp_path, parts, capfd)
 
 
 def gone(pid: int) -> bool:
-    """Whether a process ends within five seconds (one that nobody has waited for has ended)."""
-    for _ in range(50):
+    """Whether a process ends at all (one that nobody has waited for has ended)."""
+    for _ in range(3000):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True
@@ -232,14 +232,16 @@ def test_an_arm_that_fails_or_hangs_is_a_row_and_the_next_is_measured(
         if self.kind == "transformers":
             raise ValueError("no such kernel")
         if self.config.optimizer == "muon":
-            time.sleep(60)
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 1  # which ends soon instead
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            time.sleep(600)
         return real(self, batch)
 
     monkeypatch.setattr(gpu.Arm, "update", update)
     monkeypatch.setattr(gpu, "their_model", gpu.our_model)
     names = ("transformers, compiled", "ours, Muon, eager", "ours, eager")
     parts(step=(partial(gpu.step, divisor=1, names=names), 1))
-    assert run("--minutes=0.3", f"--out={tmp_path}") == 1
+    assert run("--minutes=5", f"--out={tmp_path}") == 1
     found = rows(tmp_path)
     assert [row["arm"] for row in found["step, first"]] == list(names)
     notes = [row["note"] for row in found["step, first"]]
@@ -249,21 +251,27 @@ def test_an_arm_that_fails_or_hangs_is_a_row_and_the_next_is_measured(
     assert found["stages"][0]["state"] == "done"
 
 
-def test_turns_end_before_the_time_does_and_an_arm_that_fails_is_out(tmp_path, parts):
-    def turns(bench):
-        left = [1.0, 2.0]
-        gpu.take_turns(bench, "turns", {"a": lambda: 3.0, "b": lambda: left.pop(), "c":
-                                        lambda: time.sleep(1) or 4.0}, 50)
+def test_turns_end_before_the_time_does_and_an_arm_that_fails_is_out(
+        tmp_path, parts, monkeypatch):
+    now, left = [1e9], [1.0, 2.0]
 
-    parts(turns=(turns, 1))
-    assert run("--minutes=0.15", f"--out={tmp_path}") == 1
+    def slow() -> float:
+        now[0] += 37
+        return 4.0
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(
+        time=lambda: now[0], perf_counter=lambda: now[0], strftime=time.strftime,
+        sleep=time.sleep))
+    parts(turns=(lambda bench: gpu.take_turns(
+        bench, "turns", {"a": lambda: 3.0, "b": left.pop, "c": slow}, 50), 1))
+    assert run("--minutes=5", f"--out={tmp_path}") == 1
     found = rows(tmp_path)
     assert found["stages"][0]["state"] == "done"  # not stopped
     arms = [row["arm"] for row in found["turns"]]
     assert arms[:8] == ["a", "b", "c", "a", "b", "c", "a", "b"] and set(arms[8:]) == {"a", "c"}
     failed = found["turns"][7]
     assert failed["note"] == "not measured: IndexError: pop from empty list"
-    assert arms[-1] == "c" and 4 <= arms.count("c") <= 7 and len(found["turns"]) < 20
+    assert arms[-1] == "c" and arms.count("c") == 7  # the 8th would begin after 259 of 299 s
 
 
 def test_memory_that_ends_is_a_row_and_others_take_smaller_micro_batches(
@@ -382,7 +390,7 @@ def test_hanging_parts_end_in_time(tmp_path, parts):
     parts(**{f"hangs {i}": (lambda bench: time.sleep(60), 1) for i in range(3)})
     begin = time.perf_counter()
     assert run("--minutes=0.1", f"--out={tmp_path}") == 1
-    assert time.perf_counter() - begin < 7
+    assert time.perf_counter() - begin < 120  # not 180
     assert [row["state"] for row in rows(tmp_path)["stages"]] == ["stopped"] * 3
 
 
