@@ -159,7 +159,7 @@ def test_training_waits_for_the_copy_only(tmp_path, words, monkeypatch):
     optimizer = optim.make(model, Settings())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     disk, real = threading.Event(), sync
-    monkeypatch.setattr(files, "sync", lambda path: disk.wait(20) and real(path))
+    monkeypatch.setattr(files, "sync", lambda path: disk.wait(600) and real(path))
     saver = checkpoint.Saver(tmp_path, words, World())
     saver.start(1, model, optimizer.state, {"step": 1})
     with torch.no_grad():

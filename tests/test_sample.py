@@ -671,7 +671,7 @@ def test_ten_kills_at_random(ckpt, tmp_path, ranks):
         if kills < 10:
             begun = time.time()
             while (sum(p.stat().st_size for p in tmp_path.glob("G.jsonl.part*")) <= growth[-1]
-                   and process.poll() is None and time.time() - begun < 60):
+                   and process.poll() is None and time.time() - begun < 600):
                 time.sleep(0.01)
             time.sleep(rng.random() * 0.15)
             # torchrun's ranks have groups of their own
@@ -681,7 +681,7 @@ def test_ten_kills_at_random(ckpt, tmp_path, ranks):
                     os.kill(pid, signal.SIGKILL)
             growth.append(sum(p.stat().st_size for p in tmp_path.glob("G.jsonl.part*")))
             kills += 1
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=600)
         assert kills < 10 or process.returncode in (0, -9), error
     assert kills == 10 and growth == sorted(growth)
     assert (tmp_path / "G.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
