@@ -33,11 +33,9 @@ def write_text(path: Path | str, text: str, durable: bool = False) -> None:
     """Write `text` so that a reader sees the old file or the new one; `durable`: on the disk when
     this returns."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    temporary.write_text(text, encoding="utf-8")
+    if durable:
+        sync(temporary)
     os.replace(temporary, path)
 
 
@@ -46,10 +44,8 @@ def read_json(path: Path, tolerant: bool = False) -> dict:
     if the caller is `tolerant`."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        if tolerant:
+        if tolerant or isinstance(error, FileNotFoundError):
             return {}
         if isinstance(error, OSError):
             raise

@@ -208,25 +208,27 @@ def test_rotary_tables_are_those_of_transformers(keys):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"model_type": "qwen2"}, "model_type is 'qwen2', not llama or mistral"),
-    ({"attention_bias": True}, "it has biases"), ({"mlp_bias": True}, "it has biases"),
-    ({"model_type": "mistral", "sliding_window": 4096}, "a sliding window of 4096 tokens"),
-    ({"model_type": "mistral"}, "a sliding window of 4096 tokens"),  # if it does not say, it has
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of type sliding_attention"),
-    ({"hidden_act": "gelu"}, "hidden_act is gelu"), ({"head_dim": 16}, "head_dim is not"),
-    ({"quantization_config": {"bits": 4}}, "quantized"),
+    ({"model_type": "qwen2"}, "model_type is 'qwen2'; only plain LLaMA"),
+    ({"attention_bias": True}, "attention_bias is True"), ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096"),
+    ({"model_type": "mistral"}, "sliding_window is 4096"),  # if it does not say, it has
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .'sliding_att"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"head_dim": 16}, "head_dim is 16"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
     ({"num_key_value_heads": 3}, "4 heads, 3 of keys and values, do not fit"),
     ({"num_attention_heads": "4"}, "is not the config of a LLaMA"),
     ({"num_attention_heads": 0}, "is not the config of a LLaMA"),
     ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
     ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
     ({"num_key_value_heads": -1}, "n_kv_head is -1"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "type dynamic"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32}}, "RoPE has beta_fast"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "newer format"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
+     "RoPE type is 'dynamic'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32}},
+     "unknown keys of RoPE is .'beta_fast"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "RoPE is .'full_att"),
     ({"rope_theta": 5e5}, "say something else than rope_parameters"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "something else than rope_para"),
-    ({"plainllama": {"n_layer": 2, "n_expert": 8}}, "n_expert, the format of a newer plainllama"),
+    ({"plainllama": {"n_layer": 2, "n_expert": 8}}, "newer plainllama is .'n_expert'"),
     ({"rms_norm_eps": ...}, "does not say rms_norm_eps"),
     ({"hidden_size": ..., "n_embd": 32, "model_type": "gpt2"}, "hidden_size .model_type 'gpt2'"),
 ])

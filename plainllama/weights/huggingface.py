@@ -68,14 +68,13 @@ def config_json(config: ModelConfig, bos: int | None, eos: int | None, dtype=tor
 def write_weights(folder: Path, weights: dict[str, Tensor], dtype, shard_bytes: int) -> None:
     """Write model.safetensors or, if that were larger, shards of `shard_bytes` and their index. A
     single weight may be larger than that."""
-    shards, filled = [dict[str, Tensor]()], 0
+    sizes = {name: weight.numel() * dtype.itemsize for name, weight in weights.items()}
+    shards: list[dict[str, Tensor]] = [{}]
     for name, weight in weights.items():
-        size = weight.numel() * dtype.itemsize
-        if shard_bytes and shards[-1] and filled + size > shard_bytes:
+        filled = sum(sizes[other] for other in shards[-1])
+        if shard_bytes and shards[-1] and filled + sizes[name] > shard_bytes:
             shards.append({})
-            filled = 0
         shards[-1][name] = weight
-        filled += size
     file_of: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -85,8 +84,8 @@ def write_weights(folder: Path, weights: dict[str, Tensor], dtype, shard_bytes: 
         shutil.copymode(folder / "config.json", folder / name)  # others may read it too
         file_of |= dict.fromkeys(shard, name)
     if len(shards) > 1:
-        total = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())},
+                                    "weight_map": file_of})
 
 
 def write_code(folder: Path, config: ModelConfig) -> None:
@@ -125,40 +124,36 @@ def read_config(folder: Path) -> ModelConfig:
             value = getattr(config, name)
             if field.type in (int, float) and not (type(value) in (int, field.type) and value >= 0):
                 raise ValueError(f"{NAMES.get(name, name)} is {value!r}")
-        refused = [reason for reason, applies in refusals(hf, rope, config).items() if applies]
+        refused = refusals(hf, rope, config)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is not the config of a LLaMA: {error!r}") from None
     if refused:
-        raise UserError(f"{path}: {refused[0]}; {only}")
+        raise UserError(f"{path}: {', '.join(refused)}; {only}")
     return config
 
 
-def refusals(hf: dict, rope: dict, config: ModelConfig) -> dict[str, object]:
-    """List what a config.json may ask for and we do not compute: reason to refuse it -> does it?
-    `rope`: both of its descriptions of RoPE, merged."""
-    kind, heads, kv = hf.get("model_type"), config.n_head, config.kv_heads
-    newer = (hf.get("plainllama") or {}).keys() - ModelConfig.__dataclass_fields__.keys()
-    strange = rope.keys() - ROPE_KEYS
-    contradicted = any(form.get(name, value) != value for name, value in rope.items()
-                       for form in (hf, hf.get("rope_scaling") or {}))
-    window = hf.get("sliding_window", 4096 if kind == "mistral" else None)
-    layers = set(hf.get("layer_types") or ()) - {"full_attention"}
-    return {
-        f"model_type is {kind!r}, not llama or mistral":
-            kind not in ("llama", "mistral", "plainllama"),
-        f"it has {', '.join(sorted(newer))}, the format of a newer plainllama": newer,
-        f"its RoPE has {', '.join(sorted(strange))}, of a newer format or another kind": strange,
-        "rope_scaling and rope_theta say something else than rope_parameters": contradicted,
-        f"RoPE of type {config.rope_scaling}": config.rope_scaling not in ROPE,
-        "it has biases": hf.get("attention_bias") or hf.get("mlp_bias"),
-        f"its attention has a sliding window of {window} tokens": window,
-        f"it has layers of type {', '.join(sorted(layers))}": layers,
-        "its weights are quantized": hf.get("quantization_config"),
-        f"hidden_act is {hf.get('hidden_act')}": hf.get("hidden_act", "silu") != "silu",
-        "head_dim is not d_model / n_head": hf.get("head_dim") not in (None, config.head_dim),
-        f"{heads} heads, {kv} of keys and values, do not fit a width of {config.d_model}":
-            config.head_dim % 2 or config.d_model % heads or heads % kv,
-    }
+def refusals(hf: dict, rope: dict, config: ModelConfig) -> list[str]:
+    """Say what a config.json asks for that we do not compute. `rope`: both of its descriptions of
+    RoPE, merged."""
+    window = 4096 if hf.get("model_type") == "mistral" else None  # what it has if it does not say
+    fields = ModelConfig.__dataclass_fields__.keys()
+    asked = {"hidden_act": "silu", "sliding_window": window} | hf | {
+        "RoPE type": config.rope_scaling, "unknown keys of RoPE": sorted(rope.keys() - ROPE_KEYS),
+        "layer_types": sorted({*(hf.get("layer_types") or ())} - {"full_attention"}),
+        "keys of a newer plainllama": sorted((hf.get("plainllama") or {}).keys() - fields)}
+    only: dict[str, tuple] = {
+        "model_type": ("llama", "mistral", "plainllama"), "RoPE type": tuple(ROPE),
+        "hidden_act": ("silu",), "head_dim": (None, config.head_dim), **dict.fromkeys(
+            ("attention_bias", "mlp_bias", "sliding_window", "quantization_config", "layer_types",
+             "unknown keys of RoPE", "keys of a newer plainllama"), (None, False, [], {}))}
+    found = [f"{key} is {asked.get(key)!r}" for key in only if asked.get(key) not in only[key]]
+    if any(form.get(name, value) != value for name, value in rope.items()
+           for form in (hf, hf.get("rope_scaling") or {})):
+        found.append("rope_scaling and rope_theta say something else than rope_parameters")
+    heads, kv, width = config.n_head, config.kv_heads, config.d_model
+    if config.head_dim % 2 or width % heads or heads % kv:
+        found.append(f"{heads} heads, {kv} of keys and values, do not fit a width of {width}")
+    return found
 
 
 def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
