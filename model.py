@@ -75,44 +75,55 @@ def llama3_scaling(frequencies: Tensor, config: ModelConfig) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / config.rope_factor
 
 
-ROPE_SCALINGS = {
-    "none": lambda frequencies, config: frequencies,
-    # position interpolation, https://arxiv.org/abs/2306.15595
-    "linear": lambda frequencies, config: frequencies / config.rope_factor,
-    "llama3": llama3_scaling,
-}
+# linear is position interpolation, https://arxiv.org/abs/2306.15595
+ROPE_SCALINGS = {"none": lambda frequencies, config: frequencies, "llama3": llama3_scaling,
+                 "linear": lambda frequencies, config: frequencies / config.rope_factor}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (B, heads, T, D) by tables (T, D) or (B, 1, T, D), computed in fp32."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[..., :first.shape[-1]], sin[..., :first.shape[-1]]  # both halves are alike
-    # one concatenation, at the end: compiled, each way is one kernel
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    half = x.shape[-1] // 2
+    sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+    return (x.float() * cos + x.float().roll(half, -1) * sin).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """A linear map without bias whose fp32 weight is cast to the dtype of its input."""
-
-    def __init__(self, d_in: int, d_out: int):
-        super().__init__(d_in, d_out, bias=False)
+    """A linear map whose fp32 weight is cast to the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * gain, statistics in fp32 (https://arxiv.org/abs/1910.07467)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        gain = self.weight.float()
+        if x.is_cuda:  # there torch has one kernel for it
+            return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+        return Normalise.apply(x.float(), gain, self.eps).to(x.dtype)
+
+
+class Normalise(torch.autograd.Function):
+    """RMSNorm with a backward of few passes over memory; plain operations take twice the time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        """x (..., C), gain (C,) -> (..., C)."""
+        inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, gain, inverse)
+        return x * inverse * gain
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # type: ignore[override]
+        """Of x and gain."""
+        x, gain, inverse = ctx.saved_tensors
+        unit = x * inverse
+        d_gain = slope * unit
+        along = (d_gain @ gain / len(gain))[..., None]
+        return (slope * gain - unit * along) * inverse, d_gain.flatten(0, -2).sum(0), None
 
 
 class KVCache:
@@ -160,9 +171,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor | None) 
     """torch's scaled_dot_product_attention, flash kernels where the device has them."""
     if documents is None:
         return causal(q, k, v)
-    if q.is_cuda and q.dtype != torch.float32:  # not a host wait and a new plan for each document
-        return varlen(q, k, v, mask, documents)
-    return by_document(q, k, v, documents)
+    # on a GPU not a host wait and a new plan for each document
+    packed = varlen if q.is_cuda and q.dtype != torch.float32 else by_document
+    return packed(q, k, v, mask, documents)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -172,7 +183,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # the number and lengths of documents differ from batch to batch
-def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+def by_document(q: Tensor, k: Tensor, v: Tensor, mask: None, documents: Tensor) -> Tensor:
     """attend() by one causal call for each document: on a CPU faster than any mask."""
     B, _, T, _ = q.shape
     lengths = [n for n in documents.diff().tolist() if n]
@@ -234,9 +245,7 @@ def document_bounds(starts: Tensor) -> Tensor:
     """Where a document starts in rows, (B, T) bool on the host -> (N + 1,) int32 on the host: the
     places of these starts in the rows laid end to end, and last B T. Every row starts one. N is a
     power of two, filled up with empty documents, so that compiled code sees few sizes."""
-    starts = starts.clone()
-    starts[:, 0] = True
-    places = starts.flatten().nonzero()[:, 0].int()
+    places = F.pad(starts[:, 1:], (1, 0), value=True).flatten().nonzero()[:, 0].int()
     room = 1 << max(len(places) - 1, 0).bit_length()
     return F.pad(places, (0, room + 1 - len(places)), value=starts.numel())
 
@@ -247,15 +256,13 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        width = config.kv_heads * config.head_dim
-        self.q_proj = Linear(config.d_model, config.d_model)
-        self.k_proj = Linear(config.d_model, width)
-        self.v_proj = Linear(config.d_model, width)
-        self.o_proj = Linear(config.d_model, config.d_model)
+        self.q_proj = Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = Linear(config.d_model, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = Linear(config.d_model, config.kv_heads * config.head_dim, bias=False)
+        self.o_proj = Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None,
-                positions: Tensor | None, mask: Tensor | None,
-                documents: Tensor | None) -> Tensor:
+                positions: Tensor | None, mask: Tensor | None, documents: Tensor | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = (project(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
@@ -272,9 +279,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(config.d_model, config.d_ff)
-        self.up_proj = Linear(config.d_model, config.d_ff)
-        self.down_proj = Linear(config.d_ff, config.d_model)
+        self.gate_proj = Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -326,7 +333,7 @@ class LLaMA(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32  # of activations and matmuls; weights stay fp32
         self.model = Decoder(config)
-        self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self.reset_derived("cpu")
 
     def reset_derived(self, device) -> None:
@@ -349,24 +356,22 @@ class LLaMA(nn.Module):
         called with the n_layer + 1 states (B, T, C) that transformers names hidden_states: the
         embeddings, the output of each block but the last, and the result.
         """
+        watch = watch or (lambda states: None)
         T = ids.shape[1]
         positions = mask = None
         rope = self.rope_cos[:T], self.rope_sin[:T]
         if cache is not None:
             positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)  # (B, T)
             rope = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]
-            fresh, cache.used = cache.used == 0, cache.used + T
-            if not fresh:  # (B, 1, T, S)
-                seen = torch.arange(cache.used, device=ids.device)
-                mask = seen <= positions[:, None, :, None]
+            cache.used += T
+            if cache.used > T:  # (B, 1, T, S)
+                mask = torch.arange(cache.used, device=ids.device) <= positions[:, None, :, None]
         x = self.model.embed_tokens(ids).to(self.compute_dtype)
         for block in self.model.layers:
-            if watch:
-                watch(x)
+            watch(x)
             x = block(x, rope, cache, positions, mask, documents)
         x = self.model.norm(x)
-        if watch:
-            watch(x)
+        watch(x)
         return x
 
     def forward(self, ids: Tensor, targets: Tensor | None = None,
@@ -460,8 +465,8 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     PaLM's count (https://arxiv.org/abs/2204.02311, appendix B).
     """
     c = config
-    attention = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim)
-    matmul = c.n_layer * (attention + 3 * c.d_model * c.d_ff) + c.d_model * c.vocab_size
+    block = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim + 3 * c.d_ff)
+    matmul = c.n_layer * block + c.d_model * c.vocab_size
     return 6 * matmul + 12 * c.n_layer * c.d_model * context
 
 

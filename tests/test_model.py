@@ -14,6 +14,7 @@ from model import (
     KVCache,
     LLaMA,
     ModelConfig,
+    Normalise,
     RMSNorm,
     SwiGLU,
     attend,
@@ -226,3 +227,23 @@ def test_model_imports_torch_alone():
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         assert {name.split(".")[0] for name in names} <= allowed
+
+
+def test_rms_norm_and_its_gradients_are_torchs():
+    torch.manual_seed(0)
+    norm = RMSNorm(96, eps=1e-5)
+    torch.nn.init.normal_(norm.weight, 1, 0.3)
+    theirs = torch.nn.RMSNorm(96, eps=1e-5)
+    theirs.load_state_dict(norm.state_dict())
+    x, slope = torch.randn(3, 5, 96), torch.randn(3, 5, 96)
+    found = []
+    for module in (norm, theirs):
+        states = x.clone().requires_grad_()
+        y = module(states)
+        y.backward(slope)
+        found.append((y, states.grad, module.weight.grad))
+    for ours, wanted in zip(*found, strict=True):
+        assert (ours - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    double = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    gain = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *at: Normalise.apply(*at, 1e-5), (double, gain))
