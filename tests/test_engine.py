@@ -21,6 +21,7 @@ from model import (
     attend,
     by_document,
     document_bounds,
+    flops_per_token,
 )
 from plainllama import settings
 from plainllama.command import parse
@@ -330,6 +331,18 @@ def test_training_evaluating_and_sampling_compile_at_most_twice(home, monkeypatc
                                      train.Flags)) == 0
     assert 1 <= counter.frame_count <= 2
     torch._dynamo.reset()
+
+
+def test_auto_compiles_on_a_cpu_where_the_run_wins_the_minute_back(capsys):
+    made = engine(compile="auto", max_steps=1000)
+    assert not made.compiled and not made.pays()  # ready() asked
+    made.say = print
+    made.config.max_steps = 10**9
+    assert made.pays()
+    flops = flops_per_token(made.model.config, 32) * made.config.global_batch_tokens * 10**9
+    assert f"the run's {flops:.1e} floating-point operations" in capsys.readouterr().out
+    made.config.max_minutes = 5.0
+    assert not made.pays()
 
 
 def test_a_compiler_that_fails_costs_a_line_not_the_run(home, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import LLaMA, ModelConfig, initialise, trained
+from model import LLaMA, ModelConfig, flops_per_token, initialise, trained
 from plainllama import parallel
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError, ceil_div
@@ -27,6 +27,9 @@ from plainllama.weights.huggingface import load_weights
 GPU_SHARE = 0.9  # share of a GPU's memory that a micro-batch which was not asked for may take
 CPU_TOKENS = 4096  # tokens of a forward pass that keep a CPU busy,
 GPU_TOKENS = 65536  # and a GPU: more take memory and gain nothing
+# Of a run on a CPU that compile=auto compiles: on two cores they take 25 minutes, and compiled code
+# saves three or more; on eight the compiler's minute is still won back
+CPU_FLOPS = 3e14
 
 
 class Outcome(NamedTuple):
@@ -113,13 +116,25 @@ class Engine:
 
     def ready(self) -> None:
         """Compile if the config says so, and make DDP's first backward, once before any update."""
-        wanted = self.config.compile
-        if wanted == "true" or (wanted == "auto" and self.world.device.type == "cuda"):
+        if self.config.compile == "true" or (self.config.compile == "auto" and self.pays()):
             self.compile()
         if self.world.mode == "ddp" and not self.config.deterministic:
             # DDP regroups gradients after its first backward, and so adds them in another order:
             # that happens here, at every start, so that a resumed run has the same bits
             self.rehearse(last=True)
+
+    def pays(self) -> bool:
+        """Whether a run wins back the compiler's minute: a function of the config alone, so that a
+        resumed run decides alike."""
+        if self.world.device.type != "cpu":
+            return self.world.device.type == "cuda"
+        c, model = self.config, self.model.config
+        flops = flops_per_token(model, c.block_size) * c.global_batch_tokens * c.max_steps
+        hurried = 0 < c.max_minutes < 20
+        if flops >= CPU_FLOPS and not hurried:
+            self.say(f"compile=auto: the run's {flops:.1e} floating-point operations win back the "
+                     "minute of the compiler")
+        return flops >= CPU_FLOPS and not hurried
 
     def compile(self) -> None:
         """Compile the model, tried on one micro-batch; with compile=auto a failure means eager."""
