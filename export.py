@@ -46,19 +46,17 @@ import torch
 from safetensors.torch import load_file
 
 from model import LLaMA
-from plainllama.parallel import World
+from plainllama.parallel import World, pick_dtype
 from plainllama.report.card import card
 from plainllama.tokens.tokenizer import SAMPLE, Tokenizer
 from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import load_model, load_weights, write_code, write_folder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 TOLERANCE = 1e-4  # largest difference of logits in fp32, as a share of the largest logit
 # Run by a fresh Python process in an empty folder; writes logits and token ids into it.
 CHECK = """
 import json, sys, torch
-from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 asked = json.loads(sys.argv[2])
@@ -68,7 +66,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **options)
 logits = model.requires_grad_(False)(torch.tensor(asked["ids"])).logits
 save_file({"logits": logits.contiguous()}, "logits.safetensors")
 ids = {text: tokenizer(text, split_special_tokens=True)["input_ids"] for text in asked["texts"]}
-Path("ids.json").write_text(json.dumps(ids))
+json.dump(ids, open("ids.json", "w"))
 """
 TEXTS = [SAMPLE, "", " ", "Once upon a time", "  two  spaces ", "\n\n\tif x == 1:\n\t\treturn",
          "naïve café 北京 😀👩‍👩‍👧 ½", "<s>[INST] text that spells specials </s><|endoftext|>"]
@@ -77,8 +75,15 @@ TEXTS = [SAMPLE, "", " ", "Once upon a time", "  two  spaces ", "\n\n\tif x == 1
 def main(command) -> int:
     """Write the folder under a temporary name, check it, rename it, upload it; the exit code."""
     flags = command.flags
-    refuse(flags, command.files)
     final = Path(os.path.realpath(flags.to))
+    if command.files or not flags.to:
+        raise UserError("name the folder to write with --to=DIR and the model with --ckpt")
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"--to {final} exists and is not empty; name a new folder")
+    if flags.push and flags.push.count("/") != 1:
+        raise UserError(f"--push takes user/name, not {flags.push!r}")
+    if flags.push and importlib.util.find_spec("huggingface_hub") is None:
+        raise UserError("--push needs huggingface_hub: " + install("hf"))
     folder = Path(f"{final}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
     try:
@@ -103,31 +108,18 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     """Write the checkpoint `source` into `folder` and check it; the number of its parameters and
     what is wrong, or ''."""
     tokenizer, model = Tokenizer.load(source), load_model(source)
+    dtype = pick_dtype(flags.dtype, torch.device("cpu"))
     for name, weight in model.named_parameters():  # from here on it holds what is exported
-        weight.data = weight.data.to(DTYPES[flags.dtype]).float()
+        weight.data = weight.data.to(dtype).float()
         if not weight.isfinite().all():
             raise UserError(f"{source}: {name} is not finite in {flags.dtype}; export another step")
-    write_folder(folder, model.config, dict(model.named_parameters()), source / "tokenizer.json",
-                 DTYPES[flags.dtype], SHARD_BYTES)
+    weights: dict[str, torch.Tensor] = dict(model.named_parameters())
+    write_folder(folder, model.config, weights, source / "tokenizer.json", dtype, SHARD_BYTES)
     if flags.code:
         write_code(folder, model.config)
-    text = card(source, folder, flags, vars(model.config), model.parameter_counts())
-    write_text(folder / "README.md", text)
-    return (model.parameter_counts()[0],
-            compare_with_transformers(model, tokenizer, folder, flags.code))
-
-
-def refuse(flags: Flags, files: list) -> None:
-    """Refuse what cannot be done, before anything is loaded."""
-    final = Path(flags.to)
-    if files or not flags.to:
-        raise UserError("name the folder to write with --to=DIR and the model with --ckpt")
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(f"--to {final} exists and is not empty; name a new folder")
-    if flags.push and flags.push.count("/") != 1:
-        raise UserError(f"--push takes user/name, not {flags.push!r}")
-    if flags.push and importlib.util.find_spec("huggingface_hub") is None:
-        raise UserError("--push needs huggingface_hub: " + install("hf"))
+    counts = model.parameter_counts()
+    write_text(folder / "README.md", card(source, folder, flags, vars(model.config), counts))
+    return counts[0], compare_with_transformers(model, tokenizer, folder, flags.code)
 
 
 def compare_with_transformers(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool) -> str:
@@ -159,9 +151,8 @@ def compare_with_transformers(model: LLaMA, tokenizer: Tokenizer, folder: Path, 
     if not share <= TOLERANCE:  # nan too
         return f"its logits differ by {share:.1e} of the largest, allowed are {TOLERANCE:.0e}"
     for text in TEXTS:
-        theirs = their_ids[text]
-        if theirs != [tokenizer.bos_id, *tokenizer.encode(text)]:
-            return f"its tokenizer reads {text[:40]!r} as {theirs[:12]}, not as ours does"
+        if their_ids[text] != [tokenizer.bos_id, *tokenizer.encode(text)]:
+            return f"its tokenizer reads {text[:40]!r} as {their_ids[text][:12]}, ours does not"
     return ""
 
 
@@ -173,8 +164,7 @@ def push(folder: str, name: str) -> int:
         url = HfApi().create_repo(name, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # no network, no login, no rights: the library has many kinds
-        reason = str(error).strip().split("\n")[0]
-        return complain(f"{folder} is complete, but was not uploaded: {reason}; "
+        return complain(f"{folder} is complete, but was not uploaded: {error}; "
                         f"try again with: hf upload {name} {shlex.quote(folder)}", 1)
     print(f"uploaded to {url}")
     return 0

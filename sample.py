@@ -76,17 +76,12 @@ def main(command) -> int:
     f = command.flags
     f.stop = stops_of(f.stop)
     if command.files:
-        raise UserError(f"cannot use {command.files[0]!r}: --ckpt names the model, --prompt the "
-                        "text to go on from")
+        raise UserError(f"cannot use {command.files[0]!r}: say --ckpt=MODEL and --prompt=TEXT")
     if bool(f.prompts) != bool(f.out) or (f.prompts and f.prompt):
         raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
     if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
         raise UserError("--embed writes states, and those to a .parquet (--out), without --save")
-    prompts = prompt_files.Prompts([{f.column: f.prompt}] * f.num_samples)
-    if f.prompts:
-        added = {"completion", "stop"} if f.embed == "none" else {"embedding"}
-        prompts = prompt_files.read_prompts(Path(f.prompts), Path(f.out), f.num_samples, f.column,
-                                            added)
+    prompts = prompt_files.read_prompts(f)
     with contextlib.closing(parallel.start(f.device, "auto")) as world:
         if world.size > 1 and not f.out:
             raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
@@ -101,7 +96,7 @@ def main(command) -> int:
 def stops_of(text: str) -> list[str]:
     """Parse --stop: texts with commas between and with ESCAPES, or a Python list of texts.
     UserError for anything else."""
-    try:
+    with contextlib.suppress(SyntaxError, ValueError, KeyError):
         if text.startswith("["):
             stops = ast.literal_eval(text)
         else:
@@ -109,10 +104,7 @@ def stops_of(text: str) -> list[str]:
             stops = [re.sub(r"\\(.?)", lambda found: ESCAPES[found[1]], part) for part in parts]
         if all(isinstance(stop, str) and stop for stop in stops):
             return stops
-    except (SyntaxError, ValueError, KeyError):
-        pass
-    raise UserError(f"cannot use --stop={text}: it is one text or more with commas between, where "
-                    r"\n \t \r \\ are understood and no other \, or a list: " """'[",", "."]'""")
+    raise UserError(rf"cannot use --stop={text}: say A,B (with no \ but \n \t \r \\) or ['A', 'B']")
 
 
 def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: Path) -> int:
@@ -146,8 +138,11 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
     if not f.out and len(texts) > 1:
         for n, text in enumerate(texts, 1):
             print(f"--- {n} of {len(texts)} ({text['stop']})\n{text['prompt']}{text['completion']}")
-    if f.save and run:
-        save(run, step_of(folder), texts)
+    if f.save and run:  # those that are not there yet
+        there = read_rows(run / "samples.jsonl", tolerant=True)
+        rows = [{"step": step_of(folder)} | text for text in texts]
+        with open(run / "samples.jsonl", "ab") as kept:
+            kept.writelines(prompt_files.as_line(row) for row in rows if row not in there)
     print(line)
     return 0
 
@@ -156,22 +151,12 @@ def check(f: Any, ids: list[list[int]], folder: Path) -> None:
     """Raise UserError if a prompt does not fit into the model's context, beside a new token if one
     is drawn, or if the model has no such --layers."""
     config = huggingface.read_config(folder)
-    room = config.block_size - 1 if f.embed == "none" else config.block_size
+    room = config.block_size - (f.embed == "none")
     for i, prompt in enumerate(ids):
         if len(prompt) > room:
             where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
-            raise UserError(f"{where}the prompt has {len(prompt)} tokens, and the model's context "
-                            f"of {config.block_size} has room for {room}; shorten it")
+            raise UserError(f"{where}the prompt has {len(prompt)} tokens, room is for {room}")
     generate.layers_of(f.layers, config.n_layer + 1)
-
-
-def save(run: Path, step: int, texts: list[dict]) -> None:
-    """Add texts to a run's samples.jsonl, those that are not there yet."""
-    file = run / "samples.jsonl"
-    there = read_rows(file, tolerant=True)
-    texts = [{"step": step} | text for text in texts]
-    with open(file, "ab") as kept:
-        kept.writelines(prompt_files.as_line(text) for text in texts if text not in there)
 
 
 def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],
@@ -195,7 +180,7 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], min
         prompts = [ids[i] for i in batch]
         if embed:
             states = generate.embed(model, prompts, f.embed, f.layers)
-            new = [{"embedding": prompt_files.pack(state.numpy())} for state in states]
+            new = [{"embedding": prompt_files.pack(state)} for state in states]
             tokens += sum(map(len, prompts))
         else:
             seeds = [generate.row_seed(f.seed, i) for i in batch]

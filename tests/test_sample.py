@@ -32,7 +32,6 @@ from plainllama.weights.huggingface import config_json
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=264, block_size=48)
-ADDED = {"completion", "stop"}
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -390,7 +389,7 @@ def test_prompts_to_file(ckpt, tmp_path):
                                        [generate.row_seed(3, i)], [])[0]
         assert (why, text) == (row["stop"], row["completion"])
     # again into the same file: nothing to do; another input is refused and the file kept
-    same = prompt_files.read_prompts(source, out, 1, "prompt", ADDED)
+    same = prompt_files.read_prompts(flags_of("--prompts", source, "--out", out))
     assert same == prompt_files.Prompts(rows, None, True)
     before = out.read_bytes()
     source.write_text(json.dumps(rows[0]) + "\n")
@@ -398,7 +397,7 @@ def test_prompts_to_file(ckpt, tmp_path):
         run("--ckpt", ckpt, "--prompts", source, "--out", out)
     assert out.read_bytes() == before
     with pytest.raises(UserError, match="would be overwritten"):
-        prompt_files.read_prompts(out, tmp_path / "H.jsonl", 1, "prompt", ADDED)
+        prompt_files.read_prompts(flags_of("--prompts", out, "--out", tmp_path / "H.jsonl"))
 
 
 def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):

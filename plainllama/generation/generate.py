@@ -7,8 +7,7 @@ batch computes what it would compute alone (to rounding).
 import contextlib
 import hashlib
 import math
-from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +22,12 @@ from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights.huggingface import load_model
 
-TINY = torch.finfo(torch.float32).tiny  # a smaller temperature would be 0 there
+TINY = torch.finfo(torch.float32).tiny  # a smaller number would be 0 there
 HALF = "\ufffd"  # what the bytes of an unfinished character decode to
-NOT_FINITE = ("what the model computes is not finite: its weights are not or, in half precision, "
-              "its states; take an earlier checkpoint or --dtype=fp32")
+NOT_FINITE = "what the model computes is not finite; take an earlier checkpoint or --dtype=fp32"
 Watch = Callable[[int, int], bool]  # called with (row, new token); True ends the row
+# step() compiled, and the one cache that it is for
+Compiled = tuple[KVCache, Callable[[LLaMA, Tensor, KVCache], Tensor]]
 
 
 # ---- one token
@@ -35,15 +35,14 @@ Watch = Callable[[int, int], bool]  # called with (row, new token); True ends th
 def allowed(logits: Tensor, s: Sampling) -> Tensor:
     """Divide logits (B, V) by the temperature, and put those of tokens that must not be drawn at
     -inf."""
-    temperature = max(s.temperature, TINY)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # <= 0: cannot overflow
+    logits = logits - logits.amax(-1, keepdim=True)  # <= 0: dividing them cannot overflow
+    logits = logits / max(s.temperature, TINY)
     if s.top_k:
         least = logits.topk(min(s.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if s.top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        drop = p.cumsum(-1) - p >= s.top_p  # those before it are enough
-        drop[:, 0] = False
+        drop = p.cumsum(-1) - p >= max(s.top_p, TINY)  # those before it, if any, are enough
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
     p = logits.softmax(-1)
     return logits.masked_fill(p < s.min_p * p.amax(-1, keepdim=True), -torch.inf)
@@ -61,7 +60,6 @@ def choose(logits: Tensor, s: Sampling, seen: Tensor, draw: Tensor) -> Tensor:
         logits = torch.where(seen, less, logits)
     if s.temperature == 0:
         return logits.argmax(-1)
-    device = logits.device
     if torch.are_deterministic_algorithms_enabled():
         logits, draw = logits.cpu(), draw.cpu()  # a GPU's cumsum refuses
     total = allowed(logits, s).softmax(-1).cumsum(-1)
@@ -69,7 +67,7 @@ def choose(logits: Tensor, s: Sampling, seen: Tensor, draw: Tensor) -> Tensor:
     # not finite the last token comes.
     sought = draw[:, None] * (1 - 1e-6) * total[:, -1:]
     token = torch.searchsorted(total, sought, right=True)[:, 0].clamp(max=total.shape[-1] - 1)
-    return token.to(device)
+    return token.to(seen.device)
 
 
 def row_seed(seed: int, number: int) -> int:
@@ -85,23 +83,20 @@ def step(model: LLaMA, ids: Tensor, cache: KVCache) -> Tensor:
     return model.lm_head(model.hidden(ids, cache)[:, 0])
 
 
-class Compiled:
-    """step() compiled for a cache of one size, on CUDA as one graph of kernels: `rows` texts of up
-    to `capacity` tokens. Every step looks at the whole cache, so that no size ever changes."""
-
-    def __init__(self, model: LLaMA, rows: int, capacity: int):
-        self.cache = KVCache(model.config, rows, capacity, model.rope_cos.device,
-                             model.compute_dtype)
-        for tensor in (self.cache.k, self.cache.v, self.cache.lengths):
-            torch._dynamo.mark_static_address(tensor)  # graphs may write to them
-        self.step = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+def make_cache(model: LLaMA, rows: int, capacity: int) -> KVCache:
+    """Make an empty cache for `rows` texts of up to `capacity` tokens."""
+    return KVCache(model.config, rows, capacity, model.rope_cos.device, model.compute_dtype)
 
 
 def compile_step(model: LLaMA, rows: int, capacity: int, must: bool) -> Compiled | None:
-    """Compile step() and try it once. If that fails: UserError if it `must` work, else a line on
-    the screen and None."""
+    """Compile step() for a cache of one size, on CUDA as one graph of kernels, and try it once.
+    Every step looks at the whole cache, so that no size ever changes. If it fails: UserError if it
+    `must` work, else a line on the screen and None."""
     try:
-        compiled = Compiled(model, rows, max(capacity, 3))
+        cache = make_cache(model, rows, max(capacity, 3))
+        for tensor in (cache.k, cache.v, cache.lengths):
+            torch._dynamo.mark_static_address(tensor)  # graphs may write to them
+        compiled = cache, torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
         generate(model, [[0]], 3, Sampling(temperature=0), [0], compiled=compiled)
         return compiled
     except UserError:  # of the model, not of its compilation
@@ -125,18 +120,6 @@ class Row:
         self.new: list[int] = []
         self.ended = "" if room > 0 else "length"
 
-    def take(self, token: int, stop_ids: Collection[int], watch: Watch | None) -> None:
-        """Add the next token and see whether the text ends; one that has ended takes none."""
-        if not self.ended and token in stop_ids:
-            self.ended = "eos"
-        if self.ended:
-            return
-        self.new.append(token)
-        if len(self.new) == self.room:
-            self.ended = "length"
-        if watch and watch(self.number, token):
-            self.ended = "stop"
-
 
 class Batch:
     """Rows that are decoded side by side. Row i of the cache and of these tensors is rows[i]'s:
@@ -149,14 +132,12 @@ class Batch:
     def __init__(self, model: LLaMA, rows: list[Row], vocab_size: int, compiled: Compiled | None):
         """Feed the prompts to the model, padded on the right."""
         config, device = model.config, model.rope_cos.device
-        self.model, self.rows, self.compiled = model, rows, compiled
+        self.model, self.rows, self.fixed = model, rows, bool(compiled)
         self.lag = 1 if device.type == "cuda" else 0
-        # (rows, their tokens and largest logits, when these have arrived)
-        self.unread: deque[tuple[list[Row], list[Tensor], torch.cuda.Event | None]] = deque()
+        self.unread: list[tuple] = []  # (rows, their tokens and largest logits, when these arrive)
         self.fed = 0  # tokens of each text that went through the model
         capacity = max(len(row.prompt) + row.room for row in rows)
-        self.cache = compiled.cache if compiled else KVCache(config, len(rows), capacity, device,
-                                                             model.compute_dtype)
+        self.cache, self.step = compiled or (make_cache(model, len(rows), capacity), step)
         self.cache.used = 0
         self.cache.lengths.zero_()
         seen = torch.zeros(len(rows), vocab_size or config.vocab_size, dtype=torch.bool)
@@ -178,29 +159,27 @@ class Batch:
         self.tokens = choose(logits, sampling, self.seen, self.draws[:, number])
         self.seen.scatter_(1, self.tokens[:, None], True)
         there = [values.to("cpu", non_blocking=True) for values in (self.tokens, logits.amax(-1))]
-        arrived = None
-        if self.tokens.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
+        arrived = torch.cuda.current_stream().record_event() if self.tokens.is_cuda else None
         self.unread.append((self.rows, there, arrived))
 
-    def read(self, lag: int, stop_ids: Collection[int], watch: Watch | None) -> None:
-        """Give the rows all tokens but those of the newest `lag` draws. UserError if one that has
-        not ended was drawn from logits that are not finite."""
+    def read(self, lag: int) -> Iterator[tuple[Row, int]]:
+        """Yield (row, token) of all but the newest `lag` draws, for rows that have not ended.
+        UserError if a token was drawn from logits that are not finite."""
         while len(self.unread) > lag:
-            rows, there, arrived = self.unread.popleft()
+            rows, there, arrived = self.unread.pop(0)
             if arrived:
                 arrived.synchronize()
             for row, token, highest in zip(rows, *(t.tolist() for t in there), strict=True):
                 if not (row.ended or math.isfinite(highest)):
                     raise UserError(NOT_FINITE)
-                row.take(token, stop_ids, watch)
+                if not row.ended:
+                    yield row, token
 
     def advance(self) -> None:
         """Feed the newest tokens to the model, for the logits of the next. The rows that have ended
         are left behind once they are half of all, not before: it copies the cache."""
         going = [i for i, row in enumerate(self.rows) if not row.ended]
-        if not self.compiled and 2 * len(going) <= len(self.rows):
+        if not self.fixed and 2 * len(going) <= len(self.rows):
             kept = torch.tensor(going, device=self.seen.device)
             self.cache.keep(kept)
             self.rows, self.tokens = [self.rows[i] for i in going], self.tokens[kept]
@@ -208,9 +187,8 @@ class Batch:
         # A row that has ended goes on, at most to the end of the cache; nobody reads its tokens.
         end = self.cache.k.shape[3] - 1
         longest = max(len(row.prompt) for row in self.rows if not row.ended)
-        self.cache.used = end if self.compiled else min(longest + self.fed, end)
-        advance = self.compiled.step if self.compiled else step
-        self.logits = advance(self.model, self.tokens[:, None], self.cache)
+        self.cache.used = end if self.fixed else min(longest + self.fed, end)
+        self.logits = self.step(self.model, self.tokens[:, None], self.cache)
         self.cache.lengths.add_(1).clamp_(max=end)
         self.fed += 1
 
@@ -218,8 +196,8 @@ class Batch:
 @torch.no_grad()
 @sdpa_kernel(ANY_SHAPE)
 def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
-             seeds: list[int], stop_ids: Collection[int] = frozenset(), vocab_size: int = 0,
-             watch: Watch | None = None,
+             seeds: list[int], stop_ids: Collection[int] = (), vocab_size: int = 0,
+             watch: Watch = lambda row, token: False,
              compiled: Compiled | None = None) -> list[tuple[list[int], str]]:
     """Return (new ids, why they ended: eos | stop | length) for every prompt; none is empty.
 
@@ -229,12 +207,20 @@ def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampli
     """
     rows = [Row(number, prompt, min(max_new_tokens, model.config.block_size - len(prompt)), seed)
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
-    idle = compiled.cache.k.shape[1] - len(rows) if compiled else 0  # rows that are nobody's
+    idle = compiled[0].k.shape[1] - len(rows) if compiled else 0  # rows that are nobody's
     batch = Batch(model, rows + [Row(-1, [0], 0, 0)] * idle, vocab_size, compiled)
     most = max(row.room for row in rows)
     for number in range(most):
         batch.draw(sampling, number)
-        batch.read(batch.lag if number + 1 < most else 0, stop_ids, watch)
+        for row, token in batch.read(batch.lag if number + 1 < most else 0):
+            if token in stop_ids:
+                row.ended = "eos"
+                continue
+            row.new.append(token)
+            if watch(row.number, token):
+                row.ended = "stop"
+            elif len(row.new) == row.room:
+                row.ended = "length"
         if all(row.ended for row in rows):
             break
         batch.advance()
@@ -330,8 +316,7 @@ def layers_of(text: str, count: int) -> slice:
         end = int(last or count) if colon else begin + 1
         if range(count)[begin:end]:
             return slice(begin, end)
-    raise UserError(f"--layers={text} names no states of this model, which has {count}, 0 to "
-                    f"{count - 1}; say N or FROM:TO")
+    raise UserError(f"--layers={text} names no states: the model has {count}, 0 to {count - 1}")
 
 
 # ---- from a checkpoint

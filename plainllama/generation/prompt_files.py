@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from plainllama import files
 from plainllama.settings import UserError, install
@@ -37,16 +38,16 @@ def read_file(path: Path, column: str) -> tuple[list[dict], Any]:
         with naming_damage(str(path)):
             table = pq.read_table(path)
         return table.to_pylist(), table
-    data, what = path.read_bytes(), "a line of text"
-    if kind != ".txt":
-        data, what = data.rstrip(), 'a JSON object such as {"prompt": "text"}'
+    is_text = kind == ".txt"
+    data = path.read_bytes() if is_text else path.read_bytes().rstrip()
     rows = []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], 1):
         try:
             text = line.decode("utf-8-sig")
-            row = {column: text.removesuffix("\r")} if kind == ".txt" else json.loads(text)
+            row = {column: text.removesuffix("\r")} if is_text else json.loads(text)
             rows.append({**row})  # a TypeError if it is no object
         except (ValueError, TypeError, RecursionError) as error:
+            what = "text" if is_text else "a JSON object"
             raise UserError(f"{path}:{number} is not {what}: {error}") from None
     return rows, None
 
@@ -83,15 +84,19 @@ class Prompts(NamedTuple):
         for name in made[0]:
             column: Any = [new[name] for new in made]
             if name == "embedding":
-                states = np.stack([unpack(text) for text in column])
-                column = pa.FixedSizeListArray.from_arrays(states.ravel(), states.shape[1])
+                states = np.frombuffer(b"".join(map(base64.b64decode, column)), "<f4")
+                column = pa.FixedSizeListArray.from_arrays(states, len(states) // len(made))
             table = table.append_column(name, pa.array(column))
         pq.write_table(table, file)
 
 
-def read_prompts(path: Path, out: Path, copies: int, column: str, added: set[str]) -> Prompts:
-    """Read the rows of `path`, each `copies` times. UserError if `out` cannot take them with what
-    is `added`, or holds something else."""
+def read_prompts(f: Any) -> Prompts:
+    """Read the rows of --prompts, or make one of --prompt, each --num_samples times. UserError if
+    --out cannot take them with what is added to them."""
+    if not f.prompts:
+        return Prompts([{f.column: f.prompt}] * f.num_samples)
+    path, out, column, copies = Path(f.prompts), Path(f.out), f.column, f.num_samples
+    added = {"completion", "stop"} if f.embed == "none" else {"embedding"}
     kinds = path.suffix.lower(), out.suffix.lower()
     if kinds[1] not in (".jsonl", ".parquet", ""):
         raise UserError(f"--out takes a .jsonl or .parquet, not a {kinds[1]}")
@@ -118,21 +123,15 @@ def read_prompts(path: Path, out: Path, copies: int, column: str, added: set[str
         with open(os.devnull, "wb") as nowhere:
             prompts.write_to(nowhere, out.suffix, [{}] * len(prompts.rows))
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{path}: its rows do not fit into {out.name}: {error}; name an --out of "
-                        "the same kind") from None
+        raise UserError(f"{path}: its rows do not fit into {out}: {error}; change --out") from None
     return prompts
 
 
 # ---- what is done
 
-def pack(state: np.ndarray) -> str:
+def pack(state: Tensor) -> str:
     """Write a state, fp32 (C,), as a text that JSON can hold, to the bit."""
-    return base64.b64encode(state.astype("<f4").tobytes()).decode()
-
-
-def unpack(text: str) -> np.ndarray:
-    """Read what pack() wrote."""
-    return np.frombuffer(base64.b64decode(text), "<f4")
+    return base64.b64encode(state.numpy().astype("<f4").tobytes()).decode()
 
 
 class Journal:
@@ -167,8 +166,7 @@ class Journal:
             known = note.get("file") == files.file_entry(self.out)
             how = self.other(note["recipe"]) if known else "it is other work, or changed since"
             if how:
-                raise UserError(f"--out {self.out} exists and was not made from this: {how}; name "
-                                "another --out or move it away")
+                raise UserError(f"{self.out} exists and was not made from this: {how}; rename it")
         made: dict[int, dict] = {}
         for part in self.parts():
             with open(part, "r+b") as file:
@@ -176,8 +174,7 @@ class Journal:
                 file.truncate(file.read().rfind(b"\n") + 1)
             recipe, *rows = files.read_rows(part) or [self.recipe]
             if how := self.other(recipe):
-                raise UserError(f"{self.out} was begun with {how}; say that again, name another "
-                                f"--out or delete {part}")
+                raise UserError(f"{self.out} was begun with {how}; say that again or delete {part}")
             if not all("row" in row for row in rows):
                 raise UserError(f"{part} is damaged; delete it, and its rows are made anew")
             made |= {row.pop("row"): row for row in rows}

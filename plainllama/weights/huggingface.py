@@ -220,8 +220,7 @@ def load_weights(folder: Path, model: LLaMA, world: World) -> None:
         if shape != expected:
             raise UserError(f"{folder}: {name} has shape {shape}, the config says {expected}")
         local, first = world.piece(parameter.data)
-        with torch.no_grad():
-            local.copy_(stored[name][first:first + local.shape[0]])
+        local.copy_(stored[name][first:first + local.shape[0]])
 
 
 def weight_files(folder: Path) -> list[str]:
