@@ -44,7 +44,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import flops_per_token
 from plainllama import parallel, watch
 from plainllama.evaluation.likelihood import evaluate
 from plainllama.generation import generate
@@ -185,8 +184,6 @@ class Run:
         self.model = self.engine.model
         self.course = resume.Course(self.rows, self.engine.batch_rows, self.engine.objective,
                                     start.state)
-        self.flops = flops_per_token(self.model.config, config.block_size)
-        self.peak = log.peak_flops(world.device)
         if first:
             write_json(self.folder / "run.json", log.describe(
                 self.folder, self.command, self.manifest, self.data_hash, self.engine))
@@ -290,11 +287,9 @@ class Run:
         if step % config.log_interval == 0 or step in (first, config.max_steps):
             tokens = self.course.tokens_at(step)
             speed, spent = self.clock.read(tokens)
-            row = {"step": step, "tokens": tokens,
-                   "rows": self.course.rows_at(step), "loss": loss, "lr": rate,
-                   "grad_norm": norm, "tokens_per_second": speed,
-                   "mfu": speed * self.flops / (self.peak * self.world.size) if self.peak else None,
-                   "skipped": self.skipped_ever,
+            row = {"step": step, "tokens": tokens, "rows": self.course.rows_at(step), "loss": loss,
+                   "lr": rate, "grad_norm": norm, "tokens_per_second": speed,
+                   "mfu": log.mfu(self.engine, speed), "skipped": self.skipped_ever,
                    "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
             left = duration((config.max_steps - step) * targets / speed)
             self.log.update(row, spent, left, config.max_steps)

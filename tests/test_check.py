@@ -118,7 +118,7 @@ def full_disk(monkeypatch):
 @pytest.mark.parametrize(("sabotage", "caught"), [
     (leaky_mask, "No token sees its future: another token at 1 changes what is predicted at 0"),
     (no_mask, "No token sees its future"),
-    (frozen_layer, "Every parameter has a gradient .* first is model.layers.1.mlp.up_proj.weight"),
+    (frozen_layer, "Every parameter has a gradient .* none reaches 1 of 21: model.layers.1.mlp.up_proj.weight"),
     (forgotten_layer, "Every parameter has a gradient and moves: an update leaves 1 "),
     (rope_by_neighbours, "RoPE, attention and the rest equal the formulas in float64: logits are"),
     (rope_with_another_base, "RoPE, attention"),
@@ -167,7 +167,7 @@ def test_no_check_is_ok_that_looked_at_nothing(home, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "forecast", lambda *_: None)
     (home / "data").unlink()
     write_data_set(home / "data/toy", {"train": ["a long one. " * 2000], "val": ["b " * 50]}, 1)
-    assert check() == 0 and "agree: 1 of 1 documents" in capsys.readouterr().out
+    assert check() == 0 and "agree: 0 of 1 documents" in capsys.readouterr().out
     assert check("--block_size=1") == 1
     assert "FAIL  No token sees its future: in a context of one" in capsys.readouterr().out
     with pytest.raises(settings.UserError, match="no folder gone"):

@@ -60,6 +60,11 @@ class Engine:
         self.module = self.model if config.deterministic else world.wrap(self.model)
         self.compiled = False
 
+    @property
+    def summary(self) -> str:
+        """Name what the model computes in, and how, for a line on the screen."""
+        return f"{str(self.dtype)[6:]}, {'compiled' if self.compiled else 'eager'}"
+
     def build_model(self, source: Path | None) -> None:
         """Make the model on its device, with the weights of `source` or first ones."""
         with torch.device("meta"):
@@ -75,13 +80,12 @@ class Engine:
         self.optimizer = optim.make(self.model, self.config, self.world)
         if self.dtype == torch.float16:
             self.optimizer.loss_scale = optim.LossScale(self.world.device)
-        if not source or not state:
-            return
-        checkpoint.load_moments(source, self.model, self.optimizer.state, self.world)
-        scale, saved = self.optimizer.loss_scale, state.get("loss_scale")
-        if scale and saved:
-            scale.value.fill_(saved[0])
-            scale.good.fill_(saved[1])
+        if source and state:
+            checkpoint.load_moments(source, self.model, self.optimizer.state, self.world)
+            scale, saved = self.optimizer.loss_scale, state.get("loss_scale")
+            if scale and saved:
+                scale.value.fill_(saved[0])
+                scale.good.fill_(saved[1])
 
     def split_batch(self, state: dict) -> None:
         """Cut the rows of a step into equal micro-batches on every rank."""
@@ -104,9 +108,8 @@ class Engine:
         if not config.micro_batch:
             parts = max(8, parts)  # so that eight ranks have one each
         if world.sharded or parts % world.size:
-            raise UserError("deterministic=true is for one process or ddp on 2, 4, 8, ... ranks, "
-                            f"at most one for each of the {parts} micro-batches of a step; here "
-                            f"are {world.size} ranks, {world.mode}")
+            raise UserError("deterministic=true is for one process or ddp on 2, 4, 8, ... ranks, at"
+                            f" most {parts} (micro-batches), not {world.size} with {world.mode}")
         self.accumulate, self.micro = parts // world.size, ceil_div(self.batch_rows, parts)
         if world.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -151,11 +154,10 @@ class Engine:
         self.optimizer.zero_grad()
         self.compiled = not self.world.any(bool(problem))
         if not self.compiled:
-            problem = problem or "it failed on another rank"
+            seen = f"torch.compile fails here ({problem or 'it failed on another rank'})"
             if self.config.compile == "true":
-                raise UserError(f"compile=true, but torch.compile fails here ({problem}); "
-                                "use compile=auto or false")
-            self.say(f"torch.compile fails here ({problem}); going on without it, slower")
+                raise UserError(f"compile=true, but {seen}; use compile=auto or false")
+            self.say(f"{seen}; going on without it, slower")
             self.world.decompile(self.model)
             torch._dynamo.reset()
 
@@ -202,8 +204,7 @@ class Engine:
             rows = min(share, rows + more)
         if peaks[-1][0] == 0:
             raise UserError(f"not even one row of {self.config.block_size} tokens fits on the GPU; "
-                            "say --activation_checkpointing, --attention=sdpa, or take a smaller "
-                            "model or block_size")
+                            "say --activation_checkpointing or take a smaller model or block_size")
         return peaks[-1][0]
 
     def update(self, batch: Batch, rate: float, targets: int, stop: bool = False,
@@ -239,16 +240,14 @@ class Engine:
                 smaller = ceil_div(self.micro, 2)
                 # the other ranks wait in a collective; another split has other bits
                 if self.micro == 1 or self.world.size > 1 or self.config.deterministic:
-                    raise UserError(f"out of memory with micro_batch={self.micro} on rank "
-                                    f"{self.world.rank}; start again with --micro_batch={smaller}, "
-                                    "--activation_checkpointing or a smaller model") from error
+                    raise UserError(f"out of memory with micro_batch={self.micro}; start again with"
+                                    f" --micro_batch={smaller}, --activation_checkpointing or a "
+                                    "smaller model") from error
             self.optimizer.zero_grad()
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.say(f"out of memory with micro-batches of {self.micro} rows: taking {smaller} "
-                     "from here on; the batch stays as it is")
-            self.accumulate = ceil_div(self.batch_rows, smaller)
-            self.micro = smaller
+            self.say(f"out of memory with micro-batches of {self.micro} rows: taking {smaller}")
+            self.micro, self.accumulate = smaller, ceil_div(self.batch_rows, smaller)
 
     def backward(self, module: nn.Module, batch: Batch, factor: float | Tensor) -> Tensor:
         """Make forward and backward of a micro-batch, its gradients times `factor`; give its summed
@@ -303,9 +302,8 @@ def refuse_too_large(config: Settings, world: World) -> None:
     block = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim + 3 * c.d_ff)
     need = 16 * (c.n_layer * block + c.vocab_size * c.d_model)
     if need > world.room * world.size:
-        raise UserError(f"weights, gradients and moments of this model need {need / 1e9:.4g} GB, "
-                        f"{world.size} x {world.room / 1e9:.4g} GB are there: take a smaller model "
-                        "or more ranks")
+        raise UserError(f"weights, gradients and moments need {need / 1e9:.4g} GB, {world.size} x "
+                        f"{world.room / 1e9:.4g} are there: take a smaller model or more ranks")
 
 
 def architecture(config: Settings) -> ModelConfig:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from model import flops_per_token
 from plainllama.command import CommandLine
 from plainllama.files import CHECKOUT, cut_rows, read_json, write_status
 from plainllama.settings import Settings
@@ -39,9 +41,18 @@ PEAKS = {
 }
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Give the device's dense bf16 FLOP/s, or None if it is not in the table."""
-    return PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def mfu(engine: Engine, speed: float) -> float | None:
+    """The share of the devices' dense bf16 FLOP/s that `speed` tokens a second take; None if the
+    device is not in the table."""
+    device = engine.world.device
+    peak = PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    flops = flops_per_token(engine.model.config, engine.config.block_size)
+    return speed * flops / (peak * engine.world.size) if peak else None
+
+
+def percent(share: float | None) -> str:
+    """Write a share, n/a where it is not known."""
+    return f"{share:.1%}" if share else "n/a"
 
 
 def peak_memory(device: torch.device) -> int:
@@ -89,11 +100,11 @@ def versions() -> dict[str, str]:
 def cpu_name() -> str:
     """Give the processor's name as Linux tells it, elsewhere what Python knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), "") or platform.processor() or platform.machine()
+        text = ""
+    named = re.search(r"^model name\s*: *(\S.*)", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def git_state() -> dict:
@@ -203,10 +214,8 @@ class Log:
         config, world = engine.config, engine.world
         device, block = world.device.type, config.block_size
         total, inner = engine.model.parameter_counts()
-        self.say(f"model: {total / 1e6:.1f} M parameters, {inner / 1e6:.1f} M without "
-                 f"embeddings; {device}, {str(engine.dtype)[6:]}, "
-                 f"{'compiled' if engine.compiled else 'eager'}, "
-                 f"{world.mode if world.mode != 'one' else 'one process'}")
+        self.say(f"model: {total / 1e6:.1f} M parameters, {inner / 1e6:.1f} M without embeddings; "
+                 f"{device}, {engine.summary}, {world.mode.replace('one', 'one process')}")
         if world.why:
             self.say(world.why)
         self.say(f"batch: global {engine.batch_rows * block:,} tok = {world.size} {device} x "
@@ -221,10 +230,9 @@ class Log:
     def update(self, row: dict, spent: dict[str, float], left: str, max_steps: int) -> None:
         """Write the row of an update, with the seconds that were `spent` apart, and say it."""
         self.row(row | spent)
-        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
         self.say(f"step {row['step']}/{max_steps}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
                  f"grad norm {row['grad_norm']:.2f}, {row['tokens_per_second']:,.0f} tok/s, "
-                 f"MFU {mfu}, {shares(spent)}{left} left")
+                 f"MFU {percent(row['mfu'])}, {shares(spent)}{left} left")
 
     def status(self, state: str, step: int) -> None:
         """Write status.json, once for all ranks."""

@@ -84,8 +84,9 @@ class Trial:
 
     def __init__(self, config: Settings, manifest: dict, world: World):
         self.config, self.world, self.manifest = config, world, manifest
-        self.data = Path("data") / config.dataset
-        self.length = T = min(TOKENS, config.block_size)
+        self.data, self.length = Path("data") / config.dataset, min(TOKENS, config.block_size)
+        self.rate = 3e-3 * min(1.0, 256 / config.d_model)  # learns a row by heart at this width
+        T = self.length
         self.split = shards.Split(self.data, "train", manifest)
         self.rows = Rows(self.split, T, config.seed).rows(0, 8)
         self.x = to_batch(self.rows).ids
@@ -95,8 +96,7 @@ class Trial:
         self.engine = Engine(small, world, manifest["tokenizer"]["bos"])
         self.engine.ready()
         self.one, self.targets = to_batch(self.rows[:1], 0, self.engine.bos_id), T * world.size
-        self.model = self.engine.model
-        self.vocab = self.model.config.vocab_size
+        self.model, self.vocab = self.engine.model, self.engine.model.config.vocab_size
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -107,42 +107,34 @@ class Trial:
 
     def collectives(self) -> str:
         """Ranks answer each other."""
-        began, size, device = time.perf_counter(), self.world.size, self.world.device
+        size, device = self.world.size, self.world.device
         with watch.deadline(60, f"no answer within 60 s; {watch.NETWORK}"):
             ones = self.world.sum(torch.ones(1 << 20, device=device)).cpu()
         must((ones == size).all(), f"a sum of ones over {size} ranks is {ones[0].item()}")
-        took = time.perf_counter() - began
-        return f"{size} x {device.type}, 4 MB added up in {1e3 * took:.1f} ms"
+        return f"4 MB added up over {size} x {device.type}"
 
     def tokens(self) -> str:
         """Data set and tokenizer agree."""
-        words = tokenizer.Tokenizer.load(self.data)
-        named = self.manifest["tokenizer"]
-        must(words.sha256 == named["sha256"],
+        words, named = tokenizer.Tokenizer.load(self.data), self.manifest["tokenizer"]
+        must((words.sha256, words.vocab_size) == (named["sha256"], named["vocab_size"]),
              "tokenizer.json is not the one that the manifest names")
-        must(words.vocab_size == named["vocab_size"], f"the tokenizer has {words.vocab_size} "
-             f"entries, the manifest says {named['vocab_size']}")
         there = list(stored_documents(self.split))
         found = [ids for ids in there if len(ids) <= 1 << 14] or there[:1]
         must(found, "the first token file holds no document")
         special = {words.bos_id, words.eos_id}
         texts = [words.decode([i for i in ids.tolist() if i not in special]) for ids in found]
         again = words.encode_documents(texts)
-        same = sum(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
-        if same < 0.9 * len(found):
-            raise Failed(f"{len(found) - same} of {len(found)} documents, decoded and encoded "
-                         f"again, have other ids; the first begins {texts[0][:60]!r}")
-        return f"{same} of {len(found)} documents, decoded and encoded again, have the same ids"
+        other = sum(not np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+        return must(other <= 0.1 * len(found), f"{other} of {len(found)} documents, decoded and "
+                                               "encoded again, have other ids")
 
     @torch.no_grad()
     def first_loss(self) -> str:
         """The loss before the first step is ln V."""
-        batch = to_batch(self.rows)
+        batch, right = to_batch(self.rows), math.log(self.vocab)
         loss = self.model(*batch.to(self.world.device)).item() / batch.targets.numel()
-        expected = math.log(self.vocab)
         self.world.reshard(self.model)
-        return must(abs(loss - expected) < 0.2,
-                    f"{loss:.3f} nats, ln {self.vocab} = {expected:.3f}")
+        return must(abs(loss - right) < 0.2, f"{loss:.3f} nats, ln {self.vocab} = {right:.3f}")
 
     def future(self) -> str:
         """No token sees its future."""
@@ -153,12 +145,10 @@ class Trial:
             changed = self.x[:1].clone()
             changed[:, place:] = (changed[:, place:] + 1) % self.vocab
             moved = (self.logits(changed) - before).abs().amax(-1)[0]
-            if moved[:place].max() > noise:
-                first = int((moved[:place] > noise).nonzero()[0])
-                raise Failed(f"another token at {place} changes what is predicted at {first}")
-            if not (moved[place:] > 0).all():
-                raise Failed(f"another token at {place} changes nothing at "
-                             f"{place + int((moved[place:] == 0).nonzero()[0])}")
+            wrong = torch.cat([moved[:place] > noise, ~(moved[place:] > 0)]).nonzero().flatten()
+            for first in wrong.tolist():
+                what = "what is predicted" if first < place else "nothing"
+                raise Failed(f"another token at {place} changes {what} at {first}")
         return f"no prediction before a changed token moved, all {self.length - 1} after it did"
 
     @torch.no_grad()
@@ -166,14 +156,10 @@ class Trial:
         """RoPE, attention and the rest equal the formulas in float64."""
         # sharper attention, so that positions matter more than they do at first; and back, exactly
         sharp = [p for n, p in self.model.named_parameters() if n.endswith("q_proj.weight")]
-        for p in sharp:
-            p.mul_(8)
-        try:
-            ours = self.logits(self.x[:1])[0].double()
-            theirs = reference(self.whole, self.model.config, self.x[0])
-        finally:
-            for p in sharp:
-                p.div_(8)
+        torch._foreach_mul_(sharp, 8)
+        ours = self.logits(self.x[:1])[0].double()
+        theirs = reference(self.whole, self.model.config, self.x[0])
+        torch._foreach_div_(sharp, 8)
         error = ((ours - theirs).norm() / theirs.norm()).item()
         limit = 1e-4 if self.engine.dtype == torch.float32 else 0.05
         return must(error < limit, f"logits are off by {error:.1g} of their size (at most {limit})")
@@ -184,25 +170,18 @@ class Trial:
 
     def gradients(self) -> str:
         """Every parameter has a gradient and moves."""
-        learns = dict(self.model.named_parameters())  # no key freezes any
-        before = {name: self.world.piece(p.data)[0].clone() for name, p in learns.items()}
+        piece, learns = self.world.piece, dict(self.model.named_parameters())  # no key freezes any
+        before = {name: piece(p.data)[0].clone() for name, p in learns.items()}
         self.engine.gradients(self.one, self.targets)
         still = [name for name, p in learns.items()
-                 if p.grad is None or not self.world.any(bool(self.world.piece(p.grad)[0].any()))]
+                 if p.grad is None or not self.world.any(bool(piece(p.grad)[0].any()))]
         self.engine.optimizer.zero_grad()
-        if still:
-            raise Failed(f"none reaches {len(still)} of {len(before)}, the first is {still[0]}")
+        must(not still, f"none reaches {len(still)} of {len(before)}: {' '.join(still):.80}")
         self.engine.update(self.one, self.rate, self.targets)
         still = [name for name, p in learns.items()
-                 if not self.world.any(not torch.equal(self.world.piece(p.data)[0], before[name]))]
-        if still:
-            raise Failed(f"an update leaves {len(still)} as they were, the first is {still[0]}")
+                 if not self.world.any(not torch.equal(piece(p.data)[0], before[name]))]
+        must(not still, f"an update leaves {len(still)} as they were: {' '.join(still):.80}")
         return f"{len(before)} of {len(before)}"
-
-    @property
-    def rate(self) -> float:
-        """A learning rate at which a model of this width learns a row by heart."""
-        return 3e-3 * min(1.0, 256 / self.config.d_model)
 
     def overfits(self) -> str:
         """One row is learned by heart."""
@@ -225,11 +204,9 @@ class Trial:
             saved = checkpoint.save(folder, 1, self.model, self.engine.optimizer.state, state,
                                     self.data / "tokenizer.json", self.world)
             size = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file())
-            problem = checkpoint.damage(saved)
-            must(not problem, problem)
+            must(not (problem := checkpoint.damage(saved)), problem)
             with torch.no_grad():
-                for tensor in self.tensors():
-                    tensor.zero_()
+                torch._foreach_zero_(list(self.tensors()))
             load_weights(saved, self.model, self.world)
             checkpoint.load_moments(saved, self.model, self.engine.optimizer.state, self.world)
             must(self.fingerprint() == before, "what was read is not what was written")
@@ -258,8 +235,8 @@ class Trial:
 
 def stored_documents(split: shards.Split) -> Iterator[np.ndarray]:
     """Give the ids of the first documents of a split's first token file, boundaries included."""
-    ids, starts = split.shard(0), split.index(0)[:33].tolist()
-    for start, end in list(pairwise([*starts, len(ids)]))[:32]:
+    ids = split.shard(0)
+    for start, end in pairwise([*split.index(0)[:33].tolist(), len(ids)][:33]):
         yield ids[start:end]
 
 
@@ -300,12 +277,11 @@ def reference(weight: Callable[[str], Tensor], c: ModelConfig, ids: Tensor) -> T
         h = norm(x, at + "input_layernorm.weight")
         q, k, v = (
             (h @ weight(f"{at}self_attn.{name}_proj.weight").T).view(T, -1, D) for name in "qkv")
-        q, k, heads = turned(q), turned(k), []
-        for i in range(H):
-            j = i // (H // K)
-            scores = (q[:, i] @ k[:, j].T / math.sqrt(D)).masked_fill(hidden_future, -math.inf)
-            heads.append(scores.softmax(-1) @ v[:, j])
-        x = x + torch.cat(heads, -1) @ weight(at + "self_attn.o_proj.weight").T
+        k, v = (t.repeat_interleave(H // K, 1) for t in (turned(k), v))  # a head serves several
+        scores = torch.einsum("qhd,khd->hqk", turned(q), k) / math.sqrt(D)
+        seen = scores.masked_fill(hidden_future, -math.inf).softmax(-1)
+        heads = torch.einsum("hqk,khd->qhd", seen, v).flatten(1)
+        x = x + heads @ weight(at + "self_attn.o_proj.weight").T
         h = norm(x, at + "post_attention_layernorm.weight")
         gate = h @ weight(at + "mlp.gate_proj.weight").T
         up = h @ weight(at + "mlp.up_proj.weight").T
@@ -319,12 +295,11 @@ def forecast(config: Settings, manifest: dict, world: World, price: float,
     """Measure the real step and say what the run will take. `price`: of a device for an hour."""
     engine = Engine(config, world, manifest["tokenizer"]["bos"], say=say)
     engine.ready()
-    block, share = config.block_size, ceil_div(engine.batch_rows, world.size)
+    block, targets = config.block_size, engine.batch_rows * config.block_size
 
     def seconds(rows: int, update: bool) -> float:
-        vocab_size = engine.model.config.vocab_size
-        ids = np.random.default_rng(0).integers(vocab_size, size=(rows, block + 1))
-        batch, targets = to_batch(ids, 0, engine.bos_id), engine.batch_rows * block
+        ids = np.random.default_rng(0).integers(config.vocab_size, size=(rows, block + 1))
+        batch = to_batch(ids, 0, engine.bos_id)
         began = time.perf_counter()
         if update:
             engine.update(batch, 0.0, targets)[0].item()
@@ -342,22 +317,18 @@ def forecast(config: Settings, manifest: dict, world: World, price: float,
     rounds = 1 if world.least(int(seconds(rows, False))) > 2 else 5
     forward_backward = median(seconds(rows, False) for _ in range(rounds))
     update = max(0.0, median(seconds(rows, True) for _ in range(rounds)) - forward_backward)
-    step = forward_backward * share / rows + update
-    speed = engine.batch_rows * block / step
-    flops, peak = flops_per_token(engine.model.config, block), log.peak_flops(world.device)
-    mfu = f"{speed * flops / peak / world.size:.1%}" if peak else "n/a"
+    step = forward_backward * ceil_div(engine.batch_rows, world.size) / rows + update
+    speed, tokens = targets / step, config.max_steps * targets
+    flops, mfu = flops_per_token(engine.model.config, block), log.mfu(engine, speed)
     total, inner = engine.model.parameter_counts()
     evaluations = (config.max_steps // config.eval_interval + 1) * config.eval_tokens / speed / 3
-    hours = (config.max_steps * step + evaluations) / 3600
-    say(f"parameters   {total:,}, {inner:,} without embeddings")
-    say(f"memory       {log.peak_memory(world.device) / 2**30:.2f} GiB at most on "
-        f"{world.device.type}, micro-batch {engine.micro}, {engine.accumulate} a step")
-    say(f"speed        {speed:,.0f} tok/s, MFU {mfu}, {step:.2f} s a step "
-        f"({'compiled' if engine.compiled else 'eager'}, {str(engine.dtype)[6:]}, measured with "
-        f"{rows} rows of {block})")
-    tokens = config.max_steps * engine.batch_rows * block
-    say(f"run          {config.max_steps:,} steps, {tokens:,} tokens, {flops * tokens:.2g} FLOP")
-    say(f"time         {duration(3600 * hours)}, of it evaluations about "
-        f"{duration(evaluations)}; saving comes on top")
-    say(f"cost         {hours * world.size * price:,.2f} at {price:g} an hour and device"
-        if price else "cost         n/a: name the price of a device for an hour with --price=")
+    total_time = config.max_steps * step + evaluations
+    cost = f"{total_time / 3600 * world.size * price:,.2f} at {price:g} an hour and device"
+    say(f"""\
+parameters   {total:,}, {inner:,} without embeddings
+memory       {log.peak_memory(world.device) / 2**30:.2f} GiB at most on {world.device.type}
+speed        {speed:,.0f} tok/s, MFU {log.percent(mfu)}, {step:.2f} s a step, {engine.summary}
+measured     with {rows} rows of {block}; a step has {engine.accumulate} times {engine.micro}
+run          {config.max_steps:,} steps, {tokens:,} tokens, {flops * tokens:.2g} FLOP
+time         {duration(total_time)}, of it evaluations about {duration(evaluations)}; saves on top
+cost         {cost if price else 'n/a: name the price of a device for an hour with --price='}""")
