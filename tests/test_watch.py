@@ -92,6 +92,7 @@ def test_torchrun_does_not_start_again_what_was_told_to_stop(home, monkeypatch):
 FAULTS = """
 import os, signal, time
 import model
+from plainllama import watch
 from plainllama.training import optim
 rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
 forward, step, calls = model.LLaMA.forward, optim.step, [0, 0]
@@ -104,8 +105,15 @@ def die(*args):
     if (attempt, calls[1]) == ("0", 13):
         while not os.path.isdir("out/a/checkpoints/step_10"): time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    if (attempt, calls[1]) == ("1", 5): os.kill(os.getpid(), signal.SIGTERM)
+    if (attempt, calls[1]) == ("1", 5):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not flags[0].asked(): time.sleep(0.01)  # a thread hears it
     return step(*args)
+flags, guard = [], watch.StopFlag.__init__
+def init(self, minutes):
+    guard(self, minutes)
+    flags.append(self)
+watch.StopFlag.__init__ = init
 if rank == "1":
     model.LLaMA.forward, optim.step = nan if attempt == "0" else forward, die
 """
