@@ -71,8 +71,7 @@ def main(command: CommandLine) -> int:
     if problem := parallel.attention_refusal(config.attention, device, dtype, config.doc_mask):
         raise UserError(problem)
     if os.path.lexists(run) and not run.is_dir():
-        what = "link to nowhere" if run.is_symlink() else "file"
-        raise UserError(f"out_dir {run} is a {what}; name a folder")
+        raise UserError(f"out_dir {run} is a file or a link to nowhere; name a folder")
     manifest = shards.read_manifest(Path("data") / config.dataset)
     config.vocab_size = resume.vocabulary(config, manifest)
     for remark in (resume.keep_recipe(command, manifest), optim.fit_warmup(config)):
@@ -104,8 +103,7 @@ def refuse_idle(flags: Flags) -> None:
 
 def train(command: CommandLine, manifest: dict, world: World) -> int:
     """Train, heedful of signals and of the other ranks; the exit code."""
-    leaving = __name__ == "__main__"
-    minutes = command.config.max_minutes
+    leaving, minutes = __name__ == "__main__", command.config.max_minutes
     with watch.guard(world.store, world.rank, world.size, minutes, leaving) as (stop, signs):
         run = Run(command, manifest, world, stop)
         if run.step >= command.config.max_steps:
@@ -159,15 +157,11 @@ class Run:
 
     def prompt_of_samples(self, say: Callable[[str], None]) -> generate.RunSamples | None:
         """Prepare the samples along the run, None where there are none."""
-        if self.config.sample_tokens == 0:
-            return None
-        why = "a context of one token has no room for them"
-        if self.config.block_size > 1:
+        if self.config.sample_tokens and self.config.block_size > 1:  # one token leaves no room
             try:
                 return generate.RunSamples(self.config, Tokenizer.load(self.data))
             except ImportError as error:  # training itself does not need the libraries
-                why = str(error)
-        say(f"no samples along the run: {why}")
+                say(f"no samples along the run: {error}")
         return None
 
     def build(self) -> None:
@@ -176,8 +170,8 @@ class Run:
         first = world.rank == 0
         self.log = log.Log(self.folder, self.step, active=first)
         if first and config.logger != "none":
-            open_logger = log.LOGGERS[config.logger]
-            self.log.connect(f"logger={config.logger}", lambda: open_logger(self.folder, config))
+            self.log.connect(f"logger={config.logger}", log.LOGGERS[config.logger], self.folder,
+                             config)
         self.engine = Engine(config, world, self.manifest["tokenizer"]["bos"], start.source,
                              start.state, self.log.say)
         self.engine.ready()
@@ -227,8 +221,9 @@ class Run:
                                            self.wants_first_save())
                 if self.profiler:
                     self.profiler.step()
-                if self.step == self.course.first_step:
-                    self.tighten_timeouts()
+                if self.step == self.course.first_step:  # no rank compiles from here on
+                    took = timedelta(seconds=time.perf_counter() - self.clock.since)
+                    self.world.set_timeout(max(watch.BRISK, 10 * took))
                 self.step += 1
                 unread.append((self.step, rate, stats))
                 last = self.step == config.max_steps
@@ -251,13 +246,13 @@ class Run:
         if self.saver.saved != self.step:
             self.log.status("failed", self.step)
             return complain(f"no checkpoint could be written at step {self.step}", 1)
-        done = self.step == self.config.max_steps
-        state = "done" if done else "stopped"
+        state, code, after = "stopped", STOPPED, "the same command goes on from there"
+        if self.step == self.config.max_steps:
+            state, code, after = "done", 0, f"next: python sample.py --ckpt {self.folder}"
         self.log.status(state, self.step)
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
-        self.log.say(f"next: python sample.py --ckpt {self.folder}" if done else
-                     "the same command goes on from there")
-        return 0 if done else STOPPED
+        self.log.say(after)
+        return code
 
     def batch(self, step: int) -> Batch:
         """This rank's rows, filled up to whole micro-batches: a function of the step."""
@@ -269,22 +264,16 @@ class Run:
     def wants_first_save(self) -> bool:
         """Whether this is rank 0 of a new run that has no checkpoint after some minutes."""
         unsaved = self.saver.saved < 0 and not self.saver.thread
-        late = time.monotonic() > self.begun + FIRST_SAVE
-        return self.world.rank == 0 and unsaved and late
-
-    def tighten_timeouts(self) -> None:
-        """After the first step no rank compiles any more: a silent one is lost sooner."""
-        took = timedelta(seconds=time.perf_counter() - self.clock.since)
-        self.world.set_timeout(max(watch.BRISK, 10 * took))
+        return self.world.rank == 0 and unsaved and time.monotonic() > self.begun + FIRST_SAVE
 
     def settle(self, step: int, rate: float, stats: Tensor) -> Outcome:
         """Read, count and log the numbers of the update that made `step`."""
         outcome, targets = Outcome(*stats.tolist()), self.course.targets_of(step - 1)
-        loss = outcome.loss / targets
+        loss, config = outcome.loss / targets, self.config
         norm = math.sqrt(outcome.square_norm) if outcome.square_norm >= 0 else math.nan
         self.count_skipped(step, math.isfinite(loss) and math.isfinite(norm))
-        config, first = self.config, self.course.first_step + 1
-        if step % config.log_interval == 0 or step in (first, config.max_steps):
+        ends = self.course.first_step + 1, config.max_steps
+        if step % config.log_interval == 0 or step in ends:
             tokens = self.course.tokens_at(step)
             speed, spent = self.clock.read(tokens)
             row = {"step": step, "tokens": tokens, "rows": self.course.rows_at(step), "loss": loss,
@@ -301,8 +290,7 @@ class Run:
         if finite:
             self.skipped = 0
             return
-        self.skipped += 1
-        self.skipped_ever += 1
+        self.skipped, self.skipped_ever = self.skipped + 1, self.skipped_ever + 1
         self.log.say(f"step {step}: loss or gradient is not finite, no update; rows "
                      f"{self.course.rows_at(step - 1)} to {self.course.rows_at(step) - 1} (shown "
                      f"by --replay={step})")
@@ -323,26 +311,25 @@ class Run:
         self.evaluated_at, self.val_loss = self.step, loss
         self.log.row({"step": self.step, "tokens": self.course.tokens_at(self.step),
                       "val_loss": loss, "val_bpb": bpb, "time": time.time()})
-        seen = f"validation loss {loss:.4f} nats/token, {bpb:.4f} bits/byte"
-        self.log.say(f"step {self.step}: {seen}")
+        self.log.say(f"step {self.step}: validation loss {loss:.4f} nats/token, "
+                     f"{bpb:.4f} bits/byte")
         if self.samples and self.world.rank == 0:
             with self.clock.apart("sample_seconds"):
                 text = self.samples.draw(self.model)
             self.log.line("samples.jsonl", {"step": self.step, **text})
-            shown = text["prompt"] + text["completion"]
-            self.log.say(f"step {self.step}: sample {shown!r:.100}")
+            self.log.say(f"step {self.step}: sample {text['prompt'] + text['completion']!r:.100}")
         self.model.train()
 
     def save(self) -> None:
         """Begin to write a checkpoint; a failure is said when it comes, and training goes on."""
         engine, world = self.engine, self.world
-        val_loss = self.val_loss if self.evaluated_at == self.step else math.nan
+        fresh = self.evaluated_at == self.step and math.isfinite(self.val_loss)
         state = {"step": self.step, "rows": self.course.rows_at(self.step),
                  "tokens": self.course.tokens_at(self.step), "seed": self.config.seed,
                  "data_hash": self.data_hash, "micro_batch": engine.micro,
                  "dtype": str(engine.dtype)[6:], "compile": engine.compiled,
                  "skipped": self.skipped_ever, "loss_scale": engine.optimizer.scale_state(),
-                 "val_loss": val_loss if math.isfinite(val_loss) else None,
+                 "val_loss": self.val_loss if fresh else None,
                  "attention": self.config.attention, "threads": torch.get_num_threads(),
                  "world_size": world.size, "versions": {"torch": torch.__version__},
                  "config": asdict(self.config)}

@@ -6,7 +6,7 @@ base, file, command line.
 """
 
 import ast
-import difflib
+import contextlib
 import errno
 import importlib.util
 import math
@@ -152,35 +152,28 @@ def cores(groups: str = "/proc/self/cgroup", mount: str = "/sys/fs/cgroup") -> i
 
 def quota(group: Path) -> float:
     """Give how many cores a control group may keep busy, infinity if it does not say."""
-    try:
-        if (group / "cpu.max").exists():
-            share, period = (group / "cpu.max").read_text().split()
-        else:
-            share, period = ((group / f"cpu.cfs_{name}_us").read_text()
-                             for name in ("quota", "period"))
-        return int(share) / int(period) if int(share) > 0 else math.inf
-    except (OSError, ValueError):  # no bound: 'max', or no such file
-        return math.inf
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # no bound: 'max', or no such file
+            share, period = " ".join((group / name).read_text() for name in names).split()
+            return int(share) / int(period) if int(share) > 0 else math.inf
+    return math.inf
 
 
 def read_config(path: str, seen: tuple = ()) -> list:
     """[(file name, {key: value}), ...] from the outermost base to `path` itself. Nothing is run."""
-    if Path(path).is_file() and not path.endswith(".py"):
-        raise UserError(f"{path} is not a config file, which ends in .py; text to prepare is named "
-                        f"with --sources={path}")
+    if not path.endswith(".py"):
+        raise UserError(f"{path} is not a config file, which ends in .py; options begin with --, "
+                        f"text to prepare is named with --sources={path}")
     if not Path(path).is_file():
-        hint = "" if path.endswith(".py") else " (a config file ends in .py; options begin with --)"
-        raise UserError(f"no config file {path}{hint}; there are: {configs_beside(path)}")
+        raise UserError(f"no config file {path}; there are: {configs_beside(path)}")
     if os.path.realpath(path) in seen:
         raise UserError(f"{path}: its chain of base files comes back to itself")
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # NUL bytes, not UTF-8
         raise UserError(f"{path} is not a config file: {error}") from None
-    known = {f.name: f for f in fields(Settings)}
-    values: dict = {}
+    known, bases = {f.name: f for f in fields(Settings)}, []
     names: dict = {}
-    bases: list = []
     for node in tree.body:
         where = f"{path}:{node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -189,15 +182,13 @@ def read_config(path: str, seen: tuple = ()) -> list:
                 and isinstance(node.targets[0], ast.Name)):
             raise UserError(f"{where}: only `key = value` lines are allowed; configs are not run")
         name, value = node.targets[0].id, literal(node.value, names, where)
-        names[name] = value
+        names[name] = checked(known[name], value, where) if name in known else value
         if name == "base":
-            bases = read_config(str(Path(path).parent / str(value)),
-                                (*seen, os.path.realpath(path)))
-        elif name in known:
-            values[name] = checked(known[name], value, where)
-        elif not name.startswith("_"):  # _name: a help value for the arithmetic below it
+            beside = str(Path(path).parent / str(value))
+            bases = read_config(beside, (*seen, os.path.realpath(path)))
+        elif name not in known and not name.startswith("_"):  # _name: for the arithmetic below it
             raise UserError(f"{where}: unknown key {name}{nearest(name, known)}")
-    return [*bases, (str(path), values)]
+    return [*bases, (path, {name: value for name, value in names.items() if name in known})]
 
 
 def literal(node: ast.expr, names: dict, where: str):
@@ -212,9 +203,7 @@ def literal(node: ast.expr, names: dict, where: str):
         return {key.value: literal(value, names, where)  # type: ignore[union-attr]
                 for key, value in zip(node.keys, node.values, strict=True)}
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = literal(node.operand, names, where)
-        if isinstance(value, int | float):
-            return -value
+        node = ast.BinOp(ast.Constant(-1), ast.Mult(), node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = literal(node.left, names, where), literal(node.right, names, where)
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
@@ -242,11 +231,11 @@ def from_text(item, text: str):
             return ast.literal_eval(text)
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             raise UserError(f"{name}: {text!r} is not a Python literal") from None
-    if kind is object and "," in text and not os.path.exists(text):
-        if "" in text.split(","):
-            raise UserError(f"{name}: nothing stands before or after a comma of {text!r}")
-        return text.split(",")
-    return checked(item, text, name)
+    if kind is not object or "," not in text or os.path.exists(text):
+        return checked(item, text, name)
+    if "" in text.split(","):
+        raise UserError(f"{name}: nothing stands before or after a comma of {text!r}")
+    return text.split(",")
 
 
 def number(name: str, kind: type, text: str) -> int | float:
@@ -290,10 +279,9 @@ def configs_beside(path: str) -> str:
     folder = Path(path).parent
     if not folder.name and Path("config").is_dir():
         folder = Path("config")
-    found = sorted(str(p) for p in folder.glob("*.py"))
-    near = difflib.get_close_matches(path, [*found, *(Path(p).name for p in found)], 1, 0.7)
-    return ", ".join(found[:12]) + (
-        f"; did you mean {folder / Path(near[0]).name}?" if near else "") or "none here"
+    names = sorted(p.name for p in folder.glob("*.py"))
+    listed = ", ".join(str(folder / name) for name in names[:12])
+    return listed + nearest(Path(path).name, names) if names else "none here"
 
 
 def help_text(doc: str | None, known: dict) -> str:
@@ -302,9 +290,8 @@ def help_text(doc: str | None, known: dict) -> str:
     for name, item in known.items():
         if name in GROUPS:
             lines.append(f"\n  {GROUPS[name]} (config file or command line)")
-        shown = " | ".join(item.metadata["choices"]) or item.metadata["why"]
-        if item.metadata["choices"]:
-            shown = f"{item.metadata['why']}: {shown}"
+        choices = " | ".join(item.metadata["choices"])
+        shown = item.metadata["why"] + (f": {choices}" if choices else "")
         lines.append(f"  --{name + '=' + str(item.default):<36} {shown}")
     return "\n".join(lines)
 

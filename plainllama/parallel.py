@@ -54,18 +54,14 @@ class World:
         """parallel=auto: ddp, which sends least, while the model fits on each device beside its
         activations; else shards, within the machine if that is enough."""
         need = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two moments
-        room = self.room
-        local, fits = local_size(self.size), need <= DDP_SHARE * room
+        room, local = DDP_SHARE * self.room, local_size(self.size)
         several = 1 < local < self.size and self.size % local == 0  # machines of several ranks
-        if fits:
+        if need <= room:
             self.share("ddp")
-        elif several and need <= DDP_SHARE * room * local:
-            self.share("hsdp")
         else:
-            self.share("fsdp")
+            self.share("hsdp" if several and need <= room * local else "fsdp")
         self.why = (f"parallel=auto takes {self.mode}: weights, gradients and moments need "
-                    f"{need / 1e9:.2f} GB, {'not more' if fits else 'more'} than {DDP_SHARE:.0%} "
-                    f"of a rank's {room / 1e9:.1f} GB")
+                    f"{need / 1e9:.2f} GB, and {room / 1e9:.2f} GB are for them on each rank")
 
     @functools.cached_property
     def mesh(self):
@@ -75,8 +71,8 @@ class World:
         if self.mode == "hsdp":
             return init_device_mesh(self.device.type, (self.replicas, self.shards),
                                     mesh_dim_names=("replicas", "shards"))
-        group = self.group or dist.group.WORLD
-        return DeviceMesh.from_group(group, self.device.type)  # type: ignore[arg-type]
+        return DeviceMesh.from_group(
+            self.group or dist.group.WORLD, self.device.type)  # type: ignore[arg-type]
 
     @property
     def room(self) -> int:
@@ -99,11 +95,9 @@ class World:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
             # inputs are not cast: the rotary tables stay fp32
-            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                          cast_forward_inputs=False)
-            for block in model.model.layers:
-                fully_shard(block, mesh=self.mesh, mp_policy=policy)
-            fully_shard(model, mesh=self.mesh, mp_policy=policy)
+            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+            for module in (*model.model.layers, model):
+                fully_shard(module, mesh=self.mesh, mp_policy=policy)
         model.to_empty(device=self.device)
         model.reset_derived(self.device)
         model.compute_dtype = dtype
@@ -111,12 +105,11 @@ class World:
     def wrap(self, model: LLaMA) -> nn.Module:
         """The module to call in training: gradients are averaged over ranks in its backward."""
         if self.mode == "ddp":
-            from torch.nn.parallel import DistributedDataParallel
-
             warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # renamed in torch 2.13
             ids = [self.device.index] if self.device.type == "cuda" else None
-            return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
-                                           broadcast_buffers=False, process_group=self.group)
+            return nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False,
+                process_group=self.group)
         return model
 
     def compile(self, model: LLaMA, dynamic: bool | None) -> None:
@@ -154,9 +147,8 @@ class World:
         """(this rank's rows of a tensor, the number of its first row)."""
         if not hasattr(tensor, "to_local"):
             return tensor, 0
-        local = tensor.to_local()
         rows = ceil_div(tensor.shape[0], self.shards)  # fully_shard cuts like torch.chunk
-        return local, min(self.shard * rows, tensor.shape[0])
+        return tensor.to_local(), min(self.shard * rows, tensor.shape[0])
 
     def whole(self, tensor: Tensor) -> Tensor:
         """All rows of a tensor; collective if it is sharded."""
@@ -167,8 +159,7 @@ class World:
         of the whole model, squared."""
         grads = [self.piece(p.grad)[0] for _, p in trained(model) if p.grad is not None]
         norms = torch._foreach_norm([g for g in grads if g.numel()])
-        total = torch.stack(norms).square().sum()
-        return total / self.replicas
+        return torch.stack(norms).square().sum() / self.replicas
 
     def add_in_tree(self, part: list[Tensor]) -> list[Tensor]:
         """Tensors added up over the ranks, a power of two of them, in an order that more ranks
@@ -176,18 +167,17 @@ class World:
         a + b = b + a to the bit, so all get the same."""
         if self.size == 1:
             return part
-        flat = torch.cat([tensor.reshape(-1) for tensor in part])
-        distance = self.size // 2
+        flat, distance = torch.cat([tensor.reshape(-1) for tensor in part]), self.size // 2
         while distance:
-            other, theirs = self.rank ^ distance, torch.empty_like(flat)
+            theirs = torch.empty_like(flat)
             for request in dist.batch_isend_irecv([
-                    dist.P2POp(dist.isend, flat, group=self.group, group_peer=other),
-                    dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=other)]):
+                    dist.P2POp(call, tensor, group=self.group, group_peer=self.rank ^ distance)
+                    for call, tensor in ((dist.isend, flat), (dist.irecv, theirs))]):
                 request.wait()
             flat += theirs
             distance //= 2
-        return [piece.view_as(tensor) for piece, tensor in zip(
-            flat.split([tensor.numel() for tensor in part]), part, strict=True)]
+        pieces = flat.split([tensor.numel() for tensor in part])
+        return [piece.view_as(tensor) for piece, tensor in zip(pieces, part, strict=True)]
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` added up over the ranks, in place."""
@@ -213,9 +203,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; all get the same answer."""
-        if self.size == 1:
-            return flag
-        return self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0
+        return self.least(-int(flag)) < 0
 
     def agree(self, value):
         """Rank 0's value (anything that pickles), on every rank."""
@@ -228,12 +216,10 @@ class World:
     def decide(self, call: Callable):
         """What `call` gives on rank 0, on every rank. A UserError there ends all of them, with one
         message."""
-        value = None
-        if self.rank == 0:
-            try:
-                value = call()
-            except UserError as error:
-                value = error
+        try:
+            value = call() if self.rank == 0 else None
+        except UserError as error:
+            value = error
         value = self.agree(value)
         if isinstance(value, UserError):
             try:
@@ -277,20 +263,19 @@ class World:
 def start(device: str, mode: str) -> World:
     """Join the ranks that torchrun started, or be alone. `device`, `mode` as in the config."""
     device = pick_device(device)
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if size == 1 and mode == "auto":
         return World(0, 1, device, "one")
     if "RANK" not in os.environ:
-        raise UserError(f"parallel={mode} needs several processes: "
-                        "torchrun --nproc_per_node=N train.py ...")
+        raise UserError(f"parallel={mode} needs torchrun --nproc_per_node=N train.py ...")
+    backend = "gloo"
     if device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} of this machine has no GPU: torch sees "
-                            f"{torch.cuda.device_count()}; lower --nproc_per_node")
-        device = f"cuda:{local}"
+        if local >= (there := torch.cuda.device_count()):
+            raise UserError(f"process {local} of this machine has no GPU, torch sees {there}; "
+                            "lower --nproc_per_node")
+        backend, device = "cpu:gloo,cuda:nccl", f"cuda:{local}"
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     store = watch.join(backend, device)
     hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # a slow disk is no error
     world = World(rank, size, device, mode, hosts=hosts)
@@ -310,8 +295,7 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return next(name for name, there in present.items() if there)
     if not present[device]:
-        raise UserError(f"device={device} is not available to this torch ({torch.__version__}); "
-                        f"there is: {', '.join(n for n, there in present.items() if there)}")
+        raise UserError(f"device={device} is not available to this torch ({torch.__version__})")
     return device
 
 
@@ -322,8 +306,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "fp32" if device.type != "cuda" else "fp16" if old else "bf16"
     if name == "bf16" and old:
-        raise UserError(f"dtype=bf16: {torch.cuda.get_device_name(device)} only emulates it; use "
-                        "dtype=fp16")
+        raise UserError("dtype=bf16: this GPU only emulates it; use dtype=fp16")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -347,6 +330,5 @@ def attention_refusal(backend: str, device: str, dtype: torch.dtype = torch.bflo
         try:
             import xformers.ops  # noqa: F401
         except ImportError as error:
-            return (f"attention=xformers: {error}; install it with `pip install xformers` or use "
-                    "attention=sdpa")
+            return f"attention=xformers: {error}; pip install xformers, or use attention=sdpa"
     return ""

@@ -32,12 +32,9 @@ class Settings:
 
     # data
     dataset: str = identity("openwebtext", "folder under data/ that prepare.py writes")
-    sources: object = recipe(
-        "hf:ashaba1in/small_openwebtext",
-        "text: a path, glob, -, hf:NAME[@REV][:split], embedded, a dict, or a list of these",
-    )
-    tokenizer: str = recipe(
-        "mistral", "mistral, gpt2, bytes, bpe:4096 (trained here), a .model, a tokenizer.json")
+    sources: object = recipe("hf:ashaba1in/small_openwebtext", "text: a path, glob, -, "
+                             "hf:NAME[@REV][:split], embedded, a dict, or a list of these")
+    tokenizer: str = recipe("mistral", "or gpt2, bytes, bpe:4096 (trained here), a .model or .json")
     val_fraction: float = recipe(0.005, "share of documents held out", low=1e-9, high=0.5)
     min_chars: int = recipe(0, "documents with fewer characters are dropped", low=0)
     max_chars: int = recipe(0, "documents with more characters are dropped (0: no bound)", low=0)
@@ -60,8 +57,7 @@ class Settings:
     rope_original: int = fixed(0, "context length before the stretch (llama3)", low=0)
     norm_eps: float = fixed(1e-5, "epsilon of RMSNorm", low=0)
     tie_embeddings: bool = fixed(False, "one matrix for embedding and output")
-    attention: str = free("sdpa", "attention back end",
-                         ("sdpa", "varlen", "xformers", "reference"))
+    attention: str = free("sdpa", "back end", ("sdpa", "varlen", "xformers", "reference"))
     doc_mask: bool = fixed(False, "tokens see their own document only")
     # training
     out_dir: str = free("", "the run's folder (default: out/<config file's name>)")
@@ -71,8 +67,7 @@ class Settings:
     max_steps: int = course(2300, "optimizer updates", low=1)
     global_batch_tokens: int = course(524288, "tokens per optimizer update, of all devices", low=1)
     micro_batch: int = free(0, "rows per forward pass and device (0: as many as fit)", low=0)
-    optimizer: str = fixed("adamw", "muon: for the blocks' matrices, AdamW for the rest",
-                         ("adamw", "muon"))
+    optimizer: str = fixed("adamw", "muon is for the blocks' matrices only", ("adamw", "muon"))
     learning_rate: float = course(6e-4, "peak learning rate", low=0)
     min_lr: float = course(6e-5, "learning rate at the end", low=0)
     schedule: str = course("cosine", "shape of the learning rate", ("cosine", "wsd", "linear"))
@@ -82,11 +77,9 @@ class Settings:
     beta2: float = course(0.95, "AdamW second moment", low=0, high=1)
     grad_clip: float = course(1.0, "largest gradient norm (0: no clipping)", low=0)
     device: str = free("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = free("auto", "matmul precision; weights stay fp32",
-                     ("auto", "fp32", "bf16", "fp16"))
+    dtype: str = free("auto", "of matmuls; weights stay fp32", ("auto", "fp32", "bf16", "fp16"))
     compile: str = free("auto", "torch.compile", ("auto", "true", "false"))
-    parallel: str = free("auto", "how ranks share the work",
-                        ("auto", "ddp", "fsdp", "hsdp"))
+    parallel: str = free("auto", "how ranks share the work", ("auto", "ddp", "fsdp", "hsdp"))
     activation_checkpointing: bool = free(False, "compute blocks twice to save memory")
     overfit_rows: int = fixed(0, "train on this many rows again and again (a sanity check)", low=0)
     max_minutes: float = free(0.0, "stop with a checkpoint after this long (0: never)", low=0)
@@ -107,8 +100,7 @@ class Settings:
 class Sampling:
     """How a token is drawn: in this order, which is that of transformers."""
 
-    repetition_penalty: float = key(1.0, "above 1: what was said is less likely again",
-                                    (), 1e-3, 1e3)
+    repetition_penalty: float = key(1.0, "above 1: the said is less likely again", (), 1e-3, 1e3)
     temperature: float = key(1.0, "divides the logits; 0: always the likeliest token", low=0)
     top_k: int = key(0, "draw from the k likeliest tokens (0: from all)", low=0)
     top_p: float = key(1.0, "draw from the likeliest tokens of this joint probability", (), 0, 1)
@@ -138,40 +130,32 @@ def nearest(name: str, known) -> str:
 
 def check_keys(config: Settings) -> None:
     """Refuse, before anything slow starts, keys that do not fit together."""
-    c = config
-    kv = c.n_kv_head or c.n_head
-    rules = [
-        (c.d_model % c.n_head == 0,
-         f"d_model {c.d_model} does not divide into n_head {c.n_head} heads"),
-        (c.d_model // c.n_head % 2 == 0 or c.d_model % c.n_head,
-         f"the head width d_model / n_head = {c.d_model / c.n_head:g} must be even (RoPE)"),
-        (c.n_head % kv == 0, f"n_head {c.n_head} is not a multiple of n_kv_head {kv}"),
-        (c.global_batch_tokens % c.block_size == 0,
-         f"global_batch_tokens {c.global_batch_tokens} is not a multiple of block_size "
-         f"{c.block_size}; try {max(1, c.global_batch_tokens // c.block_size) * c.block_size}"),
-        (c.min_lr <= c.learning_rate,
-         f"min_lr {c.min_lr} is above learning_rate {c.learning_rate}"),
-        (c.beta1 < 1 and c.beta2 < 1,
-         f"beta1 {c.beta1} and beta2 {c.beta2} must both be below 1: an average forgets"),
-        (c.rope_scaling == "none" or c.rope_factor > 1,
-         f"rope_scaling={c.rope_scaling} needs rope_factor above 1, found {c.rope_factor}"),
-        (c.rope_scaling != "none" or c.rope_factor == 1,
-         f"rope_factor {c.rope_factor} has no effect without rope_scaling=linear or llama3"),
-        (c.rope_scaling != "llama3" or c.rope_original > 0,
-         "rope_scaling=llama3 needs rope_original, the context length before the stretch"),
-        (c.rope_scaling == "llama3" or not c.rope_original,
-         f"rope_original {c.rope_original} has no effect without rope_scaling=llama3"),
-        (c.sample_tokens or not c.sample_prompt,
-         "sample_prompt has no effect without sample_tokens"),
-    ]
-    if c.mixture is not None:
-        pairs = list(c.mixture.items()) if isinstance(c.mixture, dict) else []
-        rules += [
-            (bool(pairs) and all(isinstance(name, str) and type(weight) in (int, float)
-                                 and 0 < weight < float("inf") for name, weight in pairs),
-             f"mixture {c.mixture!r} is not {{'NAME': weight, ...}} with data sets under data/ and "
-             "weights above 0"),
-            (not c.overfit_rows, "overfit_rows takes the rows of one data set, not of a mixture")]
-    for holds, message in rules:
-        if not holds:
+    c, scaled, llama3 = config, config.rope_scaling != "none", config.rope_scaling == "llama3"
+    batch, block = c.global_batch_tokens, c.block_size
+    for whole, part, message in (
+            (c.d_model, c.n_head, "d_model {} does not divide into n_head {} heads"),
+            (c.d_model // c.n_head, 2, "the head width d_model / n_head = {} must be even (RoPE)"),
+            (c.n_head, c.n_kv_head or c.n_head, "n_head {} is not a multiple of n_kv_head {}"),
+            (batch, block, "global_batch_tokens {} is not a multiple of block_size {}; try "
+                           f"{max(1, batch // block) * block}")):
+        if whole % part:
+            raise UserError(message.format(whole, part))
+    mixed = c.mixture if isinstance(c.mixture, dict) else {}
+    sound = mixed and all(isinstance(name, str) and type(weight) in (int, float)
+                          and 0 < weight < float("inf") for name, weight in mixed.items())
+    for wrong, message in (
+            (c.min_lr > c.learning_rate, f"min_lr {c.min_lr} is above learning_rate"),
+            (max(c.beta1, c.beta2) >= 1, "beta1 and beta2 must both be below 1"),
+            (scaled and c.rope_factor == 1, f"{c.rope_scaling} needs rope_factor above 1"),
+            (not scaled and c.rope_factor > 1,
+             f"rope_factor {c.rope_factor} has no effect without rope_scaling"),
+            (llama3 and not c.rope_original, "rope_scaling=llama3 needs rope_original"),
+            (not llama3 and c.rope_original,
+             f"rope_original {c.rope_original} has no effect without rope_scaling=llama3"),
+            (c.sample_prompt and not c.sample_tokens,
+             "sample_prompt has no effect without sample_tokens"),
+            (c.mixture is not None and not sound,
+             f"mixture {c.mixture!r} is not {{'NAME': weight above 0, ...}} of data sets"),
+            (mixed and c.overfit_rows, "overfit_rows takes the rows of one data set, no mixture")):
+        if wrong:
             raise UserError(message)

@@ -6,6 +6,7 @@ others within a minute, with its name. StopFlag turns signals into "finish the s
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -44,11 +45,6 @@ def leave(message: str, torchrun: bool = False) -> None:
     os._exit(1)
 
 
-def lost(error: RuntimeError) -> bool:
-    """Whether an error of a collective says that another rank does not answer."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
 @contextlib.contextmanager
 def deadline(seconds: float, message: str) -> Iterator[None]:
     """Leave with `message` if what is inside takes longer: not every back end obeys a timeout."""
@@ -65,18 +61,17 @@ def join(backend: str, device: str) -> dist.Store:
     """Form the process group of the ranks that torchrun started, and try it; their store."""
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVE)))
     store = meet(store, rank, size)
-    late = f"the first sum over {size} ranks did not come within {FIRST_SUM} s; {NETWORK}"
-    with deadline(FIRST_SUM, late):
+    what = f"the first sum over {size} ranks"
+    with deadline(FIRST_SUM, f"{what} did not come within {FIRST_SUM} s; {NETWORK}"):
         try:
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size,
-                                    timeout=PATIENT)
+            dist.init_process_group(backend, None, PATIENT, size, rank, store)
             parts = torch.full((1 << 20,), rank + 1.0, device=device)
             dist.all_reduce(parts)
             wrong = int((parts != size * (size + 1) / 2).sum())
         except RuntimeError as error:
             leave(f"the ranks cannot reach each other ({error}); {NETWORK}")
     if wrong:
-        leave(f"the first sum over {size} ranks is wrong in {wrong} places; {NETWORK}")
+        leave(f"{what} is wrong in {wrong} places; {NETWORK}")
     return store
 
 
@@ -84,26 +79,24 @@ def meet(store: dist.Store, rank: int, size: int) -> dist.Store:
     """A part of the store that no earlier attempt has written to. torchrun --max-restarts keeps
     its store, and ranks would read the addresses of dead ones there. torchrun counts restarts for
     each machine apart, so rank 0 names the attempt: its answer goes to names that are new."""
-    me = uuid.uuid4().hex
+    me = attempt = uuid.uuid4().hex
     store.set(f"rank {rank}", me)
-    attempt = me
     if rank:
         try:
             attempt = store.get(f"answer to {me}").decode()
         except RuntimeError:
             leave(f"rank 0 did not come within {ARRIVE} s; {NETWORK}")
         store.set(f"{me} is in {attempt}", "")
-    missing, end = set(range(1, size)) if rank == 0 else set(), time.monotonic() + ARRIVE
+    missing, end = list(range(1, size)) if rank == 0 else [], time.monotonic() + ARRIVE
     while missing:
-        for other in sorted(missing):
-            if store.check([f"rank {other}"]):
-                name = store.get(f"rank {other}").decode()
-                store.set(f"answer to {name}", me)
-                if store.check([f"{name} is in {me}"]):
-                    missing.discard(other)
+        for other in filter(lambda other: store.check([f"rank {other}"]), missing[:]):
+            name = store.get(f"rank {other}").decode()
+            store.set(f"answer to {name}", me)
+            if store.check([f"{name} is in {me}"]):
+                missing.remove(other)
         if time.monotonic() > end:
             leave(f"of {size} ranks {len(missing)} did not come within {ARRIVE} s, the first is "
-                  f"rank {min(missing)}; was torchrun started on every machine?")
+                  f"rank {missing[0]}; was torchrun started on every machine?")
         time.sleep(0.02)
     return dist.PrefixStore(attempt, store)
 
@@ -129,29 +122,27 @@ class Watch:
 
     def talk(self) -> None:
         """Give a sign and read those of others: all ranks that of rank 0, rank 0 those of all."""
-        others = [0] if self.rank else range(1, self.size)
-        signs = 0
+        signs = itertools.count()
         with contextlib.suppress(RuntimeError):  # the store is lost: see count()
             while not self.over.wait(BEAT):
-                signs += 1
-                self.store.set(f"sign {self.rank}", f"{signs} {self.name}")
+                self.store.set(f"sign {self.rank}", f"{next(signs)} {self.name}")
                 self.cut_off = 0
-                for rank in others:
+                for rank in [0] if self.rank else range(1, self.size):
                     self.hear(rank)
                 if self.store.check(["end"]):
                     self.end(self.store.get("end").decode())
 
     def hear(self, rank: int) -> None:
         """Look for a new sign of a rank; that it is silent ends the run."""
-        there = self.store.check([f"sign {rank}"])
-        sign = self.store.get(f"sign {rank}") if there else b""
+        key = f"sign {rank}"
+        sign = self.store.get(key) if self.store.check([key]) else b""
         last, silent = self.heard.get(rank, (b"", 0.0))
         silent = 0 if sign != last or sign == b"done" else silent + BEAT
         self.heard[rank] = sign, silent
         if silent >= SILENCE:
             name = sign.decode().partition(" ")[2] or "it never gave one"
-            reason = (f"rank {rank} ({name}) has given no sign of life for {SILENCE:.0f} s: it was "
-                      f"stopped or hangs, or its machine or network is gone; {GO_ON}")
+            reason = (f"rank {rank} ({name}) has given no sign of life for {SILENCE:.0f} s: it "
+                      f"hangs or is cut off; {GO_ON}")
             if self.rank == 0:
                 self.store.set("end", reason)
                 time.sleep(2 * BEAT)
@@ -161,11 +152,9 @@ class Watch:
         """Seconds without the store, which lives with torchrun on the first machine."""
         while not self.over.wait(BEAT):
             self.cut_off += BEAT
-            if self.cut_off >= SILENCE + BEAT:
-                # torchrun would ask the lost store for minutes more
+            if self.cut_off >= SILENCE + BEAT:  # torchrun would ask the lost store for minutes more
                 self.end(f"rank {self.rank} ({self.name}) cannot reach the first machine for "
-                         f"{SILENCE:.0f} s: it, its torchrun or the network is gone; {GO_ON}",
-                         torchrun=True)
+                         f"{SILENCE:.0f} s; {GO_ON}", torchrun=True)
 
     def end(self, reason: str, torchrun: bool = False) -> None:
         """Leave with the reason."""
@@ -181,11 +170,9 @@ class Watch:
         for thread in self.threads:
             thread.join(timeout=5)
         if self.threads and not any(thread.is_alive() for thread in self.threads):
+            last_words = ("end", self.broken) if self.broken else (f"sign {self.rank}", "done")
             with contextlib.suppress(RuntimeError):
-                if self.broken:
-                    self.store.set("end", self.broken)
-                else:
-                    self.store.set(f"sign {self.rank}", "done")
+                self.store.set(*last_words)
 
 
 class StopFlag:
@@ -211,12 +198,10 @@ class StopFlag:
         while number := self.inbox.recv(1):
             if number[0] not in self.before:
                 continue
-            if self.signalled:
-                if time.monotonic() - self.signalled > COPIES:
-                    os._exit(143)
-                continue
-            self.signalled = time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
+            if self.signalled and time.monotonic() - self.signalled > COPIES:
+                os._exit(143)
+            first, self.signalled = not self.signalled, self.signalled or time.monotonic()
+            if first and os.environ.get("RANK", "0") == "0":
                 print(f"{signal.Signals(number[0]).name}: asked to finish the step and save; a "
                       "second signal leaves at once\n", end="", flush=True)  # by one write
 
@@ -251,7 +236,7 @@ def guard(store: dist.Store | None, rank: int, size: int, minutes: float,
         signs.broken = f"rank {rank}: {error!s:.160}"
         if isinstance(error, RuntimeError):
             signs.broken += f"; {GO_ON}"
-            if size > 1 and lost(error):
+            if size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
                 time.sleep(1)  # torchrun names the first to die as the cause
                 signs.end(f"rank {rank}: another rank has gone or hangs ({error!s:.160}); {GO_ON}")
         raise

@@ -116,7 +116,7 @@ TABLE = [
       for ckpt, says in (("gone", "no folder gone"), ("data/toy", "holds no complete checkpoint"),
                          ("data", "holds no complete checkpoint"), ("toy.py", "toy.py is a file"))),
     ("train", ["toy.py", "--init_from=data/toy", "--out_dir=out/new"], "no complete checkpoint"),
-    ("train", ["toy.py", "--out_dir=my.txt"], "out_dir my.txt is a file; name a folder"),
+    ("train", ["toy.py", "--out_dir=my.txt"], "out_dir my.txt is a file or a link to nowhere; name a folder"),
     ("sample", ["--ckpt=out/toy", "--prompt=" + "x" * 40], "prompt has 41 tokens, .* of 32"),
     ("export", ["--ckpt=out/toy", "--to=data/toy"], "--to data/toy exists and is not empty"),
     ("sample", ["--ckpt=weights"], "weights holds weights but no config.json; copy the folder aga"),

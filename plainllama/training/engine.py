@@ -163,8 +163,8 @@ class Engine:
 
     def rehearse(self, last: bool, rows: int = 0) -> None:
         """Make forward and backward of a micro-batch (of `rows`); its gradients are dropped."""
-        batch = to_batch(np.zeros((rows or self.micro, self.config.block_size + 1)),
-                         bos_id=self.bos_id)
+        zeros = np.zeros((rows or self.micro, self.config.block_size + 1))
+        batch = to_batch(zeros, bos_id=self.bos_id)
         module = self.model if rows else self.module
         with self.world.accumulating(module, last):
             self.objective.loss(module, *batch.to(self.world.device)).backward()
@@ -261,10 +261,9 @@ class Engine:
     def accumulated(self, batch: Batch, targets: int) -> Tensor:
         """Make forward and backward of each micro-batch; give the summed loss."""
         nll = torch.zeros((), device=self.world.device)
-        left = ceil_div(len(batch.ids), self.micro)
-        for part in batch.split(self.micro):
-            left -= 1
-            with self.world.accumulating(self.module, last=left == 0):
+        parts = list(batch.split(self.micro))
+        for part in parts:
+            with self.world.accumulating(self.module, last=part is parts[-1]):
                 # gradients are averaged over ranks: times their number this is the gradient of
                 # the mean over all targets of the step
                 nll += self.backward(self.module, part, self.world.size / targets)

@@ -28,17 +28,13 @@ from plainllama.training.engine import Engine
 
 # dense bf16 peaks in FLOP/s (of cards before Ampere: fp16) by the device's whole name; any other
 # device has no MFU
-PEAKS = {
-    "NVIDIA B300": 2250e12, "NVIDIA B200": 2250e12, "NVIDIA GH200 480GB": 990e12,
-    "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100 PCIe": 756e12, "NVIDIA H20": 148e12, "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12,
-    "NVIDIA A10": 125e12, "NVIDIA A10G": 70e12, "NVIDIA RTX A6000": 155e12,
-    "NVIDIA RTX 6000 Ada Generation": 364e12, "NVIDIA GeForce RTX 5090": 210e12,
-    "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
-    "Tesla V100-SXM2-32GB": 125e12, "Tesla V100-SXM2-16GB": 125e12, "Tesla T4": 65e12,
-}
+PEAKS = {f"NVIDIA {card}": tera * 1e12 for card, tera in {
+    "B300": 2250, "B200": 2250, "GH200 480GB": 990, "H200": 989, "H100 80GB HBM3": 989,
+    "H100 NVL": 835, "H100 PCIe": 756, "H20": 148, "A100-SXM4-80GB": 312, "A100-SXM4-40GB": 312,
+    "A100 80GB PCIe": 312, "A100-PCIE-40GB": 312, "L40S": 362, "L4": 121, "A10": 125, "A10G": 70,
+    "RTX A6000": 155, "RTX 6000 Ada Generation": 364, "GeForce RTX 5090": 210,
+    "GeForce RTX 4090": 165, "GeForce RTX 3090": 71}.items()}
+PEAKS |= {"Tesla V100-SXM2-32GB": 125e12, "Tesla V100-SXM2-16GB": 125e12, "Tesla T4": 65e12}
 
 
 def mfu(engine: Engine, speed: float) -> float | None:
@@ -166,15 +162,20 @@ class Log:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_rows(run / name, step or -1)  # killed before its first checkpoint, it begins anew
-        self.connect("TensorBoard", lambda: tensorboard(run, step))
+        self.connect("TensorBoard", tensorboard, run, step)
 
-    def connect(self, name: str, open_sink: Callable[[], Callable[[dict], None]]) -> None:
+    def connect(self, name: str, open_sink: Callable[..., Callable[[dict], None]], *args) -> None:
         """Send rows there too; if that fails, now or later, it is one warning."""
+        if sink := self.tried(name, open_sink, *args):
+            self.sinks[name] = sink
+
+    def tried(self, name: str, call: Callable, *args):
+        """Give what `call` of a sink gives; one that fails gets no more rows."""
         try:
-            self.sinks[name] = open_sink()
+            return call(*args)
         except Exception as error:  # not installed, no disk, no network, no login
-            self.say(f"WARNING: {name} does not work: {error!r:.200}; metrics go to the run's "
-                     "metrics.jsonl only")
+            self.sinks.pop(name, None)
+            self.say(f"WARNING: {name} does not work: {error!r:.200}; metrics.jsonl goes on")
 
     def row(self, row: dict) -> None:
         """Write one row of metrics.jsonl, and send it to the sinks; a number that is not finite
@@ -183,11 +184,7 @@ class Log:
                for name, value in row.items()}
         self.line("metrics.jsonl", row)
         for name, write in list(self.sinks.items()):
-            try:
-                write(row)
-            except Exception as error:  # whatever a library, a disk or a network raises
-                del self.sinks[name]
-                self.say(f"WARNING: no more rows to {name}: {error!r:.200}; metrics.jsonl goes on")
+            self.tried(name, write, row)
 
     def line(self, name: str, row: dict) -> None:
         """Append a row to a .jsonl file of the run: all of it or, with one warning, nothing."""
@@ -219,11 +216,9 @@ class Log:
         if world.why:
             self.say(world.why)
         self.say(f"batch: global {engine.batch_rows * block:,} tok = {world.size} {device} x "
-                 f"{engine.micro} x {block} x {engine.accumulate} "
-                 "(ranks x micro-batch x context x accumulation)")
+                 f"{block} x {engine.micro} x {engine.accumulate} (micro-batch x accumulation)")
         if engine.batch_rows < world.size:
-            self.say(f"WARNING: {engine.batch_rows} rows a step for {world.size} ranks: some only "
-                     "wait; raise global_batch_tokens or take fewer ranks")
+            self.say(f"WARNING: {engine.batch_rows} rows a step for {world.size} ranks: some wait")
         self.say(f"data: {rows.summary(config.max_steps * engine.batch_rows)} in "
                  f"{config.max_steps} steps")
 
@@ -266,18 +261,17 @@ class Clock:
 
     def read(self, tokens: int) -> tuple[float, dict]:
         """Give (tokens per second of training since the last call, seconds apart by name)."""
-        seconds = time.perf_counter() - self.since - self.outside
-        rate, spent = (tokens - self.tokens) / max(seconds, 1e-9), self.spent
-        spent["row_seconds"] = time.perf_counter() - self.since
+        seconds, spent = time.perf_counter() - self.since, self.spent
+        rate = (tokens - self.tokens) / max(seconds - self.outside, 1e-9)
         self.start(tokens)
-        return rate, spent
+        return rate, {**spent, "row_seconds": seconds}
 
 
 def shares(spent: dict[str, float]) -> str:
     """Say which parts of the time since the last row went elsewhere: 'data 2%, eval 10%, '."""
-    parts = {name.removesuffix("_seconds"): seconds / max(spent["row_seconds"], 1e-9)
-             for name, seconds in spent.items() if name != "row_seconds"}
-    return "".join(f"{name} {share:.0%}, " for name, share in parts.items() if share >= 0.005)
+    whole = max(spent["row_seconds"], 1e-9)
+    return "".join(f"{name.removesuffix('_seconds')} {seconds / whole:.0%}, " for name, seconds in
+                   spent.items() if name != "row_seconds" and seconds / whole >= 0.005)
 
 
 def profiler(run: Path) -> torch.profiler.profile:

@@ -1,8 +1,6 @@
 """Parameter groups, AdamW and Muon, and lr(step), a pure function."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +11,6 @@ from plainllama.settings import Settings, UserError
 
 MOMENTUM = 0.95  # of Muon
 STACK = 8  # matrices that Muon works on at a time: bounds its memory, also where they are sharded
-# The coefficients of Muon's five Newton-Schulz steps, for singular values in 0..1
-QUINTIC = (3.4445, -4.7750, 2.0315)
-
-
-class Schedule(NamedTuple):
-    """How the rate falls from the peak to min_lr: from which update on, and in which shape."""
-
-    start: Callable[[Settings], int]  # the last update at the peak
-    share: Callable[[float], float]  # of the fall that is left after a share of its updates
 
 
 def warmed_up(config: Settings) -> int:
@@ -34,10 +23,11 @@ def last_fifth(config: Settings) -> int:
     return max(warmed_up(config), config.max_steps - 1 - max(1, round(0.2 * config.max_steps)))
 
 
+# the last update at the peak, and which share of the fall is left after a share of its updates;
 # to add one: this entry, a choice in settings, a case in tests/test_optim.py
-SCHEDULES = {"cosine": Schedule(warmed_up, lambda done: 0.5 * (1 + math.cos(math.pi * done))),
-             "linear": Schedule(warmed_up, lambda done: 1 - done),
-             "wsd": Schedule(last_fifth, lambda done: 1 - done)}
+SCHEDULES = {"cosine": (warmed_up, lambda done: 0.5 * (1 + math.cos(math.pi * done))),
+             "linear": (warmed_up, lambda done: 1 - done),
+             "wsd": (last_fifth, lambda done: 1 - done)}
 
 
 def lr(step: int, config: Settings) -> float:
@@ -48,12 +38,12 @@ def lr(step: int, config: Settings) -> float:
     has the peak and the last update min_lr. cosine, linear: s ends the warm-up. wsd: the peak is
     kept until the last fifth. (A run of one update has the peak.)
     """
-    c, schedule = config, SCHEDULES[config.schedule]
+    c, (last_at_peak, share) = config, SCHEDULES[config.schedule]
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
-    start = schedule.start(c)
+    start = last_at_peak(c)
     done = (step - start) / max(c.max_steps - 1 - start, 1)
-    left = schedule.share(min(max(done, 0.0), 1.0))
+    left = share(min(max(done, 0.0), 1.0))
     return left * c.learning_rate + (1 - left) * c.min_lr
 
 
@@ -74,12 +64,10 @@ def adamw(model: nn.Module, config: Settings, world: World) -> "Optimizer":
 
 def adamw_and_muon(model: nn.Module, config: Settings, world: World) -> "Optimizer":
     """Muon for the matrices inside the blocks, AdamW for embedding, output matrix and gains."""
-    hidden: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in trained(model):
-        inside = name.startswith("model.layers.") and parameter.dim() >= 2
-        (hidden if inside else rest).append(parameter)
-    return Optimizer(make_adamw(rest, config), Muon(hidden, config.weight_decay, world))
+    hidden = {n: p for n, p in trained(model) if n.startswith("model.layers.") and p.dim() >= 2}
+    rest = [p for name, p in trained(model) if name not in hidden]
+    muon = Muon(list(hidden.values()), config.weight_decay, world)
+    return Optimizer(make_adamw(rest, config), muon)
 
 
 # to add one: this entry, a choice in settings, a case in tests/test_optim.py
@@ -89,7 +77,7 @@ OPTIMIZERS = {"adamw": adamw, "muon": adamw_and_muon}
 def make(model: nn.Module, config: Settings, world: World | None = None) -> "Optimizer":
     """Make the optimizer that the config names, its state allocated at once, so that a checkpoint
     can be copied into it. UserError if nothing learns."""
-    if not any(True for _ in trained(model)):
+    if not list(trained(model)):
         raise UserError("no parameter learns: all of them are frozen")
     return OPTIMIZERS[config.optimizer](model, config, world or World())
 
@@ -145,7 +133,8 @@ class Muon:
     def ahead(self, p: nn.Parameter, scale: Tensor, skipped: Tensor) -> Tensor:
         """The Nesterov momentum of a matrix, whole and not taller than wide. Collective."""
         momentum = self.state[p]["momentum"]
-        grad, buffer = self.world.piece(p.grad)[0] / scale, self.world.piece(momentum)[0]
+        grad = self.world.piece(p.grad)[0] / scale  # type: ignore[arg-type]
+        buffer = self.world.piece(momentum)[0]
         buffer.copy_(torch.where(skipped, buffer, buffer.lerp(grad, 1 - MOMENTUM)))
         ahead = torch.zeros_like(momentum)
         self.world.piece(ahead)[0].copy_(grad.lerp(buffer, MOMENTUM))
@@ -164,7 +153,7 @@ class Muon:
 def orthogonal(matrices: Tensor) -> Tensor:
     """(n, r, c), r <= c -> matrices with the same singular vectors and singular values near 1, by
     five steps of a quintic Newton-Schulz iteration; in bf16 on a GPU, else in fp32."""
-    a, b, c = QUINTIC
+    a, b, c = 3.4445, -4.7750, 2.0315  # for singular values in 0..1
     x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
     for _ in range(5):
@@ -220,8 +209,7 @@ def step(optimizer: Optimizer, rate: float, norm: Tensor, clip: float) -> Tensor
     Returns whether the update was skipped, 0. or 1., ().
     """
     skipped = ~norm.isfinite()
-    scale = (norm / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
-    scale = torch.where(skipped, torch.ones_like(scale), scale)
+    scale = torch.where(skipped | (clip == 0), 1.0, (norm / (clip or 1)).clamp(min=1.0))
     if optimizer.loss_scale:
         scale = scale * optimizer.loss_scale.value
         optimizer.loss_scale.adjust(skipped)

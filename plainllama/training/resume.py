@@ -60,18 +60,16 @@ def keep_recipe(command: CommandLine, manifest: dict) -> str:
     if refused:
         raise UserError(f"{', '.join(refused)}: data/{config.dataset} is prepared, and otherwise; "
                         "give these options to prepare.py, with a new --dataset")
-    if not unused:
-        return ""
-    return (f"data/{config.dataset} was prepared with {', '.join(unused)}: what "
-            f"{command.config_file} says of that has no effect")
+    said = f"data/{config.dataset} was prepared with {', '.join(unused)}: what "
+    return f"{said}{command.config_file} says of that has no effect" if unused else ""
 
 
 def vocabulary(config: Settings, manifest: dict) -> int:
     """Entries of the embedding: the config's if it says, else the tokenizer's."""
     entries = manifest["tokenizer"]["vocab_size"]
-    if config.vocab_size and config.vocab_size < entries:
+    if 0 < config.vocab_size < entries:
         raise UserError(f"vocab_size {config.vocab_size} is smaller than the {entries} entries of "
-                        f"the tokenizer of data set {config.dataset}; leave it 0")
+                        "the tokenizer; leave it 0")
     return config.vocab_size or entries
 
 
@@ -91,8 +89,7 @@ def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: b
             run.mkdir(parents=True, exist_ok=True)
             start.lock = lock_run(run)
             if steps_of(run):
-                raise UserError(f"another process has begun to train in {run}; start again to go "
-                                "on from there")
+                raise UserError(f"another process has begun to train in {run}; start again")
         (run / "checkpoints").mkdir(exist_ok=True)  # where it cannot be, that is known now
         if start.state:
             checkpoint.set_aside(run, start.step)
@@ -119,8 +116,7 @@ def starting_point(run: Path, config: Settings, data_hash: str,
     """Find the checkpoint to go on from and its state; (None, {}) for a fresh start."""
     there = steps_of(run)
     if config.resume == "never" and there:
-        raise UserError(f"resume=never, but {run} holds a run at {there[0].name}; choose another "
-                        "out_dir or remove the folder")
+        raise UserError(f"resume=never, but {run} is at {there[0].name}; choose another out_dir")
     good = checkpoint.newest_good(run) if there else None
     if good:
         state = checkpoint.read_state(good)
@@ -137,18 +133,18 @@ def starting_point(run: Path, config: Settings, data_hash: str,
 def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool,
                      source: Path) -> None:
     """Refuse to go on from `source` with a config that is not that run's."""
-    old, new = state["config"], asdict(config)
-    defaults = asdict(Settings())  # of keys that the run is older than
-    for keys, remedy in ((FIXED, "choose another out_dir"), (COURSE, "say --extend to accept it")):
-        for name in keys:
-            from_data = name == "vocab_size" and not new[name]  # whose hash is compared below
-            same = old.get(name, defaults[name]) == new[name] or from_data
-            if not same and not (keys is COURSE and extend):
-                raise UserError(f"{source} was trained with {name}={old.get(name)}, now it is "
-                                f"{new[name]}; {remedy}")
+    old = asdict(Settings()) | state["config"]  # a run may be older than a key
+    remedies = dict.fromkeys(FIXED, "choose another out_dir")
+    if not extend:
+        remedies |= dict.fromkeys(COURSE, "say --extend to accept it")
+    for name, remedy in remedies.items():
+        from_data = name == "vocab_size" and not config.vocab_size  # whose hash is compared below
+        if old[name] != getattr(config, name) and not from_data:
+            raise UserError(f"{source} was trained with {name}={old[name]}, now it is "
+                            f"{getattr(config, name)}; {remedy}")
     if state["data_hash"] != data_hash:
-        raise UserError(f"{source} was trained on another data/{config.dataset} (its manifest has "
-                        "another hash); choose another out_dir")
+        raise UserError(f"{source} was trained on another data/{config.dataset}; choose another "
+                        "out_dir")
 
 
 def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> None:
@@ -171,25 +167,24 @@ def replay(config: Settings, manifest: dict, step: int) -> int:
     """Print the text of the rows that made step `step` of metrics.jsonl; the exit code."""
     run, data = Path(config.out_dir), Path("data") / config.dataset
     if there := steps_of(run):
-        refuse_other_run(checkpoint.read_state(there[0]), config, hash_of_data(data, config), True,
-                         there[0])
+        state, data_hash = checkpoint.read_state(there[0]), hash_of_data(data, config)
+        refuse_other_run(state, config, data_hash, True, there[0])
     # the batch may have changed at a resume: steps and rows as the run has written them down
     known = {0: 0} | {row["step"]: row["rows"]
                       for row in read_rows(run / "metrics.jsonl", tolerant=True) if "rows" in row}
     if step > (end := max(config.max_steps, *known)):
         raise UserError(f"--replay={step}: the run ends at step {end}")
     last = max(s for s in known if s < step)
-    following = min((s for s in known if s >= step), default=None)
     batch = config.global_batch_tokens // config.block_size
-    if following is not None:
+    if step <= max(known):
+        following = min(s for s in known if s >= step)
         batch = (known[following] - known[last]) // (following - last)
     rows, words = training_rows(data, manifest, config), tokenizer.Tokenizer.load(data)
     first = known[last] + (step - 1 - last) * batch
     windows = rows.window_of(first, batch)
     print(f"step {step}: rows {first} to {first + batch - 1}")
-    for row, window, ids in zip(range(first, first + batch), windows, rows.read_windows(windows),
-                                strict=True):
-        print(f"--- row {row}: window {window} of the train split\n"
+    for row, ids in enumerate(rows.read_windows(windows)):
+        print(f"--- row {first + row}: window {windows[row]} of the train split\n"
               f"{words.decode(ids[ids != PAD])}")
     return 0
 

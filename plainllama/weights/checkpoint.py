@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import threading
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,7 @@ def damage(folder: Path, training: bool = True) -> str:
     leaves out the optimizer's state, which only a resumed run reads."""
     try:
         text = (folder / "checksums.json").read_text(encoding="utf-8")
-        sums = json.loads(text)
+        sums, home = json.loads(text), folder.resolve()
         if text != files.as_json(sums):  # nothing else vouches for this file
             return "checksums.json is not as it was written"
         if sums["format"] != FORMAT:
@@ -51,19 +52,18 @@ def damage(folder: Path, training: bool = True) -> str:
         needed = {"model.safetensors", "config.json"} | ({STATE} if training else set())
         if missing := needed - entries.keys():
             return f"checksums.json does not name {min(missing)}"
-        for name, entry in entries.items():
-            path = folder / name
-            there, home = path.resolve(), folder.resolve()
+        for name in entries:
+            there = (folder / name).resolve()
             # the hub's cache keeps the files themselves in blobs/, above the folder
             cached = there.parent.name == "blobs" and home.is_relative_to(there.parent.parent)
             if not cached and not there.is_relative_to(home):
                 return f"checksums.json names {name!r}, outside the checkpoint"
-            if not path.is_file() or path.stat().st_size != entry["size"]:
+            if not there.is_file():
                 return f"{name} does not match its checksum"
         with ThreadPoolExecutor() as pool:
-            hashes = pool.map(files.sha256, map(folder.joinpath, entries))
-            for name, digest in zip(entries, hashes, strict=True):
-                if digest != entries[name]["sha256"]:
+            found = pool.map(files.file_entry, map(folder.joinpath, entries))
+            for name, entry in zip(entries, found, strict=True):
+                if entry != entries[name]:
                     return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{error!r}"
@@ -108,15 +108,13 @@ def find_checkpoint(path: str) -> Path:
 def with_checkpoint(path: str, world: World, use: Callable[[Path], Any]) -> Any:
     """Do use(the checkpoint that `path` means), and what that gave. If a run at work deletes the
     checkpoint before it is read, one process looks again, once."""
-    for again in (world.size == 1, False):
+    for _ in range(2 if world.size == 1 else 1):
         folder = world.decide(lambda: find_checkpoint(path))
         try:
             return use(folder)
         except (UserError, OSError):
             if folder.is_dir():
                 raise
-            if not again:
-                break
     raise UserError(f"{folder} was deleted while it was read, by a run that goes on; start again")
 
 
@@ -151,9 +149,8 @@ class Saver:
         copies = (model.config, gather_weights(model, self.world),
                   *slices_of(model, moments, self.world), {"format": FORMAT, **state})
         whole = [*model.parameters(), *(t for kinds in moments.values() for t in kinds.values())]
-        need = 4 * sum(tensor.numel() for tensor in whole)
-        self.thread = threading.Thread(target=self.write, name="saver", daemon=True,
-                                       args=(step, need, *copies))
+        self.thread = threading.Thread(
+            target=self.write, daemon=True, args=(step, 4 * sum(t.numel() for t in whole), *copies))
         self.thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -192,11 +189,8 @@ class Saver:
     def make_room(self, folder: Path, need: int) -> None:
         """Make an empty folder on a disk with room for `need` bytes; rank 0's part."""
         if self.world.rank == 0:
-            for old in folder.parent.glob("*.tmp"):
-                if old.is_dir():
-                    shutil.rmtree(old, ignore_errors=old != folder)
-                else:
-                    old.unlink()
+            for old in folder.parent.glob("*.tmp/"):
+                shutil.rmtree(old, ignore_errors=old != folder)
             (folder / "training").mkdir(parents=True)
             files.check_space(folder, need)
 
@@ -216,7 +210,7 @@ class Saver:
     def commit(self, folder: Path, final: Path, entries: list[dict]) -> None:
         """Make the folder visible and delete what need not be kept; rank 0's part."""
         if self.world.rank == 0:
-            commit(folder, final, {name: entry for part in entries for name, entry in part.items()})
+            commit(folder, final, dict(ChainMap(*entries)))
             try:
                 prune(self.run, self.keep_last, self.keep_every)
             except OSError as error:
@@ -242,7 +236,7 @@ def gather_weights(model: LLaMA, world: World) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():  # a tied matrix is named once
         whole = world.whole(parameter.data)
         if world.rank == 0:
-            weights[name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
+            weights[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
     return weights
 
 
@@ -272,11 +266,11 @@ def sealed(folder: Path, paths: list[Path]) -> dict[str, dict]:
 def commit(folder: Path, final: Path, entries: dict[str, dict]) -> None:
     """Write checksums.json with `entries`, which sealed() made of the files of `folder`, and rename
     the folder to `final`: here it becomes visible."""
-    sums = {"format": FORMAT, "files": dict(sorted(entries.items()))}
-    files.write_json(folder / "checksums.json", sums)
+    sums, ordered = folder / "checksums.json", dict(sorted(entries.items()))
+    files.write_json(sums, {"format": FORMAT, "files": ordered})
     for name in entries:  # safetensors writes files that only their owner can read
-        shutil.copymode(folder / "checksums.json", folder / name)
-    for path in (folder / "checksums.json", folder / "training", folder):
+        shutil.copymode(sums, folder / name)
+    for path in (sums, folder / "training", folder):
         files.sync(path)
     if final.exists():  # the run was started again from an earlier step
         shutil.rmtree(final)
@@ -290,8 +284,7 @@ def set_aside(run: Path, step: int) -> None:
     """Rename the checkpoints after `step`, which were found damaged, to step_N.damaged."""
     for folder in files.steps_of(run):
         if files.step_of(folder) > step:
-            aside = folder.with_name(folder.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside := Path(f"{folder}.damaged"), ignore_errors=True)
             os.rename(folder, aside)
 
 
@@ -307,8 +300,7 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
     best = min(evaluated, key=lambda folder: states[folder]["val_loss"], default=None)
     for folder in steps[keep_last:]:
         if folder != best and not (keep_every and files.step_of(folder) % keep_every == 0):
-            # half deleted, it must not look whole
-            doomed = folder.rename(folder.with_name(folder.name + ".tmp"))
+            doomed = folder.rename(f"{folder}.tmp")  # half deleted, it must not look whole
             shutil.rmtree(doomed, ignore_errors=True)  # what is left goes at the next save
 
 
@@ -344,5 +336,4 @@ def load_moments(folder: Path, model: LLaMA, moments: Moments, world: World) -> 
                     local[covered - first:last - first].copy_(rows[covered - offset:last - offset])
                     covered = last
             if covered < end:
-                raise UserError(f"{folder}: the optimizer's {kind} of {name} is incomplete; "
-                                "was it written by another optimizer?")
+                raise UserError(f"{folder}: {kind} of {name} is incomplete: another optimizer's?")
