@@ -133,8 +133,7 @@ def train(command: CommandLine, manifest: dict, world: World) -> int:
 class Run:
     """One training run: opened by the constructor, built by build(), trained by loop()."""
 
-    def __init__(self, command: CommandLine, manifest: dict, world: World,
-                 stop: watch.StopFlag):
+    def __init__(self, command: CommandLine, manifest: dict, world: World, stop: watch.StopFlag):
         config = self.config = command.config
         self.command, self.manifest, self.world, self.stop = command, manifest, world, stop
         self.folder, self.data = Path(config.out_dir), Path("data") / config.dataset
@@ -157,11 +156,15 @@ class Run:
 
     def prompt_of_samples(self, say: Callable[[str], None]) -> generate.RunSamples | None:
         """Prepare the samples along the run, None where there are none."""
-        if self.config.sample_tokens and self.config.block_size > 1:  # one token leaves no room
+        if self.config.sample_tokens == 0:
+            return None
+        why = "a context of one token has no room for them"
+        if self.config.block_size > 1:
             try:
                 return generate.RunSamples(self.config, Tokenizer.load(self.data))
             except ImportError as error:  # training itself does not need the libraries
-                say(f"no samples along the run: {error}")
+                why = str(error)
+        say(f"no samples along the run: {why}")
         return None
 
     def build(self) -> None:
@@ -190,7 +193,8 @@ class Run:
         self.begun = time.monotonic()
         self.evaluated_at, self.val_loss = -1, 0.0  # the newest evaluation
         self.clock = log.Clock()
-        self.profiler = log.profiler(self.folder) if self.command.flags.profile and first else None
+        profiling = self.command.flags.profile and first
+        self.profile = log.profiler(self.folder) if profiling else lambda: None
         # updates that were not made: in a row, and since the run began
         self.skipped, self.skipped_ever = 0, start.state.get("skipped", 0)
 
@@ -203,13 +207,10 @@ class Run:
             self.measure()
         gc.collect()
         gc.disable()  # it would stop one rank, and so all, at any moment; evaluations call it
-        if self.profiler:
-            self.profiler.start()
         self.clock.start(self.course.tokens_at(self.step))
-        stopping = False
         # the numbers of an update are read while a GPU works on the next one; a CPU does not wait
         unread: deque[tuple[int, float, Tensor]] = deque()
-        lag = 0 if self.world.device.type == "cpu" else 1
+        stopping, lag = False, int(self.world.device.type != "cpu")
         with ThreadPoolExecutor(1) as reader:
             upcoming = reader.submit(self.batch, self.step)
             while self.step < config.max_steps and not stopping:
@@ -219,8 +220,7 @@ class Run:
                 rate, targets = optim.lr(self.step, config), self.course.targets_of(self.step)
                 stats = self.engine.update(batch, rate, targets, self.stop.asked(),
                                            self.wants_first_save())
-                if self.profiler:
-                    self.profiler.step()
+                self.profile()
                 if self.step == self.course.first_step:  # no rank compiles from here on
                     took = timedelta(seconds=time.perf_counter() - self.clock.since)
                     self.world.set_timeout(max(watch.BRISK, 10 * took))

@@ -17,13 +17,15 @@ def key(default, why: str, choices: tuple = (), low=None, high=None, decides: st
 
 
 # What a key decides, said once, where it is declared; deciding() gives the lists of it.
-recipe = partial(key, decides="recipe")  # the bytes of the data set, and so prepare.py's alone
-prepare = partial(key, decides="prepare")  # how prepare.py works, but not what it makes
-identity = partial(key, decides="identity")  # which run it is: of one recipe there are several
-fixed = partial(key, decides="fixed")  # what the run computes: it must stay on resume
-course = partial(key, decides="course")  # the course of optimisation: resume changes it if told to
-measure = partial(key, decides="measure")  # what is measured of a run, but not what it learns
-free = partial(key, decides="free")  # where, how fast and how often: not what is learned
+# recipe: the bytes of the data set, and so prepare.py's alone
+# prepare: how prepare.py works, but not what it makes
+# identity: which run it is: of one recipe there are several
+# fixed: what the run computes: it must stay on resume
+# course: the course of optimisation: resume changes it if told to
+# measure: what is measured of a run, but not what it learns
+# free: where, how fast and how often: not what is learned
+recipe, prepare, identity, fixed, course, measure, free = (partial(key, decides=what) for what in (
+    "recipe", "prepare", "identity", "fixed", "course", "measure", "free"))
 
 
 @dataclass

@@ -274,17 +274,18 @@ def shares(spent: dict[str, float]) -> str:
                    spent.items() if name != "row_seconds" and seconds / whole >= 0.005)
 
 
-def profiler(run: Path) -> torch.profiler.profile:
-    """--profile: trace steps 4 to 6 after a start, for chrome://tracing or Perfetto; call step()
-    after each."""
+def profiler(run: Path) -> Callable[[], None]:
+    """--profile: trace steps 4 to 6 after a start, for chrome://tracing or Perfetto. Gives what to
+    call after each step."""
     def keep(trace: torch.profiler.profile) -> None:
-        path = run / "trace.json"
+        said = f"trace of three steps in {run / 'trace.json'}; open it in https://ui.perfetto.dev"
         try:
-            trace.export_chrome_trace(str(path))
-            print(f"trace of three steps in {path}; open it in https://ui.perfetto.dev", flush=True)
+            trace.export_chrome_trace(str(run / "trace.json"))
         except (OSError, RuntimeError) as error:
-            print(f"WARNING: no trace in {path}: {error}; training goes on", flush=True)
+            said = f"WARNING: no trace in {run / 'trace.json'}: {error}; training goes on"
+        print(said, flush=True)
 
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
-        on_trace_ready=keep)
+    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
+    profile = torch.profiler.profile(schedule=schedule, on_trace_ready=keep)
+    profile.start()
+    return profile.step
