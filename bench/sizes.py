@@ -89,12 +89,12 @@ def main(command) -> int:
             parameters, seen = traced(again, settings, flags)
             one = max(seen["peak"], seen["held"] + seen["gradients"])
             cells.append((one / GIB, per_rank(again, parameters, seen, 8) / GIB))
-        (one, eight), (one_twice, eight_twice) = cells
+        (alone, eighth), (alone_twice, eighth_twice) = cells
         tokens = 20 * parameters
         hours = tokens * flops_per_token(config, config.block_size) / speed / 3600
         print(f"| `{Path(path).name}` | {parameters / 1e6:,.0f} M | {config.block_size} "
-              f"| {(seen['held'] + seen['gradients']) / GIB:.1f} | {one:.1f}, {one_twice:.1f} "
-              f"| {eight:.1f}, {eight_twice:.1f} | {tokens / 1e9:.1f} B "
+              f"| {(seen['held'] + seen['gradients']) / GIB:.1f} | {alone:.1f}, {alone_twice:.1f} "
+              f"| {eighth:.1f}, {eighth_twice:.1f} | {tokens / 1e9:.1f} B "
               f"| {hours:,.1f} h | {hours / 8:,.1f} h |", flush=True)
     return 0
 
