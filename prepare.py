@@ -16,11 +16,11 @@ A source (--sources=A,B or `sources` in the config) is
               slice and max_documents count lines, rows or files in their order
 
 A document is held out for validation by the hash of its text. If none is, the one with the smallest
-hash is; a corpus of a single document gives its end. A document over 16 MB becomes several, cut
-before a space. Off unless asked: --min_chars and --max_chars; --dedup=exact keeps the first of
-equal documents, near also the first of those that share most runs of three words; --strict stops at
-a record that cannot be read, which else is only counted. After an interruption the same command
-goes on with what is missing. The bytes are the same for any number of workers and of shares.
+hash is; a single document, or each of a few long ones, gives its end. A document over 16 MB becomes
+several, cut before a space. Off unless asked: --min_chars and --max_chars; --dedup=exact keeps the
+first of equal documents, near also the first of those that share most runs of three words; --strict
+stops at a record that cannot be read, which else is only counted. After an interruption the same
+command goes on with what is missing. The bytes are the same for any number of workers and shares.
 """
 
 import sys
@@ -55,7 +55,13 @@ from pathlib import Path
 
 from plainllama.files import read_json
 from plainllama.text.documents import Part, Rules
-from plainllama.text.selection import check_dedup, choose_hold_out, mark_parts, without_repeats
+from plainllama.text.selection import (
+    NEARLY,
+    check_dedup,
+    choose_hold_out,
+    mark_parts,
+    without_repeats,
+)
 from plainllama.text.sources import described, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
@@ -232,6 +238,11 @@ def print_counts(manifest: dict) -> None:
     for split, n in splits.items():
         print(f"{split:8}{n['documents']:>12,}{n['tokens']:>16,}{n['bytes'] / 1e6:>10,.1f}"
               f"{n['bytes'] / max(n['tokens'], 1):>13.3f}{n['longest']:>11,}")
+    share = splits["val"]["bytes"] / max(1, sum(n["bytes"] for n in splits.values()))
+    asked = manifest["recipe"].get("val_fraction", share)
+    if abs(share - asked) > NEARLY * asked:
+        print(f"note: validation is {share:.2%} of the text, {asked:.2%} was asked "
+              "(val_fraction): documents are held out whole")
 
 
 def verify(folder: Path) -> int:

@@ -581,6 +581,48 @@ def test_one_long_text_is_held_out_at_its_end(tmp_path, monkeypatch):
     assert text.endswith("\n" + held) and 0 <= len(held) - len(text) / 10 < 20
 
 
+def book(size, seed=0):
+    """About `size` bytes of lines."""
+    rng = random.Random(seed)
+    lines = [" ".join(rng.choices(["plain", "words", "of", "a", "book"], k=12)) for _ in
+             range(size // 57)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("fraction", [0.005, 0.1, 0.5])
+def test_of_few_long_documents_the_ends_are_held_out(fraction, tmp_path, monkeypatch, capsys):
+    """Two books, a book beside rows, a book of one line: validation is what was asked for; rows
+    beside them go by their hash, as ever."""
+    rows = texts(40)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/a.txt").write_text(book(400_000))
+    (tmp_path / "two/b.txt").write_text(book(60_000, 1))
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed/a.txt").write_text(book(400_000))
+    (tmp_path / "mixed/b.jsonl").write_bytes(jsonl(rows))
+    (tmp_path / "line.txt").write_text("Title\n" + book(300_000).replace("\n", " "))
+    (tmp_path / "cjk.txt").write_text("Title\n" + "语言模型" * 30_000)
+    for i, name in enumerate(("two", "mixed", "line.txt", "cjk.txt")):
+        folder = inside(tmp_path, monkeypatch, dataset=f"d{i}", sources=name, val_fraction=fraction)
+        splits = shards.read_manifest(folder)["splits"]
+        share = splits["val"]["bytes"] / (splits["val"]["bytes"] + splits["train"]["bytes"])
+        assert abs(share - fraction) <= 0.2 * fraction, (name, share)
+        assert "was asked" not in capsys.readouterr().out
+    texts_of = [bytes(ids[1:-1]).decode() for ids in stored(tmp_path / "data/d0", "val")]
+    for text, number in zip(texts_of, (0, 1), strict=True):  # each book's end
+        assert book(400_000 if number == 0 else 60_000, number).endswith(text)
+    held = [bytes(ids[1:-1]).decode() for ids in stored(tmp_path / "data/d1", "val")]
+    assert held[1:] == [t for t in rows if held_out(t, fraction)]
+
+
+def test_a_split_far_from_what_was_asked_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES[:6]))
+    folder = inside(tmp_path, monkeypatch, sources="a.jsonl", val_fraction=0.01)
+    splits = shards.read_manifest(folder)["splits"]
+    share = splits["val"]["bytes"] / (splits["val"]["bytes"] + splits["train"]["bytes"])
+    assert f"validation is {share:.2%} of the text, 1.00% was asked" in capsys.readouterr().out
+
+
 def test_length_bounds_and_strict(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
     kept = [t for t in LINES if 50 <= len(t) <= 300]

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,9 @@ from plainllama.text.documents import Part, Tally, documents
 from plainllama.text.workers import NOTES, Worker, own_folder, run_workers
 
 SCAN = 16 << 20  # characters read before any work: bad input is met before anything is written
+# Where fewer than FEW documents make up most of the text and their hashes miss the fraction by more
+# than NEARLY of it, each of LONG characters gives its end, unless that is under TAIL characters.
+FEW, NEARLY, LONG, TAIL = 64, 0.2, 4096, 100
 # Near duplicates: signatures of 32 bands of 4 hashes; two texts whose runs of three words have the
 # Jaccard similarity J meet in some band with probability 1 - (1 - J^4)^32, 0.97 for J = 0.57.
 BANDS, NEAR = 32, 0.5
@@ -24,16 +28,14 @@ BANDS, NEAR = 32, 0.5
 
 # ---- documents -> their split
 
-HASH, END_OF_EACH, END_OF_THE_ONE = "hash", "end of each text", "end of the one document"
-
-
 @dataclass(frozen=True)
 class HoldOut:
-    """What is held out for validation."""
+    """What is held out for validation: documents by their hash, or the end of long ones."""
 
-    kind: str  # HASH: documents by their hash; END_OF_EACH; END_OF_THE_ONE, which was cut
-    bound: int = 0  # HASH: documents with a smaller one; END_OF_THE_ONE: characters before the end
-    fraction: float = 0.0  # END_OF_EACH: the share of a text
+    bound: int = 0  # documents with a smaller hash
+    fraction: float = 0.0  # the share of a long document, of its end
+    long: int = sys.maxsize  # characters from which on a document is long
+    start: int = sys.maxsize  # of the one document that was cut: characters before what is held out
 
 
 def text_hash(text: str) -> int:
@@ -42,15 +44,19 @@ def text_hash(text: str) -> int:
 
 
 def choose_hold_out(parts: list[Part], fraction: float) -> HoldOut:
-    """Choose what is held out so that both splits have a document. UserError if there is none.
+    """Choose what is held out so that both splits have a document, and of a few long ones about the
+    fraction asked. UserError if there is no document.
 
     Reads SCAN characters, all of a smaller corpus, and goes on until it has met both splits.
     """
     bound, smallest, largest, size, count = int(fraction * 2**64), 2**64, -1, 0, 0
+    held, squares, longest = 0, 0, 0  # characters below the bound; of sizes; characters
     dropped = Tally()
     for text in documents(parts, dropped):
-        smallest, largest = min(smallest, text_hash(text)), max(largest, text_hash(text))
-        size, count = size + len(text), count + 1
+        number = text_hash(text)
+        smallest, largest = min(smallest, number), max(largest, number)
+        size, count, held = size + len(text), count + 1, held + len(text) * (number < bound)
+        squares, longest = squares + len(text) ** 2, max(longest, len(text))
         settled = not bound or smallest < bound <= largest  # both splits have a document
         if size > SCAN and dropped.records > 1 and settled:
             break
@@ -61,28 +67,33 @@ def choose_hold_out(parts: list[Part], fraction: float) -> HoldOut:
             reasons.append("name another: --sources=\"{'path': 'my.jsonl', 'column': 'content'}\"")
         raise UserError(f"sources: no document is left; dropped: {'; '.join(reasons)}")
     if bound and dropped.records == 1 < count:
-        return HoldOut(END_OF_THE_ONE, int(size * (1 - fraction)))
+        return HoldOut(start=int(size * (1 - fraction)))
+    if bound and smallest == largest:
+        return HoldOut(fraction=fraction, long=0)
+    few = size ** 2 < FEW * squares  # as many of equal size would be as uneven
+    long, asked = max(LONG, int(TAIL / fraction)) if bound else sys.maxsize, size * fraction
+    if few and longest >= long and abs(held - asked) > NEARLY * asked:
+        return HoldOut(bound, fraction, long)
     if settled:
-        return HoldOut(HASH, bound)
-    if smallest == largest:
-        return HoldOut(END_OF_EACH, fraction=fraction)
-    return HoldOut(HASH, largest if largest < bound else smallest + 1)
+        return HoldOut(bound)
+    return HoldOut(largest if largest < bound else smallest + 1)
 
 
 def placed(texts: Iterable[str], hold_out: HoldOut) -> Iterator[tuple[str, str]]:
     """Give (split, text) of every document of a part."""
     start = 0  # characters before a text
     for text in texts:
-        if hold_out.kind == HASH:
-            yield "val" if text_hash(text) < hold_out.bound else "train", text
-            continue
-        if hold_out.kind == END_OF_EACH:
+        if hold_out.start < sys.maxsize:
+            end = min(max(hold_out.start - start, 0), len(text))
+        elif len(text) >= hold_out.long:
             end = int(len(text) * (1 - hold_out.fraction))
         else:
-            end = min(max(hold_out.bound - start, 0), len(text))
+            yield "val" if text_hash(text) < hold_out.bound else "train", text
+            continue
         start += len(text)
-        if end < len(text):  # cut at the end of a line, if there is one
-            end = text.rfind("\n", 0, end) + 1 or end
+        if end < len(text):  # cut at the end of a line or word, if one is near
+            near = end - int(NEARLY * (len(text) - end))
+            end = text.rfind("\n", near, end) + 1 or text.rfind(" ", near, end) + 1 or end
         yield from (pair for pair in (("train", text[:end]), ("val", text[end:])) if pair[1])
 
 
