@@ -53,7 +53,7 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from plainllama.files import read_json
+from plainllama.files import read_json, write_json
 from plainllama.text.documents import Part, Rules
 from plainllama.text.selection import (
     NEARLY,
@@ -62,11 +62,13 @@ from plainllama.text.selection import (
     mark_parts,
     without_repeats,
 )
-from plainllama.text.sources import described, survey
+from plainllama.text.sources import described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
 from plainllama.tokens.parts import choose_tokenizer, make_shards, merged, note_beginning
+from plainllama.tokens.shards import SEEN
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
+from plainllama.tokens.tokenizer_json import sha256_of
 
 RECIPE = deciding("recipe")
 WHOLE = slice(None)  # of the parts; a share is every n-th of them
@@ -139,10 +141,15 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
     state = shards.read_manifest(folder) if complete else unfinished(folder)
     check_dedup(config.dedup)
     refuse_another_recipe(folder, recipe, state)
-    records, parts = what_is_there(folder, recipe["sources"], state, complete)
+    known = read_json(folder / SEEN, tolerant=True)
+    seen = dict(known)
+    records, parts = what_is_there(folder, recipe["sources"], state, complete, seen)
+    if complete and seen != known:
+        with contextlib.suppress(OSError):  # it may be read alone; the next time reads all again
+            write_json(folder / SEEN, seen)
     if not complete:
         begun = {"recipe": recipe, "source": records}
-        rest = make_parts(config, folder, share, begun, parts)
+        rest = make_parts(config, folder, share, begun, parts, seen)
         if not rest:
             return False
         state = begun | rest
@@ -155,7 +162,8 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
 
 def unfinished(folder: Path) -> dict:
     """Read what an interrupted run noted, {} if there was none; refuse a folder of others."""
-    ours = rf"{NOTES}|tokenizer\.json|manifest\.(sha256|.*\.tmp)|(train|val)-\d{{5}}\.(bin|idx)"
+    ours = (rf"{NOTES}|{SEEN}|tokenizer\.json|manifest\.(sha256|.*\.tmp)"
+            r"|(train|val)-\d{5}\.(bin|idx)")
     begun = read_json(folder / NOTES / "state.json")
     foreign = sorted(path.name for path in folder.iterdir()
                      if not re.fullmatch(ours if begun else NOTES, path.name))
@@ -170,43 +178,45 @@ def refuse_another_recipe(folder: Path, recipe: dict, state: dict) -> None:
     old = {key: getattr(Settings, key, None) for key in RECIPE} | state.get("recipe", recipe)
     differs = [f"{key} was {old[key]!r}, is now {recipe[key]!r}"
                for key in recipe if old[key] != recipe[key]]
-    made_with = state.get("tokenizer")  # of a complete one
-    if not differs and made_with and Path(recipe["tokenizer"]).exists() and (
-            make_tokenizer(recipe["tokenizer"]).sha256 != made_with["sha256"]):
+    begun = (folder / "tokenizer.json").exists() and Path(recipe["tokenizer"]).exists()
+    if not differs and begun and (
+            make_tokenizer(recipe["tokenizer"]).sha256 != sha256_of(folder)):
         differs = ["the tokenizer's file has changed"]
     if differs:
         raise UserError(f"{folder} was prepared with another recipe: {'; '.join(differs)}; take "
                         "another --dataset=NAME or remove it")
 
 
-def what_is_there(folder: Path, sources: list[dict], state: dict,
-                  complete: bool) -> tuple[list[dict], list[Part]]:
+def what_is_there(folder: Path, sources: list[dict], state: dict, complete: bool,
+                  seen: dict) -> tuple[list[dict], list[Part]]:
     """Survey the sources; refuse those that held something else when `state` was noted."""
     known = state.get("source", [])
     if complete and all(source["path"].startswith("hf:") for source in sources):
         return known, []
     try:
-        records, parts = survey(sources, known)
+        records, parts = survey(sources, known, seen)
     except UserError:
         if complete:  # the source has gone, and what was made of it still stands
             return known, []
         raise
     for was, now in zip(known, records, strict=False):
         if was != now:
-            raise UserError(f"{folder} was prepared when {now['path']} held something else; take "
-                            "another --dataset=NAME or remove it")
+            names = {**was["files"], **now["files"]}
+            other = [name for name in names if was["files"].get(name) != now["files"].get(name)]
+            raise UserError(f"{folder} was prepared when {now['path']} held something else "
+                            f"({', '.join(other[:3])}); take another --dataset=NAME or remove it")
     return records, parts
 
 
-def make_parts(config: Settings, folder: Path, share: slice, begun: dict,
-               parts: list[Part]) -> dict:
+def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts: list[Part],
+               seen: dict) -> dict:
     """Make what is missing of a share of the parts; return the rest of the manifest, {} if others
     must be made first."""
     rules = Rules(config.strict, config.min_chars, config.max_chars)
     parts = [replace(part, rules=rules) for part in parts]
     hold_out = choose_hold_out(parts, config.val_fraction)
     tokenizer = choose_tokenizer(config.tokenizer, folder, parts)
-    note_beginning(folder, begun, tokenizer)
+    note_beginning(folder, begun, seen, tokenizer)
     mine = range(len(parts))[share]
     if config.dedup != "none":
         missing = mark_parts(folder, parts, mine, config.dedup, config.workers)
@@ -217,6 +227,11 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict,
         parts = without_repeats(folder, parts, config.dedup)
         hold_out = choose_hold_out(parts, config.val_fraction)
     make_shards(config, folder, parts, mine, hold_out, tokenizer)
+    files = {piece.path for part in parts for piece in part.pieces}
+    changed = sorted(path for path in files & seen.keys() if state_of(path) != seen[path][:3])
+    if changed:
+        raise UserError(f"{', '.join(changed[:3])} changed while it was read; remove {folder} and "
+                        "start again")
     if share != WHOLE:
         print(f"{folder}: share {share.start + 1} of {share.step} is done; when all are, the same "
               "command without --part makes the data set")

@@ -22,7 +22,7 @@ from hub_stub import SHA, Hub
 
 import prepare
 from plainllama.settings import Settings, UserError
-from plainllama.text import documents
+from plainllama.text import documents, sources
 from plainllama.text.documents import Tally
 from plainllama.text.selection import DEDUP, choose_hold_out, placed
 from plainllama.text.sources import survey
@@ -346,6 +346,77 @@ def test_a_source_that_changed_is_refused_and_one_that_went_is_not_missed(tmp_pa
         inside(tmp_path, monkeypatch, sources="a.jsonl")
     (tmp_path / "a.jsonl").unlink()
     inside(tmp_path, monkeypatch, sources="a.jsonl")
+
+
+def rewritten(path, old, new):
+    """Change a word of a file, whose size and time of change stay."""
+    before = path.stat()
+    data = path.read_bytes()
+    assert data.count(old) == 1 and len(old) == len(new)
+    path.write_bytes(data.replace(old, new))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_word_changed_in_the_middle_is_noticed(tmp_path, monkeypatch, capsys):
+    """Of a complete data set, of a begun one, and while it is made; a copy of the same is not
+    another, and what has not changed is not read again."""
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(jsonl([f"{i}: " + "word " * 40 for i in range(3000)]))
+    folder = inside(tmp_path, monkeypatch, sources="a.jsonl")
+    files = shards.read_manifest(folder)["source"][0]["files"]
+    assert files == {"a.jsonl": hashlib.sha256(source.read_bytes()).hexdigest()}
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "sha256", None)  # not called
+        inside(tmp_path, monkeypatch, sources="a.jsonl")
+    source.touch()
+    inside(tmp_path, monkeypatch, sources="a.jsonl")
+    assert "already prepared" in capsys.readouterr().out and shards.verify(folder) == (0, [])
+    rewritten(source, b"1500: word", b"1500: bird")
+    with pytest.raises(UserError, match=r"held something else \(a\.jsonl\)"):
+        inside(tmp_path, monkeypatch, sources="a.jsonl")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_manifest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            inside(tmp_path, monkeypatch, dataset="begun", sources="a.jsonl")
+    words = tmp_path / "own.json"
+    shutil.copy(folder / "tokenizer.json", words)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_manifest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            inside(tmp_path, monkeypatch, dataset="own", sources="a.jsonl", tokenizer=str(words))
+    words.write_bytes(words.read_bytes().replace(b"</s>", b"</z>"))
+    with pytest.raises(UserError, match="the tokenizer's file has changed"):
+        inside(tmp_path, monkeypatch, dataset="own", sources="a.jsonl", tokenizer=str(words))
+    rewritten(source, b"1500: bird", b"1500: cart")
+    with pytest.raises(UserError, match="held something else"):
+        inside(tmp_path, monkeypatch, dataset="begun", sources="a.jsonl")
+
+    prepare_shards = prepare.make_shards
+
+    def make(*args):
+        prepare_shards(*args)
+        rewritten(source, b"1500: cart", b"1500: dust")
+    monkeypatch.setattr(prepare, "make_shards", make)
+    with pytest.raises(UserError, match=r"a\.jsonl changed while it was read"):
+        inside(tmp_path, monkeypatch, dataset="while", sources="a.jsonl")
+    assert not (tmp_path / "data/while/manifest.json").exists()
+
+
+def test_a_data_set_with_the_older_hash_of_its_sources_stays_readable(tmp_path, monkeypatch):
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(jsonl(LINES))
+    folder = inside(tmp_path, monkeypatch, sources="a.jsonl")
+    manifest = shards.read_manifest(folder)
+    manifest["source"][0]["files"] = {"a.jsonl": sources.fingerprint(source)}
+    shards.write_manifest(folder, manifest)
+    (folder / shards.SEEN).unlink()
+    inside(tmp_path, monkeypatch, sources="a.jsonl")
+    source.write_bytes(jsonl(LINES[1:]))
+    with pytest.raises(UserError, match="held something else"):
+        inside(tmp_path, monkeypatch, sources="a.jsonl")
 
 
 def test_unfinished_folder_of_another_recipe_and_foreign_files(reference):

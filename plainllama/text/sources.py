@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from plainllama.files import sha256
 from plainllama.settings import UserError, install
 from plainllama.text import documents
 from plainllama.text.documents import KINDS, Part, Piece, kind_of, naming_damage, records_of
@@ -42,18 +43,25 @@ def described(sources: object) -> list[dict]:
     return items
 
 
-def survey(sources: object, known: Sequence[dict] = ()) -> tuple[list[dict], list[Part]]:
+def survey(sources: object, known: Sequence[dict] = (),
+           seen: dict | None = None) -> tuple[list[dict], list[Part]]:
     """Give what the manifest says of the sources, and all their records cut into parts.
 
-    Both are functions of the sources alone; `known` is what an earlier run gave. Raises UserError
-    for what cannot be read.
+    Both are functions of the sources alone; `known` is what an earlier run gave, `seen` what
+    content_hash() has found. Raises UserError for what cannot be read.
     """
+    seen = {} if seen is None else seen
     records: list[dict] = []
     pieces: list[Piece] = []
     for i, source in enumerate(described(sources)):
         path = source["path"]
         record, files = files_of(path, known[i] if known else {})
-        prints = {label: fingerprint(file) for label, file in files}
+        before = known[i]["files"] if known else {}
+        ends = path == "embedded" or path.startswith("hf:")  # what the installer has checked
+        ends |= any(len(old) == 16 for old in before.values())  # or of an older data set
+        noted = seen if path != "-" else {}  # whose file is a new one every time
+        prints = {label: fingerprint(file) if ends else content_hash(file, noted)
+                  for label, file in files}
         if path == "embedded":  # a thousand names, as one
             digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
             prints = {f"{len(files)} files": digest}
@@ -150,12 +158,27 @@ def again(ask: Callable, *args, **options):
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file's size and ends: tells at once that a source is not what it was."""
+    """Hash of a file's size and ends, 16 hex digits."""
     size, end = path.stat().st_size, 64 << 10
     with open(path, "rb") as file:
         start = file.read(end)
         file.seek(max(0, size - end))
         return hashlib.blake2b(b"%d" % size + start + file.read(end), digest_size=8).hexdigest()
+
+
+def content_hash(path: Path, seen: dict) -> str:
+    """Hash of a whole file: at once if `seen`, {path: [size, both times of its change, hash]}, has
+    it as it is; else it is read, and noted there."""
+    state = state_of(path)
+    if seen.get(str(path), [])[:3] != state:
+        seen[str(path)] = [*state, sha256(path)]
+    return seen[str(path)][3]
+
+
+def state_of(path: Path | str) -> list[int]:
+    """Give a file's size and the times at which its content and its entry were changed, in ns."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def whole_file(source: dict, label: str, path: Path) -> Piece:

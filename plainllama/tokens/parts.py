@@ -13,7 +13,7 @@ from plainllama.settings import Settings
 from plainllama.text.documents import Part, Tally, beginnings, documents
 from plainllama.text.selection import HoldOut, placed
 from plainllama.text.workers import COUNTS, NOTES, Worker, own_folder, run_workers, worker_count
-from plainllama.tokens.shards import ShardWriter
+from plainllama.tokens.shards import SEEN, ShardWriter
 from plainllama.tokens.tokenizer import CUT, Tokenizer, compared, make_tokenizer
 
 SAMPLE = 32 << 20  # characters that bpe:N is trained on
@@ -43,14 +43,17 @@ def choose_tokenizer(spec: str, folder: Path, parts: list[Part]) -> Tokenizer:
     return tokenizer
 
 
-def note_beginning(folder: Path, begun: dict, tokenizer: Tokenizer) -> None:
-    """Write down what is begun and with which tokenizer; other shares may do the same now."""
+def note_beginning(folder: Path, begun: dict, seen: dict, tokenizer: Tokenizer) -> None:
+    """Write down what is begun, of which files and with which tokenizer; other shares may do the
+    same now."""
     (folder / NOTES).mkdir(exist_ok=True)
     with own_folder(folder) as own:
         write_json(Path(own) / "state.json", begun)
+        write_json(Path(own) / SEEN, seen)
         tokenizer.save(own)
-        os.replace(Path(own) / "state.json", folder / NOTES / "state.json")
-        os.replace(Path(own) / "tokenizer.json", folder / "tokenizer.json")
+        for name, home in (("state.json", folder / NOTES), (SEEN, folder),
+                           ("tokenizer.json", folder)):
+            os.replace(Path(own) / name, home / name)
 
 
 # ---- a part -> its shards

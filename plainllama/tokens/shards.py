@@ -15,6 +15,7 @@ from plainllama.files import as_json, file_entry, read_json, sha256, sha256_byte
 from plainllama.settings import UserError
 
 FORMAT = 1
+SEEN = "sources.json"  # how the sources lay on this machine: no part of the data set
 HEADER = struct.Struct("<8sIIQ40x")  # magic, format, bytes per token, tokens; 64 bytes in all
 MAGIC = b"plnllama"
 DTYPES: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
@@ -110,7 +111,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     problems = [f"{folder / name}: its sha256 is not the manifest's"
                 for name, entry in manifest["files"].items()
                 if sha256(folder / name) != entry["sha256"]]
-    known = {*manifest["files"], "manifest.json", "manifest.sha256"}
+    known = {*manifest["files"], "manifest.json", "manifest.sha256", SEEN}
     problems += [f"{path}: not named by the manifest"
                  for path in sorted(folder.iterdir()) if path.name not in known]
     return (1 if problems else 0), problems
