@@ -1,6 +1,7 @@
 """Turn text into a data set that can be trusted: sources -> documents -> tokens -> data/NAME/.
 
-  prepare.py [CONFIG] [--key=value ...]   the sources of CONFIG, or of config/llama100m.py
+  prepare.py [CONFIG] [--key=value ...]   the sources of CONFIG, or of config/llama100m.py; other
+                                          --sources are another data set: give --dataset=NAME
   prepare.py CONFIG --part=3/8            the third of eight shares, for a job array; the same
                                           command without --part then makes one data set of them
   prepare.py --verify data/NAME           check every byte: exit 0 good, 1 damaged, 2 not a data set
@@ -48,6 +49,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -82,8 +84,14 @@ def main(command: CommandLine) -> int:
     config = command.config
     if not re.fullmatch(r"\w[\w.+-]*", config.dataset):
         raise UserError(f"dataset {config.dataset!r} is not the name of a folder under data/")
+    given = command.overrides
+    if "sources" in given and "dataset" not in given and not command.files:
+        raise UserError(f"--sources without a config: that would be {config.dataset}, with the "
+                        f"tokenizer {config.tokenizer}; name a data set with --dataset=NAME and, "
+                        "best, a config: config/quickstart.py is a small one")
     share = share_of(look.part)
-    idle = command.overrides.keys() - {*deciding("recipe", "prepare"), "dataset", "block_size"}
+    for_train = {key: given[key] for key in given if key not in deciding("recipe", "prepare")}
+    idle = for_train.keys() - {"dataset", "block_size"}
     if idle:
         print(f"no effect here, but on train.py: {', '.join(sorted(idle))}")
     with held(Path("data") / config.dataset, shared=share != WHOLE) as folder:
@@ -93,10 +101,10 @@ def main(command: CommandLine) -> int:
             return complain("a worker process was killed (out of memory? take fewer --workers); "
                             "the same command goes on from the finished parts", 1)
     if whole:
-        words = ["next: python train.py", *command.files]
-        if "dataset" in command.overrides:
-            words += [f"--dataset={config.dataset}", f"--out_dir=out/{config.dataset}"]
-        print(" ".join(words))
+        if "dataset" in given:
+            for_train = {"out_dir": f"out/{config.dataset}"} | for_train
+        words = [f"--{key}={value}" for key, value in sorted(for_train.items())]
+        print("next:", shlex.join(["python", "train.py", *command.files, *words]))
     return 0
 
 
@@ -153,6 +161,13 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
         if not rest:
             return False
         state = begun | rest
+    tokens = state["splits"]["train"]["tokens"]
+    if tokens <= config.block_size and config.packing == "concat":
+        if not complete:
+            shutil.rmtree(folder)  # else more text would be another source
+        raise UserError(f"{folder}: its train split has {tokens:,} tokens, fewer than one row of "
+                        f"block_size {config.block_size} + 1; give more text or lower block_size")
+    if not complete:
         shards.write_manifest(folder, state)
     shutil.rmtree(folder / NOTES, ignore_errors=True)
     print(f"{folder}: {'already prepared' if complete else 'complete'}")

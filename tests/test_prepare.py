@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from conftest import start_fork
 from hub_stub import SHA, Hub
 
 import prepare
+from plainllama import command
 from plainllama.settings import Settings, UserError
 from plainllama.text import documents, sources
 from plainllama.text.documents import Tally
@@ -83,9 +85,8 @@ def inside(tmp_path, monkeypatch, **keys):
     monkeypatch.chdir(tmp_path)
     config = Settings(**{"dataset": "d", "tokenizer": "bytes", "workers": 1, "block_size": 64,
                          "val_fraction": 0.1} | keys)
-    from plainllama.command import CommandLine
-    command = CommandLine(config, prepare.Flags(), [], "", "", {}, keys)
-    assert prepare.main(command) == 0
+    given = command.CommandLine(config, prepare.Flags(), [], "", "", {}, {"dataset": "d"} | keys)
+    assert prepare.main(given) == 0
     return tmp_path / "data" / config.dataset
 
 
@@ -433,6 +434,42 @@ def test_unfinished_folder_of_another_recipe_and_foreign_files(reference):
     (folder / "thesis.doc").write_text("mine")
     _, error = run(reference, *COMMON, "--dataset=other", code=2)
     assert "thesis.doc" in error and (folder / "thesis.doc").read_text() == "mine"
+
+
+def test_a_set_without_one_training_row_is_not_complete(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("too short\n" * 5)
+    for _ in range(2):  # nothing of it stays, and more text is no other source
+        with pytest.raises(UserError, match=r"train split has 42 tokens, fewer than one row of "
+                                            r"block_size 64 \+ 1"):
+            inside(tmp_path, monkeypatch, sources="a.txt", val_fraction=0.2)
+        assert not (tmp_path / "data").exists() and "complete" not in capsys.readouterr().out
+    folder = inside(tmp_path, monkeypatch, sources="a.txt", val_fraction=0.2, block_size=41)
+    before = contents(folder)
+    with pytest.raises(UserError, match="block_size 42"):
+        inside(tmp_path, monkeypatch, sources="a.txt", val_fraction=0.2, block_size=42)
+    inside(tmp_path, monkeypatch, sources="a.txt", val_fraction=0.2, packing="doc")  # fills rows up
+    assert contents(folder) == before
+
+
+def test_own_text_without_a_config_needs_a_name_and_hints_can_be_copied(tmp_path, monkeypatch,
+                                                                        capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text(book(9000))
+    (tmp_path / "my run.py").write_text("dataset = 'x'\ntokenizer = 'bytes'\nblock_size = 64\n"
+                                        "global_batch_tokens = 640\n")
+    parse = partial(command.parse, doc="", flags=prepare.Flags)
+    with pytest.raises(UserError, match=r"would be openwebtext, with the tokenizer mistral; .*"
+                                        r"--dataset=NAME.* config/quickstart\.py"):
+        prepare.main(parse(["--sources=my.txt"]))
+    assert len(list(tmp_path.iterdir())) == 2
+    prepare.main(parse(["--sources=my.txt", "--dataset=a", "--tokenizer=bytes"]))
+    assert "next: python train.py --dataset=a --out_dir=out/a\n" in capsys.readouterr().out
+    prepare.main(parse(["my run.py", "--sources=my.txt", "--dataset=b", "--block_size=32",
+                        "--out_dir=out/so so"]))
+    assert capsys.readouterr().out.endswith(
+        "next: python train.py 'my run.py' --block_size=32 --dataset=b '--out_dir=out/so so'\n")
+    prepare.main(parse(["my run.py", "--sources=my.txt"]))
+    assert capsys.readouterr().out.endswith("next: python train.py 'my run.py'\n")
 
 
 # ---- verify and inspect

@@ -6,6 +6,7 @@ one is unfinished. docs/format.md describes every byte.
 """
 
 import os
+import shlex
 import struct
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def read_manifest(folder: Path) -> dict:
     there is none."""
     if not folder.is_dir():
         raise UserError(f"no data set {folder}; make it with: python prepare.py CONFIG "
-                        f"--dataset={folder.name} (--sources=YOUR.txt for text of your own)")
+                        f"--dataset={shlex.quote(folder.name)} "
+                        "(--sources=YOUR.txt for text of your own)")
     path, digest = folder / "manifest.json", folder / "manifest.sha256"
     if not path.is_file():
         begun = any(folder.glob("*.bin")) or any(folder.glob("*.tmp"))
