@@ -68,7 +68,7 @@ from plainllama.text.sources import described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
 from plainllama.tokens.parts import choose_tokenizer, make_shards, merged, note_beginning
-from plainllama.tokens.shards import SEEN
+from plainllama.tokens.shards import SEEN, files_in
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.tokens.tokenizer_json import sha256_of
 
@@ -121,6 +121,8 @@ def share_of(text: str) -> slice:
 @contextlib.contextmanager
 def held(folder: Path, shared: bool) -> Iterator[Path]:
     """Make the folder and lock it; `shared`: others that say so may work in it too."""
+    for path in (folder.parent, folder):
+        shards.refuse_a_file(path)
     new = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -163,8 +165,10 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
         state = begun | rest
     tokens = state["splits"]["train"]["tokens"]
     if tokens <= config.block_size and config.packing == "concat":
-        if not complete:
-            shutil.rmtree(folder)  # else more text would be another source
+        if not complete:  # nothing of it stays: else more text would be another source
+            shutil.rmtree(folder / NOTES)
+            for path in files_in(folder):
+                path.unlink()
         raise UserError(f"{folder}: its train split has {tokens:,} tokens, fewer than one row of "
                         f"block_size {config.block_size} + 1; give more text or lower block_size")
     if not complete:
@@ -180,8 +184,8 @@ def unfinished(folder: Path) -> dict:
     ours = (rf"{NOTES}|{SEEN}|tokenizer\.json|manifest\.(sha256|.*\.tmp)"
             r"|(train|val)-\d{5}\.(bin|idx)")
     begun = read_json(folder / NOTES / "state.json")
-    foreign = sorted(path.name for path in folder.iterdir()
-                     if not re.fullmatch(ours if begun else NOTES, path.name))
+    foreign = [path.name for path in files_in(folder)
+               if not re.fullmatch(ours if begun else NOTES, path.name)]
     if foreign:
         raise UserError(f"{folder} holds files of somebody else ({', '.join(foreign[:3])}); take "
                         "another --dataset name or move them away")
@@ -271,7 +275,7 @@ def print_counts(manifest: dict) -> None:
     share = splits["val"]["bytes"] / max(1, sum(n["bytes"] for n in splits.values()))
     asked = manifest["recipe"].get("val_fraction", share)
     if abs(share - asked) > NEARLY * asked:
-        print(f"note: validation is {share:.2%} of the text, {asked:.2%} was asked "
+        print(f"note: validation is {100 * share:.3g} % of the text, {100 * asked:.3g} % was asked "
               "(val_fraction): documents are held out whole")
 
 

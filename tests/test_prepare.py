@@ -1,5 +1,6 @@
 """prepare.py against what the test itself reads from the sources and encodes with `tokenizers`."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -7,6 +8,7 @@ import json
 import lzma
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -493,6 +495,50 @@ def test_verify_finds_a_changed_byte_in_every_kind_of_file(reference, tmp_path, 
     assert prepare.verify(tmp_path) == 2
 
 
+def test_what_a_system_puts_into_folders_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
+    (tmp_path / "data/d").mkdir(parents=True)
+    (tmp_path / "data/d/.DS_Store").write_text("")
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(UserError, match="fewer than one row"):
+        inside(tmp_path, monkeypatch, sources="a.txt")
+    folder = inside(tmp_path, monkeypatch, sources="a.jsonl")
+    (folder / "Thumbs.db").write_text("")
+    assert (folder / ".DS_Store").exists() and shards.verify(folder) == (0, [])
+
+
+def test_a_file_where_a_folder_shall_be(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/file").write_text("")
+    (tmp_path / "data/link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match=f"data/{name} is a file or a link to nowhere"):
+            inside(tmp_path, monkeypatch, sources="a.jsonl", dataset=name)
+        code, problems = shards.verify(tmp_path / "data" / name)
+        assert code == 2 and "is a file or a link" in problems[0]
+    (tmp_path / "data").rename(tmp_path / "was")
+    (tmp_path / "data").write_text("")
+    with pytest.raises(UserError, match="data is a file"):
+        inside(tmp_path, monkeypatch, sources="a.jsonl")
+    assert (tmp_path / "data").is_file() and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(("keys", "says"), [
+    ({"val_fraction": 1e-9}, "1e-07 % was asked"), ({"val_fraction": 0.5}, "complete"),
+    ({"min_chars": 2**62}, f"300 under {2**62} characters"), ({"max_chars": 2**62}, "complete"),
+    ({"max_chars": 1}, "300 over 1 characters"), ({"workers": 10**6}, "complete"),
+    ({"block_size": 1}, "complete"), ({"tokenizer": ""}, "no such file"),
+    ({"tokenizer": "bpe:9" + "9" * 30}, "from 258 to"), ({"tokenizer": "bpe:258"}, "complete")])
+def test_keys_at_their_bounds(keys, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES))
+    with contextlib.ExitStack() as stack:
+        if re.match("300|no|from", says):
+            stack.enter_context(pytest.raises(UserError, match=says))
+        inside(tmp_path, monkeypatch, sources="a.jsonl", **keys)
+        assert says in capsys.readouterr().out
+
+
 def test_inspect_shows_the_documents(reference):
     out, _ = run(reference, "--inspect=data/one")
     assert "mistral" in out and f"{len(BIG):,} documents in" in out
@@ -728,7 +774,8 @@ def test_a_split_far_from_what_was_asked_is_said(tmp_path, monkeypatch, capsys):
     folder = inside(tmp_path, monkeypatch, sources="a.jsonl", val_fraction=0.01)
     splits = shards.read_manifest(folder)["splits"]
     share = splits["val"]["bytes"] / (splits["val"]["bytes"] + splits["train"]["bytes"])
-    assert f"validation is {share:.2%} of the text, 1.00% was asked" in capsys.readouterr().out
+    said = f"validation is {100 * share:.3g} % of the text, 1 % was asked"
+    assert said in capsys.readouterr().out
 
 
 def test_length_bounds_and_strict(tmp_path, monkeypatch):

@@ -450,6 +450,44 @@ def test_a_small_text_gives_a_small_vocabulary():
     assert small.decode(small.encode("another text")) == "another text"
 
 
+def test_a_json_of_another_shape_is_one_line(made, tmp_path):
+    """Each part of a tokenizer.json away or of a wrong type: it is refused, or it can be used."""
+    def places(node, path=()):
+        for name in node if isinstance(node, dict) else range(min(len(node), 1)):
+            if path[-1:] != ("vocab",):
+                yield (*path, name)
+                if isinstance(node[name], dict | list):
+                    yield from places(node[name], (*path, name))
+
+    whole = json.loads((made("bytes")[1] / "tokenizer.json").read_text())
+    file, refused = tmp_path / "tokenizer.json", {}
+    for place in places(whole):
+        for bad in ("away", None, 5, "x", [], {}, [None], {"a": None}):
+            spec = json.loads(json.dumps(whole))
+            inner = spec
+            for name in place[:-1]:
+                inner = inner[name]
+            if bad == "away":
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = bad
+            file.write_text(json.dumps(spec))
+            try:
+                tokenizer.make_tokenizer(str(file)).encode("any text")
+                byte_info(file)
+            except UserError as error:
+                refused[place, str(bad)] = str(error)
+                assert str(file) in str(error) and "\n" not in str(error)
+    for name in ("id", "content"):
+        assert "in its added_tokens has no id or no content" in refused[
+            ("added_tokens", 0, name), "away"]
+    assert (("post_processor",), "away") not in refused
+    unigram = {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}, "decoder": {"type": "Fuse"}}
+    file.write_text(json.dumps(unigram))
+    with pytest.raises(UserError, match="no unk_id"):
+        tokenizer.make_tokenizer(str(file))
+
+
 def test_bad_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("not json")
     cases = {"not json": "not a JSON", "[1]": "not a JSON", "{}": "no tokenizer model",

@@ -71,6 +71,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def read_manifest(folder: Path) -> dict:
     """Read the manifest of a complete data set whose files have the sizes it names; UserError if
     there is none."""
+    refuse_a_file(folder)
     if not folder.is_dir():
         raise UserError(f"no data set {folder}; make it with: python prepare.py CONFIG "
                         f"--dataset={shlex.quote(folder.name)} "
@@ -103,6 +104,19 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def refuse_a_file(folder: Path) -> None:
+    """Raise UserError if what shall be a folder is something else."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is a file or a link to nowhere, where a folder shall be; remove "
+                        "it or name another")
+
+
+def files_in(folder: Path) -> list[Path]:
+    """List what lies in a folder, without what a system puts there: .DS_Store and the like."""
+    return sorted(path for path in folder.iterdir()
+                  if path.name[0] != "." and path.name not in ("Thumbs.db", "desktop.ini"))
+
+
 def verify(folder: Path) -> tuple[int, list[str]]:
     """Check every byte; returns (0, []) if good, (1, problems) if damaged, (2, [why]) if there is
     no manifest: it is not a data set, or an unfinished one."""
@@ -115,7 +129,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
                 if sha256(folder / name) != entry["sha256"]]
     known = {*manifest["files"], "manifest.json", "manifest.sha256", SEEN}
     problems += [f"{path}: not named by the manifest"
-                 for path in sorted(folder.iterdir()) if path.name not in known]
+                 for path in files_in(folder) if path.name not in known]
     return (1 if problems else 0), problems
 
 

@@ -151,11 +151,11 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]] | None = None,
     kind = "bpe:N" if name.partition(":")[0] == "bpe" else name
     if kind not in MAKERS:
         path = Path(name)
-        if path.is_dir() and not (path / "tokenizer.json").exists():
+        if name and path.is_dir() and not (path / "tokenizer.json").exists():
             return make_tokenizer(str(path / "tokenizer.model"), texts, search)
-        if not path.exists():
-            raise UserError(f"tokenizer {name}: no such file, and not mistral, gpt2, bytes or bpe:N"
-                            f"{nearest(name, ['mistral', 'gpt2', 'bytes', 'bpe:4096'])}")
+        if not name or not path.exists():
+            raise UserError(f"tokenizer {name!r}: no such file, and not mistral, gpt2, bytes or "
+                            f"bpe:N{nearest(name, ['mistral', 'gpt2', 'bytes', 'bpe:4096'])}")
         kind = "a .model" if path.suffix == ".model" and path.is_file() else "a tokenizer.json"
     return Tokenizer(*MAKERS[kind](name, texts, search, network), name)
 
@@ -173,8 +173,9 @@ def find_published(name: str, texts, search: Sequence[Path], network: bool) -> t
 def train_bpe(name: str, texts: Callable, *_) -> tuple[dict, bytes]:
     """Train the byte-level BPE that bpe:N asks for, on the text that `texts` gives."""
     size = name.partition(":")[2]
-    if not size.isdecimal() or int(size) < 258:
-        raise UserError(f"tokenizer {name}: bpe:N takes a whole number from 258 up, as bpe:4096")
+    if not size.isdecimal() or not 258 <= int(size) < 1 << 31:
+        raise UserError(f"tokenizer {name}: bpe:N takes a whole number from 258 to 2^31 - 1, as "
+                        "bpe:4096")
     return tokenizer_json.complete(vocabulary.train(int(size), texts()), name)
 
 

@@ -72,6 +72,15 @@ def complete(spec: dict, where: str, data: bytes = b"") -> tuple[dict, bytes]:
     Returns it and its bytes: `data`, those it was read from, if nothing was missing. UserError,
     which names `where`, if it is not a tokenizer that we can use.
     """
+    try:
+        return completed(spec, where, data)
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise UserError(f"{where} is not what a tokenizer.json is ({error!r}); take another, or "
+                        "save it again with the tokenizers library") from None
+
+
+def completed(spec: dict, where: str, data: bytes) -> tuple[dict, bytes]:
+    """complete(), which raises whatever a part of a wrong type brings about."""
     model = spec.get("model")
     if not isinstance(model, dict) or not model.get("vocab"):
         raise UserError(f"{where} holds no tokenizer model; give a BPE or unigram tokenizer")
@@ -80,6 +89,13 @@ def complete(spec: dict, where: str, data: bytes = b"") -> tuple[dict, bytes]:
     if model["type"] not in ("BPE", "Unigram") or not decoders or decoders - DECODERS:
         raise UserError(f"{where}: a {model['type']} tokenizer with decoders {sorted(decoders)} is "
                         "not supported; take a BPE or unigram of the LLaMA or GPT family")
+    whole = model.get("byte_fallback") or model.get("unk_id") is not None
+    if model["type"] == "Unigram" and not whole:
+        raise UserError(f"{where}: its Unigram model has no unk_id, and so no id for a character "
+                        "that its vocabulary lacks; give it one")
+    for entry in spec.get("added_tokens") or []:
+        if type(entry.get("id")) is not int or not isinstance(entry.get("content"), str):
+            raise UserError(f"{where}: {entry} in its added_tokens has no id or no content")
     before = outline(spec)
     spec |= {"truncation": None, "padding": None}
     if model["type"] == "BPE":
