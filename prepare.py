@@ -56,14 +56,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from plainllama.files import read_json, write_json
+from plainllama.text import selection
 from plainllama.text.documents import Part, Rules
-from plainllama.text.selection import (
-    NEARLY,
-    check_dedup,
-    choose_hold_out,
-    mark_parts,
-    without_repeats,
-)
 from plainllama.text.sources import described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
@@ -86,9 +80,8 @@ def main(command: CommandLine) -> int:
         raise UserError(f"dataset {config.dataset!r} is not the name of a folder under data/")
     given = command.overrides
     if "sources" in given and "dataset" not in given and not command.files:
-        raise UserError(f"--sources without a config: that would be {config.dataset}, with the "
-                        f"tokenizer {config.tokenizer}; name a data set with --dataset=NAME and, "
-                        "best, a config: config/quickstart.py is a small one")
+        raise UserError(f"--sources without a config would be {config.dataset}, with the tokenizer "
+                        f"{config.tokenizer}; add --dataset=NAME, best also config/quickstart.py")
     share = share_of(look.part)
     for_train = {key: given[key] for key in given if key not in deciding("recipe", "prepare")}
     idle = for_train.keys() - {"dataset", "block_size"}
@@ -149,13 +142,12 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
     recipe["sources"] = described(config.sources)
     complete = (folder / "manifest.json").exists()
     state = shards.read_manifest(folder) if complete else unfinished(folder)
-    check_dedup(config.dedup)
+    selection.check_dedup(config.dedup)
     refuse_another_recipe(folder, recipe, state)
-    known = read_json(folder / SEEN, tolerant=True)
-    seen = dict(known)
+    seen = read_json(folder / SEEN, tolerant=True)
     records, parts = what_is_there(folder, recipe["sources"], state, complete, seen)
-    if complete and seen != known:
-        with contextlib.suppress(OSError):  # it may be read alone; the next time reads all again
+    if complete:
+        with contextlib.suppress(OSError):  # of a folder that may only be read
             write_json(folder / SEEN, seen)
     if not complete:
         begun = {"recipe": recipe, "source": records}
@@ -220,8 +212,7 @@ def what_is_there(folder: Path, sources: list[dict], state: dict, complete: bool
         raise
     for was, now in zip(known, records, strict=False):
         if was != now:
-            names = {**was["files"], **now["files"]}
-            other = [name for name in names if was["files"].get(name) != now["files"].get(name)]
+            other = sorted({name for name, _ in was["files"].items() ^ now["files"].items()})
             raise UserError(f"{folder} was prepared when {now['path']} held something else "
                             f"({', '.join(other[:3])}); take another --dataset=NAME or remove it")
     return records, parts
@@ -233,18 +224,18 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
     must be made first."""
     rules = Rules(config.strict, config.min_chars, config.max_chars)
     parts = [replace(part, rules=rules) for part in parts]
-    hold_out = choose_hold_out(parts, config.val_fraction)
+    hold_out = selection.choose_hold_out(parts, config.val_fraction)
     tokenizer = choose_tokenizer(config.tokenizer, folder, parts)
     note_beginning(folder, begun, seen, tokenizer)
     mine = range(len(parts))[share]
     if config.dedup != "none":
-        missing = mark_parts(folder, parts, mine, config.dedup, config.workers)
+        missing = selection.mark_parts(folder, parts, mine, config.dedup, config.workers)
         if missing:
             print(f"{folder}: {missing} parts are not yet searched for repeated documents; "
                   "when the other shares have ended, start all of them once more")
             return {}
-        parts = without_repeats(folder, parts, config.dedup)
-        hold_out = choose_hold_out(parts, config.val_fraction)
+        parts = selection.without_repeats(folder, parts, config.dedup)
+        hold_out = selection.choose_hold_out(parts, config.val_fraction)
     make_shards(config, folder, parts, mine, hold_out, tokenizer)
     files = {piece.path for part in parts for piece in part.pieces}
     changed = sorted(path for path in files & seen.keys() if state_of(path) != seen[path][:3])
@@ -274,7 +265,7 @@ def print_counts(manifest: dict) -> None:
               f"{n['bytes'] / max(n['tokens'], 1):>13.3f}{n['longest']:>11,}")
     share = splits["val"]["bytes"] / max(1, sum(n["bytes"] for n in splits.values()))
     asked = manifest["recipe"].get("val_fraction", share)
-    if abs(share - asked) > NEARLY * asked:
+    if abs(share - asked) > selection.NEARLY * asked:
         print(f"note: validation is {100 * share:.3g} % of the text, {100 * asked:.3g} % was asked "
               "(val_fraction): documents are held out whole")
 

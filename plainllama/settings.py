@@ -36,7 +36,8 @@ class Settings:
     dataset: str = identity("openwebtext", "folder under data/ that prepare.py writes")
     sources: object = recipe("hf:ashaba1in/small_openwebtext", "text: a path, glob, -, "
                              "hf:NAME[@REV][:split], embedded, a dict, or a list of these")
-    tokenizer: str = recipe("mistral", "or gpt2, bytes, bpe:4096 (trained here), a .model or .json")
+    tokenizer: str = recipe(
+        "mistral", "mistral, gpt2, bytes, bpe:4096 (trained here), a .model, a tokenizer.json")
     val_fraction: float = recipe(0.005, "share of documents held out", low=1e-9, high=0.5)
     min_chars: int = recipe(0, "documents with fewer characters are dropped", low=0)
     max_chars: int = recipe(0, "documents with more characters are dropped (0: no bound)", low=0)

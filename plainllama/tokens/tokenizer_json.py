@@ -28,7 +28,11 @@ def read_spec(path: Path | str) -> tuple[dict, bytes]:
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}; give a tokenizer.json or a folder that holds one")
-    return complete(read_json(file), str(file), file.read_bytes())
+    try:
+        return complete(read_json(file), str(file), file.read_bytes())
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise UserError(f"{file} is not what a tokenizer.json is ({error!r}); take another, or "
+                        "save it again with the tokenizers library") from None
 
 
 def sha256_of(path: Path | str) -> str:
@@ -72,15 +76,6 @@ def complete(spec: dict, where: str, data: bytes = b"") -> tuple[dict, bytes]:
     Returns it and its bytes: `data`, those it was read from, if nothing was missing. UserError,
     which names `where`, if it is not a tokenizer that we can use.
     """
-    try:
-        return completed(spec, where, data)
-    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
-        raise UserError(f"{where} is not what a tokenizer.json is ({error!r}); take another, or "
-                        "save it again with the tokenizers library") from None
-
-
-def completed(spec: dict, where: str, data: bytes) -> tuple[dict, bytes]:
-    """complete(), which raises whatever a part of a wrong type brings about."""
     model = spec.get("model")
     if not isinstance(model, dict) or not model.get("vocab"):
         raise UserError(f"{where} holds no tokenizer model; give a BPE or unigram tokenizer")
