@@ -63,6 +63,7 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 
 import json
 import math
+import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -71,10 +72,12 @@ from model import LLaMA
 from plainllama import parallel, results
 from plainllama.evaluation import counting, irt, likelihood, tasks
 from plainllama.results import score_table
-from plainllama.tokens.rows import hash_of_data
+from plainllama.tokens.rows import PAD, hash_of_data
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info, sha256_of
 from plainllama.weights import checkpoint, huggingface
+
+BITS = "bits per byte"
 
 
 def main(command) -> int:
@@ -82,6 +85,8 @@ def main(command) -> int:
     flags, given = command.flags, command.overrides
     if command.files:
         raise UserError(f"unexpected argument {command.files[0]}; name the model with --ckpt=")
+    if flags.all and "ckpt" in given:
+        raise UserError("--all and --ckpt both name what is scored; leave one out")
     if flags.irt:
         if idle := sorted(given.keys() - {"irt", "irt_file", "json"}):
             raise UserError(f"--irt scores a file without a model; leave out --{idle[0]}")
@@ -90,8 +95,6 @@ def main(command) -> int:
         if flags.json:
             print(json.dumps(metrics))
         return 0
-    if flags.all and "ckpt" in given:
-        raise UserError("--all and --ckpt both name what is scored; leave one out")
     with closing(parallel.start(flags.device, "auto")) as world:
         evaluation = partial(Evaluation, flags, given, world)
         if not flags.all:
@@ -101,8 +104,7 @@ def main(command) -> int:
         whole = world.decide(lambda: next(
             (folder for folder in folders if not checkpoint.damage(folder, training=False)), None))
         if not whole:
-            raise UserError(f"--all={flags.all} is not a run with checkpoints that are whole; name "
-                            "one, such as out/NAME")
+            raise UserError(f"--all={flags.all} is not a run with checkpoints that are whole")
         return evaluation(whole).score(folders)
 
 
@@ -114,12 +116,11 @@ class Evaluation:
     def __init__(self, flags: Flags, given: dict, world: parallel.World, first: Path):
         """Look at every input before anything slow begins; UserError for what does not fit.
         `given`: the flags that were said; `first`: a checkpoint, of whose run the others are."""
-        self.first = first
-        self.flags, self.given, self.world = flags, given, world
+        self.first, self.flags, self.given, self.world = first, flags, given, world
         self.say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
         self.batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
         self.dtype = parallel.pick_dtype(flags.dtype, world.device)
-        self.run, self.tokenizer = run_of(self.first), Tokenizer.load(self.first)
+        self.run, self.tokenizer = run_of(first), Tokenizer.load(first)
         self.config = Settings(dataset="")
         if self.run:
             config = read_json(self.run / "run.json").get("config")
@@ -132,50 +133,50 @@ class Evaluation:
             self.say(f"not recorded in {self.run}/eval, because of {' '.join(special)}")
         # RUN/eval holds what all runs can be compared by; rank 0 writes it
         self.keep = None if special or world.rank > 0 else self.run
-        whole = huggingface.read_config(self.first).block_size
-        length = flags.context or whole
-        if length > whole:
-            raise UserError(f"--context={length} is more than the {whole} tokens of the model")
-        self.shorter = f" in windows of {length}" if length < whole else ""
-        self.windows = self.open_windows(length)
-        self.tasks, self.unavailable = tasks.find_tasks(flags, world)
+        self.open_windows(huggingface.read_config(first).block_size)
+        asked = [name.strip() for name in flags.tasks.split(",") if name.strip()]
+        self.name_idle(asked)
+        self.tasks, self.unavailable = tasks.find_tasks(asked, flags, world)
         for reason in self.unavailable:
             self.say(reason)
-        of_run = self.run and self.windows and not (flags.data or flags.text or self.shorter)
-        if flags.baselines and (not of_run or self.config.mixture or self.config.packing == "doc"):
-            raise UserError("--baselines counts in the rows of a run of one data set that is here, "
-                            "with packing=concat; name one, without --data, --context and --text")
-        self.name_idle()
         self.look_through_training_data()
         if self.keep:
             (self.keep / "eval").mkdir(exist_ok=True)  # OSError before anything is scored
 
-    def open_windows(self, block_size: int) -> likelihood.Windows | None:
-        """Open the text, or the validation split; None, which is said, if no data set was named and
-        the run's is not here."""
-        flags, self.made_of = self.flags, {"dtype": str(self.dtype)}
-        asked = {name: True for name in ("by_position", "baselines") if getattr(flags, name)}
-        self.windows_made_of: dict = self.made_of | asked
-        self.tokens = flags.eval_tokens or self.config.eval_tokens
-        if flags.text:
-            text = likelihood.TextRows(flags.text, self.tokenizer, block_size, flags.eval_tokens)
-            self.tokens = flags.eval_tokens or text.windows * block_size
-            self.windows_made_of |= {"text": text.hash}
-            return text
-        name = flags.data or self.config.dataset
+    def open_windows(self, whole: int) -> None:
+        """Open the text, or the validation split; neither, which is said, if no data set was named
+        and the run's is not here. `whole`: tokens of the model's context."""
+        flags, config = self.flags, self.config
+        name, length = flags.data or config.dataset, flags.context or whole
+        if length > whole:
+            raise UserError(f"--context={length} is more than the {whole} tokens of the model")
+        self.shorter = f" in windows of {length}" if length < whole else ""
+        self.section = ("contexts", str(length)) if self.shorter else ()  # of the result
+        self.tokens = flags.eval_tokens or config.eval_tokens
+        self.windows: likelihood.Windows | None = None
+        self.windows_made_of: dict = {"dtype": str(self.dtype)} | {
+            name: True for name in ("by_position", "baselines") if getattr(flags, name)}
         data = self.data_folder(name)
-        if data is None and flags.data:
+        if flags.text:
+            text = likelihood.TextRows(flags.text, self.tokenizer, length, flags.eval_tokens)
+            self.tokens = flags.eval_tokens or text.windows * length
+            self.windows, self.section = text, ("texts", flags.text + self.shorter)
+            self.windows_made_of |= {"text": text.hash}
+        elif data:
+            self.windows = likelihood.validation_rows(data, self.first, length)
+            digest = (data / "manifest.sha256").read_text().strip()
+            self.windows_made_of |= {"data": digest, "tokens": self.tokens}
+            if self.run and not flags.data:
+                self.compare_data(data)
+        elif flags.data:
             raise UserError(f"no data set {name}; name a folder that prepare.py wrote")
-        if data is None:
+        else:
             lacking = f"no data set data/{name}" if name else "the model has no run"
             self.say(f"no bits per byte: {lacking}; name a data set with --data=FOLDER")
-            return None
-        rows = likelihood.validation_rows(data, self.first, block_size)
-        digest = (data / "manifest.sha256").read_text().strip()
-        self.windows_made_of |= {"data": digest, "tokens": self.tokens}
-        if self.run and not flags.data:
-            self.compare_data(data)
-        return rows
+        of_run = self.run and data and not (flags.data or flags.text or self.shorter)
+        if flags.baselines and (not of_run or config.mixture or config.packing == "doc"):
+            raise UserError("--baselines counts in the rows of a run of one data set that is here, "
+                            "with packing=concat; name one, without --data, --context and --text")
 
     def compare_data(self, data: Path) -> None:
         """Say so if the run's data sets are not what it was trained on."""
@@ -185,19 +186,16 @@ class Evaluation:
         if lacking:
             self.say(f"note: of the mixture {', '.join(lacking)} is not here to be compared")
         elif known != hash_of_data(data, self.config):
-            self.say(f"note: {' or '.join(map(str, [data, *others]))} is not as it was when this "
-                     "run was trained on it")
+            self.say(f"note: {' or '.join(map(str, [data, *others]))} is not as it was in training")
 
-    def name_idle(self) -> None:
-        """Say which flags have no effect beside the others."""
-        asked = [name.strip() for name in self.flags.tasks.split(",") if name.strip()]
+    def name_idle(self, asked: list[str]) -> None:
+        """Say which flags have no effect beside the others; `asked`: names of tasks."""
         local = [name for name in asked if name.startswith("local:")]
-        others = set(asked) - {*local, "passkey"}  # lm-eval's
-        useful = {"shots": local, "answers": local, "include_path": others, "limit": asked,
-                  "log_samples": asked, "contamination": asked, "by_position": self.windows,
-                  "context": self.windows, "eval_tokens": self.windows}
-        for name, use in useful.items():
-            if name in self.given and not use:
+        useful = {("shots", "answers"): local, ("limit", "log_samples", "contamination"): asked,
+                  ("include_path",): set(asked) - {*local, "passkey"},
+                  ("by_position", "context", "eval_tokens"): self.windows}
+        for name in [name for names, use in useful.items() if not use for name in names]:
+            if name in self.given:
                 self.say(f"note: --{name} has no effect here")
 
     def look_through_training_data(self) -> None:
@@ -209,28 +207,23 @@ class Evaluation:
                    if folder and (folder / "manifest.json").is_file()
                    and sha256_of(folder) == sha256_of(self.first)]
         here, self.contaminated, self.repeated = len(folders) == len(names), {}, {}
-        if self.flags.contamination and not here:
-            raise UserError("--contamination looks through the training data, and data set "
-                            f"{' '.join(names) or 'of this model'} is not here, or of another "
-                            "tokenizer; name one with --data=")
+        where, most = (folders, self.tokenizer, self.world), counting.LOOK
         if self.flags.contamination:
-            self.contaminated = counting.contamination(
-                self.tasks, folders, self.tokenizer, self.world)
+            if not here:
+                raise UserError(f"--contamination: data set {' '.join(names) or 'of this model'} is"
+                                " not here, or of another tokenizer; name one with --data=")
+            self.contaminated, most = counting.contamination(self.tasks, *where), sys.maxsize
             for name in self.tasks.keys() - self.contaminated.keys():
-                self.say(f"contamination of {name} cannot be told: no question has "
-                         f"{counting.RUN} words")
+                self.say(f"no contamination of {name}: no question has {counting.RUN} words")
         if here and self.windows:
             count = likelihood.window_count(self.windows, self.tokens)
-            everywhere = self.flags.contamination
-            most = 1 << 40 if everywhere else counting.LOOK
-            share = counting.repeated(self.windows.read_windows(range(count)), folders,
-                                      self.tokenizer, self.world, most)
-            if share:
-                self.repeated = {"repeated": share}
-                first = "" if everywhere else f"the first {counting.LOOK:,} tokens of "
-                self.say(f"note: {share:.2%} of the runs of {counting.RUN} words that are scored "
-                         f"lie in {first}the training data: of these, bits per byte tell what is "
-                         "remembered")
+            texts = [self.tokenizer.decode(row[row != PAD])
+                     for row in self.windows.read_windows(range(count))]
+            _, met = counting.runs_met(texts, *where, most)
+            if met.any():
+                self.repeated = {"repeated": float(met.mean())}
+                self.say(f"note: at least {met.mean():.2%} of the runs of {counting.RUN} words lie "
+                         "in the training data: of these, bits per byte tell what is remembered")
 
     def data_folder(self, name: str) -> Path | None:
         """Find a data set here or beside the run, None if it is nowhere; --data may be a path."""
@@ -261,55 +254,47 @@ class Evaluation:
 
     def complete(self, kept: dict) -> bool:
         """Whether RUN/eval holds all that is asked for, made of what it would be made of now."""
-        sections = [(self.of_windows(kept), self.windows_made_of)] if self.windows else []
-        for name, task in self.tasks.items():
-            sections += [(kept.get("tasks", {}).get(member, {}), self.task_made_of(name))
-                         for member in task.names]
-        return all(inputs.items() <= section.get("made_of", {}).items()
-                   for section, inputs in sections)
+        wanted = [(self.section, self.windows_made_of)] if self.windows else []
+        wanted += [(("tasks", member), self.task_made_of(name))
+                   for name, task in self.tasks.items() for member in task.names]
+        return all(inputs.items() <= results.section(kept, place).get("made_of", {}).items()
+                   for place, inputs in wanted)
 
     def task_made_of(self, name: str) -> dict:
         """Say what a task's scores are made of, beside the weights."""
         samples = {"log_samples": True} if self.flags.log_samples else {}
-        return (self.made_of | self.tasks[name].made_of | samples
+        return ({"dtype": str(self.dtype)} | self.tasks[name].made_of | samples
                 | self.contaminated.get(name, {}))
-
-    def of_windows(self, result: dict) -> dict:
-        """Find the scores of the windows in a result: at its top, or in a section of it."""
-        if self.flags.text:
-            return result.setdefault("texts", {}).setdefault(self.flags.text + self.shorter, {})
-        if self.shorter:
-            return result.setdefault("contexts", {}).setdefault(str(self.flags.context), {})
-        return result
 
     def score_checkpoint(self, folder: Path) -> bool:
         """Score one checkpoint: its windows, then every task; each score is recorded as soon as it
         is there. Whether all could be scored that was named."""
         model = huggingface.load_model(folder, self.world.device, self.dtype)
         state = checkpoint.read_state(folder) if self.run else {}
-        result: dict = {}
+        result: dict = {"tasks": {}}
         if state:  # tokens: targets trained on, as in metrics.jsonl
             seen = state["rows"] * model.config.block_size
-            result = {"step": state["step"], "tokens": state.get("tokens", seen),
-                      "weights": results.weights_hash(folder)}
-        whole = True
+            result |= {"step": state["step"], "tokens": state.get("tokens", seen),
+                       "weights": results.weights_hash(folder)}
+        parts: dict = {name: partial(self.score_task, name) for name in self.tasks}
         if self.windows:
+            parts = {BITS: partial(self.score_windows, self.windows, state)} | parts
+        failed = []
+        for name, score in parts.items():
             try:
-                self.of_windows(result).update(self.score_windows(model, self.windows, state))
+                score(model, result)
             except UserError as error:  # the same on every rank
-                self.say(f"no bits per byte: {error}")
-                whole = False
-        result["tasks"] = {}
-        results.record(self.keep, result)
-        failed = [name for name in self.tasks if not self.score_task(name, model, result)]
+                self.say(f"no {name}: {error}")
+                failed.append(name)
+            results.record(self.keep, result)  # after each: what is finished is kept
         if self.flags.json:
             self.say(json.dumps(result))
-        return whole and not (failed and "tasks" in self.given)
+        return not failed or ("tasks" not in self.given and BITS not in failed)
 
-    def score_windows(self, model: LLaMA, windows: likelihood.Windows, state: dict) -> dict:
-        """Score the validation split or a text, and say so: {val_loss, val_bpb, ppl, val_tokens,
-        val_bytes, by_position, baselines, made_of}. UserError for losses that are not finite."""
-        flags = self.flags
+    def score_windows(self, windows: likelihood.Windows, state: dict, model: LLaMA,
+                      result: dict) -> None:
+        """Score the validation split or a text, say so, and add to `result` {val_loss, val_bpb,
+        ppl, val_tokens, val_bytes, by_position, baselines, made_of}."""
         rows = min(self.batch_tokens // windows.block_size,
                    likelihood.window_count(windows, self.tokens))
         bos_id = self.tokenizer.bos_id if self.config.doc_mask else None
@@ -318,36 +303,29 @@ class Evaluation:
         if not math.isfinite(found["val_loss"]):
             raise UserError(likelihood.NOT_FINITE)
         scores = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
-        title = f"{flags.text or 'validation'}{self.shorter}, {found['tokens']:,} tokens"
+        title = f"{self.flags.text or 'validation'}{self.shorter}, {found['tokens']:,} tokens"
         self.say(score_table(f"{title}, {found['bytes']:,} bytes", scores))
         scores |= {"val_tokens": found["tokens"], "val_bytes": found["bytes"], **self.repeated,
                    "made_of": self.windows_made_of}
-        if flags.by_position:
+        if self.flags.by_position:
             losses = scores["by_position"] = likelihood.by_position(model, windows, *how)
             self.say(score_table(f"loss by position{self.shorter}, nats per token", losses))
-        if flags.baselines and self.world.rank == 0:
+        if self.flags.baselines and self.world.rank == 0:
             scores["baselines"] = counting.compare(
                 windows, state["rows"], scores, self.config, self.say)  # type: ignore
-        return scores
+        results.section(result, self.section).update(scores)
 
-    def score_task(self, name: str, model: LLaMA, result: dict) -> bool:
-        """Score a task, say so, add the metrics to `result`, and record it; whether it could be."""
+    def score_task(self, name: str, model: LLaMA, result: dict) -> None:
+        """Score a task, say so, and add the metrics to `result`."""
         scorer = tasks.Scorer(model, self.tokenizer, self.batch_tokens, self.world)
-        try:
-            scores = self.tasks[name].score(scorer)
-        except UserError as error:  # the same on every rank
-            self.say(f"no {name}: {error}")
-            return False
-        for member, metrics in scores.items():
-            metrics |= {"begin": self.tokenizer.bos_token, "made_of": self.task_made_of(name)}
-            metrics |= self.contaminated.get(name, {})
+        for member, metrics in self.tasks[name].score(scorer).items():
+            metrics |= {"begin": self.tokenizer.bos_token, "made_of": self.task_made_of(name),
+                        **self.contaminated.get(name, {})}
             self.say(score_table(f"{member}, {metrics['n']} prompts", metrics))
-        result["tasks"] |= scores
+            result["tasks"][member] = metrics
         if self.flags.log_samples and self.world.rank == 0:
             for member, samples in scorer.samples.items():
                 results.write_samples(self.keep, result.get("step"), member, samples)
-        results.record(self.keep, result)  # after each task: what is finished is kept
-        return True
 
 
 if __name__ == "__main__":

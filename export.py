@@ -79,7 +79,7 @@ def main(command) -> int:
     if command.files or not flags.to:
         raise UserError("name the folder to write with --to=DIR and the model with --ckpt")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(f"--to {final} exists and is not empty; name a new folder")
+        raise UserError(f"--to {flags.to} exists and is not empty; name a new folder")
     if flags.push and flags.push.count("/") != 1:
         raise UserError(f"--push takes user/name, not {flags.push!r}")
     if flags.push and importlib.util.find_spec("huggingface_hub") is None:

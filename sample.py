@@ -122,7 +122,8 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
             journal.remove()  # there if a kill came just before this line
             print(f"{f.out} is complete, with {len(rows)} rows; move it away to make it anew")
         return 0
-    model = generate.load(folder, world.device, f.dtype)
+    dtype = parallel.pick_dtype(f.dtype, world.device)
+    model = huggingface.load_model(folder, world.device, dtype)
     if journal:
         journal.begin(world.rank)
     if done and world.rank == 0:
@@ -155,7 +156,8 @@ def check(f: Any, ids: list[list[int]], folder: Path) -> None:
     for i, prompt in enumerate(ids):
         if len(prompt) > room:
             where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
-            raise UserError(f"{where}the prompt has {len(prompt)} tokens, room is for {room}")
+            raise UserError(f"{where}the prompt has {len(prompt)} tokens, room is for {room} in a "
+                            f"context of {config.block_size}")
     generate.layers_of(f.layers, config.n_layer + 1)
 
 

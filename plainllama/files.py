@@ -117,8 +117,7 @@ def hold(file, problem: str) -> None:
     except BlockingIOError:
         raise UserError(problem) from None
     except OSError as error:  # some network file systems have no locks
-        print(f"WARNING: {file.name} cannot be locked ({error}); start no second job on it",
-              flush=True)
+        print(f"WARNING: no lock on {file.name} ({error}); start no second job on it", flush=True)
 
 
 # ---- a run's folder

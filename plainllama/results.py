@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from plainllama.files import read_json, sha256_bytes, write_json, write_text
 
-HEADING = {"shots": "{} shots", "begin": "{} in front",
+HEADING = {"long_enough": "{} long enough to be told", "shots": "{} shots", "begin": "{} in front",
            "truncated": "{} too long for the context and cut at the left"}
-DESCRIBES = {*HEADING, "n", "chance", "correct", "long_enough"}  # numbers that are no scores
+DESCRIBES = {*HEADING, "n", "chance", "correct"}  # numbers that are no scores
 GROUPS = {"tasks", "contexts", "texts"}  # of sections; all else in the file is of validation
 
 # ---- what is shown
@@ -21,7 +21,7 @@ class Score(NamedTuple):
     name: str
     value: float
     error: float | None  # standard error
-    interval: tuple[float, float] | None  # holds 95 % of the values from resampled questions
+    interval: list[float] | None  # holds 95 % of the values from resampled questions
     chance: float | None  # what choosing blindly gives, of accuracies
     guess: dict | None  # what guessing models reach: mean, deviation, reaches_0.30
 
@@ -63,8 +63,6 @@ def score_table(title: str, metrics: dict) -> str:
                      f"{guess['reaches_0.30']:.0%} of tries")
         elif score.chance:
             line += f"   chance {score.chance:.4f}"
-        if score.name == "contaminated":
-            line += f"   of {metrics['n']} questions; {metrics['long_enough']} can be told"
         lines.append(line)
     if "letters" in metrics:
         counts = ", ".join(f"{letter} {n}" for letter, n in metrics["letters"].items())
@@ -80,6 +78,13 @@ def read_scores(run: Path, step: int) -> dict:
     """Read what RUN/eval holds of a step; {} if that is nothing, damaged, or of other weights."""
     scores = read_json(run / "eval" / f"step_{step}.json", tolerant=True)
     return scores if are_of(scores, run / "checkpoints" / f"step_{step}") else {}
+
+
+def section(result: dict, place: tuple[str, ...]) -> dict:
+    """Find a section of the scores, () the scores of validation; made if it is not there."""
+    for name in place:
+        result = result.setdefault(name, {})
+    return result
 
 
 def weights_hash(checkpoint: Path) -> str:
@@ -106,12 +111,11 @@ def record(run: Path | None, result: dict) -> None:
     now are kept, if the weights are the same."""
     if run:
         kept = read_scores(run, result["step"])
-        groups = {name: kept[name] for name in GROUPS if name in kept}
-        for name in GROUPS & result.keys():
-            old = groups.get(name, {})
-            groups[name] = old | {title: joined(old.get(title, {}), section)
-                                  for title, section in result[name].items()}
-        write_json(run / "eval" / f"step_{result['step']}.json", joined(kept, result) | groups)
+        merged = {**joined(kept, result)}
+        for name in GROUPS & (kept.keys() | result.keys()):
+            old, new = kept.get(name, {}), result.get(name, {})
+            merged[name] = old | {title: joined(old.get(title, {}), new[title]) for title in new}
+        write_json(run / "eval" / f"step_{result['step']}.json", merged)
 
 
 def write_samples(run: Path | None, step: int | None, task: str, samples: list[dict]) -> None:

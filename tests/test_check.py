@@ -118,7 +118,8 @@ def full_disk(monkeypatch):
 @pytest.mark.parametrize(("sabotage", "caught"), [
     (leaky_mask, "No token sees its future: another token at 1 changes what is predicted at 0"),
     (no_mask, "No token sees its future"),
-    (frozen_layer, "Every parameter has a gradient .* none reaches 1 of 21: model.layers.1.mlp.up_proj.weight"),
+    (frozen_layer, "Every parameter has a gradient .* none reaches 1 of 21: "
+                   "model.layers.1.mlp.up_proj.weight"),
     (forgotten_layer, "Every parameter has a gradient and moves: an update leaves 1 "),
     (rope_by_neighbours, "RoPE, attention and the rest equal the formulas in float64: logits are"),
     (rope_with_another_base, "RoPE, attention"),

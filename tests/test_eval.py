@@ -319,7 +319,7 @@ def test_questions_in_the_training_data_are_found(here, capsys):
     assert main("--tasks=local:q.jsonl", "--contamination") == 0
     kept = json.loads((here / "out/toy/eval/step_30.json").read_text())["tasks"]["local:q.jsonl"]
     assert (kept["contaminated"], kept["long_enough"]) == (0.5, 3)
-    assert "of 4 questions; 3 can be told" in capsys.readouterr().out
+    assert "4 prompts, 3 long enough to be told" in capsys.readouterr().out
     (here / "data").rename(here / "away")
     with pytest.raises(UserError, match="data set toy is not here"):
         main("--tasks=local:q.jsonl", "--contamination")

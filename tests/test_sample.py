@@ -27,7 +27,7 @@ from plainllama.generation import generate, prompt_files
 from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import config_json
+from plainllama.weights.huggingface import config_json, load_model
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
@@ -382,7 +382,7 @@ def test_prompts_to_file(ckpt, tmp_path):
     names = ["F.jsonl", "G.jsonl", "G.jsonl.made.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert "tokens/s" in done.stdout
-    model, tokenizer = generate.load(ckpt, "cpu", "fp32"), make_tokenizer("bytes", None)
+    model, tokenizer = load_model(ckpt), make_tokenizer("bytes", None)
     for i, row in enumerate(found):  # the same texts one by one
         ids = [tokenizer.bos_id, *tokenizer.encode(row["prompt"])]
         why, text, _ = generate.complete(model, tokenizer, [ids], 12, Sampling(),

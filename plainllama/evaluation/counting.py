@@ -9,7 +9,7 @@ Counting also tells which questions of a task, and how much of a text, the train
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ import torch
 from plainllama.parallel import World
 from plainllama.progress import Progress
 from plainllama.settings import Settings
-from plainllama.tokens.rows import PAD, Rows
+from plainllama.tokens.rows import Rows
 from plainllama.tokens.shards import Split, open_split
 from plainllama.tokens.tokenizer import Tokenizer
 
 RUN = 13  # words in a row that are no coincidence (https://arxiv.org/abs/2005.14165, appendix C)
-BATCH = 256  # documents decoded at a time
 MOST = 1 << 23  # tokens that the 5-gram model counts: its table is in memory
 LOOK = 1 << 22  # tokens of the training data in which a validation split is looked for unasked
 
@@ -128,55 +127,39 @@ def compare(rows: Rows, shown: int, scores: dict, config: Settings, say: Callabl
 
 # ---- questions in the training data
 
-def words_of(text: str) -> list[str]:
-    """Split a text into its words, in small letters and without punctuation."""
-    return re.findall(r"\w+", text.lower())
+def run_hashes(text: str) -> Iterator[int]:
+    """Hash every RUN words in a row of a text, in small letters and without punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return map(hash, zip(*(words[i:] for i in range(RUN)), strict=False))
 
 
-def runs_met(asked_texts: list[str],
-             documents: Iterable[list[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tell of every run of RUN words in the texts asked about (m,): the number of its text, and
-    whether one of the documents, which come in lists, holds it."""
-    numbers: dict[str, int] = {}  # of the words that are asked about; 0: of other words
-    asked = [[numbers.setdefault(word, len(numbers) + 1) for word in words_of(text)]
-             for text in asked_texts]
-    owner = np.repeat(np.arange(len(asked)), [max(0, len(ids) - RUN + 1) for ids in asked])
-    hashes = np.concatenate([run_hashes(np.array(ids, np.uint64)) for ids in [[], *asked]])
-    wanted, is_met = np.unique(hashes), np.zeros(len(hashes), bool)
-    for texts in documents:
-        ids = np.array([number for text in texts for number in
-                        (*(numbers.get(word, 0) for word in words_of(text)), 0)], np.uint64)
-        others = np.cumsum(np.concatenate([[0], ids == 0]))
-        met = np.unique(run_hashes(ids)[others[RUN:] == others[:-RUN]])
-        is_met |= np.isin(hashes, met[np.isin(met, wanted)])
-    return owner, is_met
+def runs_met(texts: list[str], folders: list[Path], tokenizer: Tokenizer, world: World,
+             most: int = sys.maxsize) -> tuple[np.ndarray, np.ndarray]:
+    """Tell of every run of RUN words in texts (m,): the number of its text, and whether the first
+    `most` tokens of training splits hold it. Collective."""
+    asked = [np.fromiter(run_hashes(text), np.int64) for text in texts]
+    hashes = np.concatenate([np.zeros(0, np.int64), *asked])
+    wanted, met = set(hashes.tolist()), set()
+    for document in documents([open_split(folder, "train") for folder in folders], tokenizer,
+                              world, most):
+        met |= wanted.intersection(run_hashes(document))
+    found = torch.tensor([run in met for run in hashes.tolist()], dtype=torch.float64)
+    return np.repeat(np.arange(len(asked)), list(map(len, asked))), (world.sum(found) > 0).numpy()
 
 
-def run_hashes(ids: np.ndarray) -> np.ndarray:
-    """Hash every RUN numbers in a row: a polynomial in an odd number, modulo 2^64."""
-    count = max(0, len(ids) - RUN + 1)
-    total = np.zeros(count, np.uint64)
-    for i in range(RUN):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + ids[i:i + count]
-    return total
-
-
-def decoded(splits: list[Split], tokenizer: Tokenizer, world: World,
-            most: int) -> Iterator[list[str]]:
-    """Decode this rank's share of the documents that hold about the first `most` tokens, BATCH at a
-    time, and show how far it is."""
+def documents(splits: list[Split], tokenizer: Tokenizer, world: World, most: int) -> Iterator[str]:
+    """Decode this rank's share of the documents that hold about the first `most` tokens, and show
+    how far it is."""
     total = min(most, sum(split.tokens for split in splits))
     progress = Progress("looking through the training data", total, "tokens", world.rank == 0)
     shards = [(split, i) for split in splits for i in range(len(split.names))]
     for split, i in shards[world.rank::world.size]:
         tokens = split.shard(i)
-        bounds = [*split.index(i).tolist(), len(tokens)]  # of the documents
-        for first in range(0, len(bounds) - 1, BATCH):
+        for start, end in pairwise([*split.index(i).tolist(), len(tokens)]):
             if progress.done >= total:
                 break
-            batch = bounds[first:first + BATCH + 1]
-            yield [tokenizer.decode(tokens[start:end]) for start, end in pairwise(batch)]
-            progress.add(world.size * (batch[-1] - batch[0]))
+            yield tokenizer.decode(tokens[start:end])
+            progress.add(world.size * (end - start))
     progress.close()
 
 
@@ -188,26 +171,8 @@ def contamination(tasks: dict[str, Any], folders: list[Path], tokenizer: Tokeniz
     found = {}
     for name, task in tasks.items():
         questions = task.questions()
-        owner, met = looked_for(questions, folders, tokenizer, world, sys.maxsize)
+        owner, met = runs_met(questions, folders, tokenizer, world)
         if len(owner):
             found[name] = {"contaminated": len(set(owner[met])) / len(questions),
                            "long_enough": len(set(owner))}
     return found
-
-
-def repeated(rows: np.ndarray, folders: list[Path], tokenizer: Tokenizer, world: World,
-             most: int) -> float:
-    """Give the share of the runs of RUN words in rows of ids (m, T + 1) that the first `most`
-    tokens of training splits hold; 0 where no row has so many words. Collective."""
-    texts = [tokenizer.decode(row[row != PAD]) for row in rows]
-    _, met = looked_for(texts, folders, tokenizer, world, most)
-    return float(met.mean()) if len(met) else 0.0
-
-
-def looked_for(texts: list[str], folders: list[Path], tokenizer: Tokenizer, world: World,
-               most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Look for the runs of words of texts in the first `most` tokens of training splits, as
-    runs_met() tells them. Collective."""
-    splits = [open_split(folder, "train") for folder in folders]
-    owner, met = runs_met(texts, decoded(splits, tokenizer, world, most))
-    return owner, (world.sum(torch.from_numpy(met).double()) > 0).numpy()

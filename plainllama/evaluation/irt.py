@@ -14,6 +14,7 @@ the hundred answers are likeliest; balance_j makes each of the 57 subjects count
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -51,11 +52,10 @@ class NumpyOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         """Give the object that the pickle names; UserError for one that is not admitted."""
-        try:
-            return ADMITTED[module.replace("numpy._core", "numpy.core"), name]
-        except KeyError:
-            raise UserError(f"the pickle asks for {module}.{name}, and only numpy's arrays are "
-                            "admitted; nothing of it was run") from None
+        admitted = ADMITTED.get((module.replace("numpy._core", "numpy.core"), name))
+        if admitted is None:
+            raise UserError(f"it asks for {module}.{name}, and only numpy's arrays are admitted")
+        return admitted
 
 
 @dataclass
@@ -71,21 +71,19 @@ class Parameters:
 
     def __post_init__(self):
         """UserError if the arrays do not fit together."""
-        arrays, n, (D, N) = asdict(self), len(self.anchors), self.a.shape
-        shapes = {name: array.shape for name, array in arrays.items()}
-        if ([*shapes.values()] != [(n,), (n,), (D, N), (D, N), (N,), ()] or n == 0
+        arrays, n, (D, N) = asdict(self).values(), len(self.anchors), self.a.shape
+        shapes = [array.shape for array in arrays]
+        if (shapes != [(n,), (n,), (D, N), (D, N), (N,), ()] or n == 0
                 or len(set(self.anchors.tolist()) & set(range(N))) < n
-                or not all(np.isfinite(array).all() for array in arrays.values())):
+                or not all(np.isfinite(array).all() for array in arrays)):
             raise UserError(f"not the parameters of n anchors among N questions: shapes {shapes}")
 
     def ability(self, right: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Fit the likeliest ability (D,) by BFGS from 0, without a prior, as the authors do."""
         from scipy.optimize import minimize
 
-        a, b = self.a[:, self.anchors], self.b[:, self.anchors]
-
         def surprise(x: np.ndarray) -> float:
-            p = curve(a, b, x)
+            p = curve(self.a[:, self.anchors], self.b[:, self.anchors], x)
             return -np.sum(times * np.log(np.where(right > 0, p, 1 - p) + 1e-10))
 
         return minimize(surprise, np.zeros(len(self.a)), method="BFGS").x
@@ -130,10 +128,9 @@ class Known(NamedTuple):
 
 def made_of(known: Known | None) -> dict[str, str]:
     """Hash the parameters that a task's estimates are made of; {} without them."""
-    if known is None or known.parameters is None:
-        return {}
-    arrays = asdict(known.parameters).values()
-    return {"irt": sha256_bytes(b"".join(array.tobytes() for array in arrays))}
+    arrays = asdict(known.parameters) if known and known.parameters else {}
+    data = b"".join(array.tobytes() for array in arrays.values())
+    return {"irt": sha256_bytes(data)} if data else {}
 
 
 # ---- scores
@@ -151,7 +148,7 @@ def scores(right: np.ndarray, known: tuple[Parameters | None, str]) -> dict:
         parameters = None
     resamples = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS).astype(float)
     resampled, guessing = {"acc": (resamples @ right / n).tolist()}, {"acc": guessed_accuracy(n)}
-    metrics: dict = {}
+    metrics: dict = {"unavailable": f"irt, pirt, gpirt: {unavailable}"} if unavailable else {}
     if parameters:
         metrics |= parameters.estimate(right)
         resampled |= gathered([parameters.estimate(right, times) for times in resamples])
@@ -160,8 +157,7 @@ def scores(right: np.ndarray, known: tuple[Parameters | None, str]) -> dict:
                               "reaches_0.30": float(np.mean(np.array(values) >= REACHED))}
     intervals = {name: np.quantile(values, (0.025, 0.975)).tolist()
                  for name, values in resampled.items()}
-    metrics |= {"correct": int(np.sum(right)), "intervals": intervals, "guessing": guessing}
-    return metrics | ({"unavailable": f"irt, pirt, gpirt: {unavailable}"} if unavailable else {})
+    return metrics | {"correct": int(np.sum(right)), "intervals": intervals, "guessing": guessing}
 
 
 def guessed_accuracy(n: int) -> dict[str, float]:
@@ -183,18 +179,17 @@ def answers(samples: list[dict], where: str) -> tuple[np.ndarray, dict]:
     order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     for place, number in enumerate(int(sample["doc_id"]) for sample in order):
         if number != place:
-            problem = f"lacks doc_id {place}" if number > place else f"holds twice doc_id {number}"
-            raise UserError(f"{where} {problem}")
+            raise UserError(f"{where} lacks doc_id {place}, or holds twice doc_id {number}")
     right = np.array([accuracy(sample) for sample in order])
     if not np.isin(right, (0, 1)).all():
         raise UserError(f"{where}: acc or acc_norm is not 0 or 1 everywhere")
     try:
         nats = [[float(response[0][0]) for response in sample["resps"]] for sample in order]
         of_target = [row[int(sample["target"])] for row, sample in zip(nats, order, strict=True)]
-        if not np.isfinite([value for row in nats for value in row]).all():
-            raise UserError(f"{where} holds likelihoods that are not finite: the model is broken")
     except (ValueError, TypeError, KeyError, IndexError):
         return right, {}
+    if not np.isfinite(np.concatenate(nats)).all():
+        raise UserError(f"{where} holds likelihoods that are not finite: the model is broken")
     return right, {"loglikelihood": float(np.mean(of_target)), "letters": letters(nats)}
 
 
@@ -225,9 +220,8 @@ def score_samples(file: str, parameters_file: str) -> dict:
     """Score tinyMMLU from the samples in a file; `parameters_file`: as for load()."""
     right, told = read_samples(file)
     known = load(parameters_file)
-    if known.parameters and len(right) != len(known.parameters.anchors):
-        raise UserError(f"{file} holds {len(right)} answers, tinyMMLU has "
-                        f"{len(known.parameters.anchors)} questions; run it without --limit")
+    if known.parameters and len(right) != (n := len(known.parameters.anchors)):
+        raise UserError(f"{file} holds {len(right)} answers, tinyMMLU has {n} questions")
     metrics = {"acc": float(right.mean()), "chance": 1 / 4, "n": len(right)}
     return metrics | told | scores(right, known)
 
@@ -237,9 +231,7 @@ def score_samples(file: str, parameters_file: str) -> dict:
 def load(file: str = "") -> Known:
     """Read the parameters from `file`, a copy of the published pickle or an .npz with the fields of
     Parameters, else from the cache, else fetch them. UserError for a file that is neither."""
-    try:
-        import scipy  # noqa: F401
-    except ImportError:
+    if not importlib.util.find_spec("scipy"):
         return Known(None, f"scipy is not installed; {settings.install('eval')}")
     if file and not Path(file).is_file():
         raise UserError(f"no file {file}; it is to be a copy of {URL}")
@@ -251,8 +243,7 @@ def load(file: str = "") -> Known:
         parameters = None if copy.is_file() else fetch()
     except (OSError, ValueError, UserError) as error:
         place = str(copy).replace(str(Path.home()), "~", 1)  # this is kept with the scores
-        return Known(None, f"{error}; fetch {URL} and put it at {place}, or name it with "
-                     "--irt-file")
+        return Known(None, f"{error}; fetch {URL} to {place} or name a copy with --irt-file")
     parameters = parameters or read(copy)
     with contextlib.suppress(OSError):  # where there is no place, they are fetched again
         cache.mkdir(parents=True, exist_ok=True)

@@ -48,21 +48,22 @@ class TextRows:
                 parts = [text.Part(list(text.KINDS[kind].pieces(whole, 1)))]
         else:
             _, parts = survey(file)
-        most = max(1, tokens // block_size) * block_size + 1 if tokens else sys.maxsize
-        encoded, count = [np.zeros(0, tokenizer.kind)], 0
+        left = max(1, tokens // block_size) * block_size + 1 if tokens else sys.maxsize
+        encoded = [np.zeros(0, tokenizer.kind)]
         for document in text.documents(parts, dropped):
-            encoded.append(first_ids(document, tokenizer, most - count))
-            count += len(encoded[-1])
-            if count >= most:
+            encoded.append(first_ids(document, tokenizer, left))
+            left -= len(encoded[-1])
+            if not left:
                 break
         for rule, found in dropped.items():
             if rule != "empty":
                 raise UserError(f"--text: {found['first']}: {rule}")
-        self.block_size, self.windows = block_size, ceil_div(count - 1, block_size)
+        ids = np.concatenate(encoded).astype(np.int32)
+        self.block_size, self.windows = block_size, ceil_div(len(ids) - 1, block_size)
         if self.windows < 1:
             raise UserError(f"--text={file} holds no text")
         filled = np.full(self.windows * block_size + 1, PAD, np.int32)
-        filled[:count] = np.concatenate(encoded)
+        filled[:len(ids)] = ids
         self.hash = sha256_bytes(filled.tobytes())
         self.all = np.lib.stride_tricks.sliding_window_view(filled, block_size + 1)[::block_size]
 
@@ -90,8 +91,7 @@ def validation_rows(data: Path, folder: Path, block_size: int) -> Rows:
     another tokenizer."""
     rows = Rows(open_split(data, "val"), block_size, seed=0)
     if sha256_of(data) != sha256_of(folder):
-        raise UserError(f"{data} was made with another tokenizer than {folder} (tokenizer.json's "
-                        "sha256 differs); name one that fits with --data=FOLDER")
+        raise UserError(f"{data} has another tokenizer than {folder}, by its sha256; name another")
     return rows
 
 
@@ -130,23 +130,20 @@ def by_position(model: nn.Module, rows: Windows, tokens: int, micro_batch: int,
     count, T = window_count(rows, tokens), rows.block_size
     losses = torch.zeros(2, count, T, dtype=torch.float64)  # nats, and whether there is a target
     for windows, ids in passes("by position", rows, tokens, micro_batch, world):
-        if not windows:
-            continue
-        x, y, documents = to_batch(ids, bos_id=bos_id).to(world.device)
-        logits = model(x, documents=documents).float().flatten(0, 1)
-        nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="none")
-        losses[0, windows] = nats.view(-1, T).cpu().double()
-        losses[1, windows] = (y != IGNORE).cpu().double()
+        if windows:
+            x, y, documents = to_batch(ids, bos_id=bos_id).to(world.device)
+            logits = model(x, documents=documents).float().transpose(1, 2)
+            nats = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none")
+            losses[:, windows] = torch.stack((nats, y != IGNORE)).cpu().double()
     quarter, scores = ceil_div(T, 4), {}
     parts = world.sum(losses).split(quarter, dim=2)
-    for first, (nats, counted) in zip(range(0, T, quarter), parts, strict=True):
+    for first, part in zip(range(0, T, quarter), parts, strict=True):
+        nats, counted = part.sum(2)
         if counted.any():
-            name = f"{first}-{first + nats.shape[1] - 1}"
-            held = counted.sum(1) > 0
-            means = nats.sum(1)[held] / counted.sum(1)[held]
+            name, means = f"{first}-{first + part.shape[2] - 1}", (nats / counted)[counted > 0]
             scores[name] = (nats.sum() / counted.sum()).item()
-            scores[f"{name}_stderr"] = (means.std(correction=0).item()
-                                        / math.sqrt(max(1, len(means) - 1)))
+            spread = means.std(correction=0).item()
+            scores[f"{name}_stderr"] = spread / math.sqrt(max(1, len(means) - 1))
     return scores | {"n": count}
 
 

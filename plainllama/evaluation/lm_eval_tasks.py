@@ -58,12 +58,9 @@ def lm_eval_model(scorer: Scorer):
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
             """Score whole texts, in windows as the `hf` model cuts them."""
-            texts = []
-            for request in requests:
-                windows = utils.get_rolling_token_windows(
-                    token_list=scorer.encode(request.args[0]), context_len=1,
-                    prefix_token=self.eot_token_id, max_seq_len=scorer.block_size)
-                texts.append(list(map(utils.make_disjoint_window, windows)))
+            texts = [list(map(utils.make_disjoint_window, utils.get_rolling_token_windows(
+                scorer.encode(request.args[0]), self.eot_token_id, scorer.block_size, 1)))
+                for request in requests]
             scored = iter(scorer.score(list(itertools.chain(*texts))))
             return [sum(next(scored).nats for _ in windows) for windows in texts]
 
@@ -122,11 +119,10 @@ def load_task(name: str, include_path: str = "") -> dict[str, Any]:
         raise Unavailable(f"{error}; {settings.install('eval')}") from None
     except Exception as error:  # whatever the library, its plug-ins or the network raise
         cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-        raise Unavailable(f"its data is not in {cache}, nor to be had from huggingface.co; run it "
-                          "with a network, or copy that folder from a machine that did "
-                          f"({' '.join(str(error).split())[:160]})") from None
-    raise UserError(f"no task {name}{settings.nearest(name, manager.all_tasks)}; `lm-eval ls "
-                    "tasks` lists all, a file of your own is local:FILE.jsonl")
+        raise Unavailable(f"no data from huggingface.co or in {cache}, a folder to copy from "
+                          f"elsewhere ({' '.join(str(error).split())[:160]})") from None
+    raise UserError(f"no task {name}{settings.nearest(name, manager.all_tasks)}; a file is "
+                    "local:FILE.jsonl, and `lm-eval ls tasks` lists all others")
 
 
 def hash_of(loaded: dict) -> str:
@@ -140,12 +136,10 @@ def hash_of(loaded: dict) -> str:
 
 def questions(loaded: dict, limit: int) -> list[str]:
     """List the texts that tasks ask about, without worked examples."""
-    texts = []
-    for task in loaded["tasks"].values():
-        for doc in list(task.eval_docs)[:limit or None]:
-            question = doc.get("question")
-            texts.append(question if isinstance(question, str) else str(task.doc_to_text(doc)))
-    return texts
+    docs = [(task, doc) for task in loaded["tasks"].values()
+            for doc in list(task.eval_docs)[:limit or None]]
+    return [doc["question"] if isinstance(doc.get("question"), str) else str(task.doc_to_text(doc))
+            for task, doc in docs]
 
 
 def score(name: str, loaded: dict, limit: int, known: irt.Known | None, scorer: Scorer) -> dict:

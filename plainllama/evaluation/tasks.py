@@ -48,25 +48,24 @@ class Task(NamedTuple):
 
 # ---- names -> tasks
 
-def find_tasks(flags: Any, world: World) -> tuple[dict[str, Task], list[str]]:
-    """Make the tasks that --tasks names: ({name: Task}, [why others are unavailable here]). Rank 0
+def find_tasks(asked: list[str], flags: Any, world: World) -> tuple[dict[str, Task], list[str]]:
+    """Make the tasks that are asked for: ({name: Task}, [why others are unavailable here]). Rank 0
     uses the network and estimates, then the others read what it fetched. Collective."""
     tasks: dict[str, Task] = {}
     unavailable: list[str] = []
+    tiny = any(map(is_tiny, asked))
+    if flags.irt_file and not tiny:
+        raise UserError("--irt_file is for tinyMMLU; name it, or a local:FILE of that name")
 
     def make(names: list[str]) -> list[str]:
-        known, tiny = None, any(map(is_tiny, names))
-        if world.rank == 0 and tiny:
-            known = irt.load(flags.irt_file)
-        elif world.rank == 0 and flags.irt_file:
-            raise UserError("--irt_file is for tinyMMLU; name it, or a local:FILE of that name")
+        known = irt.load(flags.irt_file) if tiny and world.rank == 0 else None
         shots = read_local(flags.shots, None, flags.answers) if flags.shots else []
         for name in names:
             estimates = known if is_tiny(name) else None
             prefix, colon, _ = name.partition(":")
             try:
-                maker = MAKERS.get(prefix + colon, lm_eval_task)
-                tasks[name] = maker(name, flags, shots, estimates)
+                tasks[name] = MAKERS.get(prefix + colon, lm_eval_task)(
+                    name, flags, shots, estimates)
             except lm_eval_tasks.Unavailable as error:
                 reason = f"no {name}: {error}; or score a file: --tasks=local:FILE.jsonl"
                 if estimates and estimates.unavailable:
@@ -74,12 +73,9 @@ def find_tasks(flags: Any, world: World) -> tuple[dict[str, Task], list[str]]:
                 unavailable.append(reason)
         return list(tasks)  # those that could be made
 
-    asked = dict.fromkeys(name.strip() for name in flags.tasks.split(",") if name.strip())
-    names = world.decide(lambda: make(list(asked)))
-    if world.rank > 0 and names:
-        make(names)
-        if list(tasks) != names:
-            raise UserError(f"rank {world.rank} cannot have what rank 0 has: {unavailable[0]}")
+    names = world.decide(lambda: make(asked))
+    if world.rank > 0 and make(names) != names:
+        raise UserError(f"rank {world.rank} cannot have what rank 0 has: {unavailable[0]}")
     return tasks, unavailable
 
 
@@ -132,11 +128,10 @@ def read_local(file: str, shots: list[Item] | None, answers: str = "auto") -> li
                 raise UserError(f"{file}:{number}: not a JSON object") from None
             except UserError as error:
                 raise UserError(f"{file}:{number}: {error}") from None
-    if not items:
-        raise UserError(f"{file} holds no rows")
-    if len({(len(item.pairs) > 1, item.letters) for item in items}) > 1:
-        raise UserError(f"{file} holds rows of several kinds, of which no score can be the mean: "
-                        "choices and continuations, or choices with and without a subject")
+    kinds = {(len(item.pairs) > 1, item.letters) for item in items}
+    if len(kinds) != 1:
+        raise UserError(f"{file} holds rows of several kinds, or none: a score is the mean of rows "
+                        "of choices, with or without a subject, or of continuations")
     return items
 
 
@@ -145,26 +140,14 @@ def local_item(row: dict, shots: list[Item] | None, answers: str = "auto") -> It
     itself).
 
     `answers`: letters, the choices are listed and their letters scored, as MMLU asks it; full, the
-    choices themselves are scored; auto, letters where a row names its `subject`.
+    choices themselves are scored, in the blank of the text or after it; auto, letters where a row
+    names its `subject`.
     """
     text = prompt = field(row, "context" if "context" in row else "question")
     if "context" in row and "choices" not in row:
         return Item(continued(text, [field(row, "continuation")]), 0, question=text)
     if "context" not in row and (text.rstrip().endswith("?") or text.startswith("Question:")):
         prompt = f"Question: {text.removeprefix('Question:').strip()}\nAnswer:"
-    return choices_item(row, text, prompt, shots, answers)
-
-
-def field(row: dict, name: str, kind: Any = str) -> Any:
-    """Read a field of a row; UserError if it is missing or of another type."""
-    if not isinstance(row.get(name), kind):
-        raise UserError(f"field '{name}' is missing or of the wrong type; a row has question, "
-                        "choices, answer or context, continuation")
-    return row[name]
-
-
-def choices_item(row: dict, text: str, prompt: str, shots: list | None, answers: str) -> Item:
-    """Ask for one of a row's choices: by its letter, in the blank of `text`, or after `prompt`."""
     choices, answer = field(row, "choices", list), field(row, "answer", str | int)
     if len(choices) < 2:
         raise UserError("a row with 'choices' has at least two of them")
@@ -190,6 +173,13 @@ def choices_item(row: dict, text: str, prompt: str, shots: list | None, answers:
     return Item(pairs, right, subject, text, letters)
 
 
+def field(row: dict, name: str, kind: Any = str) -> Any:
+    """Read a field of a row; UserError if it is missing or of another type."""
+    if not isinstance(row.get(name), kind):
+        raise UserError(f"field '{name}' is missing or of the wrong type; see eval.py --help")
+    return row[name]
+
+
 def right_choice(answer: str | int, choices: list) -> int:
     """Number the right choice, told by its text, its letter or its index; UserError for others, and
     for an answer that says more than one."""
@@ -202,12 +192,9 @@ def right_choice(answer: str | int, choices: list) -> int:
     elif len(told) == 1 and (told.isupper() or not meant):  # a small letter is first of all a text
         meant.add(LETTERS.find(told.upper()))
     meant &= set(range(min(len(choices), len(LETTERS))))
-    if len(meant) > 1:
-        raise UserError(f"'answer' is {answer!r}, which says several of the choices; give the "
-                        "index of one (from 0), and all choices as texts")
-    if not meant or isinstance(answer, bool):
-        raise UserError(f"'answer' is {answer!r}, not a letter, an index (from 0) or the text of "
-                        f"one of the {len(choices)} choices")
+    if len(meant) != 1 or isinstance(answer, bool):
+        raise UserError(f"'answer' is {answer!r}, which says none or several of the {len(choices)} "
+                        "choices; give the index of one (from 0), its letter or its text")
     return meant.pop()
 
 
@@ -227,21 +214,22 @@ def score_local(name: str, items: list[Item], known: Known | None, scorer: Score
     scored = iter(scorer.score([scorer.pair(*pair) for item in items for pair in item.pairs]))
     rows = [[next(scored) for _ in item.pairs] for item in items]
     nats = [np.array([likelihood.nats for likelihood in row]) for row in rows]
-    right = np.array([row.argmax() == item.right if len(row) > 1 else likelihoods[0].greedy
-                      for item, row, likelihoods in zip(items, nats, rows, strict=True)])
+    answers, several = np.array([item.right for item in items]), len(rows[0]) > 1
+    right = (np.array([row.argmax() for row in nats]) == answers if several
+             else np.array([row[0].greedy for row in rows]))
     scorer.samples[name] = [
         {"doc_id": i, "target": str(item.right), "arguments": item.pairs,
          "resps": [[likelihood] for likelihood in row], "acc": float(hit)}
         for i, (item, row, hit) in enumerate(zip(items, rows, right, strict=True))]
     metrics: dict = mean("acc", right)
-    if len(rows[0]) > 1:
+    if several:
         sizes = [np.array([max(1, len(text.strip())) for _, text in item.pairs]) for item in items]
-        if not items[0].letters and any(len(set(size.tolist())) > 1 for size in sizes):
-            metrics |= mean("acc_norm", np.array([(row / size).argmax() == item.right for
-                            item, row, size in zip(items, nats, sizes, strict=True)]))
+        if not items[0].letters and any(np.ptp(size) for size in sizes):
+            chosen = [(row / size).argmax() for row, size in zip(nats, sizes, strict=True)]
+            metrics |= mean("acc_norm", np.array(chosen) == answers)
         metrics["chance"] = float(np.mean([1 / len(row) for row in rows]))
-    metrics["loglikelihood"] = float(np.mean(
-        [row[item.right] for item, row in zip(items, nats, strict=True)]))
+    of_right = [row[answer] for row, answer in zip(nats, answers, strict=True)]
+    metrics["loglikelihood"] = float(np.mean(of_right))
     if items[0].letters:
         metrics["shots"] = min(item.pairs[0][0].count("\nAnswer:") for item in items) - 1
         metrics["letters"] = irt.letters(nats)
@@ -269,12 +257,10 @@ class Passkey(NamedTuple):
 
 def passkeys(lines: int, length: int) -> list[Passkey]:
     """Write a prompt for every depth and digit, with so many lines of filler."""
-    prompts = []
-    for depth in DEPTHS:
-        above = round(depth * lines)
-        prompts += [Passkey(FILLER * above + PASSKEY.format(key=key) + FILLER * (lines - above)
-                            + QUESTION, length, depth, key) for key in range(10)]
-    return prompts
+    places = [(depth, round(depth * lines)) for depth in DEPTHS]
+    return [Passkey(FILLER * above + PASSKEY.format(key=key) + FILLER * (lines - above) + QUESTION,
+                    length, depth, key)
+            for depth, above in places for key in range(10)]
 
 
 def passkey_prompts(scorer: Scorer, length: int) -> list[Passkey]:
@@ -284,9 +270,9 @@ def passkey_prompts(scorer: Scorer, length: int) -> list[Passkey]:
     A digit is as good a key as a long number and cheaper: the ten answers share a forward pass.
     Each is right equally often, so that a model that always says the same scores 0.1 exactly.
     """
-    def longest(lines: int) -> int:
-        texts = [f"{case.prompt} {case.key}" for case in passkeys(lines, length)]
-        return max(len(scorer.encode(text)) for text in texts) - 1  # the key is not read
+    def longest(lines: int) -> int:  # the key is not read
+        return max(len(scorer.encode(f"{case.prompt} {case.key}")) - 1
+                   for case in passkeys(lines, length))
 
     bare, eight = longest(0), longest(8)
     lines = int((length - bare) / (eight - bare) * 8) + 1  # nearly: pieces may merge between lines
@@ -302,13 +288,11 @@ def score_passkey(limit: int, scorer: Scorer) -> dict:
     cases = [case for length in contexts for case in passkey_prompts(scorer, length)]
     cases = cases[:limit or None]
     if not cases:
-        raise UserError(f"passkey: a context of {scorer.block_size} tokens is too short for its "
-                        "text; leave it out of --tasks")
+        raise UserError(f"passkey: a context of {scorer.block_size} tokens is too short")
     scored = scorer.score([scorer.pair(case.prompt, f" {digit}") for case in cases
                            for digit in range(10)])
     likeliest = np.array([nats for nats, _ in scored]).reshape(-1, 10).argmax(1)
-    lengths, depths, keys = (np.array([getattr(case, name) for case in cases])
-                             for name in ("length", "depth", "key"))
+    _, lengths, depths, keys = map(np.array, zip(*cases, strict=True))
     right = likeliest == keys
     metrics: dict = mean("acc", right)
     for label, values in (("acc_{}", lengths), ("acc_depth_{:.0%}", depths)):

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,11 +15,10 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from model import ANY_SHAPE, KVCache, Linear, LLaMA
+from model import ANY_SHAPE, KVCache, LLaMA
 from plainllama import parallel
 from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.tokenizer import Tokenizer
-from plainllama.weights.huggingface import load_model
 
 TINY = torch.finfo(torch.float32).tiny  # a smaller number would be 0 there
 HALF = "\ufffd"  # what the bytes of an unfinished character decode to
@@ -317,19 +315,6 @@ def layers_of(text: str, count: int) -> slice:
         if range(count)[begin:end]:
             return slice(begin, end)
     raise UserError(f"--layers={text} names no states: the model has {count}, 0 to {count - 1}")
-
-
-# ---- from a checkpoint
-
-def load(folder: Path, device: str | torch.device, dtype: str) -> LLaMA:
-    """Load a checkpoint's model with all its matrices, trained or frozen, cast once instead of at
-    every token: the same numbers."""
-    kind = parallel.pick_dtype(dtype, torch.device(device))
-    model = load_model(folder, device, kind)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.weight.data = module.weight.data.to(kind)
-    return model
 
 
 # ---- from a model in training

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import LLaMA, ModelConfig
+from model import Linear, LLaMA, ModelConfig
 from plainllama.files import CHECKOUT, read_json, write_json
 from plainllama.parallel import World
 from plainllama.settings import UserError
@@ -165,15 +165,13 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
     """
     names = ["n_layer", "n_head", "kv_heads", "d_model", "d_ff", "vocab_size", "rope_theta",
              "norm_eps", "tie_embeddings"]
-    stretched_on = (ours.rope_scaling == theirs.rope_scaling
-                    and ours.rope_factor >= theirs.rope_factor
-                    and ours.rope_original == theirs.rope_original)
+    kinds = {(config.rope_scaling, config.rope_original) for config in (theirs, ours)}
+    stretched_on = len(kinds) == 1 and ours.rope_factor >= theirs.rope_factor
     if theirs.rope_scaling != "none" and not stretched_on:
         names += ["rope_scaling", "rope_factor", "rope_original"]
     turns = (theirs.rope_low, theirs.rope_high)
     if theirs.rope_scaling == "llama3" and turns != (ours.rope_low, ours.rope_high):
-        raise UserError(f"low_freq_factor, high_freq_factor of {turns} can be read but not trained "
-                        f"on; we train with {ours.rope_low}, {ours.rope_high}")
+        raise UserError(f"low_freq_factor, high_freq_factor of {turns} cannot be trained on")
     keys = [f"--{name}={getattr(theirs, name)}" for name in names
             if getattr(theirs, name) != getattr(ours, name)]
     return " ".join(keys).replace("kv_heads", "n_kv_head")
@@ -195,6 +193,9 @@ def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -
         model = LLaMA(config)
     world.place(model, dtype)
     load_weights(folder, model, world)
+    for module in model.modules():
+        if isinstance(module, Linear):  # once instead of at every token: the same numbers
+            module.weight.data = module.weight.data.to(dtype)
     return model.eval()
 
 
@@ -204,8 +205,7 @@ def load_weights(folder: Path, model: LLaMA, world: World) -> None:
     try:
         shards = [safe_open(folder / name, "pt") for name in weight_files(folder)]
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: its weights cannot be read: {error}; if it is a copy, copy it "
-                        "again") from None
+        raise UserError(f"{folder}: its weights cannot be read: {error}; copy it again") from None
     # slices of the files, of which rows are read later; old folders hold rotary tables, too
     stored = {name: shard.get_slice(name) for shard in shards
               for name in shard.keys() if "rotary_emb" not in name}  # noqa: SIM118
