@@ -834,3 +834,30 @@ def test_who_may_not_work_in_a_folder_leaves_it_there(tmp_path):
             pass
         assert folder.is_dir()
     assert not folder.parent.exists()  # nothing was begun
+
+
+def test_a_folder_is_read_once_and_whole(tmp_path, capsys, monkeypatch):
+    """Endings in any case; links to what is there already count once; what is not read is said."""
+    folder = tmp_path / "f"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.txt", "B.TXT", "deep/c.Txt.GZ", "d.JSONL"):
+        data = json.dumps({"text": name}).encode() if "JSON" in name else name.encode()
+        (folder / name).write_bytes(gzip.compress(data) if name.endswith("GZ") else data)
+    for name in ("r.md", "s.md", "t.csv", ".hidden.txt"):
+        (folder / name).write_text("not read")
+    (folder / "self").symlink_to(".")
+    (folder / "sibling").symlink_to("deep")
+    (folder / "0link.txt").symlink_to("a.txt")
+    (folder / "gone.txt").symlink_to("nowhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (str(folder), "~/f"):
+        records, parts = survey(path)
+        assert sorted(t for p in parts for t in documents.documents([p], Tally())) == sorted(
+            ["a.txt", "B.TXT", "deep/c.Txt.GZ", "d.JSONL"])
+        assert set(records[0]["files"]) == {"a.txt", "B.TXT", "deep/c.Txt.GZ", "d.JSONL"}
+        out = capsys.readouterr().out
+        assert "not read: 1 .csv, 2 .md\n" in out and "1 links to files" in out
+    assert len(survey([f"{folder}/*.txt"])[0][0]["files"]) == 1
+    for cut in (":0", "3:0", "0:00"):
+        with pytest.raises(UserError, match="slice"):
+            survey({"path": str(folder), "slice": cut})

@@ -73,7 +73,7 @@ PACKINGS = {".gz": Packing(gzip.open, 3), ".xz": Packing(lzma.open, 4),
 
 def packing_of(path: str) -> Packing:
     """Tell how a file is packed by its name."""
-    return PACKINGS.get(Path(path).suffix, PLAIN)
+    return PACKINGS.get(Path(path).suffix.lower(), PLAIN)
 
 
 def opened(path: str):
@@ -241,7 +241,7 @@ def kind_of(name: str) -> str:
     """Tell a file's kind, a key of KINDS, by its name; '' if it is unknown."""
     for kind, reader in KINDS.items():
         packed = [kind + packing for packing in PACKINGS if reader.packable]
-        if name.endswith((kind, *packed)):
+        if name.lower().endswith((kind, *packed)):
             return kind
     return ""
 

@@ -65,7 +65,8 @@ def choose_hold_out(parts: list[Part], fraction: float) -> HoldOut:
                    for rule, entry in dropped.items()]
         if any(rule.startswith("no column") for rule in dropped):
             reasons.append("name another: --sources=\"{'path': 'my.jsonl', 'column': 'content'}\"")
-        raise UserError(f"sources: no document is left; dropped: {'; '.join(reasons)}")
+        why = f"; dropped: {'; '.join(reasons)}" if reasons else ": there is no record in them"
+        raise UserError(f"sources: no document is left{why}")
     if bound and dropped.records == 1 < count:
         return HoldOut(start=int(size * (1 - fraction)))
     if bound and smallest == largest:

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,8 @@ def described(sources: object) -> list[dict]:
     for item in items:
         if not (isinstance(item, dict) and item.get("path")
                 and all(type(value) is KEYS.get(key) for key, value in item.items())
-                and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))):
+                and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))
+                and not re.fullmatch(r"\d*:0+", item.get("slice", ":"))):
             raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
                             "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
     return items
@@ -83,15 +85,38 @@ def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
         return {}, [("-", Path(SPOOLED[-1].name))]
     if path == "embedded":
         return {}, embedded_files()
+    path = os.path.expanduser(path)
     folder = os.path.isdir(path)
-    pattern = os.path.join(glob.escape(path), "**") if folder else path
-    matches = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
-    matches = [p for p in matches if os.path.isfile(p) and (not folder or kind_of(p))]
+    found = files_below(path) if folder else [path]
+    found = found if os.path.exists(path) else glob.glob(path, recursive=True)
+    once = {os.path.realpath(p): p for p in sorted(found, key=os.path.islink, reverse=True)
+            if os.path.isfile(p)}
+    matches = [p for p in once.values() if not folder or kind_of(p)]
     if not matches:
         raise UserError(f"sources: {path} is no file, and no glob or folder with a file of a known "
                         f"kind ({', '.join(KINDS)})")
+    if left := Counter(Path(p).suffix or "no ending" for p in once.values() if p not in matches):
+        print(f"sources: {path}: not read: " + ", ".join(
+            f"{count} {kind}" for kind, count in sorted(left.items())), flush=True)
+    if again := sum(map(os.path.isfile, found)) - len(once):
+        print(f"sources: {path}: {again} links to files that are read anyway", flush=True)
     root = path if folder else os.path.commonpath(map(os.path.dirname, matches))
     return {}, sorted((os.path.relpath(p, root or "."), Path(p)) for p in matches)
+
+
+def files_below(folder: str) -> list[str]:
+    """List what is no folder below one, hidden files left out; linked folders are gone into, each
+    real one once."""
+    seen, found = {os.path.realpath(folder)}, []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        kept = []
+        for name in sorted(n for n in folders if n[0] != "."):
+            real = os.path.realpath(os.path.join(place, name))
+            kept += [] if real in seen else [name]
+            seen.add(real)
+        folders[:] = kept
+        found += [os.path.join(place, name) for name in sorted(names) if name[0] != "."]
+    return found
 
 
 def embedded_files() -> list[tuple[str, Path]]:
@@ -195,8 +220,9 @@ def whole_file(source: dict, label: str, path: Path) -> Piece:
 
 def pieces_of(source: dict, files: list[Piece]) -> Iterator[Piece]:
     """Cut files into the smallest pieces worth a worker's while, of the records that are taken."""
-    first, stop = (int(number or 0) for number in source.get("slice", ":").split(":"))
-    stop = min(stop or sys.maxsize, first + source.get("max_documents", sys.maxsize))
+    first, stop = source.get("slice", ":").split(":")
+    first, stop = int(first or 0), int(stop or sys.maxsize)
+    stop = min(stop, first + source.get("max_documents", sys.maxsize))
     # a packed file has few pieces, because each is reached by unpacking what is before it
     few = min(4, max(1, 8 // len(files)))
     seen = 0  # records before a piece
