@@ -231,7 +231,7 @@ def from_text(item, text: str):
             return ast.literal_eval(text)
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             raise UserError(f"{name}: {text!r} is not a Python literal") from None
-    if kind is not object or "," not in text or os.path.exists(text):
+    if kind is not object or "," not in text or os.path.exists(os.path.expanduser(text)):
         return checked(item, text, name)
     if "" in text.split(","):
         raise UserError(f"{name}: nothing stands before or after a comma of {text!r}")

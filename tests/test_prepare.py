@@ -17,6 +17,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -849,6 +850,7 @@ def test_a_folder_is_read_once_and_whole(tmp_path, capsys, monkeypatch):
     (folder / "sibling").symlink_to("deep")
     (folder / "0link.txt").symlink_to("a.txt")
     (folder / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.txt")
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in (str(folder), "~/f"):
         records, parts = survey(path)
@@ -856,8 +858,51 @@ def test_a_folder_is_read_once_and_whole(tmp_path, capsys, monkeypatch):
             ["a.txt", "B.TXT", "deep/c.Txt.GZ", "d.JSONL"])
         assert set(records[0]["files"]) == {"a.txt", "B.TXT", "deep/c.Txt.GZ", "d.JSONL"}
         out = capsys.readouterr().out
-        assert "not read: 1 .csv, 2 .md\n" in out and "1 links to files" in out
+        assert ("not read: 1 .csv, 2 .md, 1 links to files that are read anyway, 1 links to nothing"
+                ", 1 pipes or devices\n") in out
     assert len(survey([f"{folder}/*.txt"])[0][0]["files"]) == 1
-    for cut in (":0", "3:0", "0:00"):
-        with pytest.raises(UserError, match="slice"):
-            survey({"path": str(folder), "slice": cut})
+    for given in (["~/f/*"], {"path": "~/f/*"}):
+        with pytest.raises(UserError, match="md: unknown kind"):
+            survey(given)
+    assert "not read: 3 folders, 1 links" in capsys.readouterr().out
+    survey(["~/f/a.txt", "~/f"])
+    assert "1 of its files belong to a source before it too" in capsys.readouterr().out
+    for name, says in (("gone.txt", "1 links to nothing"), ("pipe.txt", "1 pipes or devices")):
+        with pytest.raises(UserError, match=says):
+            survey(str(folder / name))
+    with monkeypatch.context() as patch:  # who runs the tests may be allowed to read everything
+        patch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "deep")))
+        with pytest.raises(PermissionError):
+            survey(str(folder))
+    (tmp_path / "a,b.txt").write_text("a comma")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--sources=~/a,b.txt"])
+    found = command.parse_arguments("", prepare.Flags).overrides["sources"]
+    assert list(survey(found)[0][0]["files"]) == ["a,b.txt"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_source_of_which_nothing_is_taken_is_refused(name, tmp_path):
+    """Also beside others: what a slice leaves of it is nothing."""
+    (tmp_path / name).write_bytes(KINDS.get(name, b"a text"))
+    (tmp_path / "b.txt").write_text("another")
+    for keys in ({"slice": ":0"}, {"slice": "3:0"}, {"slice": "20:10"}, {"slice": "300:"},
+                 {"max_documents": 0}, {"max_documents": -1}):
+        with pytest.raises(UserError, match="slice and max_documents leave none"):
+            survey([str(tmp_path / "b.txt"), {"path": str(tmp_path / name)} | keys])
+
+
+@pytest.mark.parametrize(("ending", "pack"), [
+    (".gz", gzip.compress), (".xz", lzma.compress), (".zst", lambda data: zst(data))])
+def test_what_follows_packed_data(ending, pack, tmp_path):
+    """More streams are read, after padding too; what is no stream is refused: it may be one that is
+    damaged. zstd knows no padding."""
+    path, one, two = tmp_path / f"a.jsonl{ending}", jsonl(LINES[:9]), jsonl(LINES[9:])
+    zeros = [] if ending == ".zst" else [b"\0" * 4, b"\0" * 20_000]
+    for pad in (b"", *zeros):
+        path.write_bytes(pack(one) + pad + pack(two) + b"".join(zeros))
+        assert list(documents.documents(survey(str(path))[1], Tally())) == LINES
+    for tail in (b"x", b"garbage that follows", b"\0\0x", pack(two)[:5], pack(two)[:-9],
+                 b"??" + pack(two)[2:]):
+        path.write_bytes(pack(one) + tail)
+        with pytest.raises(UserError, match=f"a.jsonl{ending} is damaged or cut short: .*leave it"):
+            list(documents.documents(survey(str(path))[1], Tally()))

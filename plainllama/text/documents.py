@@ -3,8 +3,8 @@
 To add a kind: a reader, its entry in KINDS, and a file of it in KINDS of tests/test_prepare.py.
 """
 
+import collections
 import contextlib
-import gzip
 import io
 import itertools
 import json
@@ -24,6 +24,7 @@ from plainllama.settings import UserError, ceil_div, install
 DOCUMENT = 16 << 20  # utf-8 bytes
 LINE = 64 << 20  # ... and a line of .jsonl that is longer is dropped
 PART = 64 << 20  # bytes of text that a worker takes at a time
+READ = 8 << 10  # packed bytes unpacked at once: of them come 8 MB of .gz or 56 of .xz at the most
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,52 @@ class Packing(NamedTuple):
     seekable: bool = True  # it can be read from the middle on
 
 
+class Unpacked(io.RawIOBase):
+    """The bytes of a file of packed streams, one after another, read from its start on."""
+
+    def __init__(self, unpacker: Callable, path: str):
+        self.file = open(path, "rb")  # noqa: SIM115
+        self.chunks = filter(None, unpacked(self.file, unpacker))
+        self.left = memoryview(b"")
+
+    def readable(self) -> bool:
+        """Say that it is for reading."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fill a buffer; return how many bytes are new, 0 at the end."""
+        self.left = self.left or memoryview(next(self.chunks, b""))
+        count = min(len(buffer), len(self.left))
+        buffer[:count], self.left = self.left[:count], self.left[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+        super().close()
+
+
+def unpacked(file, unpacker: Callable) -> Iterator[bytes]:
+    """Unpack a file's streams. Zeros may pad them, as `xz` and tapes do; anything else that is no
+    stream is an error, since a damaged stream looks like that too: the libraries differ in it."""
+    data = b""
+    while data := data or file.read(READ):
+        if not (data := data.lstrip(b"\0")):
+            continue
+        stream = unpacker()
+        while not stream.eof:
+            if not (data := data or file.read(READ)):
+                raise EOFError("its last packed stream does not end")
+            yield stream.decompress(data)
+            data = b""
+        data = stream.unused_data
+
+
+def open_packed(unpacker: Callable, path: str):
+    """Open a file of the packed streams that unpacker() unpacks."""
+    return io.BufferedReader(Unpacked(unpacker, path))
+
+
 def open_zst(path: str):
     """Open a file that zstd packed."""
     import pyarrow
@@ -67,7 +114,8 @@ def open_zst(path: str):
 
 
 PLAIN = Packing(partial(open, mode="rb"), 1)
-PACKINGS = {".gz": Packing(gzip.open, 3), ".xz": Packing(lzma.open, 4),
+PACKINGS = {".gz": Packing(partial(open_packed, partial(zlib.decompressobj, 31)), 3),
+            ".xz": Packing(partial(open_packed, lzma.LZMADecompressor), 4),
             ".zst": Packing(open_zst, 3, seekable=False)}
 
 
@@ -130,7 +178,10 @@ def line_records(piece: Piece) -> Iterator[Record]:
     with opened(piece.path) as file:
         at = 0
         if piece.start:
-            file.seek(piece.start - 1)
+            if file.seekable():
+                file.seek(piece.start - 1)
+            else:
+                collections.deque(first_bytes(file, piece.start - 1), maxlen=0)
             at = piece.start - 1 + skip_line(file)
         while at < piece.stop and (line := file.readline(LINE)):
             size = len(line)
@@ -175,8 +226,12 @@ def skip_line(file) -> int:
 def line_place(piece: Piece, at: int) -> str:
     """Number the line that begins at byte `at` of the piece's file."""
     with opened(piece.path) as file:
-        chunks = (file.read(min(1 << 20, at - done)) for done in range(0, at, 1 << 20))
-        return ":" + str(1 + sum(chunk.count(b"\n") for chunk in chunks))
+        return ":" + str(1 + sum(chunk.count(b"\n") for chunk in first_bytes(file, at)))
+
+
+def first_bytes(file, size: int) -> Iterator[bytes]:
+    """Read the first bytes of a file, in chunks."""
+    return (file.read(min(1 << 20, size - done)) for done in range(0, size, 1 << 20))
 
 
 # ---- .parquet: a row is a record
@@ -257,7 +312,10 @@ def naming_damage(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{path} is damaged or cut short: {error}") from None
+        if getattr(error, "errno", None):  # of the system, which names the file
+            raise
+        raise UserError(f"{path} is damaged or cut short: {error}; replace it or leave it out"
+                        ) from None
 
 
 # ---- records -> documents

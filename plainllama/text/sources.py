@@ -38,8 +38,7 @@ def described(sources: object) -> list[dict]:
     for item in items:
         if not (isinstance(item, dict) and item.get("path")
                 and all(type(value) is KEYS.get(key) for key, value in item.items())
-                and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))
-                and not re.fullmatch(r"\d*:0+", item.get("slice", ":"))):
+                and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))):
             raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
                             "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
     return items
@@ -55,6 +54,7 @@ def survey(sources: object, known: Sequence[dict] = (),
     seen = {} if seen is None else seen
     records: list[dict] = []
     pieces: list[Piece] = []
+    earlier: set[str] = set()  # files
     for i, source in enumerate(described(sources)):
         path = source["path"]
         record, files = files_of(path, known[i] if known else {})
@@ -64,13 +64,22 @@ def survey(sources: object, known: Sequence[dict] = (),
         noted = seen if path != "-" else {}  # whose file is a new one every time
         prints = {label: fingerprint(file) if ends else content_hash(file, noted)
                   for label, file in files}
+        real = {os.path.realpath(file) for _, file in files}
+        if real & earlier:
+            print(f"sources: {path}: {len(real & earlier)} of its files belong to a source before "
+                  "it too; records that both take are there twice", flush=True)
+        earlier |= real
         if path == "embedded":  # a thousand names, as one
             digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
             prints = {f"{len(files)} files": digest}
         records.append({"path": path, **record, "files": prints})
         if not any(file.stat().st_size for _, file in files):
             raise UserError(f"sources: {path} is empty")
-        pieces += pieces_of(source, [whole_file(source, label, file) for label, file in files])
+        taken = [*pieces_of(source, [whole_file(source, label, file) for label, file in files])]
+        if not taken:
+            raise UserError(f"sources: {path} has no record, or its slice and max_documents leave "
+                            "none")
+        pieces += taken
     return records, parts_of(pieces)
 
 
@@ -85,30 +94,43 @@ def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
         return {}, [("-", Path(SPOOLED[-1].name))]
     if path == "embedded":
         return {}, embedded_files()
-    path = os.path.expanduser(path)
+    return {}, local_files(os.path.expanduser(path))
+
+
+def local_files(path: str) -> list[tuple[str, Path]]:
+    """List (label, path) of a file, or of those of known kinds below a folder, or that a glob
+    meets: each real file once. What is not read is printed; UserError if that is all."""
     folder = os.path.isdir(path)
-    found = files_below(path) if folder else [path]
-    found = found if os.path.exists(path) else glob.glob(path, recursive=True)
-    once = {os.path.realpath(p): p for p in sorted(found, key=os.path.islink, reverse=True)
-            if os.path.isfile(p)}
-    matches = [p for p in once.values() if not folder or kind_of(p)]
-    if not matches:
+    found = files_below(path) if folder else glob.glob(path, recursive=True)
+    found = [path] if os.path.lexists(path) and not folder else found  # whatever its name means
+    read: dict[str, str] = {}
+    left: Counter = Counter()
+    for name in sorted(found, key=os.path.islink):  # a file before the links to it
+        if not os.path.exists(name):
+            left["links to nothing"] += 1
+        elif os.path.isdir(name):  # a glob's; ** has been in it
+            left["folders"] += "**" not in path
+        elif not os.path.isfile(name):
+            left["pipes or devices"] += 1
+        elif folder and not kind_of(name):
+            left[Path(name).suffix.lower() or "without an ending"] += 1
+        elif read.setdefault(os.path.realpath(name), name) != name:
+            left["links to files that are read anyway"] += 1
+    said = ", ".join(f"{count} {what}" for what, count in sorted((+left).items()))
+    if not read:
         raise UserError(f"sources: {path} is no file, and no glob or folder with a file of a known "
-                        f"kind ({', '.join(KINDS)})")
-    if left := Counter(Path(p).suffix or "no ending" for p in once.values() if p not in matches):
-        print(f"sources: {path}: not read: " + ", ".join(
-            f"{count} {kind}" for kind, count in sorted(left.items())), flush=True)
-    if again := sum(map(os.path.isfile, found)) - len(once):
-        print(f"sources: {path}: {again} links to files that are read anyway", flush=True)
-    root = path if folder else os.path.commonpath(map(os.path.dirname, matches))
-    return {}, sorted((os.path.relpath(p, root or "."), Path(p)) for p in matches)
+                        f"kind ({', '.join(KINDS)}))" + f"; it has {said}" * bool(said))
+    if said:
+        print(f"sources: {path}: not read: {said}", flush=True)
+    root = path if folder else os.path.commonpath(map(os.path.dirname, read.values()))
+    return sorted((os.path.relpath(name, root or "."), Path(name)) for name in read.values())
 
 
 def files_below(folder: str) -> list[str]:
     """List what is no folder below one, hidden files left out; linked folders are gone into, each
-    real one once."""
+    real one once. OSError for a folder that cannot be read."""
     seen, found = {os.path.realpath(folder)}, []
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         kept = []
         for name in sorted(n for n in folders if n[0] != "."):
             real = os.path.realpath(os.path.join(place, name))
@@ -117,6 +139,11 @@ def files_below(folder: str) -> list[str]:
         folders[:] = kept
         found += [os.path.join(place, name) for name in sorted(names) if name[0] != "."]
     return found
+
+
+def fail(error: OSError) -> None:
+    """Raise what os.walk() would pass over."""
+    raise error
 
 
 def embedded_files() -> list[tuple[str, Path]]:
