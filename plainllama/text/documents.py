@@ -64,9 +64,7 @@ class Unpacked(io.RawIOBase):
     """The bytes of a file of packed streams, one after another, read from its start on."""
 
     def __init__(self, unpacker: Callable, path: str):
-        self.file = open(path, "rb")  # noqa: SIM115
-        self.chunks = filter(None, unpacked(self.file, unpacker))
-        self.left = memoryview(b"")
+        self.chunks, self.left = filter(None, unpacked(unpacker, path)), memoryview(b"")
 
     def readable(self) -> bool:
         """Say that it is for reading."""
@@ -79,43 +77,33 @@ class Unpacked(io.RawIOBase):
         buffer[:count], self.left = self.left[:count], self.left[count:]
         return count
 
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-        super().close()
 
-
-def unpacked(file, unpacker: Callable) -> Iterator[bytes]:
-    """Unpack a file's streams. Zeros may pad them, as `xz` and tapes do; anything else that is no
-    stream is an error, since a damaged stream looks like that too: the libraries differ in it."""
-    data = b""
-    while data := data or file.read(READ):
-        if not (data := data.lstrip(b"\0")):
-            continue
-        stream = unpacker()
-        while not stream.eof:
-            if not (data := data or file.read(READ)):
-                raise EOFError("its last packed stream does not end")
-            yield stream.decompress(data)
-            data = b""
-        data = stream.unused_data
-
-
-def open_packed(unpacker: Callable, path: str):
-    """Open a file of the packed streams that unpacker() unpacks."""
-    return io.BufferedReader(Unpacked(unpacker, path))
+def unpacked(unpacker: Callable, path: str) -> Iterator[bytes]:
+    """Unpack a file's streams, each by an unpacker(). Zeros may pad them, as tapes do; what else is
+    no stream is an error, since a damaged one looks like that: the libraries differ in both."""
+    with open(path, "rb") as file:
+        data = b""
+        while data := data or file.read(READ):
+            if data := data.lstrip(b"\0"):
+                stream = unpacker()
+                while not stream.eof:
+                    if not (data := data or file.read(READ)):
+                        raise EOFError("its last packed stream does not end")
+                    yield stream.decompress(data)
+                    data = b""
+                data = stream.unused_data
 
 
 def open_zst(path: str):
-    """Open a file that zstd packed."""
+    """Open a file that zstd packed; nothing may pad it."""
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return pyarrow.input_stream(path, compression="zstd")
 
 
-PLAIN = Packing(partial(open, mode="rb"), 1)
-PACKINGS = {".gz": Packing(partial(open_packed, partial(zlib.decompressobj, 31)), 3),
-            ".xz": Packing(partial(open_packed, lzma.LZMADecompressor), 4),
+PLAIN = Packing(io.FileIO, 1)
+PACKINGS = {".gz": Packing(partial(Unpacked, partial(zlib.decompressobj, 31)), 3),
+            ".xz": Packing(partial(Unpacked, lzma.LZMADecompressor), 4),
             ".zst": Packing(open_zst, 3, seekable=False)}
 
 
@@ -126,7 +114,7 @@ def packing_of(path: str) -> Packing:
 
 def opened(path: str):
     """Open a file for its bytes, unpacked."""
-    return packing_of(path).open(path)
+    return io.BufferedReader(packing_of(path).open(path))
 
 
 # ---- .txt: a file is a record
@@ -314,8 +302,7 @@ def naming_damage(path: str) -> Iterator[None]:
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         if getattr(error, "errno", None):  # of the system, which names the file
             raise
-        raise UserError(f"{path} is damaged or cut short: {error}; replace it or leave it out"
-                        ) from None
+        raise UserError(f"{path} is damaged or cut short: {error}; replace it") from None
 
 
 # ---- records -> documents

@@ -65,9 +65,8 @@ def survey(sources: object, known: Sequence[dict] = (),
         prints = {label: fingerprint(file) if ends else content_hash(file, noted)
                   for label, file in files}
         real = {os.path.realpath(file) for _, file in files}
-        if real & earlier:
-            print(f"sources: {path}: {len(real & earlier)} of its files belong to a source before "
-                  "it too; records that both take are there twice", flush=True)
+        if twice := len(real & earlier):
+            print(f"sources: {path}: {twice} of its files belong to an earlier source too")
         earlier |= real
         if path == "embedded":  # a thousand names, as one
             digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
@@ -108,14 +107,14 @@ def local_files(path: str) -> list[tuple[str, Path]]:
     for name in sorted(found, key=os.path.islink):  # a file before the links to it
         if not os.path.exists(name):
             left["links to nothing"] += 1
-        elif os.path.isdir(name):  # a glob's; ** has been in it
-            left["folders"] += "**" not in path
+        elif os.path.isdir(name):  # ** has been in it
+            left["links to folders that are read" if folder else "folders"] += "**" not in path
         elif not os.path.isfile(name):
             left["pipes or devices"] += 1
         elif folder and not kind_of(name):
             left[Path(name).suffix.lower() or "without an ending"] += 1
         elif read.setdefault(os.path.realpath(name), name) != name:
-            left["links to files that are read anyway"] += 1
+            left["links to files that are read"] += 1
     said = ", ".join(f"{count} {what}" for what, count in sorted((+left).items()))
     if not read:
         raise UserError(f"sources: {path} is no file, and no glob or folder with a file of a known "
@@ -127,17 +126,15 @@ def local_files(path: str) -> list[tuple[str, Path]]:
 
 
 def files_below(folder: str) -> list[str]:
-    """List what is no folder below one, hidden files left out; linked folders are gone into, each
-    real one once. OSError for a folder that cannot be read."""
-    seen, found = {os.path.realpath(folder)}, []
+    """List what is no folder below one, hidden files left out; linked folders are gone into, and
+    listed where they were seen before. OSError for a folder that cannot be read."""
+    seen, found = set(), []
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        kept = []
-        for name in sorted(n for n in folders if n[0] != "."):
-            real = os.path.realpath(os.path.join(place, name))
-            kept += [] if real in seen else [name]
-            seen.add(real)
-        folders[:] = kept
-        found += [os.path.join(place, name) for name in sorted(names) if name[0] != "."]
+        if os.path.realpath(place) in seen:
+            folders[:], names = [], [""]  # the place itself, for what is said of it
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [os.path.join(place, name) for name in sorted(names) if name[:1] != "."]
     return found
 
 
