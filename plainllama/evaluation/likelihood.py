@@ -132,16 +132,16 @@ def by_position(model: nn.Module, rows: Windows, tokens: int, micro_batch: int,
     for windows, ids in passes("by position", rows, tokens, micro_batch, world):
         if windows:
             x, y, documents = to_batch(ids, bos_id=bos_id).to(world.device)
-            logits = model(x, documents=documents).float().transpose(1, 2)
-            nats = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none")
-            losses[:, windows] = torch.stack((nats, y != IGNORE)).cpu().double()
+            logits = model(x, documents=documents).float().flatten(0, 1)
+            nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="none")
+            losses[:, windows] = torch.stack((nats.view(-1, T), y != IGNORE)).cpu().double()
     quarter, scores = ceil_div(T, 4), {}
     parts = world.sum(losses).split(quarter, dim=2)
-    for first, part in zip(range(0, T, quarter), parts, strict=True):
-        nats, counted = part.sum(2)
+    for first, (nats, counted) in zip(range(0, T, quarter), parts, strict=True):
         if counted.any():
-            name, means = f"{first}-{first + part.shape[2] - 1}", (nats / counted)[counted > 0]
+            name = f"{first}-{first + nats.shape[1] - 1}"
             scores[name] = (nats.sum() / counted.sum()).item()
+            means = (nats.sum(1) / counted.sum(1))[counted.any(1)]
             spread = means.std(correction=0).item()
             scores[f"{name}_stderr"] = spread / math.sqrt(max(1, len(means) - 1))
     return scores | {"n": count}
