@@ -134,7 +134,7 @@ class Evaluation:
         # RUN/eval holds what all runs can be compared by; rank 0 writes it
         self.keep = None if special or world.rank > 0 else self.run
         self.open_windows(huggingface.read_config(first).block_size)
-        asked = [name.strip() for name in flags.tasks.split(",") if name.strip()]
+        asked = list(dict.fromkeys(filter(None, map(str.strip, flags.tasks.split(",")))))
         self.name_idle(asked)
         self.tasks, self.unavailable = tasks.find_tasks(asked, flags, world)
         for reason in self.unavailable:

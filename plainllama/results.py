@@ -123,6 +123,5 @@ def write_samples(run: Path | None, step: int | None, task: str, samples: list[d
     here)."""
     name = re.sub(r"[^\w.-]+", "_", task.removeprefix("local:"))
     path = (run / "eval" if run else Path()) / f"samples_{name}_step_{step or 0}.jsonl"
-    path.parent.mkdir(exist_ok=True)
     write_text(path, "".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"samples {path}", flush=True)

@@ -310,15 +310,12 @@ class Scorer:
         """Compute what each group of a batch begins with, once, and fill a cache of all rows."""
         model, device = self.model, self.world.device
         begins = [group.rows[0][:group.shared] for group in batch.groups]
-        once = KVCache(model.config, len(begins), batch.begin, device, model.compute_dtype)
-        model.hidden(self.padded(begins), once)
-        owner = [i for i, group in enumerate(batch.groups) for _ in group.rows]
         room = batch.begin + batch.rest
-        cache = KVCache(model.config, len(owner), room, device, model.compute_dtype)
-        cache.k[:, :, :, :batch.begin] = once.k[:, owner]
-        cache.v[:, :, :, :batch.begin] = once.v[:, owner]
+        cache = KVCache(model.config, len(begins), room, device, model.compute_dtype)
+        model.hidden(self.padded(begins), cache)
+        owner = [i for i, group in enumerate(batch.groups) for _ in group.rows]
+        cache.keep(torch.tensor(owner, device=device))
         cache.lengths = torch.tensor([len(begins[i]) for i in owner], device=device)
-        cache.used = batch.begin
         return cache
 
     def padded(self, rows: list[Ids]) -> Tensor:

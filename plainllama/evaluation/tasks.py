@@ -64,8 +64,8 @@ def find_tasks(asked: list[str], flags: Any, world: World) -> tuple[dict[str, Ta
             estimates = known if is_tiny(name) else None
             prefix, colon, _ = name.partition(":")
             try:
-                tasks[name] = MAKERS.get(prefix + colon, lm_eval_task)(
-                    name, flags, shots, estimates)
+                make_one = MAKERS.get(prefix + colon, lm_eval_task)
+                tasks[name] = make_one(name, flags, shots, estimates)
             except lm_eval_tasks.Unavailable as error:
                 reason = f"no {name}: {error}; or score a file: --tasks=local:FILE.jsonl"
                 if estimates and estimates.unavailable:

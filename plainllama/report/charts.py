@@ -73,11 +73,9 @@ def curve(group: list[RunFolder], metric: str, factor: float = 1) -> list[Point]
     have."""
     tables = [{row["step"]: row[metric] * factor for row in run.metrics
                if is_number(row.get(metric))} for run in group]
-    points = []
-    for step in sorted(set.intersection(*map(set, tables))):
-        values = [table[step] for table in tables]
-        points.append(Point(step, statistics.fmean(values), min(values), max(values)))
-    return points
+    values = {step: [table[step] for table in tables]
+              for step in sorted(set.intersection(*map(set, tables)))}
+    return [Point(step, statistics.fmean(v), min(v), max(v)) for step, v in values.items()]
 
 
 def chart_block(chart: Chart, labels: list[str], lines: list[Line], out: Path) -> Block:

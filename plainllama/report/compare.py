@@ -38,15 +38,12 @@ def evaluations(run: RunFolder) -> list[tuple[int, float]]:
 
 def check_same(run: RunFolder, whose: str | Path, config: dict, data: dict) -> None:
     """UserError if a run has another data set or another recipe than `config` and `data` say."""
-    our_hash, their_hash = (one.get("manifest_sha256", "") for one in (run.info["data"], data))
-    if our_hash != their_hash:
-        raise UserError(f"{run.name} was trained on another data set than {whose}: it has the "
-                        f"hash {our_hash[:12]}, the reference's {their_hash[:12]}")
-    theirs = recipe(config)
+    ours, theirs = ({"the data's hash": d.get("manifest_sha256", ""), **recipe(c)}
+                    for c, d in ((run.info["config"], run.info["data"]), (config, data)))
     differing = [f"{name}={value} ({theirs[name]})"
-                 for name, value in recipe(run.info["config"]).items() if value != theirs[name]]
+                 for name, value in ours.items() if value != theirs[name]]
     if differing:
-        raise UserError(f"{run.name} is of another recipe than {whose}: {', '.join(differing)}")
+        raise UserError(f"{run.name} has not the data or recipe of {whose}: {', '.join(differing)}")
 
 
 def save(runs: list[RunFolder], path: Path) -> str:

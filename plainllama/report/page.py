@@ -5,6 +5,7 @@ import re
 import shlex
 from datetime import UTC, datetime, timedelta
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 
@@ -20,7 +21,7 @@ def write_page(runs: list[RunFolder], out: Path) -> Path:
     """Write the page, its pictures and its Markdown twin, whose path is returned. UserError if
     something else than an older page of these runs is in its place."""
     twin, there = out.with_suffix(".md"), runs_of(out)
-    if there not in (None, [run.name for run in runs]) or (there is None and twin.exists()):
+    if there != [run.name for run in runs] and (out.exists() or twin.exists()):
         what = f"is the page of {', '.join(there)}" if there else f"or {twin} is there already"
         raise UserError(f"{out} {what}; name another with --out=FILE.html")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -38,11 +39,10 @@ def write_page(runs: list[RunFolder], out: Path) -> Path:
     return twin
 
 
-def runs_of(page: Path) -> list[str] | None:
-    """Read the names of its runs off a page; [] if it is no page of ours, None if there is none."""
-    if not page.exists():
-        return None
-    data = re.search('id="data">(.*)</script>', page.read_text("utf-8", "replace"))
+def runs_of(page: Path) -> list[str]:
+    """Read the names of its runs off a page; [] if it is no page of ours."""
+    text = page.read_text("utf-8", "replace") if page.exists() else ""
+    data = re.search('id="data">(.*)</script>', text)
     return [run["name"] for run in json.loads(data[1])["runs"]] if data else []
 
 
@@ -50,18 +50,17 @@ def outcome(run: RunFolder) -> str:
     """Say in sentences what came of a run."""
     timed = [row for row in run.metrics if row.get("tokens_per_second") and "tokens" in row]
     seconds = sum((row["tokens"] - before["tokens"]) / row["tokens_per_second"]
-                  for before, row in zip([{"tokens": 0}, *timed], timed, strict=False))
+                  for before, row in pairwise([{"tokens": 0}, *timed]))
     state, device = run.status.get("state", "begun"), run.info["device"]
     tokens, loss, bits = (short(run.last(name)) for name in ("tokens", "val_loss", "val_bpb"))
     size, steps = run.info["parameters"].get("total"), run.info["config"].get("max_steps")
-    broken = [name for name in ("loss", "val_loss") if run.ends_broken(name)]
+    broken = " and ".join(name for name in ("loss", "val_loss") if run.ends_broken(name))
     said = (f"{run.name}: a LLaMA of {short(size)} parameters, {state} at step {run.last('step')} "
             f"of {steps}, after {tokens} tokens and {timedelta(seconds=round(seconds))} of "
             f"training on {device.get('count')} x {device.get('name')}: validation loss {loss} "
             f"nats per token, {bits} bits per byte.")
-    if broken:
-        said += f" Its newest {' and '.join(broken)} is not finite; what is said here is older."
-    return said
+    older = f" Its newest {broken} is not finite; what is said here is older."
+    return said + older if broken else said
 
 
 # ---- what was run
@@ -77,8 +76,8 @@ def differences(runs: list[RunFolder], out: Path) -> list[Block]:
     configs = [parent, *(run.info["config"] for run in runs)]
     names = [name for name in runs[0].info["config"] if name != "out_dir"
              and any(config.get(name) != parent.get(name) for config in configs)]
-    summary = f"{len(names)} keys differ from the parent config, {base or 'the defaults'}."
-    return [*(paragraph(command_line(run)) for run in runs), paragraph(summary),
+    return [*(paragraph(command_line(run)) for run in runs),
+            paragraph(f"{len(names)} keys differ from the parent, {base or 'the defaults'}."),
             side_by_side(["parent", *(run.name for run in runs)],
                          [{name: config.get(name) for name in names} for config in configs])]
 
@@ -103,19 +102,16 @@ def growth(runs: list[RunFolder], out: Path) -> list[Block]:
     tasks = dict.fromkeys(task for run in runs for evaluation in run.evals
                           for task in evaluation.get("tasks", {}))
     for number, task in enumerate(tasks):
-        lines, title = [], ""
-        for place, run in enumerate(runs):
-            points = []
-            for evaluation in run.evals:
-                metrics = evaluation.get("tasks", {}).get(task, {})
-                for score in finite_scores(metrics)[:1]:  # the first is the main one
-                    points.append(Point(evaluation.get("tokens", 0), score.value,
-                                        score.value - score.margin, score.value + score.margin))
-                    title = f"{task} {score.name} against tokens (with 95 % interval)"
-            if len(points) > 1:
-                lines.append(Line(place, "score", points))
+        found = [[(evaluation.get("tokens", 0), score) for evaluation in run.evals
+                  for score in finite_scores(evaluation.get("tasks", {}).get(task, {}))[:1]]
+                 for run in runs]  # of each run the task's first score, which is the main one
+        lines = [Line(place, "score", [Point(tokens, one.value, one.value - one.margin,
+                                             one.value + one.margin) for tokens, one in pairs])
+                 for place, pairs in enumerate(found) if len(pairs) > 1]
         if lines:
-            chart = Chart(title, (f"score_{number}",), axis="tokens")
+            name = next(score.name for pairs in found for _, score in pairs)
+            chart = Chart(f"{task} {name} against tokens (with 95 % interval)",
+                          (f"score_{number}",), axis="tokens")
             blocks.append(chart_block(chart, [run.name for run in runs], lines, out))
     return blocks
 
@@ -129,10 +125,10 @@ def baselines(runs: list[RunFolder]) -> list[Block]:
             bits = newest["baselines"] | {f"{run.name}_bpb": newest.get("val_bpb")}
             ranking = sorted((value, name.removesuffix("_bpb")) for name, value in bits.items()
                              if name.endswith("_bpb") and is_number(value))
-            rows = [[name, f"{value:.4f}", f"{1 - value / bits['unigram_bpb']:.1%}"]
-                    for value, name in ranking]
-            heads = [f"step {newest.get('step')}", "bits per byte", "below unigram"]
-            blocks.append(table_block(heads, rows))
+            blocks.append(table_block(
+                [f"step {newest.get('step')}", "bits per byte", "below unigram"],
+                [[name, f"{value:.4f}", f"{1 - value / bits['unigram_bpb']:.1%}"]
+                 for value, name in ranking]))
     return blocks
 
 
@@ -150,17 +146,14 @@ def scores(runs: list[RunFolder]) -> list[Block]:
 
 def metrics_by_title(evaluation: dict) -> dict[str, dict]:
     """Collect the metrics of an evaluation: of the validation split, of texts, of tasks."""
-    results = {"validation": evaluation}
-    for length, result in evaluation.get("contexts", {}).items():
-        results[f"validation in windows of {length}"] = result
-    tables = {}
-    for title, result in (results | evaluation.get("texts", {})).items():
+    contexts, tables = evaluation.get("contexts", {}), {}
+    shorter = {f"validation in windows of {n}": result for n, result in contexts.items()}
+    sections = {"validation": evaluation} | shorter | evaluation.get("texts", {})
+    for title, result in sections.items():
         tables[title] = {"loss, nats per token": result.get("val_loss"),
                          "bits per byte": result.get("val_bpb")}
-        windows = f" of {title}"
-        if title.startswith("validation"):
-            windows = title.removeprefix("validation")
-        tables[f"loss by position{windows}, at"] = result.get("by_position", {})
+        whose = f" of {title}".removeprefix(" of validation")
+        tables[f"loss by position{whose}, at"] = result.get("by_position", {})
     return tables | evaluation.get("tasks", {})
 
 
@@ -183,11 +176,10 @@ def samples(runs: list[RunFolder], out: Path) -> list[Block]:
     """Show the samples of the first, the middle and the last step that has some."""
     blocks = []
     for run in runs:
-        kept = [row for row in run.samples if is_number(row.get("step"))]
-        steps = sorted({row["step"] for row in kept})
+        steps = sorted({row["step"] for row in run.samples if is_number(row.get("step"))})
         for step in sorted({steps[i] for i in (0, len(steps) // 2, -1) if steps}):
             blocks.append(heading(f"{run.name}, step {step}", 3))
-            for row in [row for row in kept if row["step"] == step]:
+            for row in [row for row in run.samples if row.get("step") == step]:
                 text = escape(f"{row.get('prompt', '')}{row.get('completion', '')}")
                 blocks.append(Block(f"<pre>{text}</pre>", f"<pre>{text}</pre>"))
     return blocks or [paragraph("No samples yet: sample.py --ckpt RUN --save adds some.")]
@@ -196,13 +188,14 @@ def samples(runs: list[RunFolder], out: Path) -> list[Block]:
 def environment(runs: list[RunFolder], out: Path) -> list[Block]:
     """Show on what data, by which program and on which device the runs were made."""
     names = ("config_file", "started", "data", "device", "git", "versions")
-    columns = [{name: run.info[name] for name in names if name in run.info} for run in runs]
-    for run, column in zip(runs, columns, strict=True):
-        if is_number(column.get("started")):
-            started = datetime.fromtimestamp(column["started"], UTC)
-            column["started"] = f"{started:%Y-%m-%d %H:%M UTC}"
+    columns = []
+    for run in runs:
+        columns.append({name: run.info[name] for name in names if name in run.info})
+        if is_number(run.info.get("started")):
+            started = datetime.fromtimestamp(run.info["started"], UTC)
+            columns[-1]["started"] = f"{started:%Y-%m-%d %H:%M UTC}"
         if mixture := run.info["config"].get("mixture"):  # data is then what validates
-            column["mixture"] = mixture
+            columns[-1]["mixture"] = mixture
     return [side_by_side([run.name for run in runs], columns)]
 
 
