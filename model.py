@@ -410,7 +410,8 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
         """The summed loss, fp32 (). `training`: keep the gradients for backward."""
-        matrix, size = weight.to(x.dtype), chunk_rows(len(weight))
+        matrix = weight.to(x.dtype)
+        size = chunk_rows(len(weight))
         loss = torch.zeros((), device=x.device)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if training else None
         d_x = []
@@ -418,8 +419,7 @@ class ChunkedLoss(torch.autograd.Function):
             logits = F.linear(states, matrix).float()
             counts = (wanted != IGNORE)[:, None]
             place = wanted[:, None].clamp(min=0)
-            top = logits.amax(1, keepdim=True)  # logsumexp(), but compiled for a GPU it is one pass
-            norm = top + (logits - top).exp_().sum(1, keepdim=True).log_()
+            norm = logits.logsumexp(1, keepdim=True)
             loss = loss + ((norm - logits.gather(1, place)) * counts).sum()
             if d_weight is not None:
                 slope = (without_one(logits.sub_(norm).exp_(), place) * counts).to(x.dtype)

@@ -555,15 +555,18 @@ class Decoder:
 def decode(bench: Bench, batch: int) -> None:
     """Greedy decoding: generate.generate, eager and compiled, beside transformers' generate."""
     best, arms = reading_speed(bench.world.device), {}
-    for name in ("ours", "transformers", "ours, compiled"):
-        if name == "ours, compiled" and bench.config.compile == "false":
-            continue
-        arm = attempt(bench, "decode", partial(Decoder, bench, name, batch, best), 0.7, arm=name,
-                      batch=batch)
-        if arm:
-            arms[name] = arm
-    speeds = take_turns(bench, "decode, rounds", {name: arm.speed for name, arm in arms.items()}, 3,
-                        batch=batch)
+    speeds: dict[str, list[float]] = {}
+    compiled = ["ours, compiled"] * (bench.config.compile != "false")
+    for names in (["ours", "transformers"], compiled):  # to compile may take all that is left
+        for name in names:
+            arm = attempt(bench, "decode", partial(Decoder, bench, name, batch, best), 0.7,
+                          arm=name, batch=batch)
+            if arm:
+                arms[name] = arm
+        turns = take_turns(bench, "decode, rounds", {name: arm.speed for name, arm in arms.items()},
+                           2, batch=batch)
+        for name, rounds in turns.items():
+            speeds.setdefault(name, []).extend(rounds)
     for name, rounds in speeds.items():
         if rounds:
             bench.record("decode", arm=name, batch=batch, prompt_tokens=32,
