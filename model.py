@@ -135,8 +135,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device, dtype):
         shape = (config.n_layer, batch, config.kv_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.used = 0  # the longest row, as a Python number: how much of the cache to look at
 
@@ -347,7 +346,7 @@ class LLaMA(nn.Module):
         self.register_buffer("rope_sin", angles.sin().to(device), persistent=False)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None,
-               watch=None) -> Tensor:
+               watch: Callable = lambda states: None) -> Tensor:
         """Token ids (B, T) -> normalised states (B, T, C) that the output matrix reads.
 
         With a cache, the ids continue what is in it, each row from its own length on; the caller
@@ -356,7 +355,6 @@ class LLaMA(nn.Module):
         called with the n_layer + 1 states (B, T, C) that transformers names hidden_states: the
         embeddings, the output of each block but the last, and the result.
         """
-        watch = watch or (lambda states: None)
         T = ids.shape[1]
         positions = mask = None
         rope = self.rope_cos[:T], self.rope_sin[:T]
@@ -374,22 +372,26 @@ class LLaMA(nn.Module):
         watch(x)
         return x
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None,
-                documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
+                places: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V).
 
         With targets (B, T): the sum of -log p(target) in nats, fp32 (); targets of IGNORE count 0.
+        Where few tokens are learned, `places` (n,) says at which positions of the rows laid end to
+        end the targets (n,) are: the output matrix is read there alone.
         """
         x = self.hidden(ids, cache, documents)
-        return self.lm_head(x) if targets is None else self.loss(x, targets)
+        if targets is None:
+            return self.lm_head(x)
+        x = x.flatten(0, 1)
+        return self.loss(x if places is None else x.index_select(0, places), targets.flatten())
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Sum -log p(target) of states (B, T, C) over targets (B, T), fp32 ()."""
-        if 4 * targets.numel() * self.config.vocab_size > LOGITS_BYTES:
-            return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                     torch.is_grad_enabled())
-        return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten(),
-                               ignore_index=IGNORE, reduction="sum")
+        """Sum -log p(target) of states (N, C) over targets (N,), fp32 ()."""
+        if 4 * len(targets) * self.config.vocab_size > LOGITS_BYTES:
+            return ChunkedLoss.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
+        return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=IGNORE,
+                               reduction="sum")
 
     def parameter_counts(self) -> tuple[int, int]:
         """(all parameters, those without embedding and output matrix); a tied one counts once."""

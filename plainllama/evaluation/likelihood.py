@@ -18,7 +18,7 @@ from plainllama.files import sha256_bytes
 from plainllama.parallel import World
 from plainllama.progress import Progress
 from plainllama.settings import UserError, ceil_div
-from plainllama.tokens.rows import PAD, Rows, to_batch
+from plainllama.tokens.rows import CONTEXT, PAD, Rows, to_batch
 from plainllama.tokens.shards import open_split
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import ByteInfo, decoded_bytes, sha256_of
@@ -110,7 +110,8 @@ def evaluate(model: nn.Module, rows: Windows, token_byte_info: ByteInfo, tokens:
     losses, n_bytes, targets = [], 0, 0
     for _, ids in passes("validation", rows, tokens, micro_batch, world):
         batch = to_batch(ids, micro_batch, bos_id)
-        n_bytes += decoded_bytes(np.where(ids == PAD, token_byte_info.bos_id, ids), token_byte_info)
+        known = np.where((ids == PAD) | (ids >= CONTEXT), token_byte_info.bos_id, ids)
+        n_bytes += decoded_bytes(known, token_byte_info)  # what is only read counts as a boundary
         targets += int((batch.targets != IGNORE).sum())
         losses.append(model(*batch.to(world.device)))
     nll = torch.stack(losses).cpu().double().sum().item()  # read once: passes are not held up
@@ -131,7 +132,9 @@ def by_position(model: nn.Module, rows: Windows, tokens: int, micro_batch: int,
     losses = torch.zeros(2, count, T, dtype=torch.float64)  # nats, and whether there is a target
     for windows, ids in passes("by position", rows, tokens, micro_batch, world):
         if windows:
-            x, y, documents = to_batch(ids, bos_id=bos_id).to(world.device)
+            batch = to_batch(ids, bos_id=bos_id)
+            x, _, documents, _ = batch.to(world.device)
+            y = batch.targets.to(x.device)
             logits = model(x, documents=documents).float().flatten(0, 1)
             nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="none")
             losses[:, windows] = torch.stack((nats.view(-1, T), y != IGNORE)).cpu().double()

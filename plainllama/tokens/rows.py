@@ -4,19 +4,23 @@ There is no data-loader state: any row can be asked for, and a resumed run repla
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from plainllama.settings import Settings, UserError, ceil_div
+from plainllama.tokens.fit import best_fit
 from plainllama.tokens.shards import Split, read_manifest
 
 if TYPE_CHECKING:  # whoever asks for rows alone does without torch
     from torch import Tensor
 
 PAD = -1  # in a row: its document has ended; no id, no target
+# Flags of an id in a row: it is read but not learned; its document, or this window of it, begins
+CONTEXT, BEGINS = 1 << 40, 1 << 41
+FEW = 256  # targets are filled up to a multiple of this where most positions have none
 
 
 # ---- which row holds what
@@ -53,6 +57,8 @@ class Rows:
     """
 
     def __init__(self, split: Split, block_size: int, seed, limit: int = 0):
+        if split.masked:
+            raise UserError(f"data set {split.folder} holds dialogs, which are for packing=fit")
         self.split, self.block_size, self.seed = split, block_size, seed
         self.windows = (split.tokens - 1) // block_size if split.tokens else 0
         self.tail = split.tokens - self.windows * block_size - 1
@@ -91,6 +97,10 @@ class Rows:
     def targets(self, first: int, n: int) -> int:
         """Count the targets of rows first..first+n-1."""
         return n * self.block_size
+
+    def tokens(self, first: int, n: int) -> int:
+        """Count the tokens that a model reads in rows first..first+n-1."""
+        return self.targets(first, n)
 
     def summary(self, rows: int) -> str:
         """Say what there is and what a run of `rows` rows sees of it."""
@@ -133,12 +143,112 @@ class DocumentRows(Rows):
         return out
 
     def targets(self, first: int, n: int) -> int:
-        """Count the targets of rows first..first+n-1, a million rows at a time."""
-        total, end = 0, first + n
-        for at in range(first, end, 1 << 20):
-            _, sizes = self.spans(self.window_of(at, min(1 << 20, end - at)))
-            total += int((sizes - 1).sum())
-        return total
+        """Count the targets of rows first..first+n-1."""
+        return self.added_up(lambda windows: self.spans(windows)[1] - 1, first, n)
+
+    def added_up(self, count: Callable[[np.ndarray], np.ndarray], first: int, n: int) -> int:
+        """Add up count(windows) of rows first..first+n-1, a million rows at a time."""
+        ends = range(first, first + n, 1 << 20)
+        return sum(int(count(self.window_of(at, min(1 << 20, first + n - at))).sum())
+                   for at in ends)
+
+
+class FitRows(DocumentRows):
+    """A row holds several whole documents, or windows of those that are longer than a row, packed
+    so that little is left empty; none sees another (doc_mask). Of dialogs the targets are what is
+    learned of them, of text all tokens but a document's first.
+    """
+
+    def __init__(self, split: Split, block_size: int, seed, limit: int = 0):
+        super().__init__(split, block_size, seed)
+        starts, sizes = self.spans(np.arange(self.windows))
+        units, learned = np.arange(self.windows), sizes - 1
+        if split.masked:
+            if self.windows > split.documents:
+                raise UserError(f"data set {split.folder}: its dialogs were cut to "
+                                f"{split.manifest['block_size']} tokens, more than block_size "
+                                f"{block_size} has room for; prepare it with that block_size")
+            units, learned = np.repeat(units, takes(split)), split.learned_counts()
+        order, begins = best_fit(sizes[units], block_size + 1)
+        units = units[order]
+        self.begins = np.append(begins, len(units))  # of each row among the units, and the end
+        self.starts, self.sizes = starts[units], sizes[units]
+        self.learned = np.add.reduceat(learned[units], begins)  # of each row
+        self.filled = np.add.reduceat(self.sizes, begins)
+        self.windows = min(len(begins), limit or len(begins))
+
+    def read_windows(self, windows: Iterable[int]) -> np.ndarray:
+        """Read the given windows, int64 (m, T + 1), with their flags; PAD at their ends."""
+        windows = np.asarray(windows, np.int64)
+        out = np.full((len(windows), self.block_size + 1), PAD, np.int64)
+        for row, window in zip(out, windows, strict=True):
+            at = 0
+            for unit in range(self.begins[window], self.begins[window + 1]):
+                start, size = int(self.starts[unit]), int(self.sizes[unit])
+                ids = row[at:at + size]
+                ids[:] = self.split.read(start, start + size)
+                if self.split.masked:
+                    ids[~self.split.read_mask(start, start + size)] |= CONTEXT
+                ids[0] |= CONTEXT | BEGINS
+                at += size
+        return out
+
+    def targets(self, first: int, n: int) -> int:
+        """Count the targets of rows first..first+n-1."""
+        return self.added_up(lambda windows: self.learned[windows], first, n)
+
+    def tokens(self, first: int, n: int) -> int:
+        """Count the tokens that a model reads in rows first..first+n-1."""
+        return self.added_up(lambda windows: self.filled[windows], first, n)
+
+    def summary(self, rows: int) -> str:
+        """Say what there is and what a run of `rows` rows sees of it."""
+        learned = self.learned.sum() / self.filled.sum()
+        empty = 1 - self.filled.mean() / (self.block_size + 1)
+        return (f"{self.windows:,} rows of {self.block_size} tokens in {self.split.folder.name}: "
+                f"{len(self.starts):,} documents, {learned:.1%} of the tokens learned, {empty:.1%} "
+                f"of the rows empty; {rows / self.windows:.2f} epochs")
+
+
+def takes(split: Split) -> np.ndarray:
+    """Say how often an epoch takes each dialog (documents,): once, or as its source's `count` (of
+    dialogs) or `weight` (a share of all learned tokens) asks, the whole set's times and of a
+    shuffled order the first ones once more."""
+    often = np.ones(split.documents, np.int64)
+    sources = split.manifest["recipe"]["sources"]
+    if split.split != "train" or not any({"count", "weight"} & source.keys() for source in sources):
+        return often
+    learned = split.learned_counts()
+    sizes = [split.entries[name]["documents"] for name in split.names]
+    source_of = np.repeat([split.manifest["source_of"][name] for name in split.names], sizes)
+    share = learned.sum() / (sum(source.get("weight", 0) for source in sources) or 1)
+    for number, source in enumerate(sources):
+        own = np.flatnonzero(source_of == number)
+        own = own[permute(np.arange(len(own)), len(own), ("takes", number))]
+        whole, more = divmod(source.get("count", len(own)), len(own))
+        if "weight" in source:
+            ends = np.cumsum(learned[own])
+            whole, rest = divmod(round(share * source["weight"]), int(ends[-1]))
+            more = int(np.abs(np.append(0, ends) - rest).argmin())  # as near as dialogs allow
+        often[own] = whole
+        often[own[:more]] += 1
+    return often
+    learned = split.learned_counts()
+    sizes = [split.entries[name]["documents"] for name in split.names]
+    source_of = np.repeat([split.manifest["source_of"][name] for name in split.names], sizes)
+    share = learned.sum() / (sum(source.get("weight", 0) for source in sources) or 1)
+    for number, source in enumerate(sources):
+        own = np.flatnonzero(source_of == number)
+        own = own[permute(np.arange(len(own)), len(own), ("takes", number))]
+        if "weight" in source:
+            ends = np.cumsum(learned[own])
+            whole, rest = divmod(round(share * source["weight"]), int(ends[-1]))
+            more = int(np.abs(np.append(0, ends) - rest).argmin())  # as near as dialogs allow
+        elif "count" in source:
+            whole, more = divmod(source["count"], len(own))
+        often[own] = whole
+        often[own[:more]] += 1
+    return often
 
 
 class Mixture(Rows):
@@ -182,16 +292,19 @@ class Mixture(Rows):
 
     def targets(self, first: int, n: int) -> int:
         """Count the targets of rows first..first+n-1."""
-        total = 0
-        for i, rows in enumerate(self.sets):
-            low, high = self.rows_of(i, first), self.rows_of(i, first + n)
-            total += rows.targets(low, high - low)
-        return total
+        return sum(rows.targets(*self.rows_of(i, first, n)) for i, rows in enumerate(self.sets))
 
-    def rows_of(self, i: int, row: int) -> int:
-        """Count the rows of set i before row `row` of the mixture."""
-        cycles, rest = divmod(row, len(self.table))
-        return cycles * int(self.counts[i]) + int((self.table[:rest] == i).sum())
+    def tokens(self, first: int, n: int) -> int:
+        """Count the tokens that a model reads in rows first..first+n-1."""
+        return sum(rows.tokens(*self.rows_of(i, first, n)) for i, rows in enumerate(self.sets))
+
+    def rows_of(self, i: int, first: int, n: int) -> tuple[int, int]:
+        """Say which rows of set i, the first and how many, are among rows first..first+n-1."""
+        def before(row: int) -> int:
+            cycles, rest = divmod(row, len(self.table))
+            return cycles * int(self.counts[i]) + int((self.table[:rest] == i).sum())
+
+        return before(first), before(first + n) - before(first)
 
     def summary(self, rows: int) -> str:
         """Say what there is and what a run of `rows` rows sees of it."""
@@ -221,7 +334,7 @@ def spread(weights: list[float], slots: int = 1000) -> np.ndarray:
 
 
 # packing -> its rows; to add one: a class, this entry, a choice in settings, tests/test_shards.py
-PACKINGS: dict[str, type[Rows]] = {"concat": Rows, "doc": DocumentRows}
+PACKINGS: dict[str, type[Rows]] = {"concat": Rows, "doc": DocumentRows, "fit": FitRows}
 
 
 def training_rows(data: Path, manifest: dict, config: Settings) -> Rows:
@@ -241,6 +354,12 @@ def training_rows(data: Path, manifest: dict, config: Settings) -> Rows:
     return Mixture(sets, list(weights.values()))
 
 
+def validation_rows(data: Path, manifest: dict, block_size: int) -> Rows:
+    """Open a set's validation split: one text of windows or, of dialogs, rows that hold several."""
+    split = Split(data, "val", manifest)
+    return (FitRows if split.masked else Rows)(split, block_size, seed=0)
+
+
 def hash_of_data(data: Path, config: Settings) -> str:
     """Hash the manifests of a run's data sets."""
     names = [data, *(data.parent / name for name in config.mixture or ())]  # type: ignore
@@ -256,11 +375,12 @@ class Batch(NamedTuple):
     ids: "Tensor"  # (R, T) int64
     targets: "Tensor"  # (R, T) int64: the id that follows, IGNORE where nothing is learned
     starts: "Tensor | None"  # (R, T) bool: a document begins; None if tokens look across documents
+    sparse: bool = False  # there is much that is not learned: places() are worth it
 
     def take(self, rows) -> "Batch":
         """Give some of the rows: a slice or a list of their numbers."""
         starts = None if self.starts is None else self.starts[rows]
-        return Batch(self.ids[rows], self.targets[rows], starts)
+        return Batch(self.ids[rows], self.targets[rows], starts, self.sparse)
 
     def split(self, rows: int) -> "Iterator[Batch]":
         """Cut the batch into micro-batches of `rows` rows."""
@@ -268,23 +388,32 @@ class Batch(NamedTuple):
 
     def pinned(self) -> "Batch":
         """Copy the rows to memory from which a GPU reads without the host."""
-        return Batch(self.ids.pin_memory(), self.targets.pin_memory(), self.starts)
+        return self._replace(ids=self.ids.pin_memory(), targets=self.targets.pin_memory())
 
-    def to(self, device) -> "tuple[Tensor, Tensor, Tensor | None]":
-        """Give what LLaMA.forward takes, on a device: ids, targets, and the bounds of documents.
-        Nothing waits for the copies if the host's memory is pinned."""
-        from model import document_bounds
+    def to(self, device) -> "tuple[Tensor, Tensor, Tensor | None, Tensor | None]":
+        """Give what LLaMA.forward takes, on a device: ids, targets, the bounds of documents, and
+        where targets are, if not everywhere. Nothing waits for the copies if the host's memory is
+        pinned."""
+        from model import IGNORE, document_bounds
 
+        targets, places = self.targets, None
         bounds = None if self.starts is None else document_bounds(self.starts)
-        if bounds is not None and self.ids.is_pinned():
-            bounds = bounds.pin_memory()
-        return (self.ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True),
-                None if bounds is None else bounds.to(device, non_blocking=True))
+        if self.sparse:
+            found = (targets.flatten() != IGNORE).nonzero()[:, 0]
+            count = ceil_div(max(1, len(found)), FEW) * FEW  # compiled code sees few sizes
+            places, targets = found.new_zeros(count), targets.new_full((count,), IGNORE)
+            places[:len(found)], targets[:len(found)] = found, self.targets.flatten()[found]
+        def sent(tensor):
+            tensor = tensor.pin_memory() if self.ids.is_pinned() else tensor
+            return tensor.to(device, non_blocking=True)
+
+        return (sent(self.ids), sent(targets), None if bounds is None else sent(bounds),
+                None if places is None else sent(places))
 
 
 def to_batch(rows: np.ndarray, fill: int = 0, bos_id: int | None = None) -> Batch:
-    """Turn ids (m, T + 1), PAD where there is none, into a Batch: training, evaluation and
-    preflight all feed a model by this function.
+    """Turn rows (m, T + 1), ids with their flags and PAD where there is none, into a Batch:
+    training, evaluation and preflight all feed a model by this function.
 
     `fill`: rows without any target are added up to so many. `bos_id`: the id that begins a
     document, if tokens see their own document only (doc_mask).
@@ -296,5 +425,7 @@ def to_batch(rows: np.ndarray, fill: int = 0, bos_id: int | None = None) -> Batc
     ids = np.full((max(fill, len(rows)), rows.shape[1]), PAD, np.int64)
     ids[:len(rows)] = rows
     x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
-    starts = None if bos_id is None else x == bos_id
-    return Batch(x.masked_fill_(x == PAD, 0), y.masked_fill_(y == PAD, IGNORE), starts)
+    sparse = bool((ids >= CONTEXT).any())
+    starts = None if bos_id is None else (x >= BEGINS) | (x == bos_id)
+    y.masked_fill_((y == PAD) | (y >= CONTEXT), IGNORE)
+    return Batch(x.masked_fill_(x == PAD, 0) & (CONTEXT - 1), y, starts, sparse)

@@ -2,7 +2,8 @@
 
 A data set is a folder: per split `train` and `val` numbered token files NAME.bin with an index
 NAME.idx of document starts, the tokenizer, and a manifest that is written last: a folder without
-one is unfinished. docs/format.md describes every byte.
+one is unfinished. Dialogs (format 2) have in NAME.mask a bit for each token, whether it is learned,
+and in NAME.num how many are of each document. docs/format.md describes every byte.
 """
 
 import os
@@ -13,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from plainllama.files import as_json, file_entry, read_json, sha256, sha256_bytes, sync, write_text
-from plainllama.settings import UserError
+from plainllama.settings import UserError, ceil_div
 
-FORMAT = 1
+FORMAT = 1  # of token files
+MANIFESTS = {"text": 1, "chat": 2}  # the format of a manifest by its documents
 SEEN = "sources.json"  # how the sources lay on this machine: no part of the data set
 HEADER = struct.Struct("<8sIIQ40x")  # magic, format, bytes per token, tokens; 64 bytes in all
 MAGIC = b"plnllama"
@@ -28,34 +30,49 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes FOLDER/NAME.bin and NAME.idx as *.tmp; close() makes them appear, complete."""
+    """Writes FOLDER/NAME.bin and NAME.idx, and of dialogs NAME.mask and NAME.num, as *.tmp; close()
+    makes them appear, complete."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype):
+        self.folder, self.name = folder, name
+        self.masks: list[np.ndarray] = []  # which tokens are learned, by document
         self.token_file = open(folder / f"{name}.bin.tmp", "wb")  # noqa: SIM115
         self.index_file = open(folder / f"{name}.idx.tmp", "wb")  # noqa: SIM115
         self.token_file.write(bytes(HEADER.size))
         self.dtype, self.tokens, self.documents, self.largest = dtype, 0, 0, 0
 
-    def add(self, ids: np.ndarray) -> None:
-        """Append one document's token ids, boundaries included."""
+    def add(self, ids: np.ndarray, learned: np.ndarray | None = None) -> None:
+        """Append one document's token ids, boundaries included; `learned`: which of them are, of a
+        dialog."""
         self.index_file.write(struct.pack("<Q", self.tokens))
         self.token_file.write(ids.astype(self.dtype, copy=False).data)
         self.tokens += len(ids)
         self.documents += 1
         self.largest = max(self.largest, int(ids.max(initial=0)))
+        if learned is not None:
+            self.masks.append(learned)
 
     def close(self) -> dict:
-        """Finish both files; returns {file name: {size, sha256, tokens, ...}} for the manifest."""
+        """Finish the files; returns {file name: {size, sha256, tokens, ...}} for the manifest."""
         self.token_file.seek(0)
         self.token_file.write(HEADER.pack(MAGIC, FORMAT, self.dtype.itemsize, self.tokens))
-        counts = {"tokens": self.tokens, "documents": self.documents, "largest_id": self.largest}
+        self.token_file.close()
+        self.index_file.close()
+        names = [f"{self.name}.bin", f"{self.name}.idx"]
+        if self.masks:
+            names += [f"{self.name}.mask", f"{self.name}.num"]
+            bits = np.packbits(np.concatenate(self.masks), bitorder="little")
+            bits.tofile(self.folder / f"{names[2]}.tmp")
+            counts = np.array([mask.sum() for mask in self.masks], "<u4")
+            counts.tofile(self.folder / f"{names[3]}.tmp")
         entries = {}
-        for file, more in ((self.token_file, counts), (self.index_file, {})):
-            file.close()
-            temporary = Path(file.name)
+        for name in names:
+            temporary = self.folder / f"{name}.tmp"
             sync(temporary)
-            entries[temporary.stem] = file_entry(temporary) | more
-            os.replace(temporary, temporary.with_suffix(""))
+            entries[name] = file_entry(temporary)
+            os.replace(temporary, self.folder / name)
+        entries[names[0]] |= {"tokens": self.tokens, "documents": self.documents,
+                              "largest_id": self.largest}
         return entries
 
 
@@ -63,7 +80,8 @@ class ShardWriter:
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write manifest.json and its hash: from here on the data set is complete."""
-    text = as_json({"format": FORMAT, **manifest})
+    kind = manifest["recipe"].get("documents", "text")
+    text = as_json({"format": MANIFESTS[kind], **manifest})
     write_text(folder / "manifest.sha256", sha256_bytes(text.encode()) + "\n", durable=True)
     write_text(folder / "manifest.json", text, durable=True)
 
@@ -82,8 +100,9 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"data set {folder} is unfinished (no manifest.json); run prepare.py again"
                         if begun else f"{folder} is not a data set: it has no manifest.json")
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')}, this program reads {FORMAT}; "
+    if manifest.get("format") not in MANIFESTS.values():
+        raise UserError(f"{path} has format {manifest.get('format')}, this program reads "
+                        f"{' and '.join(map(str, MANIFESTS.values()))}; "
                         "use the plainllama that wrote it, or prepare the data set again")
     if not digest.is_file() or digest.read_bytes() != f"{sha256(path)}\n".encode():
         raise UserError(f"{path} does not match manifest.sha256: one of them is damaged")
@@ -149,6 +168,8 @@ class Split:
         counts = [entry["tokens"] for entry in self.entries.values()]
         self.starts = np.cumsum([0, *counts], dtype=np.int64)
         self.tokens = int(self.starts[-1])
+        self.documents = sum(entry["documents"] for entry in self.entries.values())
+        self.masked = manifest["recipe"].get("documents", "text") != "text"
         self.maps: dict[str, np.ndarray] = {}
         vocab = manifest["tokenizer"]["vocab_size"]
         for name, entry in self.entries.items():
@@ -168,22 +189,42 @@ class Split:
             self.maps[name] = np.asarray(np.memmap(path, DTYPES[width], "r", HEADER.size))
         return self.maps[name]
 
+    def beside(self, i: int, ending: str, dtype: str) -> np.ndarray:
+        """Map a file that lies beside token file i."""
+        name = self.names[i].removesuffix(".bin") + ending
+        if name not in self.maps:
+            self.maps[name] = np.asarray(np.memmap(self.folder / name, dtype, "r"))
+        return self.maps[name]
+
     def index(self, i: int) -> np.ndarray:
         """Map the index of token file i: where documents start in it."""
-        name = self.names[i].removesuffix(".bin") + ".idx"
-        if name not in self.maps:
-            self.maps[name] = np.asarray(np.memmap(self.folder / name, "<u8", "r"))
-        return self.maps[name]
+        return self.beside(i, ".idx", "<u8")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Read tokens start..stop-1 of the joined files, in their stored dtype."""
-        i = int(np.searchsorted(self.starts, start, "right")) - 1
+        i = self.file_of(start)
         pieces = []
         while start < stop:
             pieces.append(self.shard(i)[start - self.starts[i]:stop - self.starts[i]])
             start += len(pieces[-1])
             i += 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)  # nearly always one
+
+    def file_of(self, token: int) -> int:
+        """Give the number of the token file that holds a token."""
+        return int(np.searchsorted(self.starts, token, "right")) - 1
+
+    def read_mask(self, start: int, stop: int) -> np.ndarray:
+        """Tell which of the tokens start..stop-1 of one document are learned, bool (n,)."""
+        i = self.file_of(start)
+        first, last = start - int(self.starts[i]), stop - int(self.starts[i])
+        bits = self.beside(i, ".mask", "u1")[first // 8:ceil_div(last, 8)]
+        return np.unpackbits(bits, bitorder="little")[first % 8:][:stop - start].astype(bool)
+
+    def learned_counts(self) -> np.ndarray:
+        """Count the learned tokens of each document (documents,)."""
+        return np.concatenate([self.beside(i, ".num", "<u4").astype(np.int64)
+                               for i in range(len(self.names))])
 
 
 def open_split(folder: Path, split: str) -> Split:

@@ -16,15 +16,16 @@ from plainllama.tokens.rows import Rows
 class Objective:
     """A loss that is summed over micro-batches and ranks, and what the sum is divided by."""
 
-    # (model, ids, targets, documents), what Batch.to gives -> the summed loss in nats, fp32 ()
-    loss: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+    # (model, *what Batch.to gives) -> the summed loss in nats, fp32 ()
+    loss: Callable[..., Tensor]
     # (rows, first, n) -> how many terms rows first..first+n-1 have: known before the step
     count: Callable[[Rows, int, int], int]
 
 
-def next_token(model: nn.Module, ids: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
+def next_token(model: nn.Module, ids: Tensor, targets: Tensor, documents: Tensor | None,
+               places: Tensor | None) -> Tensor:
     """Sum -log p(target) over all targets."""
-    return model(ids, targets, documents)
+    return model(ids, targets, documents, places)
 
 
 OBJECTIVES = {"next": Objective(next_token, lambda rows, first, n: rows.targets(first, n))}

@@ -1,0 +1,224 @@
+"""Dialogs in rows: best fit, masks, weights of sources, and the loss of what is packed."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_data_set
+
+from model import IGNORE, LLaMA, ModelConfig, initialise
+from plainllama.files import file_entry
+from plainllama.settings import UserError
+from plainllama.tokens import shards
+from plainllama.tokens.fit import best_fit
+from plainllama.tokens.rows import BEGINS, CONTEXT, PAD, FitRows, Rows, takes, to_batch
+from plainllama.tokens.tokenizer import make_tokenizer
+
+BOS, T = 256, 32
+
+
+def write_dialogs(folder, sources: list[dict], dialogs: list[list[tuple[list, list]]]) -> None:
+    """A data set of dialogs as prepare.py writes it: of each source a part, ids and masks given."""
+    folder.mkdir(parents=True)
+    words = make_tokenizer("bytes")
+    words.save(folder)
+    files: dict = {"tokenizer.json": file_entry(folder / "tokenizer.json")}
+    splits = {}
+    for split in ("train", "val"):
+        for part, own in enumerate(dialogs):
+            writer = shards.ShardWriter(folder, f"{split}-{part:05}", words.kind)
+            for ids, learned in own:
+                writer.add(np.array(ids), np.array(learned, bool))
+            files |= writer.close()
+        splits[split] = {"tokens": sum(len(ids) for own in dialogs for ids, _ in own)}
+    shards.write_manifest(folder, {
+        "recipe": {"documents": "chat", "sources": sources}, "block_size": T, "splits": splits,
+        "source_of": {name: int(name[-9:-4]) for name in files if name.endswith(".bin")},
+        "tokenizer": {"vocab_size": words.vocab_size, "sha256": words.sha256, "bos": words.bos_id},
+        "files": files})
+
+
+def some_dialogs(count: int, seed: int, longest: int = T + 1) -> list[tuple[list, list]]:
+    """Dialogs of random ids, of which about a third is learned, the first never."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        size = int(draw.integers(3, longest + 1))
+        learned = draw.random(size) < 0.3
+        learned[0], learned[-1] = False, True
+        made.append(([BOS, *draw.integers(0, 250, size - 1).tolist()], learned.tolist()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets") / "talk"
+    write_dialogs(folder, [{"path": "a"}, {"path": "b"}],
+                  [some_dialogs(50, 1), some_dialogs(30, 2)])
+    return folder
+
+
+# ---- best fit
+
+@pytest.mark.parametrize(("sizes", "room"), [
+    ([7, 5, 4, 3, 1], 10), ([10] * 4, 10), ([1] * 25, 10), ([6, 6, 5, 5, 4], 10), ([3], 3)])
+def test_every_unit_has_a_place_and_no_row_is_too_full(sizes, room):
+    order, begins = best_fit(np.array(sizes), room)
+    assert sorted(order) == list(range(len(sizes)))
+    rows = np.split(order, begins[1:])
+    assert all(0 < sum(sizes[i] for i in row) <= room for row in rows)
+    assert len(rows) <= 11 / 9 * np.ceil(sum(sizes) / room) + 1  # Johnson's bound
+
+
+def test_each_unit_goes_where_it_fits_best():
+    order, begins = best_fit(np.array([6, 5, 4, 5, 3]), 10)  # 6+4, 5+5, 3
+    assert [sorted(row) for row in np.split(order, begins[1:])] == [[0, 2], [1, 3], [4]]
+
+
+def test_a_million_lengths_leave_little_empty_and_take_seconds():
+    sizes = np.minimum(np.random.default_rng(0).geometric(1 / 180, 100_000), 1025)
+    order, begins = best_fit(sizes, 1025)
+    filled = np.add.reduceat(sizes[order], begins)
+    assert filled.max() <= 1025 and filled.mean() > 0.99 * 1025
+
+
+# ---- what is written is what is read
+
+def test_masks_and_counts_come_back(folder):
+    split = shards.open_split(folder, "train")
+    dialogs = [*some_dialogs(50, 1), *some_dialogs(30, 2)]
+    assert shards.verify(folder) == (0, [])
+    assert split.masked and split.documents == 80
+    assert split.learned_counts().tolist() == [sum(learned) for _, learned in dialogs]
+    start = 0
+    for ids, learned in dialogs:
+        assert split.read(start, start + len(ids)).tolist() == ids
+        assert split.read_mask(start, start + len(ids)).tolist() == learned
+        start += len(ids)
+
+
+def test_a_flipped_mask_is_damage(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, copy := tmp_path / "copy")
+    raw = bytearray((copy / "train-00000.mask").read_bytes())
+    raw[3] ^= 4
+    (copy / "train-00000.mask").write_bytes(raw)
+    code, problems = shards.verify(copy)
+    assert code == 1 and "train-00000.mask" in problems[0]
+
+
+def test_rows_hold_each_dialog_once_an_epoch_with_what_is_learned_of_it(folder):
+    split = shards.open_split(folder, "train")
+    rows = FitRows(split, T, seed=3)
+    found, learned = [], 0
+    for row in rows.rows(0, rows.windows):
+        batch = to_batch(row[None], bos_id=BOS)
+        learned += int((batch.targets != IGNORE).sum())
+        for document in np.split(row[row != PAD], np.flatnonzero(row[row != PAD] >= BEGINS)[1:]):
+            ids = document & (CONTEXT - 1)
+            found.append((ids.tolist(), (document < CONTEXT).tolist()))
+            assert ids[0] == BOS
+    wanted = [*some_dialogs(50, 1), *some_dialogs(30, 2)]
+    assert sorted(map(repr, found)) == sorted(map(repr, wanted))
+    assert learned == sum(sum(mask) for _, mask in wanted) == rows.targets(0, rows.windows)
+    assert rows.tokens(0, rows.windows) == sum(len(ids) for ids, _ in wanted)
+    for first, n in ((0, 1), (2, 3), (rows.windows - 1, 4)):
+        targets = to_batch(rows.rows(first, n)).targets
+        assert rows.targets(first, n) == int((targets != IGNORE).sum())
+
+
+def test_sets_of_dialogs_are_read_as_such_or_refused(folder):
+    split = shards.open_split(folder, "train")
+    with pytest.raises(UserError, match="packing=fit"):
+        Rows(split, T, seed=1)
+    with pytest.raises(UserError, match="block_size 8 has room"):
+        FitRows(split, 8, seed=1)
+    assert set(FitRows(split, T, 1, limit=2).window_of(0, 9)) == {0, 1}
+
+
+def test_an_epoch_begins_as_it_ends(tmp_path):
+    write_dialogs(tmp_path / "many", [{"path": "a"}], [some_dialogs(3000, 5)])
+    rows = FitRows(shards.open_split(tmp_path / "many", "train"), T, seed=1)
+    tenth = rows.windows // 10
+    sizes = [[len(part) for row in rows.rows(first, tenth)
+              for part in np.split(row, np.flatnonzero(row >= BEGINS)[1:])]
+             for first in (0, rows.windows - tenth)]
+    assert abs(np.mean(sizes[0]) - np.mean(sizes[1])) < 0.05 * np.mean(sizes[0])
+    assert rows.filled.mean() > 0.95 * (T + 1)
+
+
+# ---- count and weight
+
+@pytest.mark.parametrize("weights", [(2, 1), (1, 3), (1, 1)])
+def test_weights_are_shares_of_the_learned_tokens(tmp_path, weights):
+    sources = [{"path": "a", "weight": weights[0]}, {"path": "b", "weight": weights[1]}]
+    write_dialogs(tmp_path / "w", sources, [some_dialogs(900, 1), some_dialogs(300, 2, 12)])
+    split = shards.open_split(tmp_path / "w", "train")
+    often, learned = takes(split), split.learned_counts()
+    taken = [(often[part] * learned[part]).sum() for part in (slice(0, 900), slice(900, None))]
+    assert taken[0] / taken[1] == pytest.approx(weights[0] / weights[1], rel=0.01)
+    assert sum(taken) == pytest.approx(learned.sum(), rel=0.01)
+    assert all(np.ptp(often[part]) <= 1 for part in (slice(0, 900), slice(900, None)))
+    rows = FitRows(split, T, seed=1)
+    assert rows.targets(0, rows.windows) == sum(taken)
+    assert takes(shards.open_split(tmp_path / "w", "val")).tolist() == [1] * 1200
+
+
+def test_counts_are_dialogs(tmp_path):
+    write_dialogs(tmp_path / "c", [{"path": "a", "count": 120}, {"path": "b"}],
+                  [some_dialogs(50, 1), some_dialogs(30, 2)])
+    often = takes(shards.open_split(tmp_path / "c", "train"))
+    assert often[:50].sum() == 120 and set(often[:50]) == {2, 3} and (often[50:] == 1).all()
+
+
+# ---- the loss
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=260,
+                         block_size=T)
+    made = LLaMA(config)
+    initialise(made, 1, lambda p: (p, 0))
+    return made
+
+
+def single_loss(model, ids: list, learned: list):
+    """The summed loss of one dialog, by the plainest means."""
+    logits = model(torch.tensor([ids[:-1]]))[0]
+    nats = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    return nats[torch.tensor(learned[1:])].sum()
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_packed_loss_and_gradients_are_the_sum_of_the_dialogs(folder, model, micro):
+    rows = FitRows(shards.open_split(folder, "train"), T, seed=3)
+    model.zero_grad()
+    packed = 0.0
+    batch = to_batch(rows.rows(0, rows.windows), fill=rows.windows + 2, bos_id=BOS)
+    for part in batch.split(micro):  # the last ones are rows without any target
+        ids, targets, documents, places = part.to("cpu")
+        assert places is not None and len(places) % 256 == 0
+        loss = model(ids, targets, documents, places)
+        loss.backward()
+        packed += loss.item()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    alone = 0.0
+    for ids, learned in [*some_dialogs(50, 1), *some_dialogs(30, 2)]:
+        loss = single_loss(model, ids, learned)
+        loss.backward()
+        alone += loss.item()
+    assert packed == pytest.approx(alone, rel=1e-5)
+    for ours, (name, p) in zip(grads, model.named_parameters(), strict=True):
+        assert torch.allclose(ours, p.grad, atol=1e-5 * p.grad.abs().max().item()), name
+
+
+def test_text_fits_too(tmp_path, model):
+    texts = ["a" * 20, "b" * 100, "cc", "d" * 31]  # the second takes four windows
+    write_data_set(tmp_path / "text", {"train": texts, "val": texts}, 1)
+    rows = FitRows(shards.open_split(tmp_path / "text", "train"), T, seed=1)
+    batch = to_batch(rows.rows(0, rows.windows), bos_id=BOS)
+    assert rows.targets(0, rows.windows) == sum(len(text) + 1 for text in texts)
+    assert int((batch.targets != IGNORE).sum()) == rows.targets(0, rows.windows)
+    assert int(batch.starts.sum()) == 1 + 4 + 1 + 1
