@@ -174,7 +174,8 @@ class Evaluation:
             lacking = f"no data set data/{name}" if name else "the model has no run"
             self.say(f"no bits per byte: {lacking}; name a data set with --data=FOLDER")
         of_run = self.run and data and not (flags.data or flags.text or self.shorter)
-        if flags.baselines and (not of_run or config.mixture or config.packing == "doc"):
+        whole = config.packing in ("auto", "concat") and not config.mixture
+        if flags.baselines and not (of_run and whole):
             raise UserError("--baselines counts in the rows of a run of one data set that is here, "
                             "with packing=concat; name one, without --data, --context and --text")
 

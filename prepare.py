@@ -28,7 +28,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from plainllama.command import CommandLine, complain, parse_arguments, run_command
-from plainllama.settings import Settings, UserError, deciding, key
+from plainllama.settings import Settings, UserError, deciding, key, settle_packing
 
 
 @dataclass
@@ -76,6 +76,7 @@ def main(command: CommandLine) -> int:
     if look.verify or look.inspect:
         return verify(Path(look.verify)) if look.verify else inspect(Path(look.inspect))
     config = command.config
+    settle_packing(config)
     if not re.fullmatch(r"\w[\w.+-]*", config.dataset):
         raise UserError(f"dataset {config.dataset!r} is not the name of a folder under data/")
     given = command.overrides

@@ -50,7 +50,7 @@ from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.tokens import shards
-from plainllama.tokens.rows import Batch, Rows, hash_of_data, to_batch, training_rows
+from plainllama.tokens.rows import Batch, hash_of_data, to_batch, training_rows, val_rows
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, optim, preflight, resume
@@ -68,15 +68,14 @@ def main(command: CommandLine) -> int:
     refuse_idle(flags)
     device = parallel.pick_device(config.device)
     dtype = parallel.pick_dtype(config.dtype, torch.device(device))
-    if problem := parallel.attention_refusal(config.attention, device, dtype, config.doc_mask):
-        raise UserError(problem)
     if os.path.lexists(run) and not run.is_dir():
         raise UserError(f"out_dir {run} is a file or a link to nowhere; name a folder")
     manifest = shards.read_manifest(Path("data") / config.dataset)
-    config.vocab_size = resume.vocabulary(config, manifest)
-    for remark in (resume.keep_recipe(command, manifest), optim.fit_warmup(config)):
-        if remark and os.environ.get("RANK", "0") == "0":
+    for remark in resume.settle(command, manifest):
+        if os.environ.get("RANK", "0") == "0":
             print(remark, flush=True)
+    if problem := parallel.attention_refusal(config.attention, device, dtype, config.doc_mask):
+        raise UserError(problem)
     if flags.replay:
         return resume.replay(config, manifest, flags.replay)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and read_status(run) == "stopped":
@@ -139,8 +138,7 @@ class Run:
         self.folder, self.data = Path(config.out_dir), Path("data") / config.dataset
         self.rows = training_rows(self.data, manifest, config)
         self.data_hash = hash_of_data(self.data, config)
-        self.validation = Rows(shards.Split(self.data, "val", manifest), config.block_size,
-                               config.seed)
+        self.validation = val_rows(self.data, manifest, config.block_size)
         self.byte_info = byte_info(self.data)
         say = partial(print, flush=True) if world.rank == 0 else lambda _: None
         self.samples = self.prompt_of_samples(say)
@@ -207,7 +205,7 @@ class Run:
             self.measure()
         gc.collect()
         gc.disable()  # it would stop one rank, and so all, at any moment; evaluations call it
-        self.clock.start(self.course.tokens_at(self.step))
+        self.clock.start(self.course.read_at(self.step), self.course.tokens_at(self.step))
         # the numbers of an update are read while a GPU works on the next one; a CPU does not wait
         unread: deque[tuple[int, float, Tensor]] = deque()
         stopping, lag = False, int(self.world.device.type != "cpu")
@@ -275,12 +273,13 @@ class Run:
         ends = self.course.first_step + 1, config.max_steps
         if step % config.log_interval == 0 or step in ends:
             tokens = self.course.tokens_at(step)
-            speed, spent = self.clock.read(tokens)
+            (speed, learned), spent = self.clock.read(self.course.read_at(step), tokens)
+            beside = {"learned_tokens_per_second": learned} if config.packing == "fit" else {}
             row = {"step": step, "tokens": tokens, "rows": self.course.rows_at(step), "loss": loss,
-                   "lr": rate, "grad_norm": norm, "tokens_per_second": speed,
+                   "lr": rate, "grad_norm": norm, "tokens_per_second": speed, **beside,
                    "mfu": log.mfu(self.engine, speed), "skipped": self.skipped_ever,
                    "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
-            left = duration((config.max_steps - step) * targets / speed)
+            left = duration((config.max_steps - step) * self.course.read_in(step - 1) / speed)
             self.log.update(row, spent, left, config.max_steps)
         return outcome
 

@@ -43,6 +43,7 @@ class CommandLine:
     base: str  # the config file's parent, '' if it has none
     changed: dict  # keys set by the config file itself
     overrides: dict  # keys set on the command line
+    given: frozenset = frozenset()  # all keys that somebody set, its bases too
 
 
 def parse(argv: list, doc: str | None, flags: type | None = None,
@@ -68,7 +69,9 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
     config.out_dir = config.out_dir or f"out/{Path(config_file).stem}"
     check_keys(config)
     base = layers[-2][0] if len(layers) > 1 else ""
-    return CommandLine(config, chosen, files, config_file, base, layers[-1][1], overrides)
+    keys_given = frozenset().union(overrides, *(values for _, values in layers))
+    return CommandLine(config, chosen, files, config_file, base, layers[-1][1], overrides,
+                       keys_given)
 
 
 def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dict]:

@@ -36,6 +36,7 @@ class Settings:
     dataset: str = identity("openwebtext", "folder under data/ that prepare.py writes")
     sources: object = recipe("hf:ashaba1in/small_openwebtext", "text: a path, glob, -, "
                              "hf:NAME[@REV][:split], embedded, a dict, or a list of these")
+    documents: str = recipe("text", "what a record of the sources is", ("text", "chat"))
     tokenizer: str = recipe(
         "mistral", "mistral, gpt2, bytes, bpe:4096 (trained here), a .model, a tokenizer.json")
     val_fraction: float = recipe(0.005, "share of documents held out", low=1e-9, high=0.5)
@@ -44,7 +45,15 @@ class Settings:
     dedup: str = recipe("none", "which repeated documents are dropped", ("none", "exact", "near"))
     strict: bool = recipe(False, "stop at a record that cannot be read, which else is only counted")
     workers: int = prepare(0, "processes of prepare.py (0: one per core)", low=0)
-    packing: str = fixed("concat", "doc: a row holds tokens of one document", ("concat", "doc"))
+    train_on: str = recipe("assistant", "what is learned of a dialog", ("assistant", "last", "all"))
+    too_long: str = recipe("cut", "a dialog longer than block_size loses its last turns, or is "
+                           "dropped", ("cut", "drop"))
+    chat_template: str = recipe("own", "model: the Jinja template beside the tokenizer",
+                                ("own", "model"))
+    max_dropped: float = recipe(0.2, "share of a source's dialogs that may be dropped", (), 0, 1)
+    packing: str = fixed("auto", "a row holds text without end, tokens of one document, or several "
+                         "whole documents (auto: concat for text, fit for dialogs)",
+                         ("auto", "concat", "doc", "fit"))
     mixture: object = fixed(None, "train on several data sets: {'a': 0.7, 'b': 0.3}")
     # model
     n_layer: int = fixed(16, "transformer blocks", low=1)
@@ -68,6 +77,7 @@ class Settings:
     resume: str = free("auto", "go on from out_dir's newest checkpoint", ("auto", "must", "never"))
     seed: int = identity(1337, "seeds weights and data order", low=0)
     max_steps: int = course(2300, "optimizer updates", low=1)
+    epochs: float = course(0.0, "passes over the rows, in place of max_steps (0: that)", low=0)
     global_batch_tokens: int = course(524288, "tokens per optimizer update, of all devices", low=1)
     micro_batch: int = free(0, "rows per forward pass and device (0: as many as fit)", low=0)
     optimizer: str = fixed("adamw", "muon is for the blocks' matrices only", ("adamw", "muon"))
@@ -110,6 +120,10 @@ class Sampling:
     min_p: float = key(0.0, "drop tokens below this share of the likeliest's probability", (), 0, 1)
 
 
+IDLE = {"text": ("train_on", "too_long", "chat_template", "max_dropped"),
+        "chat": ("min_chars", "max_chars")}  # keys without effect, by the kind of documents
+
+
 def deciding(*what: str) -> tuple[str, ...]:
     """Name the keys of Settings that decide one of these: 'recipe', 'fixed', ..."""
     return tuple(item.name for item in fields(Settings) if item.metadata["decides"] in what)
@@ -129,6 +143,15 @@ def nearest(name: str, known) -> str:
     """'; did you mean X?' for a misspelt name, or ''."""
     close = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def settle_packing(config: Settings) -> None:
+    """Give `packing` and `doc_mask` what the kind of documents asks for."""
+    if config.packing == "auto":
+        config.packing = "concat" if config.documents == "text" else "fit"
+    elif config.documents != "text" and config.packing != "fit":
+        raise UserError(f"packing={config.packing} is for text; dialogs are packed with fit")
+    config.doc_mask = config.doc_mask or config.packing == "fit"
 
 
 def check_keys(config: Settings) -> None:
@@ -159,6 +182,10 @@ def check_keys(config: Settings) -> None:
              "sample_prompt has no effect without sample_tokens"),
             (c.mixture is not None and not sound,
              f"mixture {c.mixture!r} is not {{'NAME': weight above 0, ...}} of data sets"),
-            (mixed and c.overfit_rows, "overfit_rows takes the rows of one data set, no mixture")):
+            (mixed and c.overfit_rows, "overfit_rows takes the rows of one data set, no mixture"),
+            (mixed and c.epochs, "epochs are of one data set; with a mixture say max_steps"),
+            *((c.documents == other and getattr(c, name) != getattr(Settings, name),
+               f"{name}={getattr(c, name)} has no effect on documents={other}")
+              for other, names in IDLE.items() for name in names)):
         if wrong:
             raise UserError(message)

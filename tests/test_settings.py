@@ -98,7 +98,8 @@ def test_every_key_says_what_it_decides():
     assert set(kinds.values()) == {"recipe", "prepare", "identity", "fixed", "course", "measure",
                                    "free"}
     assert set(prepare.RECIPE) == {"sources", "tokenizer", "val_fraction", "min_chars", "max_chars",
-                                   "dedup", "strict"}
+                                   "dedup", "strict", "documents", "train_on", "too_long",
+                                   "chat_template", "max_dropped"}
     assert set(resume.FIXED) == {
         "dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
         "vocab_size", "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
@@ -106,7 +107,7 @@ def test_every_key_says_what_it_decides():
         "init_from"}
     assert set(resume.COURSE) == {
         "global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule", "warmup_steps",
-        "weight_decay", "beta1", "beta2", "grad_clip"}
+        "weight_decay", "beta1", "beta2", "grad_clip", "epochs"}
     assert kinds.keys() - compare.ELSEWHERE == {
         *resume.FIXED, *resume.COURSE, "eval_tokens"} - {"dataset", "seed"}
     assert set(compare.ELSEWHERE) - {"dataset", "seed", "workers", *prepare.RECIPE} == {

@@ -18,8 +18,8 @@ from plainllama.files import sha256_bytes
 from plainllama.parallel import World
 from plainllama.progress import Progress
 from plainllama.settings import UserError, ceil_div
-from plainllama.tokens.rows import CONTEXT, PAD, Rows, to_batch
-from plainllama.tokens.shards import open_split
+from plainllama.tokens.rows import CONTEXT, PAD, Rows, to_batch, val_rows
+from plainllama.tokens.shards import read_manifest
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import ByteInfo, decoded_bytes, sha256_of
 
@@ -89,7 +89,7 @@ Windows = Rows | TextRows  # what evaluate() and by_position() read
 def validation_rows(data: Path, folder: Path, block_size: int) -> Rows:
     """Open the windows of a data set's validation split; UserError if the model in `folder` has
     another tokenizer."""
-    rows = Rows(open_split(data, "val"), block_size, seed=0)
+    rows = val_rows(data, read_manifest(data), block_size)
     if sha256_of(data) != sha256_of(folder):
         raise UserError(f"{data} has another tokenizer than {folder}, by its sha256; name another")
     return rows

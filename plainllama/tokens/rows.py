@@ -354,7 +354,7 @@ def training_rows(data: Path, manifest: dict, config: Settings) -> Rows:
     return Mixture(sets, list(weights.values()))
 
 
-def validation_rows(data: Path, manifest: dict, block_size: int) -> Rows:
+def val_rows(data: Path, manifest: dict, block_size: int) -> Rows:
     """Open a set's validation split: one text of windows or, of dialogs, rows that hold several."""
     split = Split(data, "val", manifest)
     return (FitRows if split.masked else Rows)(split, block_size, seed=0)

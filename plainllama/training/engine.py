@@ -22,7 +22,7 @@ from plainllama.tokens.rows import Batch, to_batch
 from plainllama.training import optim
 from plainllama.training.objectives import OBJECTIVES, Objective
 from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import load_weights
+from plainllama.weights.huggingface import load_weights, read_config
 
 GPU_SHARE = 0.9  # share of a GPU's memory that a micro-batch which was not asked for may take
 CPU_TOKENS = 4096  # tokens of a forward pass that keep a CPU busy,
@@ -70,10 +70,11 @@ class Engine:
         with torch.device("meta"):
             self.model = LLaMA(architecture(self.config))
         self.world.place(self.model, self.dtype)
-        if source:
-            load_weights(source, self.model, self.world)
-        else:
+        grows = source and read_config(source).vocab_size < self.model.config.vocab_size
+        if not source or grows:
             initialise(self.model, self.config.seed, self.world.piece)
+        if source:
+            load_weights(source, self.model, self.world, bool(grows))
 
     def build_optimizer(self, source: Path | None, state: dict) -> None:
         """Make the optimizer; a run that goes on has its moments and loss scale from `source`."""

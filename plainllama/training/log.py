@@ -225,8 +225,11 @@ class Log:
     def update(self, row: dict, spent: dict[str, float], left: str, max_steps: int) -> None:
         """Write the row of an update, with the seconds that were `spent` apart, and say it."""
         self.row(row | spent)
+        learned = row.get("learned_tokens_per_second")
+        speed = f"{row['tokens_per_second']:,.0f} tok/s"
+        speed += f", {learned:,.0f} learned" if learned else ""
         self.say(f"step {row['step']}/{max_steps}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
-                 f"grad norm {row['grad_norm']:.2f}, {row['tokens_per_second']:,.0f} tok/s, "
+                 f"grad norm {row['grad_norm']:.2f}, {speed}, "
                  f"MFU {percent(row['mfu'])}, {shares(spent)}{left} left")
 
     def status(self, state: str, step: int) -> None:
@@ -242,10 +245,10 @@ class Clock:
     """Time since the last row of metrics, with evaluation and saving set apart."""
 
     def __init__(self):
-        self.start(0)
+        self.start()
 
-    def start(self, tokens: int) -> None:
-        """Begin to count, when the run has trained on so many tokens."""
+    def start(self, *tokens: int) -> None:
+        """Begin to count, when the run has read, and has learned, so many tokens."""
         self.tokens, self.since = tokens, time.perf_counter()
         self.spent: dict[str, float] = {}  # seconds by name
         self.outside = 0.0  # seconds that are not training
@@ -259,12 +262,14 @@ class Clock:
         self.spent[name] = self.spent.get(name, 0.0) + seconds
         self.outside += 0.0 if training else seconds
 
-    def read(self, tokens: int) -> tuple[float, dict]:
-        """Give (tokens per second of training since the last call, seconds apart by name)."""
+    def read(self, *tokens: int) -> tuple[list[float], dict]:
+        """Give (tokens per second of training since the last call, of each count that is given;
+        seconds apart by name)."""
         seconds, spent = time.perf_counter() - self.since, self.spent
-        rate = (tokens - self.tokens) / max(seconds - self.outside, 1e-9)
-        self.start(tokens)
-        return rate, {**spent, "row_seconds": seconds}
+        training = max(seconds - self.outside, 1e-9)
+        rates = [(now - then) / training for now, then in zip(tokens, self.tokens, strict=True)]
+        self.start(*tokens)
+        return rates, {**spent, "row_seconds": seconds}
 
 
 def shares(spent: dict[str, float]) -> str:

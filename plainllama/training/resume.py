@@ -1,6 +1,7 @@
 """Where a run stands: the checkpoint to go on from, what is refused then, and any step's text."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -8,13 +9,14 @@ import numpy as np
 
 from model import ModelConfig
 from plainllama.command import CommandLine
-from plainllama.files import lock_run, read_rows, steps_of, write_status
+from plainllama.files import lock_run, newest_run, read_rows, steps_of, write_status
 from plainllama.parallel import World
-from plainllama.settings import Settings, UserError, deciding
+from plainllama.settings import Settings, UserError, check_keys, deciding, settle_packing
 from plainllama.text.sources import described
 from plainllama.tokens import tokenizer
 from plainllama.tokens.rows import PAD, Rows, hash_of_data, training_rows
 from plainllama.tokens.tokenizer_json import sha256_of
+from plainllama.training import optim
 from plainllama.training.engine import architecture
 from plainllama.training.objectives import Objective
 from plainllama.weights import checkpoint
@@ -24,6 +26,9 @@ from plainllama.weights.huggingface import other_keys, read_config
 FIXED = deciding("identity", "fixed")
 # ... and these change the course of the optimisation, so they need --extend.
 COURSE = deciding("course")
+# What a run takes over from the model that it begins with, where its config says nothing.
+INHERITED = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "block_size", "rope_theta",
+             "rope_scaling", "rope_factor", "rope_original", "norm_eps", "tie_embeddings")
 
 
 # ---- may this run go on, or start from there?
@@ -42,6 +47,28 @@ class Start:
     def step(self) -> int:
         """The step that the run has reached."""
         return self.state.get("step", 0)
+
+
+def settle(command: CommandLine, manifest: dict) -> list[str]:
+    """Give the config what its data set and the model of init_from have settled, and what follows
+    from that; returns lines that say so. UserError where the config or the command line asks for
+    something else."""
+    config = command.config
+    said = [keep_recipe(command, manifest)]
+    settle_packing(config)
+    source = model_folder(config)
+    theirs = read_config(source) if source else None
+    if theirs:
+        said += inherit(command, theirs, str(source))
+    config.vocab_size, grown = vocabulary(config, manifest, theirs)
+    said.append(grown)
+    check_keys(config)
+    if config.epochs:
+        rows = training_rows(Path("data") / config.dataset, manifest, config)
+        batch = config.global_batch_tokens // config.block_size
+        config.max_steps = max(1, math.ceil(config.epochs * rows.windows / batch - 1e-9))
+        said.append(f"epochs {config.epochs:g}: {config.max_steps} steps of {batch} rows")
+    return [remark for remark in (*said, optim.fit_warmup(config)) if remark]
 
 
 def keep_recipe(command: CommandLine, manifest: dict) -> str:
@@ -64,13 +91,44 @@ def keep_recipe(command: CommandLine, manifest: dict) -> str:
     return f"{said}{command.config_file} says of that has no effect" if unused else ""
 
 
-def vocabulary(config: Settings, manifest: dict) -> int:
-    """Entries of the embedding: the config's if it says, else the tokenizer's."""
+def model_folder(config: Settings) -> Path | None:
+    """Find a model of the architecture that a run goes on with: its own newest checkpoint, or what
+    init_from names; None if it begins anew, or what is named is none."""
+    if not config.init_from:
+        return None
+    source = Path(config.init_from)
+    run = source if (source / "checkpoints").is_dir() else newest_run(source)
+    steps = [*steps_of(Path(config.out_dir)), source, *(steps_of(run) if run else ())]
+    return next((folder for folder in steps if (folder / "config.json").is_file()), None)
+
+
+def inherit(command: CommandLine, theirs: ModelConfig, source: str) -> list[str]:
+    """Give the config the architecture of the model that it goes on from, where nobody set another;
+    returns a line for each value that is not a default."""
+    said = []
+    for name in INHERITED:
+        ours, given = getattr(command.config, name), getattr(theirs, name)
+        if name == "n_kv_head" and given == theirs.n_head:
+            given = 0
+        if ours != given and name in command.given:
+            said.append(f"{name} = {ours} (overridden: {source} has {given})")
+        elif ours != given:
+            setattr(command.config, name, given)
+            said.append(f"{name} = {given} (inherited from {source})")
+    return said
+
+
+def vocabulary(config: Settings, manifest: dict, theirs: ModelConfig | None) -> tuple[int, str]:
+    """Choose the entries of the embedding: the config's if it says, else those of the model that it
+    goes on from or, if these are more, of the tokenizer. Also what to say of new ones."""
     entries = manifest["tokenizer"]["vocab_size"]
     if 0 < config.vocab_size < entries:
         raise UserError(f"vocab_size {config.vocab_size} is smaller than the {entries} entries of "
                         "the tokenizer; leave it 0")
-    return config.vocab_size or entries
+    there = theirs.vocab_size if theirs else 0
+    wanted = config.vocab_size or max(entries, there)
+    grown = f"the vocabulary grows from {there} to {wanted} entries" if 0 < there < wanted else ""
+    return wanted, grown
 
 
 def begin(run: Path, config: Settings, manifest: dict, data_hash: str, extend: bool,
@@ -133,7 +191,7 @@ def starting_point(run: Path, config: Settings, data_hash: str,
 def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool,
                      source: Path) -> None:
     """Refuse to go on from `source` with a config that is not that run's."""
-    old = asdict(Settings()) | state["config"]  # a run may be older than a key
+    old = asdict(Settings(packing="concat")) | state["config"]  # a run may be older than a key
     remedies = dict.fromkeys(FIXED, "choose another out_dir")
     if not extend:
         remedies |= dict.fromkeys(COURSE, "say --extend to accept it")
@@ -149,15 +207,20 @@ def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool
 
 def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> None:
     """Refuse to start from a model that computes something else, or whose token ids mean something
-    else than the data set's. Context and RoPE scaling may differ: that is how context grows."""
-    if keys := other_keys(read_config(source), config):
+    else than the data set's. Context and RoPE scaling may differ: that is how context grows; so may
+    the vocabulary of a data set that added the roles of a dialog to the model's tokenizer."""
+    theirs = read_config(source)
+    known = {manifest["tokenizer"]["sha256"], manifest["tokenizer"].get("base")}
+    if theirs.vocab_size < config.vocab_size and None not in known:
+        theirs = replace(theirs, vocab_size=config.vocab_size)
+    if keys := other_keys(theirs, config):
         raise UserError(f"init_from: {source} is another model than the config's; to go on from it "
                         f"say {keys}")
     for path in (source / "tokenizer.json", source / "tokenizer.model"):
         if path.is_file():  # the second is converted first, as prepare.py does
-            theirs = (sha256_of(path) if path.suffix == ".json" else
+            sha256 = (sha256_of(path) if path.suffix == ".json" else
                       tokenizer.make_tokenizer(str(path)).sha256)
-            if theirs != manifest["tokenizer"]["sha256"]:
+            if sha256 not in known:
                 raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
                                 f"--tokenizer={path}")
             return
@@ -200,7 +263,8 @@ class Course:
     def __init__(self, rows: Rows, batch_rows: int, objective: Objective, state: dict):
         self.rows, self.batch_rows, self.objective = rows, batch_rows, objective
         self.first_step, self.first_row = state.get("step", 0), state.get("rows", 0)
-        self.counted = (0, 0)  # so many rows have so many targets
+        # of what is counted: (so many rows have, so many)
+        self.counted = dict.fromkeys(("targets", "tokens"), (0, 0))
 
     def rows_at(self, step: int) -> int:
         """Count the rows that the run has consumed when `step` updates are done."""
@@ -214,10 +278,22 @@ class Course:
         """Count what the loss of the update that follows `step` is divided by, over all ranks."""
         return self.objective.count(self.rows, self.rows_at(step), self.batch_rows)
 
+    def read_in(self, step: int) -> int:
+        """Count the tokens that the update which follows `step` reads, over all ranks."""
+        return self.rows.tokens(self.rows_at(step), self.batch_rows)
+
     def tokens_at(self, step: int) -> int:
         """Count the targets that the run has trained on when `step` updates are done."""
+        return self.added_up("targets", step)
+
+    def read_at(self, step: int) -> int:
+        """Count the tokens that the run has read when `step` updates are done."""
+        return self.added_up("tokens", step)
+
+    def added_up(self, what: str, step: int) -> int:
+        """Count `what` of the rows before those of the update that follows `step`."""
         end = self.rows_at(step)
-        rows, targets = self.counted if self.counted[0] <= end else (0, 0)
-        targets += self.rows.targets(rows, end - rows)
-        self.counted = end, targets
-        return targets
+        rows, total = self.counted[what] if self.counted[what][0] <= end else (0, 0)
+        total += getattr(self.rows, what)(rows, end - rows)
+        self.counted[what] = end, total
+        return total

@@ -31,6 +31,7 @@ ROPE = {"none": {}, "linear": {"rope_factor": "factor"}, "llama3": {
     "rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
     "rope_original": "original_max_position_embeddings"}}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", *ROPE["linear"].values(), *ROPE["llama3"].values()}
+ENDS = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each entry of the vocabulary
 INDEX = "model.safetensors.index.json"  # which file of several holds which weight
 
 # ---- written
@@ -199,9 +200,10 @@ def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -
     return model.eval()
 
 
-def load_weights(folder: Path, model: LLaMA, world: World) -> None:
+def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False) -> None:
     """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
-    mapped from a file may be unaligned, and alignment changes the bits of a matmul."""
+    mapped from a file may be unaligned, and alignment changes the bits of a matmul. If the model
+    `grows`, it may have more entries in its vocabulary, whose rows stay as they are."""
     try:
         shards = [safe_open(folder / name, "pt") for name in weight_files(folder)]
     except (OSError, ValueError, SafetensorError) as error:
@@ -217,10 +219,13 @@ def load_weights(folder: Path, model: LLaMA, world: World) -> None:
             raise UserError(f"{folder}: {len(names)} {what} weights, the first is {min(names)}")
     for name, parameter in wanted.items():
         shape, expected = stored[name].get_shape(), list(parameter.shape)
-        if shape != expected:
+        entries = shape[0] if grows and name in ENDS else expected[0]
+        if shape != [entries, *expected[1:]]:
             raise UserError(f"{folder}: {name} has shape {shape}, the config says {expected}")
         local, first = world.piece(parameter.data)
-        local.copy_(stored[name][first:first + local.shape[0]])
+        last = min(first + local.shape[0], entries)
+        if first < last:
+            local[:last - first].copy_(stored[name][first:last])
 
 
 def weight_files(folder: Path) -> list[str]:
