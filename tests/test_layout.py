@@ -144,7 +144,8 @@ def test_the_design_names_every_room():
 
 @pytest.mark.parametrize(("key", "table"), [
     ("attention", model.ATTENTION), ("rope_scaling", model.ROPE_SCALINGS),
-    ("packing", {"auto", *PACKINGS}), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("logger", {"none", *LOGGERS})])
+    ("packing", {"auto", *PACKINGS}), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS),
+    ("logger", {"none", *LOGGERS})])
 def test_the_choices_of_a_key_are_its_table(key, table):
     choices = {item.name: item.metadata["choices"] for item in fields(settings.Settings)}
     assert set(choices[key]) == set(table)
