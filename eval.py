@@ -72,7 +72,7 @@ from model import LLaMA
 from plainllama import parallel, results
 from plainllama.evaluation import counting, irt, likelihood, tasks
 from plainllama.results import score_table
-from plainllama.tokens.rows import PAD, hash_of_data
+from plainllama.tokens.rows import hash_of_data, ids_of
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info, sha256_of
 from plainllama.weights import checkpoint, huggingface
@@ -218,7 +218,7 @@ class Evaluation:
                 self.say(f"no contamination of {name}: no question has {counting.RUN} words")
         if here and self.windows:
             count = likelihood.window_count(self.windows, self.tokens)
-            texts = [self.tokenizer.decode(row[row != PAD])
+            texts = [self.tokenizer.decode(ids_of(row))
                      for row in self.windows.read_windows(range(count))]
             _, met = counting.runs_met(texts, *where, most)
             if met.any():

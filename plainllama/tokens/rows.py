@@ -367,6 +367,11 @@ def hash_of_data(data: Path, config: Settings) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+def ids_of(row: np.ndarray) -> np.ndarray:
+    """Give the ids (n,) of a row, without its flags and what fills it."""
+    return row[row != PAD].astype(np.int64) & (CONTEXT - 1)
+
+
 # ---- ids -> what a model is fed with
 
 class Batch(NamedTuple):

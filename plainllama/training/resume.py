@@ -14,7 +14,7 @@ from plainllama.parallel import World
 from plainllama.settings import Settings, UserError, check_keys, deciding, settle_packing
 from plainllama.text.sources import described
 from plainllama.tokens import tokenizer
-from plainllama.tokens.rows import PAD, Rows, hash_of_data, training_rows
+from plainllama.tokens.rows import Rows, hash_of_data, ids_of, training_rows
 from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.training import optim
 from plainllama.training.engine import architecture
@@ -248,7 +248,7 @@ def replay(config: Settings, manifest: dict, step: int) -> int:
     print(f"step {step}: rows {first} to {first + batch - 1}")
     for row, ids in enumerate(rows.read_windows(windows)):
         print(f"--- row {first + row}: window {windows[row]} of the train split\n"
-              f"{words.decode(ids[ids != PAD])}")
+              f"{words.decode(ids_of(ids))}")
     return 0
 
 
