@@ -21,7 +21,7 @@ from typing import Any
 
 from plainllama.files import CHECKOUT
 from plainllama.progress import Screen
-from plainllama.settings import Settings, UserError, check_keys, install, nearest
+from plainllama.settings import PATHS, Settings, UserError, check_keys, install, nearest
 
 DEFAULT_CONFIG = "config/llama100m.py"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # it is full or broken
@@ -187,7 +187,7 @@ def read_config(path: str, seen: tuple = ()) -> list:
         name, value = node.targets[0].id, literal(node.value, names, where)
         names[name] = checked(known[name], value, where) if name in known else value
         if name == "base":
-            beside = str(Path(path).parent / str(value))
+            beside = str(Path(path).parent / os.path.expanduser(str(value)))
             bases = read_config(beside, (*seen, os.path.realpath(path)))
         elif name not in known and not name.startswith("_"):  # _name: for the arithmetic below it
             raise UserError(f"{where}: unknown key {name}{nearest(name, known)}")
@@ -274,7 +274,7 @@ def checked(item, value, where: str):
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"at least {low}" + (f" and at most {high}" if high is not None else "")
         raise UserError(f"{where}: {item.name} is {value!r}, must be {bounds}")
-    return value
+    return os.path.expanduser(value) if item.name in PATHS else value
 
 
 def configs_beside(path: str) -> str:

@@ -124,6 +124,12 @@ IDLE = {"text": ("train_on", "too_long", "chat_template", "max_dropped"),
         "chat": ("min_chars", "max_chars")}  # keys without effect, by the kind of documents
 
 
+# Keys and flags of all commands that name a file or a folder: ~ at its beginning is the home.
+PATHS = ("tokenizer", "out_dir", "init_from", "verify", "inspect", "ckpt", "prompts", "out", "all",
+         "shots", "text", "data", "include_path", "irt_file", "irt", "to", "compare",
+         "save_reference")
+
+
 def deciding(*what: str) -> tuple[str, ...]:
     """Name the keys of Settings that decide one of these: 'recipe', 'fixed', ..."""
     return tuple(item.name for item in fields(Settings) if item.metadata["decides"] in what)

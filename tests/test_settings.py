@@ -10,11 +10,14 @@ import sys
 import pytest
 from conftest import ROOT
 
+import export
 import prepare
+import report
 import sample
 import train
 from plainllama import command, settings
 from plainllama.command import parse
+from plainllama.evaluation import tasks
 from plainllama.report import compare
 from plainllama.settings import UserError
 from plainllama.training import resume
@@ -161,6 +164,30 @@ def test_prepare_says_which_keys_are_of_training(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="strict was False, is now True"):
         prepare.main(parse([config, "--sources=my.txt", "--tokenizer=bytes", "--strict"], "",
                            prepare.Flags))
+
+
+def test_home_is_expanded_in_every_key_that_names_a_path(tmp_path, monkeypatch):
+    """Every key of text is a choice, a path, or listed here as neither: none is forgotten."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    neither = {"dataset", "sample_prompt", "prompt", "column", "stop", "layers", "tasks", "license",
+               "push", "part"}
+    kinds = [None, *(module.Flags for module in (
+        prepare, train, sample, eval_command, export, report))]
+    for flags in kinds:
+        for item in dataclasses.fields(flags or settings.Settings):
+            if item.type is not str or item.metadata["choices"]:
+                continue
+            given = parse([f"--{item.name}=~/x"], "", flags, "files" if flags else "config")
+            found = getattr(given.flags if flags else given.config, item.name)
+            assert found == ("~/x" if item.name in neither else f"{tmp_path}/x"), item.name
+    (tmp_path / "base.py").write_text("n_layer = 3\n")
+    config = parse([write(tmp_path, "base = '~/base.py'\nout_dir = '~/o'\ntokenizer = '~/t.json'"
+                          "\n")], "").config
+    assert (config.n_layer, config.out_dir, config.tokenizer) == (
+        3, f"{tmp_path}/o", f"{tmp_path}/t.json")
+    rows = '{"question": "1+1?", "choices": ["1", "2"], "answer": "2"}\n'
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert tasks.local_task("local:~/rows.jsonl", eval_command.Flags(), [], None)
 
 
 def test_no_number_is_infinite():

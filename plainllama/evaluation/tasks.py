@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -86,7 +87,8 @@ def is_tiny(name: str) -> bool:
 
 def local_task(name: str, flags: Any, shots: list[Item], known: Known | None) -> Task:
     """Make a task of a local file's rows."""
-    items = read_local(name.removeprefix("local:"), shots, flags.answers)[:flags.limit or None]
+    file = os.path.expanduser(name.removeprefix("local:"))
+    items = read_local(file, shots, flags.answers)[:flags.limit or None]
     return Task(partial(score_local, name, items, known),
                 lambda: [item.question for item in items], [name],
                 {"questions": sha256_bytes(json.dumps(items).encode())} | irt.made_of(known))
