@@ -9,6 +9,7 @@ import lzma
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -593,7 +594,9 @@ def bad_sources(folder):
         "cut.jsonl.gz": KINDS["a.jsonl.gz"][:-100], "cut.jsonl.zst": KINDS["a.jsonl.zst"][:-100],
         "body.jsonl": b'{"body": "x", "id": 1}\n', "latin.txt": "café".encode("latin-1"),
         "broken.jsonl": b"{oops\n" * 3, "body.parquet": parquet(LINES, column="body"),
-        "number.parquet": parquet([1, 2], kind=pa.int64()), "rot.jsonl.xz": b"not xz at all",
+        "number.parquet": parquet([1, 2], kind=pa.int64()),
+        "it's $1 b.parquet": parquet(LINES, column="body"),
+        "rot.jsonl.xz": b"not xz at all",
     }
     for name, data in write.items():
         (folder / name).write_bytes(data)
@@ -614,6 +617,8 @@ def bad_sources(folder):
         "absent column": ("body.jsonl", "no column 'text'.*body, id"),
         "absent parquet column": ("body.parquet", "no column 'text'; it has id, body"),
         "number column": ("number.parquet", "int64, not text"),
+        "quotes in a name": ("it's $1 b.parquet", re.escape("--sources=" + shlex.quote(
+            str({"path": "it's $1 b.parquet", "column": "id"})))),
         "latin-1": ("latin.txt", r"invalid utf-8 \(first latin.txt\)"),
         "only broken lines": ("broken.jsonl", r"3 broken line \(first broken.jsonl:1\)"),
         "no sources": ([], "sources"),
@@ -624,7 +629,7 @@ def bad_sources(folder):
     }
 
 
-@pytest.mark.parametrize("case", range(22))
+@pytest.mark.parametrize("case", range(23))
 def test_bad_sources_are_one_line_and_leave_nothing(case, tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(KINDS["a.jsonl"])
     sources, message = list(bad_sources(tmp_path).values())[case]
@@ -878,6 +883,27 @@ def test_a_folder_is_read_once_and_whole(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--sources=~/a,b.txt"])
     found = command.parse_arguments("", prepare.Flags).overrides["sources"]
     assert list(survey(found)[0][0]["files"]) == ["a,b.txt"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--sources=~/a, b.txt,~/a,b.txt"])
+    found = command.parse_arguments("", prepare.Flags).overrides["sources"]
+    with pytest.raises(UserError, match=r"/a is no file.*if '~/a, b.txt,~/a,b.txt' is one name"):
+        survey(found)
+
+
+def test_blank_files_are_counted_and_said(tmp_path, capsys):
+    """Empty or white space alone, packed or not: beside others no document comes of them."""
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f/a.txt").write_text("words")
+    for name, data in (("b.jsonl", b" \n\n\t\n"), ("c.txt", b"\n  \n"), ("d.txt", b""),
+                       ("e.jsonl", b""), ("g.jsonl.gz", gzip.compress(b"\n\n")),
+                       ("h.txt", b"\xef\xbb\xbf\n")):
+        (tmp_path / "f" / name).write_bytes(data)
+    dropped = Tally()
+    _, parts = survey(f"{tmp_path}/f")
+    assert list(documents.documents(parts, dropped)) == ["words"] and dropped["empty"]["count"] == 3
+    assert "/f: 6 of its files are blank: b.jsonl, c.txt, d.txt, e.j" in capsys.readouterr().out
+    for name in ("b.jsonl", "c.txt", "e.jsonl", "g.jsonl.gz", "h.txt"):
+        with pytest.raises(UserError, match=f"{name} is empty"):
+            survey([f"{tmp_path}/f/a.txt", f"{tmp_path}/f/{name}"])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])

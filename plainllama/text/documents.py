@@ -3,6 +3,7 @@
 To add a kind: a reader, its entry in KINDS, and a file of it in KINDS of tests/test_prepare.py.
 """
 
+import codecs
 import collections
 import contextlib
 import io
@@ -10,6 +11,7 @@ import itertools
 import json
 import lzma
 import re
+import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +27,9 @@ DOCUMENT = 16 << 20  # utf-8 bytes
 LINE = 64 << 20  # ... and a line of .jsonl that is longer is dropped
 PART = 64 << 20  # bytes of text that a worker takes at a time
 READ = 8 << 10  # packed bytes unpacked at once: of them come 8 MB of .gz or 56 of .xz at the most
+
+
+BLANK = codecs.BOM_UTF8 + b" \t\r\n"  # a text of these bytes holds nothing
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,14 @@ def opened(path: str):
 def text_records(piece: Piece) -> Iterator[Record]:
     """Read a file as one record, in chunks that bound the memory."""
     with opened(piece.path) as file:
-        yield 0, (decoded(chunk, i == 0) for i, chunk in enumerate(chunks_of(file)))
+        yield 0, (decoded(chunk if chunk.strip(BLANK) else b"", i == 0)
+                  for i, chunk in enumerate(chunks_of(file)))
+
+
+def is_blank(path: str) -> bool:
+    """Whether there is nothing but white space in a file of text."""
+    with naming_damage(path), opened(path) as file:
+        return not any(chunk.strip(BLANK) for chunk in iter(partial(file.read, READ), b""))
 
 
 def decoded(chunk: bytes, begins_file: bool = False) -> str:
@@ -235,8 +247,9 @@ def row_pieces(file: Piece, few: int) -> Iterator[Piece]:
         raise UserError(f"{path}: {error}; {install('data')}") from None
     names = table.schema_arrow.names
     if column not in names:
+        source = shlex.quote(str({"path": path, "column": names[0]}))
         raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}; say which is "
-                        f"the text: --sources=\"{{'path': '{path}', 'column': '{names[0]}'}}\"")
+                        f"the text: --sources={source}")
     kind = str(table.schema_arrow.field(column).type)
     if not re.search("string|binary", kind) or "<" in kind.removeprefix("dictionary<values="):
         raise UserError(f"{path}: column {column!r} is {kind}, not text")

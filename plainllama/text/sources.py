@@ -55,9 +55,15 @@ def survey(sources: object, known: Sequence[dict] = (),
     records: list[dict] = []
     pieces: list[Piece] = []
     earlier: set[str] = set()  # files
-    for i, source in enumerate(described(sources)):
+    items = described(sources)
+    for i, source in enumerate(items):
         path = source["path"]
-        record, files = files_of(path, known[i] if known else {})
+        try:
+            record, files = files_of(path, known[i] if known else {})
+        except UserError as error:
+            given = ",".join(item["path"] for item in items)  # as the command line had it
+            one = f"; if {given!r} is one name, write in a config file: sources = [{given!r}]"
+            raise UserError(f"{error}{one * (len(items) > 1 and path[:3] != 'hf:')}") from None
         before = known[i]["files"] if known else {}
         ends = path == "embedded" or path.startswith("hf:")  # what the installer has checked
         ends |= any(len(old) == 16 for old in before.values())  # or of an older data set
@@ -72,9 +78,13 @@ def survey(sources: object, known: Sequence[dict] = (),
             digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
             prints = {f"{len(files)} files": digest}
         records.append({"path": path, **record, "files": prints})
-        if not any(file.stat().st_size for _, file in files):
+        whole = [whole_file(source, label, file) for label, file in files]
+        blank = [file.label for file in whole if documents.is_blank(file.path)]
+        if len(blank) == len(files):
             raise UserError(f"sources: {path} is empty")
-        taken = [*pieces_of(source, [whole_file(source, label, file) for label, file in files])]
+        if blank and path != "embedded":
+            print(f"sources: {path}: {len(blank)} of its files are blank: {', '.join(blank[:5])}")
+        taken = [*pieces_of(source, whole)]
         if not taken:
             raise UserError(f"sources: {path} has no record, or its slice and max_documents leave "
                             "none")
@@ -118,7 +128,7 @@ def local_files(path: str) -> list[tuple[str, Path]]:
     said = ", ".join(f"{count} {what}" for what, count in sorted((+left).items()))
     if not read:
         raise UserError(f"sources: {path} is no file, and no glob or folder with a file of a known "
-                        f"kind ({', '.join(KINDS)}))" + f"; it has {said}" * bool(said))
+                        f"kind ({', '.join(KINDS)})" + f"; it has {said}" * bool(said))
     if said:
         print(f"sources: {path}: not read: {said}", flush=True)
     root = path if folder else os.path.commonpath(map(os.path.dirname, read.values()))
