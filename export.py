@@ -13,7 +13,7 @@ Hugging Face hub, once everything here is done.
 from dataclasses import dataclass
 
 from plainllama.command import complain, parse_arguments, run_command
-from plainllama.files import as_json, read_json, sync, write_text
+from plainllama.files import UNFINISHED, as_json, read_json, sync, write_text
 from plainllama.settings import UserError, install, key
 
 
@@ -84,7 +84,7 @@ def main(command) -> int:
         raise UserError(f"--push takes user/name, not {flags.push!r}")
     if flags.push and importlib.util.find_spec("huggingface_hub") is None:
         raise UserError("--push needs huggingface_hub: " + install("hf"))
-    folder = Path(f"{final}.tmp")
+    folder = Path(f"{final}{UNFINISHED}")
     shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
     try:
         folder.mkdir(parents=True)

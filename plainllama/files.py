@@ -14,6 +14,7 @@ from pathlib import Path
 
 from plainllama.settings import UserError
 
+UNFINISHED = ".plainllama.tmp"  # after the name of what is being made: what is called so is ours
 CHECKOUT = Path(__file__).resolve().parent.parent  # where the commands and config/ lie
 
 # ---- JSON
@@ -32,7 +33,7 @@ def write_json(path: Path | str, value) -> None:
 def write_text(path: Path | str, text: str, durable: bool = False) -> None:
     """Write `text` so that a reader sees the old file or the new one; `durable`: on the disk when
     this returns."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}{UNFINISHED}")
     temporary.write_text(text, encoding="utf-8")
     if durable:
         sync(temporary)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export
+import report
 from model import LLaMA, ModelConfig, initial_weight
 from plainllama.command import parse
 from plainllama.files import write_json
@@ -253,6 +254,26 @@ def test_a_place_that_cannot_be_made_is_said_at_once(tmp_path, unchecked, monkey
     for place in ("file/hub", "loop/hub", "x" * 253):
         with pytest.raises(UserError, match="cannot be made"):
             run("--ckpt", step, "--to", tmp_path / place)
+
+
+def test_what_lies_beside_the_folder_stays(tmp_path, unchecked):
+    """Not ours are X.tmp, be it a folder or a file, nor page.html.tmp; what a killed export left
+    is."""
+    step = write_run(tmp_path / "run")
+    (tmp_path / "a.tmp").mkdir()
+    (tmp_path / "a.tmp/notes").write_text("mine")
+    for name in ("b.tmp", "page.html.tmp", "page.md.tmp"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / f"a{export.UNFINISHED}/half").mkdir(parents=True)
+    for name in "ab":
+        assert run("--ckpt", step, "--to", tmp_path / name) == 0
+    report.main(parse([str(tmp_path / "run"), f"--out={tmp_path}/page.html"], "", report.Flags,
+                      "files"))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run", "a", "a.tmp", "b", "b.tmp", "page.html", "page.html.tmp", "page.md", "page.md.tmp",
+        "page_loss.svg"}
+    assert {path.read_text() for path in [tmp_path / "a.tmp/notes", *tmp_path.glob("*.tmp")]
+            if path.is_file()} == {"mine"}
 
 
 def test_bad_input(tmp_path, unchecked):

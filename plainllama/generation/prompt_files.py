@@ -196,7 +196,7 @@ class Journal:
 
     def finish(self, prompts: Prompts) -> dict[int, dict]:
         """Write --out, which appears whole, and what made it; {row: what was made of it}."""
-        made, temporary = self.read(), Path(f"{self.out}.tmp")
+        made, temporary = self.read(), Path(f"{self.out}{files.UNFINISHED}")
         with open(temporary, "wb") as file:
             prompts.write_to(file, self.out.suffix, [made[i] for i in range(len(prompts.rows))])
         files.sync(temporary)
