@@ -173,8 +173,15 @@ class Run:
         if first and config.logger != "none":
             self.log.connect(f"logger={config.logger}", log.LOGGERS[config.logger], self.folder,
                              config)
-        self.engine = Engine(config, world, self.manifest["tokenizer"]["bos"], start.source,
-                             start.state, self.log.say)
+
+        def engine(source: Path | None) -> Engine:
+            return Engine(config, world, self.manifest["tokenizer"]["bos"], source, start.state,
+                          self.log.say)
+
+        if start.source and not start.state:  # a model that its own run may delete meanwhile
+            self.engine = checkpoint.with_checkpoint(config.init_from, world, engine, start.source)
+        else:
+            self.engine = engine(start.source)
         self.engine.ready()
         self.model = self.engine.model
         self.course = resume.Course(self.rows, self.engine.batch_rows, self.engine.objective,

@@ -284,6 +284,25 @@ def test_init_from_refuses_another_architecture(home):
     assert metrics(home / "out/b")[0]["val_loss"] < metrics(home / "out/a")[0]["val_loss"]
 
 
+def test_a_model_that_its_run_deletes_before_it_is_loaded_is_looked_for_again(home, monkeypatch):
+    """keep_last=1 in the run that init_from names: the newer checkpoint is taken, whole."""
+    assert run("toy.py", "--out_dir=out/a", "--max_steps=20", "--save_interval=10") == 0
+    (home / "out/a/checkpoints/step_20").rename(home / "newer")
+    begin = train.resume.begin
+
+    def deleted(*args):
+        start = begin(*args)
+        assert start.source == Path("out/a/checkpoints/step_10")
+        shutil.rmtree(start.source)
+        (home / "newer").rename(home / "out/a/checkpoints/step_20")
+        return start
+
+    monkeypatch.setattr(train.resume, "begin", deleted)
+    assert run("toy.py", "--out_dir=out/b", "--init_from=out/a", "--max_steps=1") == 0
+    assert metrics(home / "out/b")[0]["val_loss"] == pytest.approx(
+        [row for row in metrics(home / "out/a") if "val_loss" in row][-1]["val_loss"])
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(home, capsys):
     assert run("toy.py", "--out_dir=out/a", "--max_steps=20") == 0
     target = home / "out/a/checkpoints/step_20/model.safetensors"
