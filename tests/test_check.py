@@ -159,7 +159,9 @@ def test_a_wrong_tokenizer_is_caught(home, monkeypatch, capsys):
             manifest["tokenizer"]["sha256"] = sha256_of(data / "tokenizer.json")
         shards.write_manifest(data, manifest)
         assert check() == 1
-        assert f"FAIL  Data set and tokenizer agree: {found}" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert f"FAIL  Data set and tokenizer agree: {found}" in out
+        assert ("have other ids, the first: '" in out) == right_hash
 
 
 def test_no_check_is_ok_that_looked_at_nothing(home, monkeypatch, capsys):

@@ -283,8 +283,12 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(home, mon
     assert json.loads(state)["micro_batch"] == 2  # a resume begins with what fits
     monkeypatch.setattr(LLaMA, "forward", lambda *_: (_ for _ in ()).throw(
         torch.OutOfMemoryError("no room")))
-    with pytest.raises(settings.UserError, match="out of memory with micro_batch=1"):
-        engine(micro_batch=1).update(batch(), 1e-3, TARGETS)
+    made = engine(micro_batch=1)
+    with pytest.raises(settings.UserError, match=r"^out of memory with micro_batch=1"):
+        made.update(batch(), 1e-3, TARGETS)
+    made.world.rank, made.world.size = 3, 8
+    with pytest.raises(settings.UserError, match=r"^rank 3: out of memory with micro_batch=1"):
+        made.gradients(batch(), TARGETS)
 
 
 def test_the_largest_micro_batch_that_fits_is_found(monkeypatch):

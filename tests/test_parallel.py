@@ -162,6 +162,35 @@ def test_what_cannot_be_cut_is_refused(monkeypatch):
             ranks.Engine.split_for_any_ranks(_Parts(made, micro))
 
 
+def test_an_environment_that_names_no_rank_is_one_line(monkeypatch):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for given in ({"RANK": "abc"}, {"RANK": "5", "WORLD_SIZE": "2"}, {"RANK": "5"}, {"RANK": ""},
+                  {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"},
+                  {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, {"WORLD_SIZE": "1.5"},
+                  {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "none"},
+                  {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "3"}, {"WORLD_SIZE": "2"},
+                  {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+                  {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "port"}):
+        for name in names:
+            monkeypatch.setenv(name, given.get(name, ""))
+            if name not in given:
+                monkeypatch.delenv(name)
+        with pytest.raises(UserError, match="|".join(given)) as error:
+            parallel.start("cpu", "auto")
+        assert "torchrun" in str(error.value) and len(str(error.value)) < 250, given
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert parallel.start("cpu", "auto").size == 1
+
+
+def test_an_old_gpu_is_named_where_it_refuses_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert parallel.pick_dtype("auto", torch.device("cuda")) == torch.float16
+    with pytest.raises(UserError, match="dtype=bf16: Tesla T4 only emulates it; use dtype=fp16"):
+        parallel.pick_dtype("bf16", torch.device("cuda"))
+
+
 class _Parts:
     """As much of an engine as split_for_any_ranks() looks at."""
 

@@ -241,9 +241,10 @@ class Engine:
                 smaller = ceil_div(self.micro, 2)
                 # the other ranks wait in a collective; another split has other bits
                 if self.micro == 1 or self.world.size > 1 or self.config.deterministic:
-                    raise UserError(f"out of memory with micro_batch={self.micro}; start again with"
-                                    f" --micro_batch={smaller}, --activation_checkpointing or a "
-                                    "smaller model") from error
+                    which = f"rank {self.world.rank}: " * (self.world.size > 1)
+                    raise UserError(f"{which}out of memory with micro_batch={self.micro}; start "
+                                    f"again with --micro_batch={smaller}, "
+                                    "--activation_checkpointing or a smaller model") from error
             self.optimizer.zero_grad()
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
