@@ -222,3 +222,12 @@ def test_text_fits_too(tmp_path, model):
     assert rows.targets(0, rows.windows) == sum(len(text) + 1 for text in texts)
     assert int((batch.targets != IGNORE).sum()) == rows.targets(0, rows.windows)
     assert int(batch.starts.sum()) == 1 + 4 + 1 + 1
+
+
+def test_a_begin_token_inside_a_dialog_begins_none(tmp_path):
+    """Bounds come from where dialogs lie, not from what their ids look like."""
+    ids = [BOS, 5, 6, BOS, 7, 8]
+    write_dialogs(tmp_path / "two", [{"path": "a"}], [[(ids, [False] * 3 + [True] * 3)] * 2])
+    rows = FitRows(shards.open_split(tmp_path / "two", "train"), T, seed=1)
+    batch = to_batch(rows.rows(0, 1), bos_id=BOS)
+    assert batch.starts[0].nonzero().flatten().tolist() == [0, 6]

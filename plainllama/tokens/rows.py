@@ -430,7 +430,7 @@ def to_batch(rows: np.ndarray, fill: int = 0, bos_id: int | None = None) -> Batc
     ids = np.full((max(fill, len(rows)), rows.shape[1]), PAD, np.int64)
     ids[:len(rows)] = rows
     x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
-    sparse = bool((ids >= CONTEXT).any())
-    starts = None if bos_id is None else (x >= BEGINS) | (x == bos_id)
+    sparse = bool((ids >= CONTEXT).any())  # then each document that begins has a flag
+    starts = None if bos_id is None else x >= BEGINS if sparse else x == bos_id
     y.masked_fill_((y == PAD) | (y >= CONTEXT), IGNORE)
     return Batch(x.masked_fill_(x == PAD, 0) & (CONTEXT - 1), y, starts, sparse)
