@@ -128,7 +128,7 @@ def trainer(folder: Path, examples: list[Dialog], batch: int, steps: int, model:
 
     class Ordered(SFTTrainer):
         def _get_train_sampler(self, *_):
-            return SequentialSampler(self.train_dataset)
+            return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     rows = [{"input_ids": ids.tolist(), "labels": np.where(learned, ids, -100).tolist()}
             for ids, learned in examples]
@@ -182,6 +182,7 @@ def compare_speeds(engine: Engine, rows: FitRows, folder: Path, dialogs: list[Di
 
         def __init__(self):
             self.seconds: list[float] = []
+            self.since = 0.0
 
         def on_step_end(self, *_, **__):
             now = time.perf_counter()
@@ -205,7 +206,8 @@ def compare_speeds(engine: Engine, rows: FitRows, folder: Path, dialogs: list[Di
             step += 1
         for name, (batch, how) in arms.items():
             made = trainer(folder, dialogs, batch, flags.steps, models.get(name), **how)
-            models[name], watch, learned = made.model, Watch(), []
+            models[name], watch = made.model, Watch()
+            learned: list[int] = []
             collate = made.data_collator
 
             def counted(examples, collate=collate, learned=learned):

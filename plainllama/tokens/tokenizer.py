@@ -8,6 +8,7 @@ have none.
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -44,7 +45,9 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{where}: the tokenizers library cannot read it: {error}") from None
         self._tokenizers.encode_special_tokens = True
-        ids = {piece: i for i, (piece, _) in tokenizer_json.list_entries(spec).items()}
+        entries = tokenizer_json.list_entries(spec)
+        ids = {piece: i for i, (piece, _) in entries.items()}
+        self.special_ids = {piece: i for i, (piece, is_special) in entries.items() if is_special}
         bos, eos = tokenizer_json.boundaries(spec)
         self.json_bytes = json_bytes
         self.sha256 = sha256_bytes(json_bytes)
@@ -54,12 +57,19 @@ class Tokenizer:
         self.eos_id: int | None = ids[eos] if eos else None
         # Without an end token a document ends where the next one begins.
         self.end_id: int = self.bos_id if self.eos_id is None else self.eos_id
-        self.stop_ids: frozenset[int] = frozenset([self.end_id])
+        # what ends a text, and an answer of a dialog
+        self.stop_ids = frozenset({self.end_id, self.special_ids.get("<|end|>", self.end_id)})
         self.kind = token_dtype(self.vocab_size)
         self.cut_words = 0  # how many were longer than CUT so far
         decoders = tokenizer_json.list_steps(spec["decoder"])
         self._pieces_join = {step["type"] for step in decoders} == {"ByteLevel"}
         self._fast = make_fast_encoder(spec, self._tokenizers.model, self.kind)
+        # A text's first word begins with a space for some tokenizers (Metaspace "first"), and not
+        # so behind a control token: there another engine, for which no text is the first
+        self._behind = self._tokenizers
+        if (later := tokenizer_json.never_first(spec)) != spec:
+            self._behind = Engine.from_str(json.dumps(later))
+            self._behind.encode_special_tokens = True
         self.check([SAMPLE])
 
     @classmethod
@@ -100,6 +110,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decode `ids` as from the start of a document; special tokens are left out."""
         return self._tokenizers.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def encode_behind(self, text: str) -> Sequence[int] | np.ndarray:
+        """Encode a text that stands behind a control token, by itself."""
+        if self._behind is self._tokenizers:
+            return self._batch([text])[0]
+        return self._behind.encode(vocabulary.valid(text), add_special_tokens=False).ids
+
+    def decode_behind(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Decode what encode_behind() gave; special tokens are left out."""
+        return self._behind.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _batch(self, texts: list[str]) -> list:
         """Encode each text alone; the ids as lists or arrays."""

@@ -15,6 +15,8 @@ from plainllama.tokens.vocabulary import BYTES, special, split
 PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"),
          ("<|startoftext|>", "<|endoftext|>"), ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
          ("<|endoftext|>", None))  # GPT-2's one token is in front
+# Roles of messages and their end, in tokenizers of dialogs: chat.py gives them their meaning.
+CHAT = {"<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"}
 DECODERS = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}  # that we know
 
 
@@ -60,7 +62,8 @@ def list_steps(part: dict | None) -> list[dict]:
 
 def boundaries(spec: dict) -> tuple[str | None, str | None]:
     """Find the (begin, end) token of a parsed tokenizer.json: two, one in front, or none."""
-    names = [entry["content"] for entry in spec.get("added_tokens") or [] if entry.get("special")]
+    names = [entry["content"] for entry in spec.get("added_tokens") or []
+             if entry.get("special") and entry["content"] not in CHAT]
     for begin, end in PAIRS:
         if begin in names and end in (*names, None):
             return begin, end
@@ -127,6 +130,19 @@ def guard_special_pieces(spec: dict) -> None:
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, guard]}
 
 
+def never_first(part):
+    """Copy a parsed tokenizer.json so that no text is the first: a Metaspace that puts a space in
+    front of that alone puts none."""
+    if isinstance(part, list):
+        return [never_first(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    changed = {key: value if key in ("model", "added_tokens") else never_first(value)
+               for key, value in part.items()}
+    first = part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"
+    return changed | ({"prepend_scheme": "never"} if first else {})
+
+
 # ---- bytes of tokens
 
 class ByteInfo(NamedTuple):
@@ -174,7 +190,8 @@ def decoded_bytes(ids: np.ndarray, info: ByteInfo) -> int:
 # ---- for transformers
 
 def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json for transformers' AutoTokenizer.
+    """Write tokenizer.json, tokenizer_config.json and, where the folder of `tokenizer_json` has one,
+    the template of dialogs, for transformers' AutoTokenizer.
 
     PreTrainedTokenizerFast, since other classes rebuild the pipeline and ignore parts of the file.
     """
@@ -190,6 +207,10 @@ def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: i
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
               "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     config |= {name: token for name, token in tokens.items() if token is not None}
+    template = Path(tokenizer_json).parent / "chat_template.jinja"
+    if template.is_file():  # some readers look into one place, some into the other
+        config["chat_template"] = template.read_text(encoding="utf-8")
+        write_text(Path(folder) / template.name, config["chat_template"])
     (Path(folder) / "tokenizer.json").write_bytes(data)
     write_text(Path(folder) / "tokenizer_config.json",
                json.dumps(config, indent=1, ensure_ascii=False) + "\n")

@@ -46,8 +46,9 @@ def write_folder(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     begin, end = boundaries(spec)
     bos, eos = ids.get(begin), ids.get(end or begin)
+    ends = [eos, ids["<|end|>"]] if "<|end|>" in ids else eos  # of texts, and of answers
     write_json(folder / "config.json", config_json(config, bos, eos, dtype))
-    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": ends})
     write_weights(folder, weights, dtype, shard_bytes)
 
 
