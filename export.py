@@ -13,7 +13,7 @@ Hugging Face hub, once everything here is done.
 from dataclasses import dataclass
 
 from plainllama.command import complain, parse_arguments, run_command
-from plainllama.files import UNFINISHED, as_json, read_json, sync, write_text
+from plainllama.files import UNFINISHED, as_json, read_json, run_of, sync, write_text
 from plainllama.settings import UserError, install, key
 
 
@@ -34,6 +34,7 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -80,6 +81,10 @@ def main(command) -> int:
         raise UserError("name the folder to write with --to=DIR and the model with --ckpt")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"--to {flags.to} exists and is not empty; name a new folder")
+    if any(map(run_of, (final, final.parent))):  # where train.py deletes
+        raise UserError(f"--to {flags.to} lies among a run's checkpoints; name another folder")
+    if not re.fullmatch(r"[\w.+-]*", flags.license):
+        raise UserError(f"--license takes a name such as apache-2.0, not {flags.license!r}")
     if flags.push and flags.push.count("/") != 1:
         raise UserError(f"--push takes user/name, not {flags.push!r}")
     if flags.push and importlib.util.find_spec("huggingface_hub") is None:

@@ -9,8 +9,8 @@ stopped early with a whole checkpoint (start me again), 143 on a second signal.
 from dataclasses import asdict, dataclass
 
 from plainllama import settings
-from plainllama.command import CommandLine, complain, parse_arguments, run_command
-from plainllama.files import read_status, write_json, write_status
+from plainllama.command import CommandLine, complain, crowded, parse_arguments, run_command
+from plainllama.files import newest_run, read_status, write_json, write_status
 from plainllama.settings import UserError
 
 
@@ -70,6 +70,9 @@ def main(command: CommandLine) -> int:
     dtype = parallel.pick_dtype(config.dtype, torch.device(device))
     if os.path.lexists(run) and not run.is_dir():
         raise UserError(f"out_dir {run} is a file or a link to nowhere; name a folder")
+    runs = not (run / "run.json").exists() and newest_run(run)
+    if runs or (run / "manifest.json").exists():
+        raise UserError(f"out_dir {run} holds {'runs' if runs else 'a data set'}; name another")
     manifest = shards.read_manifest(Path("data") / config.dataset)
     for remark in resume.settle(command, manifest):
         if os.environ.get("RANK", "0") == "0":
@@ -190,6 +193,9 @@ class Run:
             write_json(self.folder / "run.json", log.describe(
                 self.folder, self.command, self.manifest, self.data_hash, self.engine))
         self.log.announce(self.engine, self.rows)
+        alone = world.size == 1 and world.device.type == "cpu"
+        if alone and (remark := crowded(self.command.began, torch.get_num_threads())):
+            self.log.say(remark)
         if self.samples and world.sharded:
             self.samples = None
             self.log.say("no samples along the run: the model is sharded")

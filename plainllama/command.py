@@ -12,8 +12,10 @@ import importlib.util
 import math
 import operator
 import os
+import re
 import signal
 import sys
+import time
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -44,6 +46,7 @@ class CommandLine:
     changed: dict  # keys set by the config file itself
     overrides: dict  # keys set on the command line
     given: frozenset = frozenset()  # all keys that somebody set, its bases too
+    began: tuple = ()  # work() when the process began
 
 
 def parse(argv: list, doc: str | None, flags: type | None = None,
@@ -93,6 +96,8 @@ def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dic
             text = "true" if known[name].type is bool else next(words, None)
         if text is None:
             raise UserError(f"--{name} needs a value: --{name}=VALUE")
+        if name in given:
+            print(f"--{name} is given twice: {text} counts", flush=True)
         given[name] = from_text(known[name], text)
     return files, given
 
@@ -114,6 +119,7 @@ def parse_arguments(doc: str | None, flags: type | None = None,
     if takes == "config" and not found.files:
         ended(partial(print, flush=True), f"no config named: taking {DEFAULT_CONFIG}")
     share_the_machine()
+    found.began = work()
     for package in ("numpy", "torch"):
         if importlib.util.find_spec(package) is None:
             raise SystemExit(complain(
@@ -133,6 +139,30 @@ def share_the_machine() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     if (allowed := cores()) < affinity():  # of which OpenMP knows, but of no container's quota
         os.environ.setdefault("OMP_NUM_THREADS", str(allowed))
+
+
+def work() -> tuple[float, ...]:
+    """Give the time, and the seconds that all cores and that this process have worked until now;
+    () on a system that does not say."""
+    if not os.path.exists("/proc/stat"):
+        return ()
+    ticks = [int(count) for count in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    busy = sum(ticks) - ticks[3] - ticks[4]  # without idle and waiting for a disk
+    return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+def crowded(began: tuple, threads: int) -> str:
+    """Say what other processes have kept busy since `began`, a work(), if that leaves no cores for
+    so many threads; else ''."""
+    if not began:
+        return ""
+    seconds, busy, own = (now - then for now, then in zip(work(), began, strict=True))
+    there, others = os.cpu_count() or 1, (busy - own) / max(seconds, 1e-9)
+    if there - others > threads - 0.5:
+        return ""
+    return (f"other processes keep {others:.1f} of {there} cores busy, and this run's {threads} "
+            "threads share them: wait for the others, or start again with "
+            f"OMP_NUM_THREADS={max(1, round(there - others))}")
 
 
 def affinity() -> int:
@@ -267,6 +297,8 @@ def checked(item, value, where: str):
     if choices and value not in choices:
         raise UserError(f"{where}: {item.name} is one of {' | '.join(choices)}, not {value!r}"
                         f"{nearest(str(value), choices)}")
+    if item.name not in (*PATHS, "sources") and re.search("[\ud800-\udfff]", str(value)):
+        raise UserError(f"{where}: {item.name} is not UTF-8")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{where}: {item.name} is {value!r}, must be a finite number")
     if kind is int and not -2**63 <= value < 2**63:

@@ -97,7 +97,10 @@ def weights_hash(checkpoint: Path) -> str:
 def are_of(scores: dict, checkpoint: Path) -> bool:
     """Whether scores are of the weights that a checkpoint has now, as far as both are known."""
     now = weights_hash(checkpoint)
-    return not now or scores.get("weights", now) == now
+    groups = [scores.get(name, {}) for name in GROUPS]
+    sound = all(isinstance(group, dict) and all(isinstance(part, dict) for part in group.values())
+                for group in groups)
+    return sound and (not now or scores.get("weights", now) == now)
 
 
 def joined(kept: dict, new: dict) -> dict:

@@ -642,6 +642,8 @@ def test_whole_answers_are_asked_for_where_rows_have_no_subject():
     ('{"question": "q", "choices": ["a", "b"], "answer": "C"}', "'C'"),
     ('{"question": "q", "choices": ["a", "b"], "answer": "AB"}', "'AB'"),
     ('{"context": "q"}', "'continuation'"),
+    ('{"context": "q", "continuation": ""}', "without any text"),
+    ('{"question": "q", "choices": ["a", ""], "answer": 0}', "without any text"),
     ('{"question": "q", "choices": ["a"], "answer": 0}', "at least two"),
     ('["q"]', "not a JSON object"), ("{", "not a JSON object"), ("[" * 9999, "not a JSON object")])
 def test_a_wrong_row_is_named_by_file_and_line(tmp_path, line, said):
@@ -829,6 +831,8 @@ def test_scores_of_other_weights_are_not_kept(here, folder, capsys):
     sums["files"]["model.safetensors"] = file_entry(other / "model.safetensors")
     write_json(other / "checksums.json", sums)
     assert results.read_scores(here / "out/toy", 30) == {}
+    for damaged in ({"tasks": 3}, {"texts": {"a": []}}, {"contexts": None}):
+        assert not results.are_of(damaged, other) and not results.are_of(damaged, here)
     before = json.loads((here / "out/toy/eval/step_30.json").read_text())
     assert main("--all=out/toy", "--tasks=") == 0
     assert "has these scores" not in capsys.readouterr().out

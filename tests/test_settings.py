@@ -232,6 +232,26 @@ def test_threads_that_wait_do_not_spin(monkeypatch):
     assert [os.environ.get(name) for name in names] == [None, "9", None, "1"]
 
 
+def test_a_machine_that_is_not_quiet_is_said(monkeypatch):
+    before, after = command.work(), command.work()
+    assert not before or all(then <= now for then, now in zip(before, after, strict=True))
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 4)
+    for busy, own, threads, says in (
+            (30, 10, 4, "2.0 of 4 cores"), (10, 10, 4, ""), (30, 10, 2, ""), (13, 10, 4, ""),
+            (30, 10, 3, "OMP_NUM_THREADS=2"), (60, 10, 4, "OMP_NUM_THREADS=1")):
+        monkeypatch.setattr(command, "work", lambda b=busy, o=own: (110.0, 100.0 + b, 5.0 + o))
+        said = command.crowded((100.0, 100.0, 5.0), threads)
+        assert says in said and bool(said) == bool(says), (busy, own, threads, said)
+    assert command.crowded((), 4) == ""
+
+
+def test_an_option_given_twice_is_said(capsys):
+    assert parse(["--seed=1", "--seed=2"], "").config.seed == 2
+    assert capsys.readouterr().out == "--seed is given twice: 2 counts\n"
+    parse(["--seed=1", "--n_layer=2"], "")
+    assert capsys.readouterr().out == ""
+
+
 def test_every_shipped_config_is_sound():
     for path in sorted((ROOT / "config").glob("*.py")):
         parse([str(path)], "")

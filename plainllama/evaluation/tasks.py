@@ -202,6 +202,8 @@ def right_choice(answer: str | int, choices: list) -> int:
 
 def continued(context: str, texts: list) -> list[tuple[str, str]]:
     """Pair a context with continuations, with a space in front where none would be between them."""
+    if "" in texts:
+        raise UserError("a continuation or choice without any text cannot be scored")
     spaced = not context or context[-1].isspace()
     return [(context, text if spaced or text[:1].isspace() else f" {text}")
             for text in map(str, texts)]
