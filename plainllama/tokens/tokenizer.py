@@ -60,6 +60,7 @@ class Tokenizer:
         # what ends a text, and an answer of a dialog
         self.stop_ids = frozenset({self.end_id, self.special_ids.get("<|end|>", self.end_id)})
         self.kind = token_dtype(self.vocab_size)
+        self.base = ""  # sha256 of the tokenizer.json that this one was made of, for dialogs
         self.cut_words = 0  # how many were longer than CUT so far
         decoders = tokenizer_json.list_steps(spec["decoder"])
         self._pieces_join = {step["type"] for step in decoders} == {"ByteLevel"}
@@ -67,7 +68,7 @@ class Tokenizer:
         # A text's first word begins with a space for some tokenizers (Metaspace "first"), and not
         # so behind a control token: there another engine, for which no text is the first
         self._behind = self._tokenizers
-        if (later := tokenizer_json.never_first(spec)) != spec:
+        if (later := tokenizer_json.never_first(spec)) is not spec:
             self._behind = Engine.from_str(json.dumps(later))
             self._behind.encode_special_tokens = True
         self.check([SAMPLE])

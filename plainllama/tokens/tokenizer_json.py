@@ -130,17 +130,19 @@ def guard_special_pieces(spec: dict) -> None:
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, guard]}
 
 
-def never_first(part):
-    """Copy a parsed tokenizer.json so that no text is the first: a Metaspace that puts a space in
-    front of that alone puts none."""
-    if isinstance(part, list):
-        return [never_first(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    changed = {key: value if key in ("model", "added_tokens") else never_first(value)
-               for key, value in part.items()}
-    first = part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"
-    return changed | ({"prepend_scheme": "never"} if first else {})
+def never_first(spec: dict) -> dict:
+    """Copy a parsed tokenizer.json for texts that are never the first: a Metaspace that puts a
+    space in front of that alone puts none, and the decoder takes none away."""
+    words, decoder = json.loads(json.dumps([spec.get("pre_tokenizer"), spec["decoder"]]))
+    first = [step for step in list_steps(words) if step.get("prepend_scheme") == "first"]
+    if not first:
+        return spec
+    for step in [*first, *list_steps(decoder)]:
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+        elif step["type"] == "Strip":
+            step["start"] = 0
+    return spec | {"pre_tokenizer": words, "decoder": decoder}
 
 
 # ---- bytes of tokens
@@ -190,8 +192,8 @@ def decoded_bytes(ids: np.ndarray, info: ByteInfo) -> int:
 # ---- for transformers
 
 def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, where the folder of `tokenizer_json` has one,
-    the template of dialogs, for transformers' AutoTokenizer.
+    """Write tokenizer.json, tokenizer_config.json and the template of dialogs, where one lies
+    beside `tokenizer_json`, for transformers' AutoTokenizer.
 
     PreTrainedTokenizerFast, since other classes rebuild the pipeline and ignore parts of the file.
     """
@@ -209,8 +211,8 @@ def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: i
     config |= {name: token for name, token in tokens.items() if token is not None}
     template = Path(tokenizer_json).parent / "chat_template.jinja"
     if template.is_file():  # some readers look into one place, some into the other
-        config["chat_template"] = template.read_text(encoding="utf-8")
-        write_text(Path(folder) / template.name, config["chat_template"])
+        text = config["chat_template"] = template.read_text(encoding="utf-8")
+        write_text(Path(folder) / template.name, text)
     (Path(folder) / "tokenizer.json").write_bytes(data)
     write_text(Path(folder) / "tokenizer_config.json",
                json.dumps(config, indent=1, ensure_ascii=False) + "\n")
