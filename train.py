@@ -181,10 +181,8 @@ class Run:
             return Engine(config, world, self.manifest["tokenizer"]["bos"], source, start.state,
                           self.log.say)
 
-        if start.source and not start.state:  # a model that its own run may delete meanwhile
-            self.engine = checkpoint.with_checkpoint(config.init_from, world, engine, start.source)
-        else:
-            self.engine = engine(start.source)
+        others = "" if start.state else config.init_from  # which its own run may delete meanwhile
+        self.engine = checkpoint.with_checkpoint(others, world, engine, start.source)
         self.engine.ready()
         self.model = self.engine.model
         self.course = resume.Course(self.rows, self.engine.batch_rows, self.engine.objective,

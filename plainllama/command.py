@@ -158,11 +158,12 @@ def crowded(began: tuple, threads: int) -> str:
         return ""
     seconds, busy, own = (now - then for now, then in zip(work(), began, strict=True))
     there, others = os.cpu_count() or 1, (busy - own) / max(seconds, 1e-9)
-    if there - others > threads - 0.5:
+    idle = there - others
+    if idle > threads - 0.5:
         return ""
+    fewer = f", or start again with OMP_NUM_THREADS={round(idle)}" * (idle > 0.75)
     return (f"other processes keep {others:.1f} of {there} cores busy, and this run's {threads} "
-            "threads share them: wait for the others, or start again with "
-            f"OMP_NUM_THREADS={max(1, round(there - others))}")
+            f"threads share them: it gets faster when they end{fewer}")
 
 
 def affinity() -> int:

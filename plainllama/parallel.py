@@ -263,7 +263,15 @@ class World:
 def start(device: str, mode: str) -> World:
     """Join the ranks that torchrun started, or be alone. `device`, `mode` as in the config."""
     device = pick_device(device)
-    rank, size, local = ranks()
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0",
+                "LOCAL_WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}
+    given = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    rank, size, local, port, here = (
+        int(text) if text.isdecimal() else -1 for text in given.values())
+    met = size == 1 or ("MASTER_ADDR" in os.environ and port > 0)
+    if not (met and 0 <= rank < size and 0 <= local < here <= size):
+        raise UserError("no rank of a run has this environment, with MASTER_ADDR: start it with "
+                        f"torchrun, or unset what is not meant so: {given}")
     if size == 1 and mode == "auto":
         return World(0, 1, device, "one")
     if "RANK" not in os.environ:
@@ -280,24 +288,6 @@ def start(device: str, mode: str) -> World:
     world = World(rank, size, device, mode, hosts=hosts)
     world.store = store
     return world
-
-
-def ranks() -> tuple[int, int, int]:
-    """Read (rank, ranks in all, number on this machine) from the environment, as torchrun sets it;
-    (0, 1, 0) without it. UserError if that names no rank of a run."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-
-    def number(name: str, default: int) -> int:
-        text = given.get(name, str(default))
-        return int(text) if text.isdecimal() else -1
-
-    rank, size, local = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
-    met = size == 1 or ("MASTER_ADDR" in given and number("MASTER_PORT", 0) > 0)
-    if not (met and 0 <= rank < size and 0 <= local < number("LOCAL_WORLD_SIZE", size) <= size):
-        raise UserError(f"{given} in the environment names no rank of a run; start it with torchrun"
-                        ", or unset these")
-    return rank, size, local
 
 
 def local_size(size: int) -> int:

@@ -238,10 +238,11 @@ def test_a_machine_that_is_not_quiet_is_said(monkeypatch):
     monkeypatch.setattr(command.os, "cpu_count", lambda: 4)
     for busy, own, threads, says in (
             (30, 10, 4, "2.0 of 4 cores"), (10, 10, 4, ""), (30, 10, 2, ""), (13, 10, 4, ""),
-            (30, 10, 3, "OMP_NUM_THREADS=2"), (60, 10, 4, "OMP_NUM_THREADS=1")):
+            (30, 10, 3, "OMP_NUM_THREADS=2"), (60, 10, 4, "faster when they end")):
         monkeypatch.setattr(command, "work", lambda b=busy, o=own: (110.0, 100.0 + b, 5.0 + o))
         said = command.crowded((100.0, 100.0, 5.0), threads)
         assert says in said and bool(said) == bool(says), (busy, own, threads, said)
+        assert ("OMP_NUM_THREADS" in said) == (busy == 30 and threads > 2)
     assert command.crowded((), 4) == ""
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from plainllama import settings
-from plainllama.command import parse
+from plainllama.command import parse, work
 from plainllama.training import resume
 
 
@@ -301,6 +301,14 @@ def test_a_model_that_its_run_deletes_before_it_is_loaded_is_looked_for_again(ho
     assert run("toy.py", "--out_dir=out/b", "--init_from=out/a", "--max_steps=1") == 0
     assert metrics(home / "out/b")[0]["val_loss"] == pytest.approx(
         [row for row in metrics(home / "out/a") if "val_loss" in row][-1]["val_loss"])
+
+
+def test_a_run_beside_others_says_so(home, capsys):
+    command = parse(["toy.py", "--max_steps=1"], "", train.Flags)
+    now, busy, own = work() or pytest.skip("only Linux says what others do")
+    command.began = now - 1, busy - 999, own
+    assert train.main(command) == 0
+    assert "other processes keep " in capsys.readouterr().out
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(home, capsys):

@@ -105,10 +105,12 @@ def find_checkpoint(path: str) -> Path:
     return folder
 
 
-def with_checkpoint(path: str, world: World, use: Callable[[Path], Any],
-                    found: Path | None = None) -> Any:
+def with_checkpoint(path: str, world: World, use: Callable, found: Path | None = None) -> Any:
     """Do use(the checkpoint that `path` means), and what that gave. If a run at work deletes the
-    checkpoint before it is read, one process looks again, once. `found`: what was found before."""
+    checkpoint before it is read, one process looks again, once. `found`: what was found before,
+    and is all there is if `path` is ''."""
+    if not path:
+        return use(found)
     for _ in range(2 if world.size == 1 else 1):
         folder, found = found or world.decide(lambda: find_checkpoint(path)), None
         try:
