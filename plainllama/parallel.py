@@ -270,8 +270,8 @@ def start(device: str, mode: str) -> World:
         int(text) if text.isdecimal() else -1 for text in given.values())
     met = size == 1 or ("MASTER_ADDR" in os.environ and port > 0)
     if not (met and 0 <= rank < size and 0 <= local < here <= size):
-        raise UserError("no rank of a run has this environment, with MASTER_ADDR: start it with "
-                        f"torchrun, or unset what is not meant so: {given}")
+        raise UserError(f"the environment names no rank of a run: {given} (and MASTER_ADDR); start "
+                        "with torchrun, or unset these")
     if size == 1 and mode == "auto":
         return World(0, 1, device, "one")
     if "RANK" not in os.environ:
