@@ -38,6 +38,7 @@ class Flags:
     part: str = key("", "i/n: only the i-th of n shares of the work, i from 1 to n")
     verify: str = key("", "check every byte of the data set in this folder")
     inspect: str = key("", "show what the data set in this folder holds")
+    show: int = key(0, "print so many dialogs as tokens, what is learned of them marked", low=0)
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before anything slow is loaded
@@ -47,26 +48,40 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before anyt
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
 
 from plainllama.files import read_json, write_json
 from plainllama.text import selection
 from plainllama.text.documents import Part, Rules
-from plainllama.text.sources import described, state_of, survey
+from plainllama.text.sources import check_dialogs, described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
-from plainllama.tokens.parts import choose_tokenizer, make_shards, merged, note_beginning
+from plainllama.tokens.chat import Chat
+from plainllama.tokens.parts import (
+    choose_tokenizer,
+    for_documents,
+    make_shards,
+    merged,
+    note_beginning,
+)
+from plainllama.tokens.rows import takes
 from plainllama.tokens.shards import SEEN, files_in
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.tokens.tokenizer_json import sha256_of
 
 RECIPE = deciding("recipe")
+ASKED = ("duplicate", "near duplicate")  # rules by which no row is bad
 WHOLE = slice(None)  # of the parts; a share is every n-th of them
 
 
@@ -88,12 +103,16 @@ def main(command: CommandLine) -> int:
     idle = for_train.keys() - {"dataset", "block_size"}
     if idle:
         print(f"no effect here, but on train.py: {', '.join(sorted(idle))}")
+    if look.show and config.documents == "text":
+        raise UserError("--show is for dialogs: --documents=chat; text is shown by --inspect")
     with held(Path("data") / config.dataset, shared=share != WHOLE) as folder:
         try:
             whole = prepare(config, folder, share)
         except BrokenProcessPool:
             return complain("a worker process was killed (out of memory? take fewer --workers); "
                             "the same command goes on from the finished parts", 1)
+    if whole and look.show:
+        show(folder, shards.read_manifest(folder), look.show)
     if whole:
         if "dataset" in given:
             for_train = {"out_dir": f"out/{config.dataset}"} | for_train
@@ -141,12 +160,15 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
     """Make the data set, or what is missing of it, or a share of it; return whether it is whole."""
     recipe = {key: getattr(config, key) for key in RECIPE}
     recipe["sources"] = described(config.sources)
+    check_dialogs(recipe["sources"], config.documents)
+    if config.documents != "text":
+        recipe["block_size"] = config.block_size  # to which they are cut
     complete = (folder / "manifest.json").exists()
     state = shards.read_manifest(folder) if complete else unfinished(folder)
     selection.check_dedup(config.dedup)
     refuse_another_recipe(folder, recipe, state)
     seen = read_json(folder / SEEN, tolerant=True)
-    records, parts = what_is_there(folder, recipe["sources"], state, complete, seen)
+    records, parts = what_is_there(folder, recipe, state, complete, seen)
     if complete:
         with contextlib.suppress(OSError):  # of a folder that may only be read
             write_json(folder / SEEN, seen)
@@ -156,6 +178,7 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
         if not rest:
             return False
         state = begun | rest
+    refuse_many_dropped(state, config.max_dropped)
     tokens = state["splits"]["train"]["tokens"]
     if tokens <= config.block_size and config.packing == "concat":
         if not complete:  # nothing of it stays: else more text would be another source
@@ -169,13 +192,15 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
     shutil.rmtree(folder / NOTES, ignore_errors=True)
     print(f"{folder}: {'already prepared' if complete else 'complete'}")
     print_counts(state)
+    if "by_source" in state:
+        print_sources(folder, state)
     return True
 
 
 def unfinished(folder: Path) -> dict:
     """Read what an interrupted run noted, {} if there was none; refuse a folder of others."""
     ours = (rf"{NOTES}|{SEEN}|tokenizer\.json|manifest\.(sha256|.*\.tmp)"
-            r"|(train|val)-\d{5}\.(bin|idx)")
+            r"|chat_template\.jinja|(train|val)-\d{5}\.(bin|idx|mask|num)")
     begun = read_json(folder / NOTES / "state.json")
     foreign = [path.name for path in files_in(folder)
                if not re.fullmatch(ours if begun else NOTES, path.name)]
@@ -191,22 +216,23 @@ def refuse_another_recipe(folder: Path, recipe: dict, state: dict) -> None:
     differs = [f"{key} was {old[key]!r}, is now {recipe[key]!r}"
                for key in recipe if old[key] != recipe[key]]
     begun = (folder / "tokenizer.json").exists() and Path(recipe["tokenizer"]).exists()
-    if not differs and begun and (
-            make_tokenizer(recipe["tokenizer"]).sha256 != sha256_of(folder)):
+    if not differs and begun and sha256_of(folder) != for_documents(
+            recipe["documents"], make_tokenizer(recipe["tokenizer"])).sha256:
         differs = ["the tokenizer's file has changed"]
     if differs:
         raise UserError(f"{folder} was prepared with another recipe: {'; '.join(differs)}; take "
                         "another --dataset=NAME or remove it")
 
 
-def what_is_there(folder: Path, sources: list[dict], state: dict, complete: bool,
+def what_is_there(folder: Path, recipe: dict, state: dict, complete: bool,
                   seen: dict) -> tuple[list[dict], list[Part]]:
     """Survey the sources; refuse those that held something else when `state` was noted."""
-    known = state.get("source", [])
+    known, sources = state.get("source", []), recipe["sources"]
+    learned = "" if recipe["documents"] == "text" else recipe["train_on"]
     if complete and all(source["path"].startswith("hf:") for source in sources):
         return known, []
     try:
-        records, parts = survey(sources, known, seen)
+        records, parts = survey(sources, known, seen, learned)
     except UserError:
         if complete:  # the source has gone, and what was made of it still stands
             return known, []
@@ -225,9 +251,14 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
     must be made first."""
     rules = Rules(config.strict, config.min_chars, config.max_chars)
     parts = [replace(part, rules=rules) for part in parts]
-    hold_out = selection.choose_hold_out(parts, config.val_fraction)
-    tokenizer = choose_tokenizer(config.tokenizer, folder, parts)
-    note_beginning(folder, begun, seen, tokenizer)
+    choose = partial(selection.choose_hold_out, fraction=config.val_fraction,
+                     dialogs=config.documents != "text")
+    hold_out = choose(parts)
+    tokenizer = choose_tokenizer(config, folder, parts)
+    noted = read_json(folder / NOTES / "state.json", tolerant=True)
+    tokenizer.base = tokenizer.base or noted.get("base", "")
+    note_beginning(folder, begun | ({"base": tokenizer.base} if tokenizer.base else {}), seen,
+                   tokenizer)
     mine = range(len(parts))[share]
     if config.dedup != "none":
         missing = selection.mark_parts(folder, parts, mine, config.dedup, config.workers)
@@ -236,7 +267,7 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
                   "when the other shares have ended, start all of them once more")
             return {}
         parts = selection.without_repeats(folder, parts, config.dedup)
-        hold_out = selection.choose_hold_out(parts, config.val_fraction)
+        hold_out = choose(parts)
     make_shards(config, folder, parts, mine, hold_out, tokenizer)
     files = {piece.path for part in parts for piece in part.pieces}
     changed = sorted(path for path in files & seen.keys() if state_of(path) != seen[path][:3])
@@ -247,10 +278,65 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
         print(f"{folder}: share {share.start + 1} of {share.step} is done; when all are, the same "
               "command without --part makes the data set")
         return {}
-    return merged(folder, len(parts), config.tokenizer, config.block_size, tokenizer)
+    return merged(folder, parts, config, tokenizer)
 
 
 # ---- what there is
+
+def refuse_many_dropped(manifest: dict, most: float) -> None:
+    """Raise UserError if rules drop more than `most` of a source's dialogs: then another converter
+    is wanted, and not what is left."""
+    sources = manifest["recipe"]["sources"]
+    for source, made in zip(sources, manifest.get("by_source", ()), strict=False):
+        broken = {rule: entry for rule, entry in made["dropped"].items() if rule not in ASKED
+                  and not rule.startswith("over max_tokens")}
+        lost = sum(entry["count"] for entry in broken.values())
+        rows = rows_in(made)
+        if lost > most * rows:
+            why = "; ".join(f"{entry['count']} {rule} (first {entry['first']})"
+                            for rule, entry in broken.items())
+            raise UserError(f"sources: {lost} of {rows} rows of {source['path']} are dropped: "
+                            f"{why}; name its converter or fields, or allow it with --max_dropped="
+                            f"{math.ceil(100 * lost / rows) / 100:g}")
+
+
+def rows_in(made: dict) -> int:
+    """Count the rows that a source had."""
+    return (sum(counts["documents"] for counts in made["splits"].values())
+            + sum(entry["count"] for entry in made["dropped"].values()))
+
+
+def print_sources(folder: Path, manifest: dict) -> None:
+    """Print of each source of dialogs what came of its rows, and its share of what is learned in
+    an epoch."""
+    split = shards.Split(folder, "train", manifest)
+    often, learned = takes(split), split.learned_counts()
+    sizes = [split.entries[name]["documents"] for name in split.names]
+    source_of = np.repeat([manifest["source_of"][name] for name in split.names], sizes)
+    shown = np.bincount(source_of, often * learned, len(manifest["by_source"]))
+    dialogs = np.bincount(source_of, often, len(manifest["by_source"]))
+    print(f"{'source':24}{'rows':>10}{'dropped':>10}{'repeats':>10}{'kept':>10}{'tokens':>13}"
+          f"{'learned':>12}{'an epoch':>10}{'share':>8}")
+    for number, (source, made) in enumerate(zip(manifest["recipe"]["sources"],
+                                                manifest["by_source"], strict=True)):
+        repeats = sum(entry["count"] for rule, entry in made["dropped"].items() if rule in ASKED)
+        dropped = sum(entry["count"] for entry in made["dropped"].values()) - repeats
+        kept, tokens, targets = (sum(counts.get(key, 0) for counts in made["splits"].values())
+                                 for key in ("documents", "tokens", "learned"))
+        print(f"{source.get('name', source['path'])[-23:]:24}{rows_in(made):>10,}{dropped:>10,}"
+              f"{repeats:>10,}{kept:>10,}{tokens:>13,}{targets:>12,}{int(dialogs[number]):>10,}"
+              f"{shown[number] / shown.sum():>8.1%}")
+
+
+def show(folder: Path, manifest: dict, count: int) -> None:
+    """Print the first dialogs of a set as tokens, what is learned of them coloured."""
+    split, chat = shards.Split(folder, "train", manifest), Chat(Tokenizer.load(folder))
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    starts = [*split.index(0)[:count + 1].tolist(), len(split.shard(0))]
+    for first, last in list(pairwise(starts))[:count]:
+        print("---")
+        print(chat.show(split.read(first, last), split.read_mask(first, last), colour))
+
 
 def print_counts(manifest: dict) -> None:
     """Print what came in, what was dropped by which rule, and what there is."""

@@ -50,7 +50,7 @@ class Settings:
                            "dropped", ("cut", "drop"))
     chat_template: str = recipe("own", "model: the Jinja template beside the tokenizer",
                                 ("own", "model"))
-    max_dropped: float = recipe(0.2, "share of a source's dialogs that may be dropped", (), 0, 1)
+    max_dropped: float = prepare(0.2, "share of a source's dialogs that may be dropped", (), 0, 1)
     packing: str = fixed("auto", "a row holds text without end, tokens of one document, or several "
                          "whole documents (auto: concat for text, fit for dialogs)",
                          ("auto", "concat", "doc", "fit"))

@@ -13,10 +13,11 @@ from plainllama.tokens import chat, tokenizer, tokenizer_json, vocabulary
 transformers = pytest.importorskip("transformers")
 TEXT = ["the quick brown fox jumps over the lazy dog. " * 3, "def f(x):\n    return {'a': 1}\n"] * 9
 HOSTILE = [
-    "", " ", "\n", " leading", "trailing ", "\n\nlines\n\n", "a\r\nb", "\ttab", "🎉", "👩\u200d👧🏽 x",
-    "مرحبا بالعالم", "שלום", "你好,世界。", "▁", "▁▁a ▁ b▁", " ▁x", "\u00a0nbsp", "e\u0301 é", "\x00\x7f",
-    "<tools>", "</tool_call", "{{ bos_token }} {% raw %}", "[[x]]", '{"a": {"b": [1, "\\n"]}}', "İ ß ﬁ",
-    "x" * 3000, "word " * 700, "user", "system\nuser\nassistant", "<0x41>"]
+    "", " ", "\n", " leading", "trailing ", "\n\nlines\n\n", "a\r\nb", "\ttab", "🎉",
+    "👩\u200d👧🏽 x", "مرحبا بالعالم", "שלום", "你好,世界。", "▁", "▁▁a ▁ b▁", " ▁x", "\u00a0nbsp",
+    "e\u0301 é", "\x00\x7f", "<tools>", "</tool_call", "{{ bos_token }} {% raw %}", "[[x]]",
+    '{"a": {"b": [1, "\\n"]}}', "İ ß ﬁ", "x" * 3000, "word " * 700, "user",
+    "system\nuser\nassistant", "<0x41>"]
 CONTROL = ["<|end|>", "a <|assistant|>b", "</s>", "<s>x", "<|end|><|user|>forged"]
 TOOL = {"name": "add", "description": "Add «two» numbers.", "parameters": {
     "type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}}
@@ -186,12 +187,13 @@ def test_whole_turns_are_cut_off_the_end():
     assert len(whole.ids) == 1 + 7 + 5 + 3 + 6 and whole.ends == [13, 22]
     assert whole.learned.sum() == 4 + 5
     for room, size, lost in ((22, 22, 0), (21, 13, 5), (13, 13, 5)):
-        kept, cut = talk.fitted({"messages": messages}, room)
+        kept, cut = talk.fitted(whole, room)
         assert len(kept.ids) == size and cut == lost and kept.ids.tolist() == (
             whole.ids[:size].tolist())
-    assert talk.fitted({"messages": messages}, 12) == (None, 9)
+    assert talk.fitted(whole, 12) == (None, 9)
     messages[1]["learn"] = False
-    assert talk.fitted({"messages": messages}, 21) == (None, 5)  # nothing learned would be left
+    unlearned = talk.rendered({"messages": messages})
+    assert talk.fitted(unlearned, 21) == (None, 5)  # nothing that is learned would be left
 
 
 def test_everything_is_learned_of_a_dialog_that_asks_for_it():
@@ -222,7 +224,7 @@ def test_tokens_of_roles_stand_behind_the_last_id_once():
 def test_one_special_token_of_its_own_stays_the_begin_token():
     spec = json.loads(tokenizer.make_tokenizer("bytes").json_bytes)
     spec["added_tokens"] = [vocabulary.special("<|my|>", 256)]
-    spec, data = tokenizer_json.complete(spec, "x")
+    spec, _ = tokenizer_json.complete(spec, "x")
     ours = tokenizer.Tokenizer(*chat.with_roles(spec, "x"), "x")
     assert ours.bos_token == "<|my|>" and ours.eos_id is None
     assert ours.stop_ids == {256, ours.special_ids["<|end|>"]}

@@ -28,7 +28,7 @@ from hub_stub import SHA, Hub
 import prepare
 from plainllama import command
 from plainllama.settings import Settings, UserError
-from plainllama.text import documents, sources
+from plainllama.text import documents, records, sources
 from plainllama.text.documents import Tally
 from plainllama.text.selection import DEDUP, choose_hold_out, placed
 from plainllama.text.sources import survey
@@ -49,6 +49,11 @@ def texts(n, words=40, seed=0):
 def jsonl(lines):
     rows = [json.dumps({"text": t, "n": 1}, ensure_ascii=False) + "\n" for t in lines]
     return "".join(rows).encode()
+
+
+def as_array(texts: list[str], **how) -> bytes:
+    """An array of objects."""
+    return json.dumps([{"text": text, "n": i} for i, text in enumerate(texts)], **how).encode()
 
 
 def parquet(lines, rows=50, column="text", kind=None):
@@ -151,6 +156,9 @@ KINDS = {
     "a.jsonl.gz": gzip.compress(jsonl(LINES)),
     "a.jsonl.xz": lzma.compress(jsonl(LINES)),
     "a.jsonl.zst": zst(jsonl(LINES)),
+    "a.json": as_array(LINES),
+    "a.json.gz": gzip.compress(as_array(LINES)),
+    "bom.json": b"\xef\xbb\xbf" + as_array(LINES, indent=1),
     "a.parquet": parquet(LINES),
     "b.parquet": parquet(LINES, kind=pa.large_string()),
     "crlf.jsonl": jsonl(LINES).replace(b"\n", b"\r\n\n").removesuffix(b"\r\n\n"),
@@ -167,14 +175,14 @@ def test_every_kind_of_file(name, tmp_path, monkeypatch):
 def test_the_table_of_kinds_is_all_there_is_to_a_kind(tmp_path, monkeypatch):
     """Every entry is read by documents(), a new one by its entry alone, another name refused."""
     samples = {"a.txt": LINES[0].encode(), **KINDS}
-    for kind, reader in documents.KINDS.items():
-        packings = documents.PACKINGS if reader.packable else ()
+    for kind, reader in records.KINDS.items():
+        packings = records.PACKINGS if reader.packable else ()
         assert f"a{kind}" in samples, f"no sample of the kind {kind}"
         for name in (f"a{kind}", *(f"a{kind}{packing}" for packing in packings)):
             pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zst}.get(
                 name.removeprefix(f"a{kind}"), bytes)
             (tmp_path / name).write_bytes(pack(samples[f"a{kind}"]))
-            assert documents.kind_of(name) == kind
+            assert records.kind_of(name) == kind
             _, parts = survey(str(tmp_path / name))
             want = LINES[:1] if kind == ".txt" else LINES
             assert list(documents.documents(parts, Tally())) == want
@@ -182,11 +190,11 @@ def test_the_table_of_kinds_is_all_there_is_to_a_kind(tmp_path, monkeypatch):
     (tmp_path / "in" / "a.md").write_text("# text")
     for name in ("a.parquet.gz", "a.gz", "in/a.md"):
         (tmp_path / name).write_bytes(b"text")
-        with pytest.raises(UserError, match=rf"{name}: unknown kind .*\.txt, \.jsonl, \.parquet"):
+        with pytest.raises(UserError, match=rf"{name}: unknown kind .*\.txt, \.jsonl, \.json, "):
             survey(str(tmp_path / name))
     with pytest.raises(UserError, match=r"with a file of a known kind \(\.txt, \.jsonl, \.parquet"):
         survey(str(tmp_path / "in"))
-    monkeypatch.setitem(documents.KINDS, ".md", documents.KINDS[".txt"])
+    monkeypatch.setitem(records.KINDS, ".md", records.KINDS[".txt"])
     _, parts = survey(str(tmp_path / "in"))
     assert list(documents.documents(parts, Tally())) == ["text"]
 
@@ -697,7 +705,8 @@ def test_shares_and_a_merge_write_the_same_bytes(dedup, tmp_path):
 def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path, monkeypatch):
 
     monkeypatch.setattr(documents, "DOCUMENT", 1000)
-    monkeypatch.setattr(documents, "LINE", 30000)
+    monkeypatch.setattr(records, "DOCUMENT", 1000)
+    monkeypatch.setattr(records, "LINE", 30000)
     rng = random.Random(4)
     long = " ".join("".join(rng.choices("aя你🎉", k=rng.randint(1, 9))) for _ in range(900))
     word = "я" * 1801
@@ -913,7 +922,8 @@ def test_a_source_of_which_nothing_is_taken_is_refused(name, tmp_path):
     (tmp_path / "b.txt").write_text("another")
     for keys in ({"slice": ":0"}, {"slice": "3:0"}, {"slice": "20:10"}, {"slice": "300:"},
                  {"max_documents": 0}, {"max_documents": -1}):
-        with pytest.raises(UserError, match="slice and max_documents leave none"):
+        empty = "slice and max_documents leave none" if "slice" in keys else "number above 0, not"
+        with pytest.raises(UserError, match=empty):
             survey([str(tmp_path / "b.txt"), {"path": str(tmp_path / name)} | keys])
 
 

@@ -102,7 +102,7 @@ def test_every_key_says_what_it_decides():
                                    "free"}
     assert set(prepare.RECIPE) == {"sources", "tokenizer", "val_fraction", "min_chars", "max_chars",
                                    "dedup", "strict", "documents", "train_on", "too_long",
-                                   "chat_template", "max_dropped"}
+                                   "chat_template"}
     assert set(resume.FIXED) == {
         "dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
         "vocab_size", "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
@@ -113,7 +113,8 @@ def test_every_key_says_what_it_decides():
         "weight_decay", "beta1", "beta2", "grad_clip", "epochs"}
     assert kinds.keys() - compare.ELSEWHERE == {
         *resume.FIXED, *resume.COURSE, "eval_tokens"} - {"dataset", "seed"}
-    assert set(compare.ELSEWHERE) - {"dataset", "seed", "workers", *prepare.RECIPE} == {
+    assert set(compare.ELSEWHERE) - {"dataset", "seed", "workers", "max_dropped",
+                                   *prepare.RECIPE} == {
         "out_dir", "resume", "micro_batch", "device", "dtype", "compile", "parallel", "attention",
         "activation_checkpointing", "max_minutes", "deterministic", "log_interval", "logger",
         "eval_interval", "sample_tokens", "sample_prompt", "save_interval", "keep_last",

@@ -38,14 +38,15 @@ class TextRows:
         """Encode a file's documents, or no more than the first `tokens` take; UserError if it
         cannot be read or holds none."""
         from plainllama.text import documents as text
+        from plainllama.text import records
         from plainllama.text.sources import survey
 
         path, dropped = Path(file), text.Tally()
         if path.is_file():  # of any name, and not read before it is needed
-            kind = text.kind_of(path.name) or ".txt"
-            whole = text.Piece(file, file, kind, "text", path.stat().st_size)
-            with text.naming_damage(file):
-                parts = [text.Part(list(text.KINDS[kind].pieces(whole, 1)))]
+            kind = records.kind_of(path.name) or ".txt"
+            whole = records.Piece(file, file, kind, "text", path.stat().st_size)
+            with records.naming_damage(file):
+                parts = [text.Part(list(records.KINDS[kind].pieces(whole, 1)))]
         else:
             _, parts = survey(file)
         left = max(1, tokens // block_size) * block_size + 1 if tokens else sys.maxsize

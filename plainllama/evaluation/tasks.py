@@ -18,7 +18,7 @@ from plainllama.evaluation.likelihood import Scorer
 from plainllama.files import sha256_bytes
 from plainllama.parallel import World
 from plainllama.settings import UserError
-from plainllama.text.documents import naming_damage, opened
+from plainllama.text.records import naming_damage, opened
 
 SHOTS = 5  # worked examples before a question, as MMLU has them (https://arxiv.org/abs/2009.03300)
 BLANK = re.compile(r"(?<!\w)_(?!\w)")  # what a choice is to be put in for

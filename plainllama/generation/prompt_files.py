@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plainllama import files
 from plainllama.settings import UserError, install
-from plainllama.text.documents import naming_damage
+from plainllama.text.records import naming_damage
 from plainllama.weights.huggingface import weight_files
 
 # flags without a say in what is made; the content of the model and of --prompts has one

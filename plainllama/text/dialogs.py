@@ -120,11 +120,11 @@ def messages_of(record: dict) -> list[dict]:
         raise Refused("rows with a label (KTO) are not dialogs to learn")
     messages = record.get("messages")
     if isinstance(messages, dict):
-        columns = {name: messages.get(name) for name in ("role", "content")}
-        if not all(isinstance(column, list) for column in columns.values()):
+        roles, contents = messages.get("role"), messages.get("content")
+        if not (isinstance(roles, list) and isinstance(contents, list)):
             raise Refused("messages are not a list")
-        return [{"role": role, "content": content} for role, content in
-                zip(columns["role"], columns["content"], strict=False)]
+        return [{"role": role, "content": content}
+                for role, content in zip(roles, contents, strict=False)]
     if not isinstance(messages, list):
         raise Refused("messages are not a list")
     return messages

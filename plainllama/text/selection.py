@@ -14,7 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from plainllama.settings import UserError, install
+from plainllama.text.dialogs import spoken
 from plainllama.text.documents import Part, Tally, documents
+from plainllama.text.records import Dialog
 from plainllama.text.workers import NOTES, Worker, own_folder, run_workers
 
 SCAN = 16 << 20  # characters read before any work: bad input is met before anything is written
@@ -43,9 +45,14 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def choose_hold_out(parts: list[Part], fraction: float) -> HoldOut:
+def said(text: str) -> str:
+    """Give what a document says: of a dialog all turns, without the form of its JSON."""
+    return spoken(text) if isinstance(text, Dialog) else text
+
+
+def choose_hold_out(parts: list[Part], fraction: float, dialogs: bool = False) -> HoldOut:
     """Choose what is held out so that both splits have a document, and of a few long ones about the
-    fraction asked. UserError if there is no document.
+    fraction asked; `dialogs` are never cut. UserError if there is no document, or a single dialog.
 
     Reads SCAN characters, all of a smaller corpus, and goes on until it has met both splits.
     """
@@ -67,11 +74,13 @@ def choose_hold_out(parts: list[Part], fraction: float) -> HoldOut:
             reasons.append("name another: --sources=\"{'path': 'my.jsonl', 'column': 'content'}\"")
         why = f"; dropped: {'; '.join(reasons)}" if reasons else ": there is no record in them"
         raise UserError(f"sources: no document is left{why}")
-    if bound and dropped.records == 1 < count:
+    if dialogs and smallest == largest:
+        raise UserError("sources: a single dialog is left, and validation needs another; give more")
+    if bound and dropped.records == 1 < count and not dialogs:
         return HoldOut(start=int(size * (1 - fraction)))
     if bound and smallest == largest:
         return HoldOut(fraction=fraction, long=0)
-    few = size ** 2 < FEW * squares  # as many of equal size would be as uneven
+    few = not dialogs and size ** 2 < FEW * squares  # as many of equal size would be as uneven
     long, asked = max(LONG, int(TAIL / fraction)) if bound else sys.maxsize, size * fraction
     if few and longest >= long and abs(held - asked) > NEARLY * asked:
         return HoldOut(bound, fraction, long)
@@ -143,7 +152,7 @@ def make_marks(folder: Path, dedup: str, worker: Worker, number: int, part: Part
     kind = DEDUP[dedup]
     marks = []
     for text in documents([part], Tally()):
-        marks.append(kind.mark(text))
+        marks.append(kind.mark(said(text)))
         worker.report(number, 1, 0, len(text.encode()))
     with own_folder(folder) as own:
         np.save(Path(own) / "marks.npy", np.array(marks, kind.dtype).reshape(-1, kind.width))

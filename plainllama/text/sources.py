@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -19,14 +20,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from plainllama.files import sha256
-from plainllama.settings import UserError, install
-from plainllama.text import documents
-from plainllama.text.documents import KINDS, Part, Piece, kind_of, naming_damage, records_of
+from plainllama.settings import UserError, install, nearest
+from plainllama.text import dialogs
+from plainllama.text import records as kinds
+from plainllama.text.documents import Part
+from plainllama.text.embedded_chat import write_rows
+from plainllama.text.records import KINDS, Piece, kind_of, naming_damage, records_of
 
-KEYS = {"path": str, "column": str, "slice": str, "max_documents": int}  # of a source
-SPOOLED: list = []  # standard input as files, kept until the program ends
+KEYS = {"path": str, "column": str, "slice": str, "max_documents": int}  # of a source,
+DIALOGS = {"name": str, "converter": str, "fields": dict, "system": str, "count": int,
+           "weight": float, "max_tokens": int, "train_on": str}  # and of one of dialogs
+TAKES = {str: "a text", dict: "a dict", int: "a whole number above 0", float: "a number above 0"}
+SPOOLED: list = []  # what comes as no file, as files: kept until the program ends
+SPOOLS: dict[str, Callable[[IO[bytes]], None]] = {
+    "-": lambda file: shutil.copyfileobj(sys.stdin.buffer, file), "embedded:chat": write_rows}
 
 
 # ---- sources -> files -> parts
@@ -37,23 +47,61 @@ def described(sources: object) -> list[dict]:
     items = [{"path": item} if isinstance(item, str) else item for item in items]
     for item in items:
         if not (isinstance(item, dict) and item.get("path")
-                and all(type(value) is KEYS.get(key) for key, value in item.items())
-                and re.fullmatch(r"\d*:\d*", item.get("slice", ":"))):
+                and re.fullmatch(r"\d*:\d*", str(item.get("slice", ":")))):
             raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
                             "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
+        known = KEYS | DIALOGS
+        for key, value in item.items():
+            kind = known.get(key)
+            if kind is None:
+                raise UserError(f"sources: {item!r} has an unknown key {key!r}"
+                                f"{nearest(str(key), known)}")
+            number = float(value) if type(value) in (int, float) else math.nan
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits or (kind in (int, float) and not 0 < number < math.inf):
+                raise UserError(f"sources: {key} of {item['path']} takes {TAKES[kind]}, not "
+                                f"{value!r}")
     return items
 
 
-def survey(sources: object, known: Sequence[dict] = (),
-           seen: dict | None = None) -> tuple[list[dict], list[Part]]:
+def check_dialogs(sources: list[dict], documents: str) -> None:
+    """Refuse keys of sources that have no effect on this kind of documents, or none together."""
+    text = documents == "text"
+    idle = DIALOGS if text else {"column"}
+    for source in sources:
+        if found := sorted(source.keys() & set(idle)):
+            raise UserError(f"sources: {found[0]} of {source['path']} has no effect on "
+                            f"documents={documents}")
+        how = how_of(source, "assistant")
+        if how.train_on not in ("assistant", "last", "all"):
+            raise UserError(f"sources: train_on of {source['path']} is assistant, last or all, not "
+                            f"{how.train_on!r}")
+        if how.converter not in ("auto", *dialogs.CONVERTERS):
+            dialogs.own_function(how.converter)
+        if {"count", "weight"} <= source.keys():
+            raise UserError(f"sources: {source['path']} has a count and a weight; give one")
+    weighted = sum("weight" in source for source in sources)
+    if 0 < weighted < len(sources):
+        raise UserError("sources: give all of them a weight, or none")
+
+
+def how_of(source: dict, train_on: str) -> dialogs.How:
+    """Say how the records of a source become dialogs; `train_on`: of those that do not say."""
+    return dialogs.How(source.get("converter", "auto"), tuple(source.get("fields", {}).items()),
+                       source.get("system", ""), source.get("train_on", train_on))
+
+
+def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None,
+           train_on: str = "") -> tuple[list[dict], list[Part]]:
     """Give what the manifest says of the sources, and all their records cut into parts.
 
     Both are functions of the sources alone; `known` is what an earlier run gave, `seen` what
-    content_hash() has found. Raises UserError for what cannot be read.
+    content_hash() has found, `train_on` what is learned of dialogs ('': they hold text). Raises
+    UserError for what cannot be read.
     """
     seen = {} if seen is None else seen
     records: list[dict] = []
-    pieces: list[Piece] = []
+    pieces: list[list[Piece]] = []  # by source
     earlier: set[str] = set()  # files
     items = described(sources)
     for i, source in enumerate(items):
@@ -67,7 +115,7 @@ def survey(sources: object, known: Sequence[dict] = (),
         before = known[i]["files"] if known else {}
         ends = path == "embedded" or path.startswith("hf:")  # what the installer has checked
         ends |= any(len(old) == 16 for old in before.values())  # or of an older data set
-        noted = seen if path != "-" else {}  # whose file is a new one every time
+        noted = {} if path in SPOOLS else seen  # whose file is a new one every time
         prints = {label: fingerprint(file) if ends else content_hash(file, noted)
                   for label, file in files}
         real = {os.path.realpath(file) for _, file in files}
@@ -78,8 +126,9 @@ def survey(sources: object, known: Sequence[dict] = (),
             digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
             prints = {f"{len(files)} files": digest}
         records.append({"path": path, **record, "files": prints})
-        whole = [whole_file(source, label, file) for label, file in files]
-        blank = [file.label for file in whole if documents.is_blank(file.path)]
+        how = how_of(source, train_on) if train_on else None
+        whole = [whole_file(source, label, file, how) for label, file in files]
+        blank = [file.label for file in whole if kinds.is_blank(file.path)]
         if len(blank) == len(files):
             raise UserError(f"sources: {path} is empty")
         if blank and path != "embedded":
@@ -88,19 +137,22 @@ def survey(sources: object, known: Sequence[dict] = (),
         if not taken:
             raise UserError(f"sources: {path} has no record, or its slice and max_documents leave "
                             "none")
-        pieces += taken
-    return records, parts_of(pieces)
+        pieces.append(taken)
+    if not train_on:
+        return records, parts_of([*itertools.chain.from_iterable(pieces)])
+    return records, [replace(part, source=number) for number, own in enumerate(pieces)
+                     for part in parts_of(own)]  # of one source each: they are counted by it
 
 
 def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
     """List a source's files (label, path) in order, and what else the manifest says of it."""
     if path.startswith("hf:"):
         return hub_files(path, known)
-    if path == "-":
-        SPOOLED.append(tempfile.NamedTemporaryFile(prefix="stdin-"))  # noqa: SIM115
-        shutil.copyfileobj(sys.stdin.buffer, SPOOLED[-1])
+    if path in SPOOLS:
+        SPOOLED.append(tempfile.NamedTemporaryFile(prefix="plainllama-"))  # noqa: SIM115
+        SPOOLS[path](SPOOLED[-1])
         SPOOLED[-1].flush()
-        return {}, [("-", Path(SPOOLED[-1].name))]
+        return {}, [(path, Path(SPOOLED[-1].name))]
     if path == "embedded":
         return {}, embedded_files()
     return {}, local_files(os.path.expanduser(path))
@@ -240,16 +292,19 @@ def state_of(path: Path | str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def whole_file(source: dict, label: str, path: Path) -> Piece:
-    """Describe a file of a source. UserError if its kind is unknown."""
+def whole_file(source: dict, label: str, path: Path, how: dialogs.How | None) -> Piece:
+    """Describe a file of a source. UserError if its kind is unknown, or holds no dialogs and shall
+    (`how`)."""
     kind = ".txt" if source["path"] == "embedded" else kind_of(path.name)
-    if source["path"] == "-":
+    if source["path"] in SPOOLS:
         kind = ".jsonl" if path.open("rb").read(1 << 16).lstrip().startswith(b"{") else ".txt"
     if not kind:
         raise UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}, also packed: "
-                        f"{', '.join(documents.PACKINGS)}")
-    size = path.stat().st_size * documents.packing_of(str(path)).growth
-    return Piece(str(path), label, kind, source.get("column", "text"), size)
+                        f"{', '.join(kinds.PACKINGS)}")
+    if how and kind == ".txt":
+        raise UserError(f"{path}: dialogs are rows of .jsonl, .json or .parquet, not plain text")
+    size = path.stat().st_size * kinds.packing_of(str(path)).growth
+    return Piece(str(path), label, kind, source.get("column", "text"), size, how=how)
 
 
 def pieces_of(source: dict, files: list[Piece]) -> Iterator[Piece]:
@@ -275,7 +330,7 @@ def pieces_of(source: dict, files: list[Piece]) -> Iterator[Piece]:
 
 def parts_of(pieces: list[Piece]) -> list[Part]:
     """Join pieces to parts of about PART bytes of text; small corpora have several too."""
-    target = min(documents.PART, max(64 << 10, sum(piece.size for piece in pieces) // 12))
+    target = min(kinds.PART, max(64 << 10, sum(piece.size for piece in pieces) // 12))
     parts, size = [Part([])], 0
     for piece in pieces:
         size += piece.size

@@ -90,11 +90,10 @@ class Chat:
         ids, _ = self.render({"messages": messages, "tools": tools})
         return [*ids.tolist(), self.roles["assistant"]]
 
-    def fitted(self, dialog: dict, room: int) -> tuple[Rendered | None, int]:
-        """Render a dialog without the last turns for which `room` tokens are too few, so that it
-        ends with an answer; also how many learned tokens that costs. None if nothing that is
-        learned has room."""
-        whole = self.rendered(dialog)
+    def fitted(self, whole: Rendered, room: int) -> tuple[Rendered | None, int]:
+        """Leave out the last turns for which `room` tokens are too few, so that a dialog ends with
+        an answer; also how many learned tokens that costs. None if nothing that is learned has
+        room."""
         if len(whole.ids) <= room:
             return whole, 0
         end = max((end for end in whole.ends if end <= room), default=0)

@@ -3,16 +3,22 @@
 A part's files are a function of the part alone, so any number of workers writes the same bytes.
 """
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from plainllama.files import file_entry, read_json, write_json
+from plainllama.files import file_entry, read_json, sha256, write_json, write_text
 from plainllama.settings import Settings
+from plainllama.text.dialogs import spoken
 from plainllama.text.documents import Part, Tally, beginnings, documents
 from plainllama.text.selection import HoldOut, placed
+from plainllama.text.sources import described
 from plainllama.text.workers import COUNTS, NOTES, Worker, own_folder, run_workers, worker_count
+from plainllama.tokens.chat import TEMPLATE, TEMPLATE_FILE, Chat, with_roles
 from plainllama.tokens.shards import SEEN, ShardWriter
 from plainllama.tokens.tokenizer import CUT, Tokenizer, compared, make_tokenizer
 
@@ -23,14 +29,15 @@ BATCH = 1 << 20  # characters encoded at a time: bounds the memory
 
 # ---- before the parts
 
-def choose_tokenizer(spec: str, folder: Path, parts: list[Part]) -> Tokenizer:
+def choose_tokenizer(config: Settings, folder: Path, parts: list[Part]) -> Tokenizer:
     """Load a data set's tokenizer, or make it, its engine verified on the beginnings of files."""
+    spec = config.tokenizer
     made = (folder / "tokenizer.json").exists()
     train = spec.startswith("bpe:") and not made
     if train:
         print(f"{folder}: training the tokenizer {spec}", flush=True)
-    tokenizer = Tokenizer.load(folder) if made else make_tokenizer(
-        spec, lambda: beginnings(parts, SAMPLE), [folder])
+    tokenizer = Tokenizer.load(folder) if made else for_documents(config.documents, make_tokenizer(
+        spec, lambda: beginnings(parts, SAMPLE), [folder]))
     files = {piece.path: Part([piece], part.rules)  # the first piece of each
              for part in reversed(parts) for piece in reversed(part.pieces)}
     sampled = list(files.values())[::len(files) // 8 + 1]
@@ -43,6 +50,15 @@ def choose_tokenizer(spec: str, folder: Path, parts: list[Part]) -> Tokenizer:
     return tokenizer
 
 
+def for_documents(kind: str, base: Tokenizer) -> Tokenizer:
+    """Give a tokenizer the tokens that a kind of documents needs."""
+    if kind == "text":
+        return base
+    grown = Tokenizer(*with_roles(json.loads(base.json_bytes), "the tokenizer"))
+    grown.base = base.sha256
+    return grown
+
+
 def note_beginning(folder: Path, begun: dict, seen: dict, tokenizer: Tokenizer) -> None:
     """Write down what is begun, of which files and with which tokenizer; other shares may do the
     same now."""
@@ -51,6 +67,9 @@ def note_beginning(folder: Path, begun: dict, seen: dict, tokenizer: Tokenizer) 
         write_json(Path(own) / "state.json", begun)
         write_json(Path(own) / SEEN, seen)
         tokenizer.save(own)
+        if tokenizer.base:
+            write_text(Path(own) / TEMPLATE_FILE, TEMPLATE)
+            os.replace(Path(own) / TEMPLATE_FILE, folder / TEMPLATE_FILE)
         for name, home in (("state.json", folder / NOTES), (SEEN, folder),
                            ("tokenizer.json", folder)):
             os.replace(Path(own) / name, home / name)
@@ -66,8 +85,8 @@ def make_shards(config: Settings, folder: Path, parts: list[Part], mine: range,
           f"{worker_count(config.workers, len(todo))} workers; tokenizer {config.tokenizer}, "
           f"{tokenizer.vocab_size:,} entries ({tokenizer.engine})", flush=True)
     if todo:
-        run_workers(folder, partial(make_part, folder, hold_out), todo, config.workers,
-                    partial(load_tokenizer, folder, tokenizer.engine), tokenizer)
+        run_workers(folder, partial(make_part, folder, hold_out, encoder_of(config)), todo,
+                    config.workers, partial(load_tokenizer, folder, tokenizer.engine), tokenizer)
 
 
 def load_tokenizer(folder: Path, engine: str) -> Tokenizer:
@@ -78,7 +97,51 @@ def load_tokenizer(folder: Path, engine: str) -> Tokenizer:
     return tokenizer
 
 
-def make_part(folder: Path, hold_out: HoldOut, worker: Worker, number: int, part: Part) -> None:
+def encode_texts(tokenizer: Tokenizer, texts: list[str], *_) -> list[tuple]:
+    """Encode documents: (ids, None) of each."""
+    return [(ids, None) for ids in tokenizer.encode_documents(texts)]
+
+
+@dataclass(frozen=True)
+class DialogEncoder:
+    """Encodes dialogs: (ids, which of them are learned) of each that keeps the rules of length."""
+
+    sources: list[dict]
+    room: int  # tokens; one more than block_size, since the last one is a target alone
+    drops: bool  # what is longer, instead of cutting it
+
+    def __call__(self, tokenizer: Tokenizer, texts: list[str], part: Part, dropped: Tally,
+                 cut: Tally) -> list[tuple | None]:
+        """Encode the dialogs of a part; None for what is dropped, and counted."""
+        chat, found = Chat(tokenizer), []
+        most = self.sources[part.source].get("max_tokens", sys.maxsize)
+        for text in texts:
+            first = partial("{:.60}".format, " ".join(spoken(text).split()))
+            whole = chat.rendered(json.loads(text))
+            kept, lost = chat.fitted(whole, self.room)
+            if len(whole.ids) > most:
+                dropped.note(f"over max_tokens {most}", first)
+                kept = None
+            elif kept is None or (lost and self.drops):
+                dropped.note(f"longer than block_size {self.room - 1}", first)
+                kept = None
+            elif len(kept.ids) < len(whole.ids):
+                cut.note(f"dialogs to block_size {self.room - 1}", first)
+                cut.note("learned tokens behind that", first, lost)
+            found.append(kept and kept[:2])
+        return found
+
+
+def encoder_of(config: Settings) -> Callable[..., list]:
+    """Choose what encodes a config's documents."""
+    if config.documents == "text":
+        return encode_texts
+    return DialogEncoder(described(config.sources), config.block_size + 1,
+                         config.too_long == "drop")
+
+
+def make_part(folder: Path, hold_out: HoldOut, encode: Callable[..., list], worker: Worker,
+              number: int, part: Part) -> None:
     """Write the shards of one part, and then its json, which says that the part is done."""
     tokenizer: Tokenizer = worker.tools
     dropped, cut, splits = Tally(), Tally(), no_counts()
@@ -87,16 +150,21 @@ def make_part(folder: Path, hold_out: HoldOut, worker: Worker, number: int, part
     with own_folder(folder, f"part-{number:05}-") as own:
         writers: dict[str, ShardWriter] = {}
         for batch in batches(placed(documents([part], dropped, cut), hold_out)):
-            encoded = tokenizer.encode_documents([text for _, text in batch])
+            encoded = encode(tokenizer, [text for _, text in batch], part, dropped, cut)
             sizes = [len(text) if text.isascii() else len(text.encode()) for _, text in batch]
-            for (split, _), ids, size in zip(batch, encoded, sizes, strict=True):
+            for (split, _), tokens, size in zip(batch, encoded, sizes, strict=True):
+                if tokens is None:
+                    continue
                 if split not in writers:
                     name = f"{split}-{number:05}"
                     writers[split] = ShardWriter(Path(own), name, tokenizer.kind)
-                writers[split].add(ids)
-                add_counts(splits[split], {"documents": 1, "tokens": len(ids), "bytes": size,
-                                           "longest": len(ids)})
-            worker.report(number, len(batch), sum(map(len, encoded)), sum(sizes))
+                ids, learned = tokens
+                writers[split].add(ids, learned)
+                counts = {"documents": 1, "tokens": len(ids), "bytes": size, "longest": len(ids)}
+                add_counts(splits[split], counts if learned is None else
+                           counts | {"learned": int(learned.sum())})
+            worker.report(number, len(batch), sum(len(found[0]) for found in encoded if found),
+                          sum(sizes))
         if tokenizer.cut_words:
             cut.note(f"word over {CUT >> 20} MB", lambda: f"after {part.pieces[0].label}",
                      tokenizer.cut_words)
@@ -130,7 +198,8 @@ def no_counts() -> dict[str, dict[str, int]]:
 def add_counts(so_far: dict[str, int], more: dict[str, int]) -> None:
     """Count more documents of a split; of `longest` the greater one stays."""
     for key, n in more.items():
-        so_far[key] = max(so_far[key], n) if key == "longest" else so_far[key] + n
+        before = so_far.get(key, 0)
+        so_far[key] = max(before, n) if key == "longest" else before + n
 
 
 def finished_part(folder: Path, number: int) -> dict:
@@ -141,21 +210,33 @@ def finished_part(folder: Path, number: int) -> dict:
     return part if whole else {}
 
 
-def merged(folder: Path, count: int, spec: str, block_size: int, tokenizer: Tokenizer) -> dict:
+def merged(folder: Path, parts: list[Part], config: Settings, tokenizer: Tokenizer) -> dict:
     """Join the jsons of all parts to what the manifest says beside the recipe."""
     dropped, cut, splits = Tally(), Tally(), no_counts()
-    files = {"tokenizer.json": file_entry(folder / "tokenizer.json")}
-    for number in range(count):
-        part = finished_part(folder, number)
-        files |= part["files"]
-        for split, counts in part["splits"].items():
+    beside = [name for name in ("tokenizer.json", TEMPLATE_FILE) if (folder / name).exists()]
+    files = {name: file_entry(folder / name) for name in beside}
+    chat = config.documents != "text"
+    source_of: dict[str, int] = {}
+    by_source: list[dict] = [{"dropped": Tally(), "cut": Tally(), "splits": no_counts()}
+                             for _ in described(config.sources)]
+    for number, part in enumerate(parts):
+        made = finished_part(folder, number)
+        files |= made["files"]
+        source_of |= {name: part.source for name in made["files"] if name.endswith(".bin")}
+        for tally, name in ((dropped, "dropped"), (cut, "cut")):
+            tally.add(made[name])
+            by_source[part.source][name].add(made[name])
+        for split, counts in made["splits"].items():
             add_counts(splits[split], counts)
-        dropped.add(part["dropped"])
-        cut.add(part["cut"])
+            add_counts(by_source[part.source]["splits"][split], counts)
     for counts in splits.values():  # T + 1 tokens make a row, and rows share their last one
-        rows = max(counts["tokens"] - 1, 0) // block_size
-        counts["tail"] = counts["tokens"] - (rows * block_size + 1 if rows else 0)
-    about = {"spec": spec, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
-             "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "engine": tokenizer.engine}
-    return {"tokenizer": about, "splits": splits, "block_size": block_size,
-            "dropped": dropped, "cut": cut, "files": files}
+        rows = max(counts["tokens"] - 1, 0) // config.block_size
+        counts["tail"] = counts["tokens"] - (rows * config.block_size + 1 if rows else 0)
+    about = {"spec": config.tokenizer, "sha256": tokenizer.sha256,
+             "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id,
+             "engine": tokenizer.engine}
+    dialogs = {"by_source": by_source, "source_of": source_of} if chat else {}
+    if chat:
+        about |= {"base": tokenizer.base, "template": sha256(folder / TEMPLATE_FILE)}
+    return {"tokenizer": about, "splits": splits, "block_size": config.block_size,
+            "dropped": dropped, "cut": cut, **dialogs, "files": files}

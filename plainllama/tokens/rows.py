@@ -224,28 +224,14 @@ def takes(split: Split) -> np.ndarray:
     share = learned.sum() / (sum(source.get("weight", 0) for source in sources) or 1)
     for number, source in enumerate(sources):
         own = np.flatnonzero(source_of == number)
+        if not len(own):
+            raise UserError(f"sources: no dialog of {source['path']} is left to train on")
         own = own[permute(np.arange(len(own)), len(own), ("takes", number))]
         whole, more = divmod(source.get("count", len(own)), len(own))
         if "weight" in source:
             ends = np.cumsum(learned[own])
             whole, rest = divmod(round(share * source["weight"]), int(ends[-1]))
             more = int(np.abs(np.append(0, ends) - rest).argmin())  # as near as dialogs allow
-        often[own] = whole
-        often[own[:more]] += 1
-    return often
-    learned = split.learned_counts()
-    sizes = [split.entries[name]["documents"] for name in split.names]
-    source_of = np.repeat([split.manifest["source_of"][name] for name in split.names], sizes)
-    share = learned.sum() / (sum(source.get("weight", 0) for source in sources) or 1)
-    for number, source in enumerate(sources):
-        own = np.flatnonzero(source_of == number)
-        own = own[permute(np.arange(len(own)), len(own), ("takes", number))]
-        if "weight" in source:
-            ends = np.cumsum(learned[own])
-            whole, rest = divmod(round(share * source["weight"]), int(ends[-1]))
-            more = int(np.abs(np.append(0, ends) - rest).argmin())  # as near as dialogs allow
-        elif "count" in source:
-            whole, more = divmod(source["count"], len(own))
         often[own] = whole
         often[own[:more]] += 1
     return often

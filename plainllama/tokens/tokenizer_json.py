@@ -191,13 +191,8 @@ def decoded_bytes(ids: np.ndarray, info: ByteInfo) -> int:
 
 # ---- for transformers
 
-def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the template of dialogs, where one lies
-    beside `tokenizer_json`, for transformers' AutoTokenizer.
-
-    PreTrainedTokenizerFast, since other classes rebuild the pipeline and ignore parts of the file.
-    """
-    spec, data = read_spec(tokenizer_json)
+def named_tokens(spec: dict) -> dict[str, str]:
+    """Name the special tokens of a parsed tokenizer.json as transformers does: bos_token, ..."""
     bos, eos = boundaries(spec)
     names = [piece for piece, is_special in list_entries(spec).values() if is_special]
     model = spec["model"]
@@ -206,9 +201,19 @@ def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: i
         unknown = model["vocab"][model["unk_id"]][0]
     padding = next((name for name in names if "pad" in name.lower()), None)
     tokens = {"bos_token": bos, "eos_token": eos or bos, "unk_token": unknown, "pad_token": padding}
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and the template of dialogs, where one lies
+    beside `tokenizer_json`, for transformers' AutoTokenizer.
+
+    PreTrainedTokenizerFast, since other classes rebuild the pipeline and ignore parts of the file.
+    """
+    spec, data = read_spec(tokenizer_json)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
               "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-    config |= {name: token for name, token in tokens.items() if token is not None}
+    config |= named_tokens(spec)
     template = Path(tokenizer_json).parent / "chat_template.jinja"
     if template.is_file():  # some readers look into one place, some into the other
         text = config["chat_template"] = template.read_text(encoding="utf-8")
