@@ -50,7 +50,7 @@ from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.tokens import shards
-from plainllama.tokens.rows import Batch, hash_of_data, to_batch, training_rows, val_rows
+from plainllama.tokens.rows import Batch, FitRows, hash_of_data, to_batch, training_rows, val_rows
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, optim, preflight, resume
@@ -162,7 +162,9 @@ class Run:
         why = "a context of one token has no room for them"
         if self.config.block_size > 1:
             try:
-                return generate.RunSamples(self.config, Tokenizer.load(self.data))
+                rows = self.validation
+                opening = rows.opening() if isinstance(rows, FitRows) else None
+                return generate.RunSamples(self.config, Tokenizer.load(self.data), opening)
             except ImportError as error:  # training itself does not need the libraries
                 why = str(error)
         say(f"no samples along the run: {why}")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import ANY_SHAPE, KVCache, LLaMA
 from plainllama import parallel
 from plainllama.settings import Sampling, Settings, UserError
+from plainllama.tokens.chat import Chat
 from plainllama.tokens.tokenizer import Tokenizer
 
 TINY = torch.finfo(torch.float32).tiny  # a smaller number would be 0 there
@@ -231,8 +233,11 @@ class TextStream:
     """The text of one row as its tokens come: no half characters, cut at a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str], stream: bool):
-        self.tokenizer, self.ids, self.stops, self.stream = tokenizer, list(prompt), stops, stream
-        self.start, self.read, self.shown = 0, len(prompt), 0
+        self.ids, self.decode = list(prompt), tokenizer.decode
+        if prompt and prompt[-1] in tokenizer.roles:  # an answer is decoded by itself
+            self.ids, self.decode = [], tokenizer.decode_behind
+        self.stops, self.stream = stops, stream
+        self.start, self.read, self.shown = 0, len(self.ids), 0
         self.text, self.stopped = "", False
 
     def push(self, *tokens: int) -> bool:
@@ -243,8 +248,8 @@ class TextStream:
         the space of the first.
         """
         self.ids += tokens
-        before = self.tokenizer.decode(self.ids[self.start:self.read])
-        now = self.tokenizer.decode(self.ids[self.start:])
+        before = self.decode(self.ids[self.start:self.read])
+        now = self.decode(self.ids[self.start:])
         if tokens and now.endswith(HALF) and len(self.ids) - self.read < 16:  # longer: no character
             return False
         self.text += now[len(before):]
@@ -320,11 +325,18 @@ def layers_of(text: str, count: int) -> slice:
 # ---- from a model in training
 
 class RunSamples:
-    """The text that a run draws at each evaluation: one prompt, the same draws every time."""
+    """The text that a run draws at each evaluation: one prompt, the same draws every time; of
+    dialogs the answer to sample_prompt or, without it, what follows `opening`, ids."""
 
-    def __init__(self, config: Settings, tokenizer: Tokenizer):
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: Settings, tokenizer: Tokenizer, opening: list[int] | None = None):
+        self.config, self.tokenizer, self.shown = config, tokenizer, config.sample_prompt
         self.prompt = [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)]
+        if opening:
+            chat = Chat(tokenizer)
+            self.prompt = opening
+            if config.sample_prompt:
+                self.prompt = chat.prompt([{"role": "user", "content": config.sample_prompt}])
+            self.shown = chat.show(np.array(self.prompt), np.zeros(len(self.prompt), bool), False)
         if len(self.prompt) >= config.block_size:
             raise UserError(f"sample_prompt has {len(self.prompt)} tokens, and the context of "
                             f"{config.block_size} must hold it and at least one more; shorten it")
@@ -337,4 +349,4 @@ class RunSamples:
             [(stop, text, _)] = complete(model, self.tokenizer, [self.prompt],
                                          self.config.sample_tokens, Sampling(),
                                          [row_seed(self.config.seed, 0)], [])
-        return {"prompt": self.config.sample_prompt, "completion": text, "stop": stop}
+        return {"prompt": self.shown, "completion": text, "stop": stop}

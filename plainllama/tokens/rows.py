@@ -177,6 +177,13 @@ class FitRows(DocumentRows):
         self.filled = np.add.reduceat(self.sizes, begins)
         self.windows = min(len(begins), limit or len(begins))
 
+    def opening(self) -> list[int]:
+        """Give the ids of the first dialog before its first answer, [] of text."""
+        if not self.split.masked:
+            return []
+        end = int(self.first[1])
+        return self.split.read(0, end)[:self.split.read_mask(0, end).argmax()].tolist()
+
     def read_windows(self, windows: Iterable[int]) -> np.ndarray:
         """Read the given windows, int64 (m, T + 1), with their flags; PAD at their ends."""
         windows = np.asarray(windows, np.int64)

@@ -49,7 +49,8 @@ def find_template(folder: Path) -> str:
         named = {item.get("name"): str(item.get("template")) for item in found}
         found = named.get("default")
         if found and "tool_use" in named:
-            found = f"{{% if tools %}}{KEEP}{named['tool_use']}{{% else %}}{KEEP}{found}{{% endif %}}"
+            found = f"{KEEP}{named['tool_use']}{{% else %}}{KEEP}{found}{{% endif %}}"
+            found = "{% if tools %}" + found
     if not isinstance(found, str):
         raise UserError(f"{folder} brings no template of dialogs ({TEMPLATE_FILE}, or chat_template"
                         " in tokenizer_config.json); use chat_template=own")
@@ -90,22 +91,29 @@ class Template:
                             "chat_template=own") from None
         self.begin = ""  # what it writes between a prompt and an answer
         self.ends: set[str] = set()
-        call, reason = {"name": "a", "arguments": {}}, ""
+        reasons = []
+        call = {"name": "a", "arguments": {}}
         for answer in ({"content": "b"}, {"content": "", "tool_calls": [call]}):
             talk = for_template([{"role": "user", "content": "a"}, {"role": "assistant"} | answer])
             try:
-                prompt, text = self.render(talk[:1], None, True), self.render(talk, None)
+                self.learn_end(talk)
             except Refused as error:
-                reason = reason or f" ({error})"
-                continue
-            found = list(self.written.finditer(text, len(prompt)))
-            self.ends |= {self.special[(match.lastindex or 0) - 1] for match in found[-1:]}
-            if answer["content"] and text.startswith(prompt):
-                self.begin = text[len(prompt):].partition("b")[0]
+                reasons.append(str(error))
         if not self.ends:
-            raise UserError("the model's template of dialogs ends an answer with no special token, "
-                            f"so that a model cannot learn to stop{reason}; use "
+            raise UserError(f"the model's template of dialogs cannot be learned: {reasons[0]}; use "
                             "chat_template=own")
+
+    def learn_end(self, talk: list[dict]) -> None:
+        """Find what begins and ends an answer, from a question and one. Refused if nothing does."""
+        prompt, text = self.render(talk[:1], None, True), self.render(talk, None)
+        if not text.startswith(prompt):
+            raise Refused("it writes an answer otherwise than its prompt")
+        found = list(self.written.finditer(text, len(prompt)))
+        if not found:
+            raise Refused("it ends an answer with no special token, so a model could never stop")
+        self.ends.add(self.special[(found[-1].lastindex or 0) - 1])
+        if talk[1]["content"]:
+            self.begin = text[len(prompt):].partition(talk[1]["content"])[0]
 
     def render(self, messages: list[dict], tools: list[dict] | None, prompt: bool = False) -> str:
         """Write messages as one text, with a `prompt` up to where an answer begins. Refused if the
@@ -160,7 +168,8 @@ def compiled(source: str, now: datetime):
 def for_template(messages: list[dict]) -> list[dict]:
     """Write canonical messages in the form that templates of others read: OpenAI's, reasoning by
     its three names, and each tool result with the call that it belongs to."""
-    written, open_calls, number = [], [], 0
+    written, number = [], 0
+    open_calls: list[dict] = []  # of which no result has come
     for message in messages:
         new = {"role": message["role"], "content": message["content"]}
         if message.get("reasoning"):

@@ -57,6 +57,8 @@ class Tokenizer:
         self.eos_id: int | None = ids[eos] if eos else None
         # Without an end token a document ends where the next one begins.
         self.end_id: int = self.bos_id if self.eos_id is None else self.eos_id
+        self.roles = {self.special_ids[name] for name in tokenizer_json.CHAT
+                      if name in self.special_ids} - {self.special_ids.get("<|end|>")}
         # what ends a text, and an answer of a dialog
         self.stop_ids = frozenset({self.end_id, self.special_ids.get("<|end|>", self.end_id)})
         self.kind = token_dtype(self.vocab_size)
