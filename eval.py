@@ -2,8 +2,9 @@
 
 Bits per byte and perplexity of the validation split (or, with --text=FILE, of any text), then
 tasks: tinyMMLU (the default, with its IRT estimates), passkey (a digit told far above: is it found
-again?), any task that lm-eval knows by name, or local:FILE.jsonl. The scores also go to
-RUN/eval/step_N.json. Exit codes: 0 done; 2 the input, or a named task that could not be scored.
+again?), any task that lm-eval knows by name, local:FILE.jsonl or dialogs:FILE.jsonl. The scores
+also go to RUN/eval/step_N.json. Exit codes: 0 done; 2 the input, or a named task that could not be
+scored.
 
 A local file (also packed: .xz, .gz) holds rows of one kind:
   question, choices, answer   answer: a letter, an index from 0, or the choice itself. Letters are
@@ -11,6 +12,8 @@ A local file (also packed: .xz, .gz) holds rows of one kind:
                               answers; a blank _ is filled in. --answers=letters or full decides
   context, choices, answer    the same without any words added
   context, continuation       is the continuation what the model says first?
+Of a file of dialogs (rows with `messages`, or dialogs:embedded, those that embedded:chat holds out)
+each answer is generated behind the true talk before it, and compared with the one that is there.
 --shots=FILE puts five rows of that file in front, solved, of the same subject where rows have one.
 
   --all=RUN            every checkpoint of a run, but those that have these scores already

@@ -178,6 +178,12 @@ class Likelihood(NamedTuple):
     greedy: bool  # whether greedy decoding gives it
 
 
+def mean(name: str, right: np.ndarray) -> dict[str, float]:
+    """Give a share and its standard error."""
+    return {name: float(right.mean()),
+            f"{name}_stderr": float(right.std() / math.sqrt(max(len(right) - 1, 1)))}
+
+
 class Group:
     """Rows whose common beginning is computed once."""
 

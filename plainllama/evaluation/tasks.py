@@ -1,7 +1,6 @@
 """Benchmark tasks: the passkey probe, local files, tinyMMLU and whatever lm-eval knows."""
 
 import json
-import math
 import os
 import re
 import shlex
@@ -12,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from plainllama.evaluation import irt, lm_eval_tasks
+from plainllama.evaluation import dialogs, irt, lm_eval_tasks
 from plainllama.evaluation.irt import LETTERS, Known
-from plainllama.evaluation.likelihood import Scorer
+from plainllama.evaluation.likelihood import Scorer, mean
 from plainllama.files import sha256_bytes
 from plainllama.parallel import World
 from plainllama.settings import UserError
@@ -94,6 +93,15 @@ def local_task(name: str, flags: Any, shots: list[Item], known: Known | None) ->
                 {"questions": sha256_bytes(json.dumps(items).encode())} | irt.made_of(known))
 
 
+def dialog_task(name: str, flags: Any, *_) -> Task:
+    """Make a task of a file of dialogs, or of those that are embedded."""
+    found = dialogs.read_dialogs(name, flags.limit)
+    asked = [message["content"] for dialog in found for message in dialog["messages"]
+             if message["role"] == "user"]
+    return Task(partial(dialogs.score_dialogs, name, found), lambda: asked, [name],
+                {"questions": sha256_bytes(json.dumps(found).encode())})
+
+
 def lm_eval_task(name: str, flags: Any, _shots: list[Item], known: Known | None) -> Task:
     """Load a task or a group of tasks that lm-eval knows by name."""
     if Path(name).is_file():
@@ -110,6 +118,7 @@ def lm_eval_task(name: str, flags: Any, _shots: list[Item], known: Known | None)
 MAKERS: dict[str, Callable[..., Task]] = {
     "passkey": lambda name, flags, *_: Task(partial(score_passkey, flags.limit), list, [name], {}),
     "local:": local_task,
+    "dialogs:": dialog_task,
 }
 
 
@@ -240,12 +249,6 @@ def score_local(name: str, items: list[Item], known: Known | None, scorer: Score
     if known:
         metrics |= irt.scores(right, known)
     return {name: metrics | {"n": len(items), "truncated": len(scorer.truncated)}}
-
-
-def mean(name: str, right: np.ndarray) -> dict[str, float]:
-    """Give a share and its standard error."""
-    return {name: float(right.mean()),
-            f"{name}_stderr": float(right.std() / math.sqrt(max(len(right) - 1, 1)))}
 
 
 # ---- the passkey probe
