@@ -322,5 +322,8 @@ def test_the_own_template_is_known(tmp_path):
 def test_what_ends_an_answer(tmp_path):
     ours = folder_of(tmp_path, {})
     spec = json.loads(ours.json_bytes)
-    assert templates.answer_ends(TURN, spec) == {"<|im_end|>"}
+    assert templates.answer_ends(tmp_path, spec) == set()
+    for text, name in ((TURN, "<|im_end|>"), (chat.TEMPLATE, chat.END)):
+        (tmp_path / chat.TEMPLATE_FILE).write_text(text)
+        assert templates.answer_ends(tmp_path, spec) == {name}
     assert {ours.special_ids["<|im_end|>"], ours.end_id} == ours.stop_ids

@@ -16,7 +16,7 @@ import numpy as np
 from plainllama.files import read_json
 from plainllama.settings import UserError
 from plainllama.text.dialogs import Refused
-from plainllama.tokens.chat import TEMPLATE, TEMPLATE_FILE, Chat, Rendered, as_json, parsed
+from plainllama.tokens.chat import END, TEMPLATE, TEMPLATE_FILE, Chat, Rendered, as_json, parsed
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import boundaries, named_tokens, read_spec
 from plainllama.tokens.vocabulary import valid
@@ -63,10 +63,14 @@ def find_template(folder: Path) -> str:
     return header + KEEP + found if header else found
 
 
-def answer_ends(template: str, spec: dict) -> set[str]:
-    """Name the special tokens with which a template ends an answer, of a parsed tokenizer.json.
-    UserError if it ends one with none: a model would not learn to stop."""
-    return Template(template, spec).ends
+def answer_ends(folder: Path, spec: dict) -> set[str]:
+    """Name the special tokens with which the template in a folder ends an answer; `spec` is the
+    parsed tokenizer.json. None without a template."""
+    file = folder / TEMPLATE_FILE
+    if not file.is_file():
+        return set()
+    template = file.read_text(encoding="utf-8")
+    return {END} if template == TEMPLATE else Template(template, spec).ends
 
 
 # ---- text

@@ -57,10 +57,11 @@ class Tokenizer:
         self.eos_id: int | None = ids[eos] if eos else None
         # Without an end token a document ends where the next one begins.
         self.end_id: int = self.bos_id if self.eos_id is None else self.eos_id
-        self.roles = {self.special_ids[name] for name in tokenizer_json.CHAT
-                      if name in self.special_ids} - {self.special_ids.get("<|end|>")}
+        chat = {name: i for name, i in self.special_ids.items() if name in tokenizer_json.CHAT}
+        chat = chat if len(chat) == len(tokenizer_json.CHAT) else {}
         # what ends a text, and an answer of a dialog
-        self.stop_ids = frozenset({self.end_id, self.special_ids.get("<|end|>", self.end_id)})
+        self.stop_ids = frozenset({self.end_id, chat.pop("<|end|>", self.end_id)})
+        self.roles = set(chat.values())  # what messages of dialogs begin with
         self.kind = token_dtype(self.vocab_size)
         self.base = ""  # sha256 of the tokenizer.json that this one was made of, for dialogs
         self.cut_words = 0  # how many were longer than CUT so far

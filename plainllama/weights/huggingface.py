@@ -18,6 +18,7 @@ from model import Linear, LLaMA, ModelConfig
 from plainllama.files import CHECKOUT, read_json, write_json
 from plainllama.parallel import World
 from plainllama.settings import UserError
+from plainllama.tokens.templates import answer_ends
 from plainllama.tokens.tokenizer_json import boundaries, byte_info, write_hf_files
 
 # ModelConfig's name -> Hugging Face's, in the order of config.json; the first seven must be there
@@ -46,7 +47,8 @@ def write_folder(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     begin, end = boundaries(spec)
     bos, eos = ids.get(begin), ids.get(end or begin)
-    ends = [eos, ids["<|end|>"]] if "<|end|>" in ids else eos  # of texts, and of answers
+    answers = [ids[name] for name in sorted(answer_ends(tokenizer_json.parent, spec))]
+    ends = [eos, *(i for i in answers if i != eos)] if answers else eos  # of texts, and of answers
     write_json(folder / "config.json", config_json(config, bos, eos, dtype))
     write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": ends})
     write_weights(folder, weights, dtype, shard_bytes)
