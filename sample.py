@@ -8,6 +8,10 @@
   sample.py --prompts=F.jsonl --out=G.parquet --embed=mean
                                    the same rows with `embedding`, the model's states, added
 
+  sample.py --chat --system="Be brief." --tools=FILE.py
+                                   a talk; /help lists its commands; the functions of FILE.py, which
+                                   is run, may be called by the model
+
 --prompts also takes .txt (a line is a prompt) and .parquet, --out .parquet. Started again after a
 kill, the same command goes on; torchrun shares the rows among its processes. `stop` says why a text
 ended: eos (the model ended it), stop (a --stop text came; it is cut off) or length (max_new_tokens,
@@ -43,6 +47,9 @@ class Flags(Sampling):
     save: bool = key(False, "add the texts to the run's samples.jsonl, which report.py shows")
     device: str = key("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     dtype: str = key("auto", "matmuls (auto: bf16 where it is native)", ("auto", "fp32", "bf16"))
+    chat: bool = key(False, "talk with a model that was tuned on dialogs")
+    system: str = key("", "the system message of the talk (--chat)")
+    tools: str = key("", "a Python file whose functions the model may call (--chat)")
     compile: str = key("auto", "torch.compile (auto: --out on CUDA)", ("auto", "true", "false"))
 
 
@@ -63,7 +70,10 @@ import torch
 from model import LLaMA
 from plainllama import parallel
 from plainllama.generation import generate, prompt_files
+from plainllama.generation.talk import talk
+from plainllama.generation.tools import Tools
 from plainllama.progress import Progress
+from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint, huggingface
 
@@ -81,6 +91,10 @@ def main(command) -> int:
         raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
     if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
         raise UserError("--embed writes states, and those to a .parquet (--out), without --save")
+    if f.chat:
+        return start_talk(command)
+    if f.system or f.tools:
+        raise UserError("--system and --tools are for --chat")
     prompts = prompt_files.read_prompts(f)
     with contextlib.closing(parallel.start(f.device, "auto")) as world:
         if world.size > 1 and not f.out:
@@ -91,6 +105,24 @@ def main(command) -> int:
         if idle and world.rank == 0:
             print(f"without effect here: {', '.join(sorted(idle))}", flush=True)
         return checkpoint.with_checkpoint(f.ckpt, world, partial(work, f, prompts, world))
+
+
+def start_talk(command) -> int:
+    """Talk with a model; the exit code."""
+    f = command.flags
+    idle = {"prompt", "prompts", "column", "out", "num_samples", "batch", "embed", "layers", "save",
+            "compile"} & set(command.overrides)
+    if idle:
+        raise UserError(f"--{min(idle)} has no effect on --chat")
+    tools = Tools(f.tools) if f.tools else None
+    with contextlib.closing(parallel.start(f.device, "auto")) as world:
+        if world.size > 1:
+            raise UserError("--chat is for one process")
+        folder = checkpoint.find_checkpoint(f.ckpt)
+        chat = chat_of(folder, Tokenizer.load(folder))
+        model = huggingface.load_model(folder, world.device, parallel.pick_dtype(f.dtype,
+                                                                                 world.device))
+        return talk(model, chat, f, tools)
 
 
 def stops_of(text: str) -> list[str]:
