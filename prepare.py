@@ -64,6 +64,7 @@ import numpy as np
 from plainllama.files import read_json, write_json
 from plainllama.text import selection
 from plainllama.text.documents import Part, Rules
+from plainllama.text.forms import LEFT_OUT
 from plainllama.text.sources import check_dialogs, described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
@@ -81,7 +82,7 @@ from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.tokens.tokenizer_json import sha256_of
 
 RECIPE = deciding("recipe")
-ASKED = ("duplicate", "near duplicate")  # rules by which no row is bad
+ASKED = ("duplicate", "near duplicate", LEFT_OUT)  # rules by which no row is bad
 WHOLE = slice(None)  # of the parts; a share is every n-th of them
 
 
@@ -241,7 +242,8 @@ def what_is_there(folder: Path, recipe: dict, state: dict, complete: bool,
         if was != now:
             other = sorted({name for name, _ in was["files"].items() ^ now["files"].items()})
             raise UserError(f"{folder} was prepared when {now['path']} held something else "
-                            f"({', '.join(other[:3])}); take another --dataset=NAME or remove it")
+                            f"({', '.join(other[:3]) or 'its converter'}); take another "
+                            "--dataset=NAME or remove it")
     return records, parts
 
 

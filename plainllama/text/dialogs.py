@@ -1,37 +1,23 @@
-"""Records -> dialogs: the forms that data sets have, and the rules that a dialog keeps.
+"""Records -> dialogs: what they say in one form, and the rules that they keep.
 
 A dialog goes through the program as one JSON text: {"messages": [...], "tools": [...]}. A message
 has a role (system, user, assistant, tool) and a content; an answer may have `reasoning`,
 `tool_calls` [{"name", "arguments"}] and "learn": false. What breaks a rule is dropped and counted
-by the reason that Refused says.
-
-To add a form: a function of the record that gives its messages, an entry in CONVERTERS with the
-fields by which `auto` knows it, and a case in tests/test_dialogs.py.
+by the rule that Refused names.
 """
 
-import importlib.util
 import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from plainllama.settings import UserError
+from plainllama.text.forms import Refused, first, form_of, json_of, refuse, text
 
-ROLES = {role: ours for ours, names in {
+ROLES = {name: role for role, names in {
     "system": "system developer", "user": "user human prompter", "assistant":
     "assistant gpt bot model chatgpt", "tool": "tool observation function_response function "
     "tool_response tool_result ipython", "call": "function_call tool_call"}.items()
-    for role in names.split()}
-CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-THOUGHT = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*", re.DOTALL)
-MARKS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
-
-
-class Refused(ValueError):
-    """Why a record is no dialog."""
+    for name in names.split()}
+THINK, THOUGHT, CALL, CALLED = "<think>", "</think>", "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True)
@@ -47,21 +33,21 @@ class How:
 def converted(record: dict, how: How) -> tuple[str, int]:
     """Give a record's dialog as JSON, and how many messages behind its last answer were left out.
     Refused if it is none."""
-    renamed = {theirs: ours for ours, theirs in how.fields}
-    record = {renamed.get(name, name): value for name, value in record.items()}
-    if how.converter in CONVERTERS:
-        form = CONVERTERS[how.converter]
-        if missing := [name for name in form.fields if name not in record]:
-            raise Refused(f"no field {missing[0]!r}, only {', '.join(record)[:200]}")
-    elif how.converter == "auto":
-        form = next((form for form in CONVERTERS.values() if record.keys() >= set(form.fields)),
-                    None) or refuse(f"no known fields, only {', '.join(record)[:200]}")
-    else:
-        form = CONVERTERS["messages"]
-        record = own_function(how.converter)(record)
-    messages = merged([message_of(raw) for raw in form.messages(record)])
+    if how.fields:
+        renamed = {name: record[theirs] for name, theirs in how.fields if theirs in record}
+        taken = {theirs for _, theirs in how.fields}
+        record = {name: record[name] for name in record if name not in taken} | renamed
+    form, record = form_of(record, how.converter)
+    if isinstance(record.get("label"), bool):
+        raise Refused("rows with a label true or false (KTO) are no dialogs to learn")
+    raw = form.messages(record)
+    if record.get("system"):
+        raw = [{"role": "system", "content": record["system"]}, *raw]
+    messages = merged([message_of(message) for message in raw])
+    if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        messages = messages[1:]
     if how.system and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": how.system})
+        messages = [plain("system", how.system), *messages]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     cut = len(messages) - answers[-1] - 1 if answers else 0
     messages = messages[:len(messages) - cut]
@@ -69,178 +55,109 @@ def converted(record: dict, how: How) -> tuple[str, int]:
     if how.train_on == "last":
         for i in answers[:-1]:
             messages[i]["learn"] = False
-    dialog: dict[str, Any] = {"messages": messages}
-    if tools := tools_of(record.get("tools")):
+    if how.train_on != "all" and not any(messages[i]["learn"] for i in answers):
+        raise Refused("nothing of it is learned")
+    dialog: dict[str, Any] = {"messages": [canonical(message) for message in messages]}
+    if tools := tools_of(record.get("tools") or record.get("functions")):
         dialog["tools"] = tools
     if how.train_on == "all":
         dialog["learn_all"] = True
-    elif all(messages[i].get("learn") is False for i in answers):
-        raise Refused("nothing of it is learned")
-    text = json.dumps(dialog, ensure_ascii=False)
-    if re.search("[\ud800-\udfff]", text):
-        raise Refused("invalid utf-8")
-    return text, cut
-
-
-def refuse(reason: str):
-    """Raise Refused, where an expression is wanted."""
-    raise Refused(reason)
-
-
-@cache
-def own_function(name: str) -> Callable[[dict], dict]:
-    """Load the user's own converter, FILE.py:function. UserError if it is not there."""
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"converter {name!r} is none of auto, {', '.join(CONVERTERS)}, and no "
-                        "FILE.py:function")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise UserError(f"converter {name!r}: {path} has no function {function!r}")
-    return found
-
-
-# ---- forms
-
-class Form(NamedTuple):
-    """How data sets write a dialog."""
-
-    fields: tuple[str, ...]  # those by which it is known
-    messages: Callable[[dict], list[dict]]  # a record -> its messages, of any spelling
-
-
-def messages_of(record: dict) -> list[dict]:
-    """Take `messages`: a list, or lists of roles and contents side by side. Rows that say whether
-    an answer is good (KTO) hold no dialog to learn."""
-    if isinstance(record.get("label"), bool):
-        raise Refused("rows with a label (KTO) are not dialogs to learn")
-    messages = record.get("messages")
-    if isinstance(messages, dict):
-        roles, contents = messages.get("role"), messages.get("content")
-        if not (isinstance(roles, list) and isinstance(contents, list)):
-            raise Refused("messages are not a list")
-        return [{"role": role, "content": content}
-                for role, content in zip(roles, contents, strict=False)]
-    if not isinstance(messages, list):
-        raise Refused("messages are not a list")
-    return messages
-
-
-def conversations_of(record: dict) -> list[dict]:
-    """Take `conversations`, of `from` and `value`."""
-    if not isinstance(record["conversations"], list):
-        raise Refused("conversations are not a list")
-    if isinstance(record.get("system"), str) and record["system"]:
-        return [{"role": "system", "content": record["system"]}, *record["conversations"]]
-    return record["conversations"]
-
-
-def instruction_of(record: dict) -> list[dict]:
-    """Take `instruction`, `input` if there is any, and `output`; `history` and `system` where they
-    are."""
-    asked = record["instruction"]
-    if record.get("input"):
-        asked = f"{asked}\n\n{record['input']}"
-    return framed(record, asked, record["output"])
-
-
-def instances_of(record: dict) -> list[dict]:
-    """Take `instruction` and the first of `instances`, {input, output}."""
-    first = (record["instances"] or [{}])[0]
-    return instruction_of({**record, "input": first.get("input"), "output": first.get("output")})
-
-
-def prompt_of(record: dict) -> list[dict]:
-    """Take `prompt`, and `response`, `completion` or `answer`."""
-    answer = next((record[name] for name in ("response", "completion", "answer", "output")
-                   if record.get(name)), None)
-    prompt = record["prompt"]
-    if isinstance(prompt, list):
-        return [*prompt, *(answer if isinstance(answer, list) else
-                           [{"role": "assistant", "content": answer}])]
-    return framed(record, prompt, answer)
-
-
-def framed(record: dict, asked, answer) -> list[dict]:
-    """Put a question and its answer behind `system` and the turns of `history`."""
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    turns = [*(record.get("history") or ()), (asked, answer)]
-    return system + [{"role": role, "content": content} for turn in turns
-                     for role, content in zip(("user", "assistant"), turn, strict=False)]
-
-
-def no_pairs(record: dict) -> list[dict]:
-    """Refuse preferences: they are pairs of dialogs."""
-    raise Refused("pairs of chosen and rejected are not dialogs to learn")
-
-
-CONVERTERS = {
-    "pairs": Form(("chosen", "rejected"), no_pairs),
-    "messages": Form(("messages",), messages_of),
-    "conversations": Form(("conversations",), conversations_of),
-    "instances": Form(("instruction", "instances"), instances_of),
-    "instruction": Form(("instruction", "output"), instruction_of),
-    "prompt": Form(("prompt",), prompt_of),
-}
+    return json_text(dialog), cut
 
 
 # ---- messages
 
+def plain(role: str, content: str) -> dict:
+    """Make a message with all keys."""
+    return {"role": role, "content": content, "reasoning": "", "tool_calls": [], "learn": True}
+
+
+def canonical(message: dict) -> dict:
+    """Leave out the keys that say nothing."""
+    return {key: value for key, value in message.items()
+            if key in ("role", "content") or (not value if key == "learn" else value)}
+
+
 def message_of(raw: Any) -> dict:
     """Bring a message of any spelling to ours; Refused if that cannot be done."""
     if not isinstance(raw, dict):
-        raise Refused("a message is not an object")
-    name = raw.get("role", raw.get("from"))
+        raise Refused("a message is not an object", raw)
+    name = first(raw, "role", "from")
     role = ROLES.get(name.lower() if isinstance(name, str) else "")
     if not role:
-        raise Refused(f"unknown role {name!r:.40}")
-    content = next((raw[key] for key in ("content", "value", "text") if raw.get(key) is not None),
-                   "")
-    reasoning = next((raw[key] for key in ("reasoning", "reasoning_content", "thinking")
-                      if raw.get(key)), "")
+        raise Refused("unknown role", repr(name))
+    content = first(raw, "content", "value", "text")
+    reasoning = first(raw, "reasoning", "reasoning_content", "thinking")
     calls = [call_of(call) for call in as_list(raw.get("tool_calls"), "calls are not a list")]
+    if raw.get("function_call"):
+        calls.append(call_of(raw["function_call"]))
     if isinstance(content, list):
-        parts: dict[str, list] = {}
-        for part in content:
-            if not isinstance(part, dict):
-                raise Refused("a part of a content is not an object")
-            value = next((part[key] for key in ("value", "text") if part.get(key) is not None), "")
-            parts.setdefault(str(part.get("type")), []).append(value)
-        if unknown := parts.keys() - {"text", "reasoning", "tool_call"}:
-            raise Refused(f"a part of kind {min(unknown)!r:.40}, which is no text")
-        calls += [call_of(value) for value in parts.get("tool_call", ())]
-        content, reasoning = "".join(parts.get("text", ())), reasoning or "".join(
-            parts.get("reasoning", ()))
+        content, thought, more = parts_of(content)
+        reasoning, calls = reasoning or thought, calls + more
     if role == "call":
-        role, content, calls = "assistant", "", [call_of(content)]
-    if not isinstance(content, str) or not isinstance(reasoning, str):
-        raise Refused("a content is not text")
-    if role != "assistant":
-        return {"role": role, "content": content}
-    return answer_of(content, reasoning, calls, raw)
-
-
-def answer_of(content: str, reasoning: str, calls: list[dict], raw: dict) -> dict:
-    """Make an assistant's message; calls and reasoning written into its text are taken out."""
-    if not reasoning and (thought := THOUGHT.match(content)):
-        reasoning, content = thought[1], content[thought.end():]
-    if "<tool_call>" in content:
-        calls = [*calls, *(call_of(found[1]) for found in CALL.finditer(content))]
-        content = CALL.sub("", content).rstrip()
-    if any(mark in text for mark in MARKS for text in (content, reasoning)):
-        raise Refused("unbalanced marks of a call or of reasoning")
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    if reasoning:
-        message["reasoning"] = reasoning
-    if calls:
-        message["tool_calls"] = calls
-    if raw.get("learn") is False or 0 in (raw.get("loss_weight"), raw.get("weight")):
-        message["learn"] = False
+        role, content, calls = "assistant", "", calls + calls_of(content)
+    if role == "tool" and isinstance(content, dict):
+        content = json_text(content)
+    message = plain(role, text(content))
+    message["reasoning"], message["tool_calls"] = text(reasoning), calls
+    if role == "assistant":
+        return answer_of(message, raw)
+    if calls or reasoning:
+        raise Refused("a call or reasoning of another role than assistant", role)
     return message
+
+
+def parts_of(parts: list) -> tuple[str, str, list[dict]]:
+    """Take text, reasoning and calls out of a content's parts."""
+    said = {"text": "", "reasoning": ""}
+    calls: list[dict] = []
+    for part in parts:
+        if not isinstance(part, dict):
+            raise Refused("a part of a content is not an object", part)
+        kind, value = part.get("type"), first(part, "value", "text")
+        if kind == "tool_call":
+            calls += calls_of(value)
+        elif kind not in ("text", "reasoning"):
+            raise Refused("a part that is no text", repr(kind))
+        elif kind == "text" and calls and value:
+            raise Refused("text behind a call", value)
+        else:
+            said[kind] += text(value)
+    return said["text"], said["reasoning"], calls
+
+
+def answer_of(message: dict, raw: dict) -> dict:
+    """Take calls and reasoning that are written into an answer's text out of it, and see whether it
+    is learned."""
+    content = message["content"]
+    begin = content.lstrip()
+    if begin.startswith(THINK) and THOUGHT in begin and not message["reasoning"]:
+        thought, _, content = begin.removeprefix(THINK).partition(THOUGHT)
+        message["reasoning"], content = thought.strip(), content.lstrip()
+    content, *calls = content.split(CALL)
+    for call in calls:
+        written, end, behind = call.partition(CALLED)
+        if not end:
+            raise Refused("unbalanced marks of a call or of reasoning", CALL + call)
+        if behind.strip():
+            raise Refused("text behind a call", behind)
+        message["tool_calls"] += calls_of(written)
+    message["content"] = content.rstrip() if calls else content
+    for said, marks in ((content, (CALLED, THINK, THOUGHT)),
+                        (message["reasoning"], (THINK, THOUGHT))):
+        if any(mark in said for mark in marks):
+            raise Refused("unbalanced marks of a call or of reasoning", said)
+    weight = first(raw, "loss_weight", "weight")
+    if weight not in ("", 0, 1):
+        raise Refused("a weight that is not 0 or 1", weight)
+    message["learn"] = raw.get("learn") is not False and weight != 0
+    return message
+
+
+def calls_of(raw: Any) -> list[dict]:
+    """Read a call, or a list of them, that may be JSON text."""
+    calls = json_of(raw, "a call is not JSON")
+    return [call_of(call) for call in (calls if isinstance(calls, list) else [calls])]
 
 
 def call_of(raw: Any) -> dict:
@@ -248,48 +165,66 @@ def call_of(raw: Any) -> dict:
     call = json_of(raw, "a call is not JSON")
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise Refused("a call without a name")
-    arguments = json_of(call.get("arguments", call.get("parameters")) or {},
+        raise Refused("a call without a name", call)
+    arguments = json_of(first(call, "arguments", "parameters") or {},
                         "a call's arguments are not JSON")
     if not isinstance(arguments, dict):
-        raise Refused("a call's arguments are not an object")
+        raise Refused("a call's arguments are not an object", arguments)
     return {"name": call["name"], "arguments": arguments}
-
-
-def json_of(value: Any, reason: str) -> Any:
-    """Read JSON text; what is no text is as it was."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        raise Refused(reason) from None
-
-
-def as_list(value: Any, reason: str) -> list:
-    """Give a list that may be missing, or be JSON text."""
-    value = json_of(value or [], reason)
-    return value if isinstance(value, list) else refuse(reason)
 
 
 def tools_of(raw: Any) -> list[dict]:
     """Read schemas of functions, {name, ...}, also each inside `function`, also as JSON text."""
-    tools = [tool.get("function", tool) if isinstance(tool, dict) else tool
-             for tool in as_list(raw, "tools are not a list of schemas")]
-    if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in tools):
-        raise Refused("tools are not a list of schemas")
+    reason = "tools are not a list of schemas"
+    tools = [json_of(tool, reason) for tool in as_list(raw, reason)]
+    tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in tools]
+    for tool in tools:
+        if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
+            raise Refused(reason, tool)
     return tools
 
+
+def as_list(value: Any, reason: str) -> list:
+    """Give a list that may be missing, or be JSON text."""
+    found = json_of(value or [], reason) or []
+    return found if isinstance(found, list) else refuse(reason, found)
+
+
+def json_text(value: Any) -> str:
+    """Write JSON. Refused if a value has no place in it, such as NaN, or half of a surrogate
+    pair."""
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        written.encode()
+    except UnicodeError:
+        raise Refused("invalid utf-8") from None
+    except (TypeError, ValueError, RecursionError):
+        raise Refused("a value that JSON does not have") from None
+    return written
+
+
+# ---- rules
 
 def merged(messages: list[dict]) -> list[dict]:
     """Join a call to the answer before it: some data sets have a message for each."""
     joined: list[dict] = []
     for message in messages:
         last = joined[-1] if joined else {}
-        if (message["role"] == last.get("role") == "assistant" and message.get("tool_calls")
-                and not message["content"]):
-            last["tool_calls"] = [*last.get("tool_calls", ()), *message["tool_calls"]]
+        if (message["role"] == last.get("role") == "assistant" and message["tool_calls"]
+                and not message["content"] and not message["reasoning"]
+                and message["learn"] == last["learn"]):
+            last["tool_calls"] += message["tool_calls"]
         else:
             joined.append(message)
     return joined
+
+
+def asked(record: dict) -> tuple[list[dict], list[dict]]:
+    """Give the messages of a talk that is to be answered, and its tools. Refused if it is none."""
+    messages = merged([message_of(raw) for raw in record.get("messages") or ()])
+    if not messages or messages[-1]["role"] == "assistant":
+        raise Refused("the last message is an answer, or there is none")
+    return messages, tools_of(record.get("tools"))
 
 
 def check(messages: list[dict]) -> None:
@@ -297,19 +232,20 @@ def check(messages: list[dict]) -> None:
     before = ""
     asked = called = False
     for message in messages:
-        role, content = message["role"], message["content"]
+        role, empty = message["role"], not message["content"].strip()
+        calls = bool(message["tool_calls"])
         rules = {"system": [("system message not first", before != "")],
                  "user": [("two questions in a row", before == "user"),
-                          ("empty question", not content.strip())],
+                          ("empty question", empty)],
                  "tool": [("tool result without a call", not called)],
                  "assistant": [("answer before any question", not asked),
                                ("two answers in a row", before == "assistant"),
-                               ("empty answer", not (content.strip() or "tool_calls" in message))]}
+                               ("empty answer", empty and not calls)]}
         for reason, broken in rules[role]:
             if broken:
-                raise Refused(reason)
+                raise Refused(reason, message["content"])
         asked = asked or role == "user"
-        called = "tool_calls" in message if role == "assistant" else called and role == "tool"
+        called = calls if role == "assistant" else called and role == "tool"
         before = role
     if before != "assistant":
         raise Refused("no answer")
@@ -317,11 +253,13 @@ def check(messages: list[dict]) -> None:
 
 # ---- what is said
 
-def spoken(text: str) -> str:
-    """Give all that is said in a dialog, a canonical JSON text: what near duplicates have in common
-    and a tokenizer learns."""
+def spoken(dialog: str, system: bool = True) -> str:
+    """Give all that is said in a dialog, a canonical JSON text: what a tokenizer learns, and
+    without the `system` message, which many dialogs share, what near duplicates have in common."""
     said = []
-    for message in json.loads(text)["messages"]:
-        said += [message.get("reasoning", ""), message["content"]]
-        said += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
+    for message in json.loads(dialog)["messages"]:
+        if system or message["role"] != "system":
+            calls = message.get("tool_calls", ())
+            said += [message.get("reasoning", ""), message["content"],
+                     *(json.dumps(call, ensure_ascii=False) for call in calls)]
     return "\n".join(filter(None, said))

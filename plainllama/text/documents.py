@@ -92,10 +92,10 @@ def texts_of(piece: Piece, rules: Rules, dropped: Tally,
     """Read the texts of a piece that the rules keep, each with what names its place."""
     with naming_damage(piece.path):
         for at, chunks in records_of(piece):
-            where = partial(place_of, piece, at)
             kept = 0  # texts of this record
             for chunk in chunks:
                 rule = rules.broken_by(chunk)
+                where = partial(place_of, piece, at, getattr(chunk, "found", ""))
                 if rules.strict and isinstance(chunk, Dropped):
                     raise UserError(f"{where()}: {rule}; mend it, or skip it without --strict")
                 if rule:
@@ -112,9 +112,9 @@ def texts_of(piece: Piece, rules: Rules, dropped: Tally,
                     yield text, where
 
 
-def place_of(piece: Piece, at: int) -> str:
-    """Name the file and the place in it of the record that begins at `at`."""
-    return piece.label + KINDS[piece.kind].place(piece, at)
+def place_of(piece: Piece, at: int, found: str) -> str:
+    """Name the file and the place in it of the record that begins at `at`, and what is there."""
+    return piece.label + KINDS[piece.kind].place(piece, at) + (f" ({found})" if found else "")
 
 
 def cut_up(text: str) -> list[str]:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plainllama.settings import UserError, ceil_div, install
-from plainllama.text.dialogs import How, Refused, converted
+from plainllama.text.dialogs import How, converted
+from plainllama.text.forms import Refused
 
 # The memory is bounded: what is longer is cut before a space, inside a word only if it has none ...
 DOCUMENT = 16 << 20  # utf-8 bytes
@@ -52,6 +53,8 @@ class Piece:
 
 class Dropped(str):
     """Stands for the text of a record that has none; the rule that drops it."""
+
+    found = ""  # what broke it
 
 
 class Dialog(str):
@@ -220,7 +223,9 @@ def taken(piece: Piece, record: dict) -> str:
         try:
             text, left_out = converted(record, piece.how)
         except Refused as error:
-            return Dropped(error)
+            dropped = Dropped(error)
+            dropped.found = error.found
+            return dropped
         if len(text) > DOCUMENT:
             return Dropped(f"dialog over {DOCUMENT >> 20} MB")
         dialog = Dialog(text)
@@ -262,17 +267,22 @@ def first_bytes(file, size: int) -> Iterator[bytes]:
 def object_records(piece: Piece) -> Iterator[Record]:
     """Read the objects of an array, or objects one after another, as they come; ValueError where
     that is broken off."""
-    decode, number, at = json.JSONDecoder().raw_decode, 0, 0
+    decode, number, at, between = json.JSONDecoder().raw_decode, 0, 0, ""
     with opened(piece.path) as file:
         chunks = codecs.iterdecode(iter(partial(file.read, 1 << 20), b""), "utf-8-sig")
         text = next(chunks, "")
+        array = text.lstrip()[:1] == "["
         while True:
-            at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+            found = BETWEEN.match(text, at)
+            assert found  # of no character, at least
+            at, between = found.end(), found[0].strip() or between
             try:
                 record, at = decode(text, at)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 more = "".join(itertools.islice(chunks, max(1, len(text) >> 20)))
                 if not more and at == len(text):
+                    if array and not between.endswith("]"):
+                        raise ValueError("its array has no end") from None
                     return
                 if not more or len(text) - at > LINE:
                     raise ValueError(f"what follows its object {number} is no JSON: "
@@ -280,7 +290,8 @@ def object_records(piece: Piece) -> Iterator[Record]:
                 text, at = text[at:] + more, 0
                 continue
             known = isinstance(record, dict)
-            yield number, [taken(piece, record) if known else Dropped("not an object")]
+            yield number, map(partial(taken, piece), [record]) if known else [
+                Dropped("not an object")]
             number += 1
 
 
@@ -325,14 +336,23 @@ def row_records(piece: Piece) -> Iterator[Record]:
     rows = max(1, min(128, LINE // 8 // max(size, 1)))
     if piece.how:
         for batch in table.iter_batches(rows, [piece.start]):
-            for record in batch.to_pylist():
-                yield row, [taken(piece, without_nulls(record))]
+            for i in range(batch.num_rows):
+                yield row, map(partial(row_taken, piece), [batch.slice(i, 1)])
                 row += 1
         return
     for batch in table.iter_batches(rows, [piece.start], [piece.column]):
         for value in batch.column(0).cast(pa.large_binary()).to_pylist():
             yield row, [Dropped("text is not a string") if value is None else decoded(value)]
             row += 1
+
+
+def row_taken(piece: Piece, row) -> str:
+    """Make a row a dialog: a batch of itself alone, so that invalid utf-8 costs no other."""
+    try:
+        record = row.to_pylist()[0]
+    except UnicodeError:
+        return Dropped("invalid utf-8")
+    return taken(piece, without_nulls(record))
 
 
 def without_nulls(value):

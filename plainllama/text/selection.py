@@ -46,8 +46,8 @@ def text_hash(text: str) -> int:
 
 
 def said(text: str) -> str:
-    """Give what a document says: of a dialog all turns, without the form of its JSON."""
-    return spoken(text) if isinstance(text, Dialog) else text
+    """Give what a document says of its own: of a dialog all turns, without the form of its JSON."""
+    return spoken(text, system=False) if isinstance(text, Dialog) else text
 
 
 def choose_hold_out(parts: list[Part], fraction: float, dialogs: bool = False) -> HoldOut:
@@ -72,6 +72,9 @@ def choose_hold_out(parts: list[Part], fraction: float, dialogs: bool = False) -
                    for rule, entry in dropped.items()]
         if any(rule.startswith("no column") for rule in dropped):
             reasons.append("name another: --sources=\"{'path': 'my.jsonl', 'column': 'content'}\"")
+        if any(rule.startswith("no known fields") for rule in dropped):
+            reasons.append("say which they are, as fields={'prompt': ..., 'response': ...}, or "
+                           "give a converter")
         why = f"; dropped: {'; '.join(reasons)}" if reasons else ": there is no record in them"
         raise UserError(f"sources: no document is left{why}")
     if dialogs and smallest == largest:
@@ -132,7 +135,7 @@ class Marks(NamedTuple):
 
 DEDUP = {
     "exact": Marks("duplicate", lambda text: np.array([text_hash(text)]), "<u8", 1, 1),
-    "near": Marks("near duplicate", signature, "<u4", 4 * BANDS, BANDS),
+    "near": Marks("near duplicate", lambda text: signature(said(text)), "<u4", 4 * BANDS, BANDS),
 }
 
 
@@ -152,7 +155,7 @@ def make_marks(folder: Path, dedup: str, worker: Worker, number: int, part: Part
     kind = DEDUP[dedup]
     marks = []
     for text in documents([part], Tally()):
-        marks.append(kind.mark(said(text)))
+        marks.append(kind.mark(text))
         worker.report(number, 1, 0, len(text.encode()))
     with own_folder(folder) as own:
         np.save(Path(own) / "marks.npy", np.array(marks, kind.dtype).reshape(-1, kind.width))

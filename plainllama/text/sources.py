@@ -24,8 +24,9 @@ from typing import IO
 
 from plainllama.files import sha256
 from plainllama.settings import UserError, install, nearest
-from plainllama.text import dialogs
+from plainllama.text import forms
 from plainllama.text import records as kinds
+from plainllama.text.dialogs import How
 from plainllama.text.documents import Part
 from plainllama.text.embedded_chat import write_rows
 from plainllama.text.records import KINDS, Piece, kind_of, naming_damage, records_of
@@ -76,8 +77,14 @@ def check_dialogs(sources: list[dict], documents: str) -> None:
         if how.train_on not in ("assistant", "last", "all"):
             raise UserError(f"sources: train_on of {source['path']} is assistant, last or all, not "
                             f"{how.train_on!r}")
-        if how.converter not in ("auto", *dialogs.CONVERTERS):
-            dialogs.own_function(how.converter)
+        own = how.converter not in ("auto", *forms.CONVERTERS)
+        if own:
+            forms.own_function(how.converter)
+            print(f"sources: {source['path']}: its rows go through {how.converter}", flush=True)
+        for ours, theirs in how.fields:
+            if not (own or ours in forms.FIELDS) or not isinstance(theirs, str):
+                raise UserError(f"sources: fields of {source['path']} takes {{our name: yours}}, "
+                                f"not {ours!r}: {theirs!r}; ours are {', '.join(forms.FIELDS)}")
         if {"count", "weight"} <= source.keys():
             raise UserError(f"sources: {source['path']} has a count and a weight; give one")
     weighted = sum("weight" in source for source in sources)
@@ -85,9 +92,9 @@ def check_dialogs(sources: list[dict], documents: str) -> None:
         raise UserError("sources: give all of them a weight, or none")
 
 
-def how_of(source: dict, train_on: str) -> dialogs.How:
+def how_of(source: dict, train_on: str) -> How:
     """Say how the records of a source become dialogs; `train_on`: of those that do not say."""
-    return dialogs.How(source.get("converter", "auto"), tuple(source.get("fields", {}).items()),
+    return How(source.get("converter", "auto"), tuple(source.get("fields", {}).items()),
                        source.get("system", ""), source.get("train_on", train_on))
 
 
@@ -125,8 +132,10 @@ def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None
         if path == "embedded":  # a thousand names, as one
             digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
             prints = {f"{len(files)} files": digest}
-        records.append({"path": path, **record, "files": prints})
         how = how_of(source, train_on) if train_on else None
+        own = how.converter.rpartition(":")[0] if how else ""
+        code = {"converter": sha256(Path(own))} if own else {}
+        records.append({"path": path, **record, "files": prints, **code})
         whole = [whole_file(source, label, file, how) for label, file in files]
         blank = [file.label for file in whole if kinds.is_blank(file.path)]
         if len(blank) == len(files):
@@ -292,12 +301,13 @@ def state_of(path: Path | str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def whole_file(source: dict, label: str, path: Path, how: dialogs.How | None) -> Piece:
+def whole_file(source: dict, label: str, path: Path, how: How | None) -> Piece:
     """Describe a file of a source. UserError if its kind is unknown, or holds no dialogs and shall
     (`how`)."""
     kind = ".txt" if source["path"] == "embedded" else kind_of(path.name)
     if source["path"] in SPOOLS:
-        kind = ".jsonl" if path.open("rb").read(1 << 16).lstrip().startswith(b"{") else ".txt"
+        begin = path.open("rb").read(1 << 16).lstrip()[:1]
+        kind = {b"{": ".jsonl", b"[": ".json" if how else ".txt"}.get(begin, ".txt")
     if not kind:
         raise UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}, also packed: "
                         f"{', '.join(kinds.PACKINGS)}")
