@@ -4,7 +4,8 @@
   sample.py --ckpt=out/RUN --prompt="The sea" --num_samples=3 --temperature=0.8 --top_p=0.95
   sample.py --prompts=F.jsonl --out=G.jsonl
                                    rows {"prompt": ...} -> the same rows in the same order, with
-                                   `completion` and `stop` added
+                                   `completion` and `stop` added; rows {"messages": ...}, also with
+                                   "tools", get the `message` that answers too
   sample.py --prompts=F.jsonl --out=G.parquet --embed=mean
                                    the same rows with `embedding`, the model's states, added
 
@@ -73,6 +74,8 @@ from plainllama.generation import generate, prompt_files
 from plainllama.generation.talk import talk
 from plainllama.generation.tools import Tools
 from plainllama.progress import Progress
+from plainllama.text.dialogs import Refused, asked
+from plainllama.tokens.chat import Chat
 from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint, huggingface
@@ -87,14 +90,14 @@ def main(command) -> int:
     f.stop = stops_of(f.stop)
     if command.files:
         raise UserError(f"cannot use {command.files[0]!r}: say --ckpt=MODEL and --prompt=TEXT")
-    if bool(f.prompts) != bool(f.out) or (f.prompts and f.prompt):
-        raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
-    if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
-        raise UserError("--embed writes states, and those to a .parquet (--out), without --save")
     if f.chat:
         return start_talk(command)
     if f.system or f.tools:
         raise UserError("--system and --tools are for --chat")
+    if bool(f.prompts) != bool(f.out) or (f.prompts and f.prompt):
+        raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
+    if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
+        raise UserError("--embed writes states, and those to a .parquet (--out), without --save")
     prompts = prompt_files.read_prompts(f)
     with contextlib.closing(parallel.start(f.device, "auto")) as world:
         if world.size > 1 and not f.out:
@@ -145,7 +148,8 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
     if f.save and run is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
     tokenizer = Tokenizer.load(folder)
-    ids = [[tokenizer.bos_id, *tokenizer.encode(row[f.column])] for row in rows]
+    chat = chat_of(folder, tokenizer) if any(f.column not in row for row in rows) else None
+    ids = [prompt_ids(row, f, tokenizer, chat, i) for i, row in enumerate(rows)]
     check(f, ids, folder)
     journal = prompt_files.Journal(f, folder) if f.out else None
     done = world.decide(lambda: list(journal.read()) if journal else [])
@@ -162,12 +166,13 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
         print(f"{len(done)} of {len(rows)} rows were done before", flush=True)
     todo = sorted(set(range(len(rows))).difference(done), key=lambda i: (-len(ids[i]), i))
     batches = [todo[first:first + f.batch] for first in range(0, len(todo), f.batch)]
-    made, line = decode(f, model, tokenizer, ids, batches[world.rank::world.size], journal, world)
+    made, line = decode(f, model, tokenizer, ids, batches[world.rank::world.size], journal, world,
+                        chat)
     if world.rank > 0:
         return 0
     if journal:
         made = journal.finish(prompts)
-    texts = [{"prompt": row[f.column], **made[i]} for i, row in enumerate(rows)]
+    texts = [{"prompt": row.get(f.column, ""), **made[i]} for i, row in enumerate(rows)]
     if not f.out and len(texts) > 1:
         for n, text in enumerate(texts, 1):
             print(f"--- {n} of {len(texts)} ({text['stop']})\n{text['prompt']}{text['completion']}")
@@ -178,6 +183,24 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
             kept.writelines(prompt_files.as_line(row) for row in rows if row not in there)
     print(line)
     return 0
+
+
+def prompt_ids(row: dict, f: Any, tokenizer: Tokenizer, chat: Chat | None, i: int) -> list[int]:
+    """Give the ids of a row's prompt, or of its messages. UserError if these are no talk."""
+    if chat is None or f.column in row:
+        return [tokenizer.bos_id, *tokenizer.encode(row[f.column])]
+    try:
+        return chat.prompt(*asked(row))
+    except Refused as error:
+        raise UserError(f"{f.prompts}:{i // f.num_samples + 1}: {error}") from None
+
+
+def message_of(chat: Chat, text: generate.Completion) -> dict:
+    """Read an answer as a message; one that calls a function in another form is text."""
+    try:
+        return chat.parse(text.ids)
+    except ValueError:
+        return {"role": "assistant", "content": text.text}
 
 
 def check(f: Any, ids: list[list[int]], folder: Path) -> None:
@@ -194,9 +217,10 @@ def check(f: Any, ids: list[list[int]], folder: Path) -> None:
 
 
 def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],
-           journal: prompt_files.Journal | None, world: parallel.World) -> tuple[dict, str]:
-    """Decode the batches of rows that are `mine`. Return {row: what was made of it}, empty if the
-    journal keeps it, and a line about what all ranks did."""
+           journal: prompt_files.Journal | None, world: parallel.World,
+           chat: Chat | None) -> tuple[dict, str]:
+    """Decode the batches of rows that are `mine`; those of messages with `chat`. Return {row: what
+    was made of it}, empty if the journal keeps it, and a line about what all ranks did."""
     block_size, embed, compiled = model.config.block_size, f.embed != "none", None
     stream = not f.out and len(ids) == 1
     pays = f.compile == "auto" and f.out and world.device.type == "cuda"
@@ -208,6 +232,7 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], min
     progress = Progress("embedding" if embed else "sampling", sum(map(len, mine)), "rows",
                         not stream and world.rank == 0)
     made: dict[int, dict] = {}
+    new: list[dict]
     keep = journal.add if journal else made.update
     start, tokens, cut = time.perf_counter(), 0, 0
     for batch in mine:
@@ -221,8 +246,11 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], min
             texts = generate.complete(model, tokenizer, prompts, f.max_new_tokens, f, seeds, f.stop,
                                       stream, compiled)
             new = [{"completion": text.text, "stop": text.ended} for text in texts]
-            tokens += sum(text.tokens for text in texts)
-            cut += sum(text.ended == "length" and len(prompt) + text.tokens == block_size
+            if chat:
+                new = [row | {"message": message_of(chat, text)}
+                       for row, text in zip(new, texts, strict=True)]
+            tokens += sum(len(text.ids) for text in texts)
+            cut += sum(text.ended == "length" and len(prompt) + len(text.ids) == block_size
                        for prompt, text in zip(prompts, texts, strict=True))
         keep(dict(zip(batch, new, strict=True)))
         progress.add(len(batch))

@@ -274,7 +274,7 @@ class Completion(NamedTuple):
 
     ended: str  # eos | stop | length
     text: str
-    tokens: int  # how many were drawn for it
+    ids: list[int]  # that were drawn for it
 
 
 def complete(model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
@@ -284,7 +284,7 @@ def complete(model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]], max_n
     texts = [TextStream(tokenizer, prompt, stops, stream) for prompt in prompts]
     made = generate(model, prompts, max_new_tokens, sampling, seeds, tokenizer.stop_ids,
                     tokenizer.vocab_size, lambda row, token: texts[row].push(token), compiled)
-    return [Completion("stop" if text.push() else ended, text.text, len(new))
+    return [Completion("stop" if text.push() else ended, text.text, new)
             for text, (new, ended) in zip(texts, made, strict=True)]
 
 

@@ -96,7 +96,7 @@ def read_prompts(f: Any) -> Prompts:
     if not f.prompts:
         return Prompts([{f.column: f.prompt}] * f.num_samples)
     path, out, column, copies = Path(f.prompts), Path(f.out), f.column, f.num_samples
-    added = {"completion", "stop"} if f.embed == "none" else {"embedding"}
+    added = {"completion", "stop", "message"} if f.embed == "none" else {"embedding"}
     kinds = path.suffix.lower(), out.suffix.lower()
     if kinds[1] not in (".jsonl", ".parquet", ""):
         raise UserError(f"--out takes a .jsonl or .parquet, not a {kinds[1]}")
@@ -106,7 +106,7 @@ def read_prompts(f: Any) -> Prompts:
         raise UserError(f"no file {path}; --prompts takes a .jsonl, .txt or .parquet file")
     rows, table = read_file(path, column)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(column), str):
+        if not isinstance(row.get(column), str) and not isinstance(row.get("messages"), list):
             raise UserError(f"{path}:{number} has no text in a column `{column}`; its columns are: "
                             f"{', '.join(row) or 'none'} (--column names another)")
         if taken := added & set(row):

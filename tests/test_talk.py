@@ -1,0 +1,216 @@
+"""The chat in a terminal, functions of a user's file, and rows of messages."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+from test_chat import made
+
+import sample
+from plainllama.command import parse
+from plainllama.generation import generate, talk, tools
+from plainllama.settings import UserError
+from plainllama.tokens.chat import Chat
+
+FUNCTIONS = '''
+import os, time
+from typing import Literal, Optional
+
+def add(a: int, b: int = 1) -> int:
+    """Add two numbers.
+
+    More is not said."""
+    print("on the screen")
+    return a + b
+
+def kinds(x: float, words: list[str], way: Literal["up", "down"], more: Optional[dict] = None):
+    """Show kinds."""
+    return {"x": x, "words": words, "way": way}
+
+def hangs() -> str:
+    time.sleep(60)
+
+def dies() -> str:
+    os._exit(3)
+
+def raises() -> str:
+    raise ValueError("no luck")
+
+def _private(x): ...
+'''
+
+
+@pytest.fixture
+def functions(tmp_path):
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+    return tools.Tools(str(tmp_path / "f.py"))
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """(a talk, answers to give, ids of the prompts it was given): a model that follows a script."""
+    tokenizer = made("bytes")
+    answers, prompts = [], []
+
+    def scripted(model, given, most, sampling, seeds, stop_ids, vocab_size, watch):
+        prompts.append(given[0])
+        answer = answers.pop(0)
+        ids = tokenizer.encode(answer)[:most] if isinstance(answer, str) else []
+        for number, token in enumerate(ids):
+            watch(0, token)
+            if answer.startswith("STOP") and number == 6:
+                raise KeyboardInterrupt
+        return [(ids, "eos")]
+
+    monkeypatch.setattr(generate, "generate", scripted)
+    model = SimpleNamespace(config=SimpleNamespace(block_size=160))
+    flags = SimpleNamespace(system="Be brief.", max_new_tokens=40, stop=[], seed=1, tools="")
+    return SimpleNamespace(talk=talk.Talk(model, Chat(tokenizer), flags, None), answers=answers,
+                           prompts=prompts, model=model, flags=flags, chat=Chat(tokenizer))
+
+
+def run(session, monkeypatch, *lines: str, tools=None) -> None:
+    """Talk through a pipe."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    assert talk.talk(session.model, session.chat, session.flags, tools) == 0
+
+
+def test_each_answer_is_generated_behind_the_whole_talk(session, monkeypatch, capsys):
+    session.answers += ["One é.", "Two."]
+    run(session, monkeypatch, "a", '"""b', '', 'c"""', "/exit", "never")
+    assert capsys.readouterr().out == "One é.\nTwo.\n"
+    system = {"role": "system", "content": "Be brief."}
+    first = [system, {"role": "user", "content": "a"}]
+    assert session.prompts[0] == session.chat.prompt(first)
+    second = [*first, {"role": "assistant", "content": "One é."},
+              {"role": "user", "content": "b\n\nc"}]
+    assert session.prompts[1] == session.chat.prompt(second)
+
+
+def test_old_turns_are_forgotten_whole_and_the_system_message_never(session, monkeypatch, capsys):
+    session.answers += ["x" * 30] * 4
+    run(session, monkeypatch, *["q" * 20] * 4)
+    assert "the oldest turn is forgotten" in capsys.readouterr().out
+    last = session.prompts[-1]
+    assert len(last) <= 160 - 40
+    turn = [{"role": "user", "content": "q" * 20}]
+    answered = [*turn, {"role": "assistant", "content": "x" * 30}]
+    assert last == session.chat.prompt([{"role": "system", "content": "Be brief."}, *answered,
+                                        *turn])
+
+
+def test_a_question_that_is_too_long_is_taken_back(session, monkeypatch, capsys):
+    session.answers += ["Yes."]
+    run(session, monkeypatch, "q" * 200, "short")
+    assert "of a context of 160 tokens" in capsys.readouterr().out
+    assert session.prompts == [session.chat.prompt(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "short"}])]
+
+
+def test_commands(session, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "t.json"
+    session.answers += ["One.", "Other.", "Two.", "Three.", "Four."]
+    run(session, monkeypatch, "/undo", "a", "/retry", f"/save {file}", "/system", "b", "/undo", "c",
+        "/reset", f"/load {file}", "d", "/tools", "/nonsense", "/save", "/load nowhere")
+    out = capsys.readouterr().out
+    assert "nothing yet" in out and "/retry" in out and "/save needs a file" in out
+    assert "nowhere holds no talk" in out
+    saved = json.loads(file.read_text())["messages"]
+    assert [message["content"] for message in saved] == ["Be brief.", "a", "Other."]
+    prompt = session.chat.prompt
+    assert session.prompts[1] == session.prompts[0]  # /retry asks the same
+    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Other."}]
+    assert session.prompts[2] == prompt([*plain, {"role": "user", "content": "b"}])
+    assert session.prompts[3] == prompt([*plain, {"role": "user", "content": "c"}])
+    assert session.prompts[4] == prompt([*saved, {"role": "user", "content": "d"}])
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_talk(session, monkeypatch, capsys):
+    session.answers += ["STOP here please", "Fine."]
+    run(session, monkeypatch, "a", "b")
+    assert "STOP he (stopped)\nFine.\n" in capsys.readouterr().out
+    assert session.prompts[1] == session.chat.prompt([
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "STOP he"}, {"role": "user", "content": "b"}])
+
+
+def test_functions_are_called_and_their_results_fed_back(session, monkeypatch, capsys, functions):
+    session.model.config.block_size = 4000
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    session.answers += [call, "It is 3.", "<tool_call>\n{", "Sorry."]
+    monkeypatch.setattr(session.flags, "max_new_tokens", 200)
+    run(session, monkeypatch, "add", "again", tools=functions)
+    out = capsys.readouterr().out
+    assert "[3]" in out and "[error: a call does not end with </tool_call>]" in out
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "add"},
+                {"role": "assistant", "content": "", "tool_calls": [
+                    {"name": "add", "arguments": {"a": 2}}]}, {"role": "tool", "content": "3"}]
+    assert session.prompts[1] == session.chat.prompt(messages, functions.schemas)
+
+
+def test_calls_without_end_are_stopped(session, monkeypatch, capsys, functions):
+    session.model.config.block_size = 9000
+    monkeypatch.setattr(session.flags, "max_new_tokens", 200)
+    monkeypatch.setattr(functions, "call", lambda *_: "again")
+    session.answers += ['<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'] * 9
+    run(session, monkeypatch, "add", tools=functions)
+    assert len(session.prompts) == 8 and "stopped after 8 rounds" in capsys.readouterr().out
+
+
+# ---- functions
+
+def test_schemas_come_from_signatures(functions):
+    add, kinds, *_ = functions.schemas
+    assert add == {"name": "add", "description": "Add two numbers.", "parameters": {
+        "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "required": ["a"]}}
+    assert kinds["parameters"]["properties"] == {
+        "x": {"type": "number"}, "words": {"type": "array", "items": {"type": "string"}},
+        "way": {"enum": ["up", "down"]}, "more": {"anyOf": [{"type": "object"}, {"type": "null"}]}}
+    assert kinds["parameters"]["required"] == ["x", "words", "way"]
+    assert [schema["name"] for schema in functions.schemas] == [
+        "add", "kinds", "hangs", "dies", "raises"]
+
+
+def test_calls_are_checked_run_and_bounded(functions):
+    good = {"x": 1, "words": ["a"], "way": "up"}
+    assert functions.call("add", {"a": 2, "b": 3}) == "5"
+    assert json.loads(functions.call("kinds", good)) == good
+    for name, arguments, reason in (
+            ("sub", {}, "no function sub; there are add, kinds"), ("add", {}, "a is missing"),
+            ("add", {"a": "2"}, "a takes integer, not '2'"),
+            ("add", {"a": True}, "a takes integer"),
+            ("add", {"a": 1, "c": 2}, "has no parameter c; there are a, b"),
+            ("add", {"a": 1.5}, "a takes integer"), ("kinds", good | {"way": "left"}, "way is one"),
+            ("kinds", good | {"words": [1]}, "words takes string"),
+            ("kinds", good | {"more": 3}, "more takes object"),
+            ("raises", {}, "ValueError: no luck"), ("dies", {}, "ended its process")):
+        assert functions.call(name, arguments).startswith("error: ")
+        assert reason in functions.call(name, arguments), name
+    assert "took longer than 1 s" in functions.call("hangs", {}, 1)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("def f(x): ...", "no type for its parameter x"), ("def f(*x: int): ...", "no type"),
+    ("def f(x: set): ...", "a type that JSON lacks"), ("x = 1", "no public function"),
+    ("import nothing_at_all", "does not run"), ("def", "does not run"),
+    ("from json import dumps", "no public function")])
+def test_files_without_functions_are_refused(tmp_path, text, message):
+    (tmp_path / "f.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        tools.Tools(str(tmp_path / "f.py"))
+    with pytest.raises(UserError, match="no file"):
+        tools.Tools(str(tmp_path / "g.py"))
+
+
+# ---- sample.py
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--chat", "--prompt=x"], "--prompt has no effect on --chat"),
+    (["--chat", "--embed=mean"], "--embed has no effect"), (["--system=x"], "are for --chat"),
+    (["--tools=x.py"], "are for --chat"), (["--chat", "--tools=nowhere.py"], "no file nowhere.py"),
+    (["--chat", "--out=x.jsonl"], "--out has no effect")])
+def test_options_that_do_not_go_together(words, message):
+    with pytest.raises(UserError, match=message):
+        sample.main(parse(words, "", sample.Flags, "files"))
