@@ -298,8 +298,8 @@ def refuse_many_dropped(manifest: dict, most: float) -> None:
             why = "; ".join(f"{entry['count']} {rule} (first {entry['first']})"
                             for rule, entry in broken.items())
             raise UserError(f"sources: {lost} of {rows} rows of {source['path']} are dropped: "
-                            f"{why}; name its converter or fields, or allow it with --max_dropped="
-                            f"{math.ceil(100 * lost / rows) / 100:g}")
+                            f"{why}; mend it by its converter, fields or block_size, or allow "
+                            f"it with --max_dropped={math.ceil(100 * lost / rows) / 100:g}")
 
 
 def rows_in(made: dict) -> int:

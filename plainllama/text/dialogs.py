@@ -145,8 +145,10 @@ def answer_of(message: dict, raw: dict) -> dict:
     message["content"] = content.rstrip() if calls else content
     for said, marks in ((content, (CALLED, THINK, THOUGHT)),
                         (message["reasoning"], (THINK, THOUGHT))):
-        if any(mark in said for mark in marks):
-            raise Refused("unbalanced marks of a call or of reasoning", said)
+        for mark in marks:
+            if mark in said:
+                raise Refused("unbalanced marks of a call or of reasoning",
+                              said[max(0, said.index(mark) - 30):])
     weight = first(raw, "loss_weight", "weight")
     if weight not in ("", 0, 1):
         raise Refused("a weight that is not 0 or 1", weight)

@@ -101,8 +101,10 @@ def texts_of(piece: Piece, rules: Rules, dropped: Tally,
                 if rule:
                     dropped.note(rule, where)
                     continue
-                if isinstance(chunk, Dialog) and chunk.left_out and cut is not None:
-                    cut.note("messages behind the last answer", where, chunk.left_out)
+                if isinstance(chunk, Dialog):
+                    chunk.where = where
+                    if chunk.left_out and cut is not None:
+                        cut.note("messages behind the last answer", where, chunk.left_out)
                 for text in cut_up(chunk):
                     kept += 1
                     if kept == 1:

@@ -61,6 +61,7 @@ class Dialog(str):
     """A dialog as JSON: never cut."""
 
     left_out = 0  # messages behind its last answer
+    where: Callable[[], str]  # names its place
 
 
 # Where a record begins (a byte or a row), and its text in chunks, decoded when they are read.

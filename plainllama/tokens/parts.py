@@ -12,15 +12,18 @@ from functools import partial
 from pathlib import Path
 
 from plainllama.files import file_entry, read_json, sha256, write_json, write_text
-from plainllama.settings import Settings
-from plainllama.text.dialogs import spoken
+from plainllama.settings import Settings, UserError
+from plainllama.text.dialogs import Refused
 from plainllama.text.documents import Part, Tally, beginnings, documents
+from plainllama.text.records import Dialog
 from plainllama.text.selection import HoldOut, placed
 from plainllama.text.sources import described
 from plainllama.text.workers import COUNTS, NOTES, Worker, own_folder, run_workers, worker_count
-from plainllama.tokens.chat import TEMPLATE, TEMPLATE_FILE, Chat, with_roles
+from plainllama.tokens.chat import TEMPLATE, with_roles
 from plainllama.tokens.shards import SEEN, ShardWriter
+from plainllama.tokens.templates import chat_of, find_template
 from plainllama.tokens.tokenizer import CUT, Tokenizer, compared, make_tokenizer
+from plainllama.tokens.tokenizer_json import TEMPLATE_FILE
 
 SAMPLE = 32 << 20  # characters that bpe:N is trained on
 CHECKED = 1 << 16  # characters from each of some files on which the tokenizer's engine is verified
@@ -36,7 +39,7 @@ def choose_tokenizer(config: Settings, folder: Path, parts: list[Part]) -> Token
     train = spec.startswith("bpe:") and not made
     if train:
         print(f"{folder}: training the tokenizer {spec}", flush=True)
-    tokenizer = Tokenizer.load(folder) if made else for_documents(config.documents, make_tokenizer(
+    tokenizer = Tokenizer.load(folder) if made else for_documents(vars(config), make_tokenizer(
         spec, lambda: beginnings(parts, SAMPLE), [folder]))
     files = {piece.path: Part([piece], part.rules)  # the first piece of each
              for part in reversed(parts) for piece in reversed(part.pieces)}
@@ -50,11 +53,20 @@ def choose_tokenizer(config: Settings, folder: Path, parts: list[Part]) -> Token
     return tokenizer
 
 
-def for_documents(kind: str, base: Tokenizer) -> Tokenizer:
-    """Give a tokenizer the tokens that a kind of documents needs."""
-    if kind == "text":
+def for_documents(recipe: dict, base: Tokenizer) -> Tokenizer:
+    """Give a tokenizer what a recipe's documents need: of dialogs a template, and its tokens."""
+    if recipe["documents"] == "text":
         return base
-    grown = Tokenizer(*with_roles(json.loads(base.json_bytes), "the tokenizer"))
+    path = Path(recipe["tokenizer"])
+    if recipe["chat_template"] == "own":
+        grown = Tokenizer(*with_roles(json.loads(base.json_bytes), "the tokenizer"))
+        grown.template = TEMPLATE
+    elif not path.exists():
+        raise UserError("chat_template=model takes the template of a model's folder, and tokenizer="
+                        f"{path} is none")
+    else:
+        grown, base.template = base, find_template(path if path.is_dir() else path.parent)
+        chat_of(grown)  # refuses what cannot be learned
     grown.base = base.sha256
     return grown
 
@@ -67,8 +79,8 @@ def note_beginning(folder: Path, begun: dict, seen: dict, tokenizer: Tokenizer) 
         write_json(Path(own) / "state.json", begun)
         write_json(Path(own) / SEEN, seen)
         tokenizer.save(own)
-        if tokenizer.base:
-            write_text(Path(own) / TEMPLATE_FILE, TEMPLATE)
+        if tokenizer.template:
+            write_text(Path(own) / TEMPLATE_FILE, tokenizer.template)
             os.replace(Path(own) / TEMPLATE_FILE, folder / TEMPLATE_FILE)
         for name, home in (("state.json", folder / NOTES), (SEEN, folder),
                            ("tokenizer.json", folder)):
@@ -110,14 +122,22 @@ class DialogEncoder:
     room: int  # tokens; one more than block_size, since the last one is a target alone
     drops: bool  # what is longer, instead of cutting it
 
-    def __call__(self, tokenizer: Tokenizer, texts: list[str], part: Part, dropped: Tally,
+    def __call__(self, tokenizer: Tokenizer, texts: list[Dialog], part: Part, dropped: Tally,
                  cut: Tally) -> list[tuple | None]:
         """Encode the dialogs of a part; None for what is dropped, and counted."""
-        chat, found = Chat(tokenizer), []
+        chat, found = chat_of(tokenizer), []
         most = self.sources[part.source].get("max_tokens", sys.maxsize)
         for text in texts:
-            first = partial("{:.60}".format, " ".join(spoken(text).split()))
-            whole = chat.rendered(json.loads(text))
+            first = text.where
+            try:
+                whole = chat.rendered(json.loads(text))
+            except Refused as error:  # by a template of others
+                dropped.note(str(error), first)
+                found.append(None)
+                continue
+            if whole.rewritten:
+                cut.note("dialogs learned on their last answer: the template rewrites the others",
+                         first)
             kept, lost = chat.fitted(whole, self.room)
             if len(whole.ids) > most:
                 dropped.note(f"over max_tokens {most}", first)
