@@ -270,6 +270,8 @@ def test_each_rule_is_a_reason(messages, reason):
     ({"instruction": 3, "input": "x", "output": "4"}, "a content is not text (3)"),
     ({"instruction": "x", "input": ["y"], "output": "4"}, "a content is not text (['y'])"),
     ({"instruction": "x", "output": 4}, "a content is not text (4)"),
+    ({"instruction": "x", "output": ""}, "empty answer ()"),
+    ({"prompt": "x", "response": ""}, "empty answer ()"),
     ({"instruction": "x", "output": "4", "history": ["hi", "ho"]}, "history is not a list of"),
     ({"instruction": "x", "output": "4", "history": "hi"}, "history is not a list of pairs (hi)"),
     ({"instruction": "x", "instances": []}, "instances are not a list of objects ([])"),

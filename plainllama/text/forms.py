@@ -32,7 +32,10 @@ def refuse(rule: str, found: object = "") -> NoReturn:
 
 def first(record: dict, *names: str) -> Any:
     """Give the first of some fields that is there, else ''."""
-    return next((record[name] for name in names if record.get(name) is not None), "")
+    for name in names:
+        if record.get(name) is not None:
+            return record[name]
+    return ""
 
 
 def text(value: Any) -> str:
@@ -56,8 +59,10 @@ class Form(NamedTuple):
 
     def lacks(self, record: dict) -> str:
         """Name the first field that a record lacks, '' if it has this form."""
-        return next((field for field in self.fields
-                     if all(record.get(name) is None for name in field.split("|"))), "")
+        for field in self.fields:
+            if all(record.get(name) is None for name in field.split("|")):
+                return field
+        return ""
 
 
 def form_of(record: dict, converter: str) -> tuple[Form, dict]:

@@ -1,0 +1,372 @@
+"""prepare.py on dialogs: the bytes on the disk against ids and masks that the test writes itself,
+of a byte-level tokenizer, where a text's ids are its bytes."""
+
+import gzip
+import io
+import json
+import lzma
+import random
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_prepare import inside, run, zst
+
+from plainllama.settings import Settings, UserError, check_keys
+from plainllama.text import records
+from plainllama.text.documents import Tally, documents
+from plainllama.text.selection import DEDUP, choose_hold_out, placed
+from plainllama.text.sources import survey
+from plainllama.tokens import shards
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+BOS, ROLES, END = 256, {"system": 258, "user": 259, "assistant": 260, "tool": 261}, 262
+WORDS = ["red", "blue", "seven", "7", "Grüße", "мир", "你好", "🎉", "x=1\n", "<|end|>", "<s>",
+         "the", "of\t"]
+
+
+def words(rng, most=20):
+    return "w" + " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+
+def turns(rng, most=3):
+    """Questions and answers."""
+    return [{"role": role, "content": words(rng)} for _ in range(rng.randint(1, most))
+            for role in ("user", "assistant")]
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def parquet(rows, size=7):
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=size)
+    return file.getvalue()
+
+
+def rendered(dialog):
+    """(ids, mask) of a dialog without tools."""
+    ids, mask = [BOS], [0]
+    for message in dialog:
+        text = list(message["content"].encode())
+        learned = int(message["role"] == "assistant" and message.get("learn", True))
+        ids += [ROLES[message["role"]], *text, END]
+        mask += [0, *[learned] * (len(text) + 1)]
+    return ids, mask
+
+
+def stored(folder, source=None):
+    """[(ids, mask)] of both splits, read with nothing of the project."""
+    manifest, out = json.loads((folder / "manifest.json").read_text()), []
+    for path in sorted(folder.glob("*-*.bin")):
+        if source not in (None, manifest["source_of"][path.name]):
+            continue
+        ids = np.frombuffer(path.read_bytes()[64:], "<u2")
+        starts = np.frombuffer(path.with_suffix(".idx").read_bytes(), "<u8").tolist()
+        bits = np.unpackbits(np.frombuffer(path.with_suffix(".mask").read_bytes(), "u1"),
+                             bitorder="little")
+        out += [(ids[a:b].tolist(), bits[a:b].tolist())
+                for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    return out
+
+
+OWN = """
+def clean(record):
+    if record["n"] % 5:
+        return {"prompt": record["q"], "response": record["a"]}
+"""
+
+
+def test_five_sources_in_as_many_forms(tmp_path, monkeypatch, capsys):
+    rng = random.Random(1)
+    talks = [[turns(rng) for _ in range(60)] for _ in range(5)]
+    talks[4] = [talk[:2] for talk in talks[4]]
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"messages": talk} for talk in talks[0]))
+    names = {"user": "human", "assistant": "gpt"}
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps([
+        {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in talk]}
+        for talk in talks[1]], indent=2, ensure_ascii=False).encode()))
+    (tmp_path / "c.parquet").write_bytes(parquet([
+        {"id": i, "messages": [m | {"weight": None if m["role"] == "user" else int(i != 3)}
+                               for m in talk]} for i, talk in enumerate(talks[2])]))
+    (tmp_path / "d.json.xz").write_bytes(lzma.compress(json.dumps([
+        {"instruction": talk[-2]["content"], "input": "", "output": talk[-1]["content"],
+         "history": [[q["content"], a["content"]] for q, a in zip(
+             talk[:-2:2], talk[1:-2:2], strict=True)]} for talk in talks[3]]).encode()))
+    (tmp_path / "e.jsonl.zst").write_bytes(zst(jsonl(
+        {"n": i, "q": talk[0]["content"], "a": talk[1]["content"]}
+        for i, talk in enumerate(talks[4]))))
+    (tmp_path / "own.py").write_text(OWN)
+    given = [{"path": "a.jsonl", "slice": "10:40", "train_on": "last"},
+             {"path": "b.json.gz", "system": "Be brief."}, "c.parquet", "d.json.xz",
+             {"path": "e.jsonl.zst", "name": "own", "converter": "own.py:clean"}]
+    keys = {"documents": "chat", "block_size": 4096, "sources": given}
+    folder = inside(tmp_path, monkeypatch, **keys)
+    out = capsys.readouterr().out
+    want = [[[m | {"learn": m is talk[-1]} for m in talk] for talk in talks[0][10:40]],
+            [[{"role": "system", "content": "Be brief."}, *talk] for talk in talks[1]],
+            [talk for i, talk in enumerate(talks[2]) if i != 3], talks[3],
+            [talk for i, talk in enumerate(talks[4]) if i % 5]]
+    for i, expected in enumerate(want):
+        assert sorted(stored(folder, i)) == sorted(map(rendered, expected)), i
+    manifest = shards.read_manifest(folder)
+    assert manifest["dropped"] == {
+        "nothing of it is learned": {"count": 1, "first": "c.parquet row 4"},
+        "left out by its converter": {"count": 12, "first": "e.jsonl.zst:1"}}
+    made = manifest["by_source"]
+    assert [sum(entry["count"] for entry in one["dropped"].values()) for one in made] == [
+        0, 0, 1, 0, 12]
+    learned = sum(sum(mask) for talks in want for _, mask in map(rendered, talks))
+    assert sum(split["learned"] for split in manifest["splits"].values()) == learned
+    assert out.count("its rows go through own.py:clean") == 1
+    assert shards.verify(folder) == (0, [])
+    # the same bytes of two workers, and another converter is another source
+    two = inside(tmp_path, monkeypatch, dataset="two", workers=2, **keys)
+    assert {p.name: p.read_bytes() for p in two.glob("*.???")} == {
+        p.name: p.read_bytes() for p in folder.glob("*.???")}
+    (tmp_path / "own.py").write_text(OWN + "\n")
+    with pytest.raises(UserError, match=r"held something else \(its converter\)"):
+        inside(tmp_path, monkeypatch, **keys)
+
+
+def read(path, how="assistant", cut=None):
+    """What documents() gives of a source, and what was dropped."""
+    dropped = Tally()
+    _, parts = survey(path, train_on=how)
+    return [*documents(parts, dropped, Tally() if cut is None else cut)], dropped
+
+
+def objects(path: Path) -> list[str]:
+    """The texts of a file's objects."""
+    _, parts = survey(str(path))
+    return [*documents(parts, Tally())]
+
+
+def test_an_array_is_read_as_it_comes(tmp_path):
+    """Of any layout and packing, in memory that does not grow with the file."""
+    rng = random.Random(3)
+    texts = [words(rng, 4000) for _ in range(300)]
+    rows = [{"text": text, "n": [i, {"x": "]}"}]} for i, text in enumerate(texts)]
+    layouts = {"a": json.dumps(rows), "b": json.dumps(rows, indent=1, ensure_ascii=False),
+               "c": " \n[" + "\n,\n".join(map(json.dumps, rows)) + "\n]\n ",
+               "d": "\n".join(map(json.dumps, rows)), "e": "\ufeff" + json.dumps(rows)}
+    for name, text in layouts.items():
+        assert len(text) > 2 << 20
+        for ending, pack in (("", bytes), (".gz", gzip.compress), (".zst", zst)):
+            path = tmp_path / f"{name}.json{ending}"
+            path.write_bytes(pack(text.encode()))
+            assert objects(path) == texts
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=2))
+    assert objects(tmp_path / "one.json") == texts[:1]
+    big = tmp_path / "big.json"
+    big.write_text(json.dumps(rows * 8))
+    _, parts = survey(str(big))
+    tracemalloc.start()
+    assert sum(1 for _ in documents(parts, Tally())) == 2400
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20 < big.stat().st_size / 2
+
+
+def test_an_array_that_is_broken_off_is_damage_wherever_that_is(tmp_path):
+    text = ' [{"text": "a\\n", "n": [1]}, {"text": "b"} ]'
+    path = tmp_path / "a.json"
+    for end in range(text.index("{"), len(text)):
+        path.write_text(text[:end])
+        with pytest.raises(UserError, match=r"a\.json is damaged or cut short") as error:
+            objects(path)
+        assert "\n" not in str(error.value)
+    path.write_text(text)
+    assert objects(path) == ["a\n", "b"]
+    path.write_text('[1, "x", null, [{"text": "c"}], {"text": "d"}, {"text": 3}]')
+    dropped = Tally()
+    texts = [*documents(survey(str(path))[1], dropped)]
+    assert texts == ["c", "d"]
+    assert dropped == {"not an object": {"count": 3, "first": "a.json object 1"},
+                       "text is not a string": {"count": 1, "first": "a.json object 6"}}
+    for bad in ("[{]", '[{"text": "a"} x]', "[" * 100_000, '[{"text": \xff}]'):
+        path.write_bytes(bad.encode("latin-1"))
+        with pytest.raises(UserError, match="is damaged or cut short"):
+            objects(path)
+
+
+def test_columns_of_objects_give_no_key_that_a_row_had_not(tmp_path):
+    """pyarrow unites two unlike tools to one type, with nulls for what either lacks."""
+    tools = [{"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}},
+             {"name": "say", "description": "x", "parameters": {"properties": {
+                 "word": {"type": "string", "enum": ["a", "b"]}}}}]
+    rows = []
+    for tool, arguments in zip(tools, ({"a": 2.5}, {"word": "a"}), strict=True):
+        rows.append({"messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None,
+             "tool_calls": [{"function": {"name": tool["name"], "arguments": arguments}}]},
+            {"role": "tool", "content": "r"}, {"role": "assistant", "content": "a"}],
+            "tools": [tool]})
+    (tmp_path / "a.parquet").write_bytes(parquet(rows))
+    texts, dropped = read(str(tmp_path / "a.parquet"))
+    assert not dropped
+    for text, row in zip(texts, rows, strict=True):
+        dialog = json.loads(text)
+        assert dialog["tools"] == row["tools"]
+        call = row["messages"][1]["tool_calls"][0]["function"]
+        assert dialog["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def test_a_row_of_invalid_utf8_costs_no_other(tmp_path):
+    texts = pa.array([b"q", b"\xff", b"r"], pa.binary()).cast(pa.large_binary())
+    column = pa.Array.from_buffers(pa.large_string(), 3, texts.buffers())
+    pq.write_table(pa.table({"prompt": column, "response": ["a"] * 3}), tmp_path / "a.parquet")
+    texts, dropped = read(str(tmp_path / "a.parquet"))
+    assert [json.loads(text)["messages"][0]["content"] for text in texts] == ["q", "r"]
+    assert dropped == {"invalid utf-8": {"count": 1, "first": "a.parquet row 2"}}
+
+
+ROWS = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]}
+        for i in range(40)]
+
+
+def test_what_is_dropped_and_cut_is_counted_and_named(tmp_path, monkeypatch):
+    rows = [dict(row) for row in ROWS]
+    rows[3] = {"messages": [{"role": "narrator", "content": "x"}]}
+    rows[5] = {"messages": [{"role": "narrator2", "content": "x"}]}
+    rows[7] = {"messages": [*ROWS[7]["messages"], {"role": "user", "content": "thanks"}]}
+    rows[9] = {"messages": [ROWS[9]["messages"][0], {"role": "assistant", "content": "x" * 2900}]}
+    rows[11] = {"messages": [*ROWS[11]["messages"], {"role": "user", "content": "more"},
+                             {"role": "assistant", "content": "y" * 700}]}
+    lines = jsonl(rows).splitlines(keepends=True)
+    lines[1] = b"{broken\n"
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    monkeypatch.setattr(records, "DOCUMENT", 2000)
+    keys = {"documents": "chat", "sources": "a.jsonl", "block_size": 256}
+    folder = inside(tmp_path, monkeypatch, **keys)
+    manifest = shards.read_manifest(folder)
+    assert manifest["dropped"] == {
+        "broken line": {"count": 1, "first": "a.jsonl:2"},
+        "unknown role": {"count": 2, "first": "a.jsonl:4 ('narrator')"},
+        "dialog over 0 MB": {"count": 1, "first": "a.jsonl:10"}}
+    assert manifest["cut"] == {
+        "messages behind the last answer": {"count": 1, "first": "a.jsonl:8"},
+        "dialogs to block_size 256": {"count": 1, "first": "a.jsonl:12"},
+        "learned tokens behind that": {"count": 701, "first": "a.jsonl:12"}}
+    assert (sorted(ids for ids, _ in stored(folder))[-1][1] == ROLES["user"]
+            and len(stored(folder)) == 36)
+    with pytest.raises(UserError, match=r"a\.jsonl:2: broken line; mend it"):
+        inside(tmp_path, monkeypatch, dataset="e", strict=True, **keys)
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[2:]))
+    with pytest.raises(UserError, match=r"a\.jsonl:2 \('narrator'\): unknown role; mend it"):
+        inside(tmp_path, monkeypatch, dataset="e", strict=True, **keys)
+    with pytest.raises(UserError, match=r"3 of 38 rows of a\.jsonl are dropped: 2 unknown role "
+                       r"\(first a\.jsonl:2 \('narrator'\)\); 1 dialog over.*max_dropped=0\.08"):
+        inside(tmp_path, monkeypatch, dataset="f", max_dropped=0.05, **keys)
+    inside(tmp_path, monkeypatch, dataset="f", max_dropped=0.08, **keys)
+
+
+def test_dialogs_are_held_out_whole(tmp_path, monkeypatch):
+    """Also of few long ones, which text would be cut of; of one alone there is no validation."""
+    long = [{"messages": [{"role": "user", "content": "q"},
+                          {"role": "assistant", "content": f"{i} " + "word " * 3000}]}
+            for i in range(3)]
+    for rows in (long, ROWS):
+        (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
+        texts, _ = read(str(tmp_path / "a.jsonl"))
+        _, parts = survey(str(tmp_path / "a.jsonl"), train_on="last")
+        hold_out = choose_hold_out(parts, 0.1, dialogs=True)
+        splits = [*placed(documents(parts, Tally()), hold_out)]
+        assert [text for _, text in splits] == texts
+        assert {split for split, _ in splits} == {"train", "val"}
+    (tmp_path / "b.jsonl").write_bytes(jsonl(ROWS[:1]))
+    with pytest.raises(UserError, match="a single dialog is left"):
+        inside(tmp_path, monkeypatch, documents="chat", sources="b.jsonl")
+
+
+def test_near_duplicates_of_dialogs(tmp_path, monkeypatch):
+    """A fifth are planted: one word in fifteen is another. All have one long system message."""
+    pytest.importorskip("rensa")
+    rng = random.Random(7)
+    vocabulary = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(2000)]
+    system = {"role": "system", "content": " ".join(rng.choices(vocabulary, k=400))}
+
+    def talk(sides):
+        return {"messages": [system, *({"role": ("user", "assistant")[i % 2], "content":
+                                        " ".join(side)} for i, side in enumerate(sides))]}
+
+    originals = [[rng.choices(vocabulary, k=rng.randint(15, 80))
+                  for _ in range(2 * rng.randint(1, 3))] for _ in range(800)]
+    copies = []
+    for sides in originals[:200]:
+        copy = [list(side) for side in sides]
+        for side in copy:
+            for i in rng.sample(range(len(side)), len(side) // 15):
+                side[i] = rng.choice(vocabulary)
+        copies.append(copy)
+    rows = [talk(sides) for sides in originals + copies]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
+    keys = {"documents": "chat", "sources": "a.jsonl", "block_size": 8192, "max_dropped": 0}
+    folder = inside(tmp_path, monkeypatch, dedup="near", **keys)
+    kept = {tuple(ids) for ids, _ in stored(folder)}
+    false = sum(tuple(rendered(row["messages"])[0]) not in kept for row in rows[:800])
+    found = sum(tuple(rendered(row["messages"])[0]) not in kept for row in rows[800:])
+    assert false <= 8 and found >= 190
+    assert shards.read_manifest(folder)["dropped"] == {
+        "near duplicate": {"count": false + found, "first": "a.jsonl:801"}}
+    # equal to the letter are only those of one system message and one mask
+    other = {"messages": [system | {"content": "another"}, *rows[0]["messages"][1:]]}
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*rows[:20], other, *rows[:5]]))
+    folder = inside(tmp_path, monkeypatch, dataset="exact", dedup="exact", **keys)
+    assert len(stored(folder)) == 21
+    assert DEDUP["near"].mark("a text").shape == (128,)
+
+
+def test_dialogs_of_standard_input(tmp_path):
+    keys = ("--documents=chat", "--sources=-", "--tokenizer=bytes", "--dataset=d",
+            "--block_size=64")
+    run(tmp_path, *keys, stdin=json.dumps(ROWS, indent=1).encode())
+    assert len(stored(tmp_path / "data/d")) == 40
+
+
+IDLE = {"documents": "text"}
+
+
+@pytest.mark.parametrize("source, keys, says", [
+    ({"path": "a.txt"}, {}, "a.txt: dialogs are rows of .jsonl, .json or .parquet, not plain text"),
+    ({"path": "a.jsonl", "column": "x"}, {}, "column of a.jsonl has no effect on documents=chat"),
+    ({"path": "a.jsonl", "train_on": "first"}, {}, "train_on of a.jsonl is assistant, last or all"),
+    ({"path": "a.jsonl", "converter": "mesages"}, {}, "did you mean messages?"),
+    ({"path": "a.jsonl", "converter": "x.py:f"}, {}, "converter x.py:f: x.py is not there"),
+    ({"path": "a.jsonl", "fields": {"question": "prompt"}}, {}, "takes {our name: yours}"),
+    ({"path": "a.jsonl", "fields": {"prompt": 3}}, {}, "takes {our name: yours}"),
+    ({"path": "a.jsonl", "fields": "prompt"}, {}, "fields of a.jsonl takes"),
+    ({"path": "a.jsonl", "convertor": "x"}, {}, "unknown key 'convertor'; did you mean converter?"),
+    ({"path": "a.jsonl", "count": 0}, {}, "count of a.jsonl takes a whole number above 0, not 0"),
+    ({"path": "a.jsonl", "count": 2.5}, {}, "takes a whole number above 0, not 2.5"),
+    ({"path": "a.jsonl", "weight": -1}, {}, "weight of a.jsonl takes a number above 0, not -1"),
+    ({"path": "a.jsonl", "weight": True}, {}, "weight of a.jsonl takes a number above 0, not True"),
+    ({"path": "a.jsonl", "weight": 1, "count": 1}, {}, "has a count and a weight; give one"),
+    ({"path": "a.jsonl", "max_tokens": "9"}, {}, "takes a whole number above 0, not '9'"),
+    ({"path": "a.jsonl", "system": None}, {}, "system of a.jsonl takes a text, not None"),
+    ([{"path": "a.jsonl", "weight": 1}, "b.jsonl"], {}, "give all of them a weight, or none"),
+    ({"path": "b.jsonl"}, {}, "no document is left; dropped: 1 no known fields (first b.jsonl:1 "
+     "(question, answer)); say which they are, as fields={'prompt'"),
+    ({"path": "a.jsonl", "converter": "prompt"}, {}, "40 no field prompt (first a.jsonl:1"),
+    ({"path": "a.jsonl"}, {"min_chars": 3}, "min_chars=3 has no effect on documents=chat"),
+    ({"path": "a.jsonl"}, {"max_chars": 3}, "max_chars=3 has no effect on documents=chat"),
+    *(({"path": "a.jsonl", key: value}, IDLE, f"{key} of a.jsonl has no effect on documents=text")
+      for key, value in (("name", "x"), ("converter", "auto"), ("fields", {}), ("system", "x"),
+                         ("count", 1), ("weight", 1), ("max_tokens", 9), ("train_on", "all"))),
+    ({"path": "a.jsonl"}, IDLE | {"train_on": "all"}, "train_on=all has no effect on"),
+    ({"path": "a.jsonl"}, IDLE | {"max_dropped": 0.5}, "max_dropped=0.5 has no effect on"),
+])
+def test_bad_sources_are_one_line_and_leave_nothing(source, keys, says, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([{"question": "q", "answer": "a"}]))
+    keys = {"documents": "chat", "sources": source} | keys
+    with pytest.raises(UserError) as error:
+        check_keys(Settings(**keys))
+        inside(tmp_path, monkeypatch, **keys)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "data").exists()
