@@ -68,7 +68,6 @@ from plainllama.text.forms import LEFT_OUT
 from plainllama.text.sources import check_dialogs, described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
-from plainllama.tokens.chat import Chat
 from plainllama.tokens.parts import (
     choose_tokenizer,
     for_documents,
@@ -78,8 +77,8 @@ from plainllama.tokens.parts import (
 )
 from plainllama.tokens.rows import takes
 from plainllama.tokens.shards import SEEN, files_in
+from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
-from plainllama.tokens.tokenizer_json import sha256_of
 
 RECIPE = deciding("recipe")
 ASKED = ("duplicate", "near duplicate", LEFT_OUT)  # rules by which no row is bad
@@ -217,9 +216,11 @@ def refuse_another_recipe(folder: Path, recipe: dict, state: dict) -> None:
     differs = [f"{key} was {old[key]!r}, is now {recipe[key]!r}"
                for key in recipe if old[key] != recipe[key]]
     begun = (folder / "tokenizer.json").exists() and Path(recipe["tokenizer"]).exists()
-    if not differs and begun and sha256_of(folder) != for_documents(
-            recipe["documents"], make_tokenizer(recipe["tokenizer"])).sha256:
-        differs = ["the tokenizer's file has changed"]
+    if not differs and begun:
+        was = Tokenizer.load(folder)
+        now = for_documents(recipe, make_tokenizer(recipe["tokenizer"]))
+        if (was.sha256, was.template) != (now.sha256, now.template):
+            differs = ["the tokenizer's file has changed"]
     if differs:
         raise UserError(f"{folder} was prepared with another recipe: {'; '.join(differs)}; take "
                         "another --dataset=NAME or remove it")
@@ -332,7 +333,7 @@ def print_sources(folder: Path, manifest: dict) -> None:
 
 def show(folder: Path, manifest: dict, count: int) -> None:
     """Print the first dialogs of a set as tokens, what is learned of them coloured."""
-    split, chat = shards.Split(folder, "train", manifest), Chat(Tokenizer.load(folder))
+    split, chat = shards.Split(folder, "train", manifest), chat_of(Tokenizer.load(folder))
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     starts = [*split.index(0)[:count + 1].tolist(), len(split.shard(0))]
     for first, last in list(pairwise(starts))[:count]:

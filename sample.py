@@ -122,7 +122,7 @@ def start_talk(command) -> int:
         if world.size > 1:
             raise UserError("--chat is for one process")
         folder = checkpoint.find_checkpoint(f.ckpt)
-        chat = chat_of(folder, Tokenizer.load(folder))
+        chat = chat_of(Tokenizer.load(folder))
         model = huggingface.load_model(folder, world.device, parallel.pick_dtype(f.dtype,
                                                                                  world.device))
         return talk(model, chat, f, tools)
@@ -148,7 +148,7 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
     if f.save and run is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
     tokenizer = Tokenizer.load(folder)
-    chat = chat_of(folder, tokenizer) if any(f.column not in row for row in rows) else None
+    chat = chat_of(tokenizer) if any(f.column not in row for row in rows) else None
     ids = [prompt_ids(row, f, tokenizer, chat, i) for i, row in enumerate(rows)]
     check(f, ids, folder)
     journal = prompt_files.Journal(f, folder) if f.out else None

@@ -73,7 +73,7 @@ def opened(kind: str, folder: Path):
     except UserError as error:
         pytest.skip(f"{kind} is not here: {error!s:.80}")
     ours.save(folder)
-    (folder / chat.TEMPLATE_FILE).write_text(chat.TEMPLATE)
+    (folder / tokenizer_json.TEMPLATE_FILE).write_text(chat.TEMPLATE)
     (out := folder / "hf").mkdir()
     tokenizer_json.write_hf_files(folder / "tokenizer.json", out, 512)
     return ours, transformers.AutoTokenizer.from_pretrained(out)
@@ -289,7 +289,7 @@ def test_transformers_ends_an_answer_where_we_do(tmp_path):
     weights["lm_head.weight"][ours.special_ids[chat.END]] = 1
     for template, length in (("", 5), (chat.TEMPLATE, 1)):
         if template:
-            (tmp_path / chat.TEMPLATE_FILE).write_text(template)
+            (tmp_path / tokenizer_json.TEMPLATE_FILE).write_text(template)
         (out := tmp_path / f"hf{length}").mkdir()
         write_folder(out, config, weights, tmp_path / "tokenizer.json")
         model = transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -302,4 +302,4 @@ def test_transformers_ends_an_answer_where_we_do(tmp_path):
 
 
 def test_the_template_is_package_data():
-    assert (ROOT / "plainllama/tokens" / chat.TEMPLATE_FILE).read_text() == chat.TEMPLATE
+    assert (ROOT / "plainllama/tokens" / tokenizer_json.TEMPLATE_FILE).read_text() == chat.TEMPLATE

@@ -4,13 +4,17 @@ import json
 import random
 from datetime import datetime
 
+import numpy as np
 import pytest
 from test_chat import HOSTILE, TOOL, metaspace_first, some_dialog
 from test_tokenizer import sentencepiece_model
 
+import prepare
+import train
+from plainllama.command import parse
 from plainllama.settings import UserError
 from plainllama.text.dialogs import Refused
-from plainllama.tokens import chat, templates, tokenizer, tokenizer_json, vocabulary
+from plainllama.tokens import chat, shards, templates, tokenizer, tokenizer_json, vocabulary
 
 transformers = pytest.importorskip("transformers")
 
@@ -103,7 +107,7 @@ def both(request, tmp_path_factory):
     ours.save(folder)
     readers = []
     for marks in (True, False):
-        (folder / chat.TEMPLATE_FILE).write_text(template_of(shape, marks))
+        (folder / tokenizer_json.TEMPLATE_FILE).write_text(template_of(shape, marks))
         (out := folder / f"hf{marks}").mkdir()
         tokenizer_json.write_hf_files(folder / "tokenizer.json", out, 4096)
         readers.append(transformers.AutoTokenizer.from_pretrained(out))
@@ -127,7 +131,7 @@ def test_ids_and_masks_are_those_of_transformers(both):
         if any(name in chat.as_json(dialog) for name in talk.tokenizer.special_ids):
             continue
         try:
-            ids, learned, ends = talk.rendered(dialog)
+            ids, learned, ends, _ = talk.rendered(dialog)
         except Refused:
             continue
         given = for_them(dialog)
@@ -227,7 +231,7 @@ def test_a_template_that_rewrites_is_learned_on_its_last_answer():
         talk = talk_of(template_of(shape))
         found = talk.rendered(dialog)
         text = talk.tokenizer.decode(found.ids[found.learned])
-        assert len(found.ends) == ends and talk.rewritten == 2 - ends
+        assert len(found.ends) == ends and found.rewritten == (ends == 1)
         assert text == "".join(f"<think>\n{part}\n</think>\n\nfine"
                                for part in learned.replace("so", "so,").split(","))
     assert talk.fitted(found, len(found.ids) - 1)[0] is None
@@ -296,11 +300,11 @@ def test_a_models_template_with_its_names_of_tokens(tmp_path, config):
         assert ids.tolist() == theirs.apply_chat_template(**for_them(dialog), return_dict=False)
     # what we write of it is read back, here and by transformers
     (made := tmp_path / "made").mkdir()
-    (tmp_path / chat.TEMPLATE_FILE).write_text(templates.find_template(tmp_path))
+    (tmp_path / tokenizer_json.TEMPLATE_FILE).write_text(templates.find_template(tmp_path))
     tokenizer_json.write_hf_files(tmp_path / "tokenizer.json", made, 64)
     again = transformers.AutoTokenizer.from_pretrained(made)
     assert again.apply_chat_template(**for_them(dialog), return_dict=False) == ids.tolist()
-    assert templates.chat_of(made, tokenizer.Tokenizer.load(made)).render(dialog)[0].tolist() == (
+    assert templates.chat_of(tokenizer.Tokenizer.load(made)).render(dialog)[0].tolist() == (
         ids.tolist())
 
 
@@ -310,13 +314,14 @@ def test_a_folder_without_a_template(tmp_path):
         with pytest.raises(UserError, match="brings no template"):
             templates.find_template(tmp_path)
     with pytest.raises(UserError, match="knows no dialogs"):
-        templates.chat_of(tmp_path, ours)
+        templates.chat_of(ours)
 
 
 def test_the_own_template_is_known(tmp_path):
     spec, data = chat.with_roles(json.loads(tokenizer.make_tokenizer("bytes").json_bytes), "x")
-    (tmp_path / chat.TEMPLATE_FILE).write_text(chat.TEMPLATE)
-    assert type(templates.chat_of(tmp_path, tokenizer.Tokenizer(spec, data))) is chat.Chat
+    (tmp_path / tokenizer_json.TEMPLATE_FILE).write_text(chat.TEMPLATE)
+    tokenizer.Tokenizer(spec, data).save(tmp_path)
+    assert type(templates.chat_of(tokenizer.Tokenizer.load(tmp_path))) is chat.Chat
 
 
 def test_what_ends_an_answer(tmp_path):
@@ -324,6 +329,58 @@ def test_what_ends_an_answer(tmp_path):
     spec = json.loads(ours.json_bytes)
     assert templates.answer_ends(tmp_path, spec) == set()
     for text, name in ((TURN, "<|im_end|>"), (chat.TEMPLATE, chat.END)):
-        (tmp_path / chat.TEMPLATE_FILE).write_text(text)
+        (tmp_path / tokenizer_json.TEMPLATE_FILE).write_text(text)
         assert templates.answer_ends(tmp_path, spec) == {name}
     assert {ours.special_ids["<|im_end|>"], ours.end_id} == ours.stop_ids
+
+
+# ---- a data set, a run and what opens it
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with a model's tokenizer and template, dialogs, and a config for both."""
+    (tmp_path / "model").mkdir()
+    folder_of(tmp_path / "model", {"chat_template": ENDED})
+    rows = [{"messages": [{"role": "user", "content": f"what is {n}?"},
+                          ANSWER | {"content": f"it is <|im_end|> {n + 1}"}]} for n in range(40)]
+    rows += [{"messages": ASKED, "tools": [TOOL]}] * 2
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "talk.py").write_text("\n".join(
+        f"{name} = {value!r}" for name, value in {
+            "dataset": "talk", "sources": "rows.jsonl", "documents": "chat", "tokenizer": "model",
+            "chat_template": "model", "val_fraction": 0.2, "workers": 1, "n_layer": 1, "n_head": 1,
+            "d_model": 8, "d_ff": 8, "block_size": 128, "global_batch_tokens": 256,
+            "micro_batch": 2, "max_steps": 1, "device": "cpu", "sample_tokens": 4}.items()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_by_a_models_template(home, capsys):
+    words = ["talk.py"]
+    assert prepare.main(parse(words, "", prepare.Flags)) == 0
+    said = capsys.readouterr().out
+    assert "the template leaves out tools" in said
+    made = tokenizer.Tokenizer.load(home / "data/talk")
+    talk = templates.chat_of(made)
+    split = shards.Split(home / "data/talk", "train", shards.read_manifest(home / "data/talk"))
+    ids, learned = split.read(0, split.tokens), split.read_mask(0, split.tokens)
+    ends = ids == made.special_ids["<|im_end|>"]
+    assert ends.sum() == 2 * split.documents and (ends & learned).sum() == split.documents
+    first = ids[learned][:np.flatnonzero(ends[learned])[0]]
+    assert talk.parse(first)["content"].startswith("it is <|im_end|> ")
+    assert train.main(parse(words, "", train.Flags)) == 0
+    step = home / "out/talk/checkpoints/step_1"
+    assert tokenizer.Tokenizer.load(step).template == made.template
+    assert json.loads((step / "generation_config.json").read_text())["eos_token_id"] == [
+        made.end_id, made.special_ids["<|im_end|>"]]
+    folder_of(home / "model", {"chat_template": ENDED + "{# #}"})
+    with pytest.raises(UserError, match="file has changed"):
+        prepare.main(parse(words, "", prepare.Flags))
+
+
+def test_a_template_needs_its_folder(home):
+    with pytest.raises(UserError, match="tokenizer=bytes is none"):
+        prepare.main(parse(["talk.py", "--tokenizer=bytes"], "", prepare.Flags))
+    (home / "model/tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="brings no template"):
+        prepare.main(parse(["talk.py"], "", prepare.Flags))

@@ -21,6 +21,7 @@ from plainllama.text.dialogs import How, converted
 from plainllama.text.documents import Part, Tally, documents
 from plainllama.text.records import KINDS, Piece, kind_of, naming_damage
 from plainllama.tokens.chat import Chat
+from plainllama.tokens.templates import chat_of
 
 COUNT = 300  # dialogs of dialogs:embedded
 SPARE = 16  # tokens that an answer may be longer than the right one
@@ -58,9 +59,10 @@ def read_dialogs(name: str, limit: int) -> list[dict]:
     return found[:limit or None]
 
 
-def turns_of(chat: Chat, dialogs: list[dict], block_size: int) -> list[Turn]:
-    """List the answers of dialogs that are learned; UserError for one that has no room."""
-    turns = []
+def turns_of(chat: Chat, dialogs: list[dict], block_size: int) -> tuple[list[Turn], int]:
+    """List the answers of dialogs that are learned, and count the dialogs of which some have no
+    room in the context. UserError if no answer has."""
+    turns, cut = [], 0
     for number, dialog in enumerate(dialogs):
         messages = dialog["messages"]
         for i, message in enumerate(messages):
@@ -68,18 +70,20 @@ def turns_of(chat: Chat, dialogs: list[dict], block_size: int) -> list[Turn]:
                 prompt = chat.prompt(messages[:i], dialog.get("tools"))
                 size = len(chat.prompt(messages[:i + 1], dialog.get("tools"))) - len(prompt) - 1
                 if len(prompt) + size > block_size:
-                    raise UserError(f"dialog {number + 1} has an answer that ends at token "
-                                    f"{len(prompt) + size} of a context of {block_size}")
+                    cut += 1
+                    break
                 wanted = {key: message[key] for key in message if key != "learn"}
                 turns.append(Turn(number, prompt, size, wanted))
-    return turns
+    if not turns:
+        raise UserError(f"no answer has room in a context of {block_size} tokens")
+    return turns, cut
 
 
 def score_dialogs(name: str, dialogs: list[dict], scorer: Scorer) -> dict:
     """Score dialogs, {name: metrics}: acc, the share of those that are right throughout; answers
     and calls, the shares of right ones; ended, of those that end by themselves. Collective."""
-    chat, world, model = Chat(scorer.tokenizer), scorer.world, scorer.model
-    turns = turns_of(chat, dialogs, model.config.block_size)
+    chat, world, model = chat_of(scorer.tokenizer), scorer.world, scorer.model
+    turns, cut = turns_of(chat, dialogs, model.config.block_size)
     order = sorted(range(len(turns)), key=lambda i: len(turns[i].prompt))
     size = max(1, scorer.batch_tokens // model.config.block_size)
     batches = [order[first:first + size] for first in range(0, len(order), size)]
@@ -110,4 +114,4 @@ def score_dialogs(name: str, dialogs: list[dict], scorer: Scorer) -> dict:
     metrics = mean("acc", whole) | mean("answers", right) | mean("ended", ended)
     if calls.any():
         metrics |= mean("calls", right[calls])
-    return {name: metrics | {"n": len(dialogs)}}
+    return {name: metrics | {"n": len(dialogs), "cut": cut}}

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import ANY_SHAPE, KVCache, LLaMA
 from plainllama import parallel
 from plainllama.settings import Sampling, Settings, UserError
-from plainllama.tokens.chat import Chat
+from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
 
 TINY = torch.finfo(torch.float32).tiny  # a smaller number would be 0 there
@@ -332,7 +332,7 @@ class RunSamples:
         self.config, self.tokenizer, self.shown = config, tokenizer, config.sample_prompt
         self.prompt = [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)]
         if opening:
-            chat = Chat(tokenizer)
+            chat = chat_of(tokenizer)
             self.prompt = opening
             if config.sample_prompt:
                 self.prompt = chat.prompt([{"role": "user", "content": config.sample_prompt}])

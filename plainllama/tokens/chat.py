@@ -21,8 +21,7 @@ from plainllama.tokens.vocabulary import special
 
 END = "<|end|>"
 ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant", "tool")}
-TEMPLATE_FILE = "chat_template.jinja"  # beside a tokenizer.json
-TEMPLATE = Path(__file__).with_name(TEMPLATE_FILE).read_text(encoding="utf-8")
+TEMPLATE = Path(__file__).with_name(tokenizer_json.TEMPLATE_FILE).read_text(encoding="utf-8")
 THINK, THOUGHT = "<think>\n", "\n</think>\n\n"
 CALL, CALLED = "<tool_call>\n", "\n</tool_call>"
 
@@ -33,6 +32,7 @@ class Rendered(NamedTuple):
     ids: np.ndarray  # (n,) of the tokenizer's dtype
     learned: np.ndarray  # (n,) bool
     ends: list[int]  # how many tokens there are when each answer has ended
+    rewritten: bool = False  # what comes changes what was before: its last answer alone is learned
 
 
 def with_roles(spec: dict, where: str) -> tuple[dict, bytes]:
@@ -65,7 +65,8 @@ class Chat:
 
     def render(self, dialog: dict) -> tuple[np.ndarray, np.ndarray]:
         """Give the ids (n,) of a canonical dialog and which of them are learned, bool (n,)."""
-        return self.rendered(dialog)[:2]
+        whole = self.rendered(dialog)
+        return whole.ids, whole.learned
 
     def rendered(self, dialog: dict) -> Rendered:
         """Render a dialog, and say where its answers end: the ids up to there are those of the

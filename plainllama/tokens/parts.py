@@ -125,7 +125,8 @@ class DialogEncoder:
     def __call__(self, tokenizer: Tokenizer, texts: list[Dialog], part: Part, dropped: Tally,
                  cut: Tally) -> list[tuple | None]:
         """Encode the dialogs of a part; None for what is dropped, and counted."""
-        chat, found = chat_of(tokenizer), []
+        chat = chat_of(tokenizer)
+        found: list[tuple | None] = []
         most = self.sources[part.source].get("max_tokens", sys.maxsize)
         for text in texts:
             first = text.where

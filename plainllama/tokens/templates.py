@@ -16,9 +16,9 @@ import numpy as np
 from plainllama.files import read_json
 from plainllama.settings import UserError
 from plainllama.text.dialogs import Refused
-from plainllama.tokens.chat import END, TEMPLATE, TEMPLATE_FILE, Chat, Rendered, as_json, parsed
+from plainllama.tokens.chat import END, TEMPLATE, Chat, Rendered, as_json, parsed
 from plainllama.tokens.tokenizer import Tokenizer
-from plainllama.tokens.tokenizer_json import boundaries, named_tokens, read_spec
+from plainllama.tokens.tokenizer_json import TEMPLATE_FILE, boundaries, named_tokens, read_spec
 from plainllama.tokens.vocabulary import valid
 
 PRIVATE = range(0xF0000, 0xFFFFE)  # characters that no standard gives a meaning
@@ -27,14 +27,12 @@ KEEP = "{{ '' }}"  # behind a block: a newline that follows stays
 
 # ---- which template there is
 
-def chat_of(folder: Path, tokenizer: Tokenizer) -> Chat:
-    """Make what renders dialogs for a data set, run, checkpoint or export by the template in its
-    folder; UserError if there is none."""
-    file = folder / TEMPLATE_FILE
-    if not file.is_file():
+def chat_of(tokenizer: Tokenizer) -> Chat:
+    """Make what renders dialogs by a tokenizer's template, ours or that of others. UserError if it
+    knows no dialogs."""
+    if tokenizer.template in ("", TEMPLATE):
         return Chat(tokenizer)  # which says what is missing
-    template = file.read_text(encoding="utf-8")
-    return Chat(tokenizer) if template == TEMPLATE else ModelChat(tokenizer, template)
+    return ModelChat(tokenizer, tokenizer.template)
 
 
 def find_template(folder: Path) -> str:
@@ -206,13 +204,13 @@ class ModelChat(Chat):
     ends an answer in no token of stop_ids, or joins its first token with the prompt's last.
 
     A template that writes earlier turns anew when more follow (without their reasoning, say) is
-    learned on the last answer only, and its dialogs cannot be cut; `rewritten` counts them. The
-    begin token is there once if the template writes it, and is not added if it does not.
+    learned on the last answer only, and its dialogs cannot be cut. The begin token is there once if
+    the template writes it, and is not added if it does not.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, now: datetime | None = None):
         spec = json.loads(tokenizer.json_bytes)
-        self.tokenizer, self.template, self.rewritten = tokenizer, Template(template, spec, now), 0
+        self.tokenizer, self.template = tokenizer, Template(template, spec, now)
         self.once = boundaries(spec)[1] is not None  # else what begins a text ends it, too
         self.encoded: dict[tuple[str, bool], Any] = {}  # parts of the dialog at hand
         tokenizer.stop_ids |= {tokenizer.special_ids[name] for name in self.template.ends}
@@ -225,9 +223,8 @@ class ModelChat(Chat):
         ids = self.ids(texts[answers[-1]], mark)
         self.check(texts[answers[-1]], messages, tools, mark)
         upto = {i: self.ids(text, mark) for i, text in texts.items()}
-        if not all(np.array_equal(ids[:len(part)], part) for part in upto.values()):
-            self.rewritten += 1
-            answers = answers[-1:]
+        rewritten = not all(np.array_equal(ids[:len(part)], part) for part in upto.values())
+        answers = answers[-1:] if rewritten else answers
         learned, ends = np.zeros(len(ids), bool), []
         for i in answers:
             prompt = self.template.render(messages[:i], tools, True)
@@ -240,7 +237,7 @@ class ModelChat(Chat):
             ends.append(len(upto[i]))
         if dialog.get("learn_all"):
             learned[1:] = True
-        return Rendered(ids, learned, ends)
+        return Rendered(ids, learned, ends, rewritten)
 
     def prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """Give the ids that an answer is generated behind."""

@@ -64,6 +64,7 @@ class Tokenizer:
         self.roles = set(chat.values())  # what messages of dialogs begin with
         self.kind = token_dtype(self.vocab_size)
         self.base = ""  # sha256 of the tokenizer.json that this one was made of, for dialogs
+        self.template = ""  # how dialogs are written, '' of text
         self.cut_words = 0  # how many were longer than CUT so far
         decoders = tokenizer_json.list_steps(spec["decoder"])
         self._pieces_join = {step["type"] for step in decoders} == {"ByteLevel"}
@@ -78,8 +79,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a tokenizer.json, or the one that a folder holds."""
-        return cls(*tokenizer_json.read_spec(path), str(path))
+        """Read a tokenizer.json, or the one that a folder holds, and the template beside it."""
+        made = cls(*tokenizer_json.read_spec(path), str(path))
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        template = folder / tokenizer_json.TEMPLATE_FILE
+        made.template = template.read_text(encoding="utf-8") if template.is_file() else ""
+        return made
 
     @property
     def engine(self) -> str:

@@ -17,6 +17,7 @@ PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<
          ("<|endoftext|>", None))  # GPT-2's one token is in front
 # Roles of messages and their end, in tokenizers of dialogs: chat.py gives them their meaning.
 CHAT = {"<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"}
+TEMPLATE_FILE = "chat_template.jinja"  # beside a tokenizer.json: how dialogs are written
 DECODERS = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}  # that we know
 
 
@@ -214,7 +215,7 @@ def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: i
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
               "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     config |= named_tokens(spec)
-    template = Path(tokenizer_json).parent / "chat_template.jinja"
+    template = Path(tokenizer_json).parent / TEMPLATE_FILE
     if template.is_file():  # some readers look into one place, some into the other
         text = config["chat_template"] = template.read_text(encoding="utf-8")
         write_text(Path(folder) / template.name, text)
