@@ -1,4 +1,5 @@
 # make demo    environment, data, training, samples, score, report: some minutes on two cores
+# make chat    a small model to talk with, that calls functions: ten minutes on two cores
 # make test    some minutes of tests, offline, on the CPU; make test-all: all of them
 # make bench   what can be measured on this machine
 VENV ?= .venv
@@ -9,7 +10,7 @@ RUN = out/quickstart
 # methods as sympy has many, each up to the empty line behind it
 SAMPLES = --prompt '    def _eval_' --stop '["\n\n"]' --temperature 0.5 --num_samples 6
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo chat test test-all bench lint clean
 
 demo: $(VENV)/.core
 	$(PY) prepare.py $(CONFIG)
@@ -22,6 +23,16 @@ demo: $(VENV)/.core
 	@echo 'Then try  $(PY) sample.py --ckpt $(RUN) --prompt "class Matrix"'
 	@echo 'Own text  $(PY) prepare.py $(CONFIG) --dataset=mine --sources=my.txt'
 	@echo '          $(PY) train.py $(CONFIG) --dataset=mine --out_dir=out/mine'
+
+chat: $(VENV)/.core
+	$(PY) prepare.py config/chat.py --show=2
+	$(PY) train.py config/chat.py
+	$(PY) eval.py --ckpt out/chat --tasks=dialogs:embedded
+	printf '%s\n' 'My name is Tara.' 'Hi. How much is 17 times 23?' 'Ok. Who am I?' /reset \
+		'Well, which weekday is 2012-07-21?' /reset 'Spell the word lovi.' 'Thank you.' \
+		| $(PY) sample.py --ckpt out/chat --chat --tools=runs/chat_tools.py --temperature=0
+	@echo
+	@echo 'Talk      $(PY) sample.py --ckpt out/chat --chat --tools=runs/chat_tools.py'
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile

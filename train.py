@@ -260,6 +260,7 @@ class Run:
         state, code, after = "stopped", STOPPED, "the same command goes on from there"
         if self.step == self.config.max_steps:
             state, code, after = "done", 0, f"next: python sample.py --ckpt {self.folder}"
+            after += " --chat" if self.config.documents == "chat" else ""
         self.log.status(state, self.step)
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
         self.log.say(after)

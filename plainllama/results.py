@@ -8,6 +8,7 @@ from typing import NamedTuple
 from plainllama.files import read_json, sha256_bytes, write_json, write_text
 
 HEADING = {"long_enough": "{} long enough to be told", "shots": "{} shots", "begin": "{} in front",
+           "cut": "{} cut where the context ends",
            "truncated": "{} too long for the context and cut at the left"}
 DESCRIBES = {*HEADING, "n", "chance", "correct"}  # numbers that are no scores
 GROUPS = {"tasks", "contexts", "texts"}  # of sections; all else in the file is of validation

@@ -17,8 +17,11 @@ COUNT, SEED = 8000, 1  # of the training dialogs
 HELD_OUT = 6  # one of so many numbers, names, words and ways to ask is for held-out dialogs alone
 OPENINGS = ["", "Please tell me: ", "Hi. ", "Well, ", "Now, ", "One question: ", "Ok. ", "Hm, ",
             "Quickly: "]
-STARTS = ["Mi", "Ta", "Lo", "Ve", "Sa", "Ri", "No", "Ka", "Du", "Pe", "Bo", "Ju"]
-ENDS = ["ra", "lin", "mo", "ton", "vi", "da", "sel", "ko", "ben", "nu", "gar", "tis"]
+STARTS = ["Mi", "Ta", "Lo", "Ve", "Sa", "Ri", "No", "Ka", "Du", "Pe", "Bo", "Ju", "Fi", "Ha", "Ge",
+          "Wo", "Zu", "Che", "Bra", "Sto"]
+MIDDLES = ["", "", "la", "ri", "ne", "do", "tu", "ma", "be", "so"]
+ENDS = ["ra", "lin", "mo", "ton", "vi", "da", "sel", "ko", "ben", "nu", "gar", "tis", "fa", "hem",
+        "pu", "wick", "yo", "zan", "rel", "s"]
 SCHEMAS = {name: {"name": name, "parameters": {"type": "object", "properties": {
     argument: {"type": "string"}}}} for name, argument in (("calculator", "expression"),
                                                            ("weekday", "date"))}
@@ -44,7 +47,8 @@ class Maker:
     def __init__(self, split: str, seed: int):
         self.held_out = split == "held_out"
         self.draw = random.Random(f"{split}/{seed}")
-        self.names = self.share([first + last for first, last in product(STARTS, ENDS)])
+        names = ["".join(parts) for parts in product(STARTS, MIDDLES, ENDS)]
+        self.names = self.share(list(dict.fromkeys(names)))
         self.numbers = self.share(list(product(range(2, 100), range(2, 100))))
         self.days = self.share([datetime.date(2001, 1, 1) + datetime.timedelta(n)
                                 for n in range(9000)])
@@ -65,8 +69,8 @@ class Maker:
     def dialog(self) -> dict:
         """Make a dialog of one to four parts."""
         draw, kinds = self.draw, [self.sum, self.weekday, self.word, self.talk]
-        tools = draw.choice([[], ["calculator"], ["weekday"], ["calculator", "weekday"]])
-        turns = [turn for make in draw.choices(kinds, [3, 3, 3, 2], k=draw.randint(0, 2))
+        tools = draw.choices([[], ["calculator"], ["weekday"], list(SCHEMAS)], [3, 3, 3, 1])[0]
+        turns = [turn for make in draw.choices(kinds, [3, 3, 3, 1], k=draw.randint(0, 2))
                  for turn in make(tools)]
         told = draw.sample(list(FACTS), draw.randint(0 if turns else 1, 2))
         names = dict(zip(told, draw.sample(self.names, len(told)), strict=True))

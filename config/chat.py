@@ -1,0 +1,30 @@
+"""Ten minutes on two CPU cores: a small model to talk with, that calls a calculator and a calendar.
+
+Its dialogs are made by a seed (embedded:chat). For those of your own give sources, e.g. 'my.jsonl'
+with rows of messages, and init_from, a model that has read more than this.
+"""
+
+dataset = "chat"
+documents = "chat"
+sources = "embedded:chat"
+tokenizer = "bytes"  # names and numbers are copied letter by letter
+val_fraction = 0.02
+
+n_layer = 3
+n_head = 6
+d_model = 192
+d_ff = 512
+block_size = 512
+
+global_batch_tokens = 8 * 512
+max_steps = 900
+optimizer = "muon"
+learning_rate = 3e-3
+min_lr = 0.0
+schedule = "linear"
+warmup_steps = 30
+
+log_interval = 10
+eval_interval = 150
+eval_tokens = 16 * 512
+save_interval = 300
