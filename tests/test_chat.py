@@ -241,6 +241,8 @@ def test_tokens_of_roles_stand_behind_the_last_id_once():
     assert ours.stop_ids == {ours.end_id, 262} and base.stop_ids == {base.end_id}
     again, data = chat.with_roles(json.loads(ours.json_bytes), "x")
     assert data == ours.json_bytes and len(again["added_tokens"]) == 7
+    spaced = json.dumps(again, indent=2).encode()  # as others write it
+    assert chat.with_roles(json.loads(spaced), "x", spaced)[1] == spaced
     some = json.loads(base.json_bytes)
     some["added_tokens"].append(vocabulary.special("<|end|>", 258))
     with pytest.raises(UserError, match="end"):
@@ -265,6 +267,8 @@ def test_dialogs_are_shown_with_what_is_learned_in_brackets():
     assert talk.show(ids, learned, False) == (
         "<s><|user|>é?<|end|><|assistant|>[[<|end|>!<|end|>]]")
     assert "\033[" in talk.show(ids, learned, True)
+    ids, learned = talk.render({"messages": [{"role": "user", "content": "\x1b[2J\t\n"}]})
+    assert talk.show(ids, learned, True) == "<s><|user|>\\x1b[2J\t\n<|end|>"
 
 
 def test_masks_hold_for_a_pad_that_is_the_end(both):

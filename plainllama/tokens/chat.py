@@ -7,6 +7,7 @@ transformers and all that reads its folders; there a typed <|end|> does become a
 """
 
 import json
+import re
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ END = "<|end|>"
 ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant", "tool")}
 TEMPLATE = Path(__file__).with_name(tokenizer_json.TEMPLATE_FILE).read_text(encoding="utf-8")
 THINK, THOUGHT = "<think>\n", "\n</think>\n\n"
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but \t, \n
 CALL, CALLED = "<tool_call>\n", "\n</tool_call>"
 
 
@@ -35,10 +37,10 @@ class Rendered(NamedTuple):
     rewritten: bool = False  # what comes changes what was before: its last answer alone is learned
 
 
-def with_roles(spec: dict, where: str) -> tuple[dict, bytes]:
+def with_roles(spec: dict, where: str, data: bytes = b"") -> tuple[dict, bytes]:
     """Add to a parsed tokenizer.json the tokens of roles and ends, behind its last id; return it
-    and its bytes. What has them all stays as it is; UserError, which names `where`, if it has some,
-    or one as a piece of text."""
+    and its bytes. What has them all stays as it is, and so does `data`, the bytes that it was read
+    from; UserError, which names `where`, if it has some, or one as a piece of text."""
     entries = tokenizer_json.list_entries(spec)
     names = [*ROLES.values(), END]
     there = {piece: is_special for piece, is_special in entries.values() if piece in names}
@@ -48,7 +50,7 @@ def with_roles(spec: dict, where: str) -> tuple[dict, bytes]:
     if not there:
         added = [special(name, max(entries) + 1 + i) for i, name in enumerate(names)]
         spec = spec | {"added_tokens": [*spec["added_tokens"], *added]}
-    return tokenizer_json.complete(spec, where)
+    return tokenizer_json.complete(spec, where, data if there else b"")
 
 
 class Chat:
@@ -72,19 +74,20 @@ class Chat:
         """Render a dialog, and say where its answers end: the ids up to there are those of the
         dialog up to there."""
         parts: list = [[self.tokenizer.bos_id]]
-        learned, ends, size = [False], [], 1
+        runs, learned, ends, size = [1], [False], [], 1  # learned or not, in runs of tokens
         everything = bool(dialog.get("learn_all"))
         for message in with_tools(dialog.get("messages", ()), dialog.get("tools")):
             inner = self.tokenizer.encode_behind(written(message))
             answers = message["role"] == "assistant"
             learn = everything or (answers and message.get("learn", True))
             parts += [[self.roles[message["role"]]], inner, [self.end]]
-            learned += [everything, *[learn] * (len(inner) + 1)]
+            runs += [1, len(inner) + 1]
+            learned += [everything, learn]
             size += len(inner) + 2
             if answers:
                 ends.append(size)
         ids = np.concatenate(parts, dtype=self.tokenizer.kind, casting="unsafe")
-        return Rendered(ids, np.array(learned, bool), ends)
+        return Rendered(ids, np.repeat(learned, runs), ends)
 
     def prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """Give the ids that an answer is generated behind: <|assistant|> is the last."""
@@ -110,7 +113,7 @@ class Chat:
 
     def show(self, ids: np.ndarray, learned: np.ndarray, colour: bool) -> str:
         """Spell a dialog token by token: the learned ones coloured or, without `colour`, in
-        [[...]]; control tokens by name."""
+        [[...]]; control tokens by name, and what would steer the terminal as \\x1b."""
         names = {i: name for name, i in self.tokenizer.special_ids.items()}
         begin, end = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
         shown = []
@@ -124,6 +127,7 @@ class Chat:
                     continue
                 text += self.tokenizer.decode_behind(run) + ("" if i is None else names[i])
                 run = []
+            text = STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
             shown.append(begin + text + end if learned[first] else text)
         return "".join(shown)
 

@@ -59,7 +59,8 @@ def for_documents(recipe: dict, base: Tokenizer) -> Tokenizer:
         return base
     path = Path(recipe["tokenizer"])
     if recipe["chat_template"] == "own":
-        grown = Tokenizer(*with_roles(json.loads(base.json_bytes), "the tokenizer"))
+        grown = Tokenizer(*with_roles(json.loads(base.json_bytes), "the tokenizer",
+                                     base.json_bytes))
         grown.template = TEMPLATE
     elif not path.exists():
         raise UserError("chat_template=model takes the template of a model's folder, and tokenizer="
