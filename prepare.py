@@ -8,13 +8,21 @@
   prepare.py --inspect data/NAME          what it holds, and how its documents begin
 
 A source (--sources=A,B or `sources` in the config) is
-  PATH        a file, a folder or a glob of .txt (the file is one document), .jsonl (a line is one)
-              and .parquet (a row is one); the first two also as .gz, .xz or .zst
+  PATH        a file, a folder or a glob of .txt (the file is one document), .jsonl (a line is
+              one), .json (an object of its array is one) and .parquet (a row is one); all but the
+              last also as .gz, .xz or .zst
   -           standard input: JSON lines if it begins with {, else one document
   hf:NAME[@REVISION][:SPLIT]   a data set of the Hugging Face hub; split train unless it is named
-  embedded    the Python files of the installed sympy, networkx and mpmath
+  embedded    the Python files of the installed sympy, networkx and mpmath; embedded:chat: dialogs
   a dict      {'path': one of these, 'column': 'text', 'slice': '100:200', 'max_documents': 50};
               slice and max_documents count lines, rows or files in their order
+
+With --documents=chat a record is a dialog: messages, conversations of from and value, instruction
+and output, prompt and response, with tools where there are any; one that breaks a rule is dropped
+and counted, and more than --max_dropped of a source is an error. A dict may then say 'converter' (a
+form by its name, or FILE.py:function of your own, which is run: it takes a record and gives one in
+such a form, or None), 'fields' ({'prompt': 'question'}), 'system', 'train_on', 'max_tokens', 'name'
+and 'count' of dialogs an epoch or 'weight' by learned tokens.
 
 A document is held out for validation by the hash of its text. If none is, the one with the smallest
 hash is; a single document, or each of a few long ones, gives its end. A document over 16 MB becomes

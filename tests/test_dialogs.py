@@ -11,7 +11,7 @@ import time
 import pytest
 
 from plainllama.settings import UserError
-from plainllama.text.dialogs import How, converted, spoken
+from plainllama.text.dialogs import How, asked, converted, spoken
 from plainllama.text.forms import CONVERTERS, Refused
 
 U, A = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -221,6 +221,9 @@ REASONS = [
      "unbalanced marks of a call or of reasoning (</think>)"),
     ([U, {"role": "assistant", "content": "<tool_call>{}</tool_call>b"}],
      "text behind a call (b)"),
+    ([U, {"role": "assistant", "content": [{"type": "tool_call", "value": CALL},
+                                           {"type": "text", "text": "b"}]}],
+     "text behind a call (b)"),
     ([U, {"role": "assistant", "content": "<tool_call>{\"name\": </tool_call>"}],
      'a call is not JSON ({"name":)'),
     ([U, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{x"}]}],
@@ -244,6 +247,7 @@ REASONS = [
     ([[U], [A]], "a message is not an object ([{'role': 'user', 'content': '2+2?'}])"),
     (["q", "a"], "a message is not an object (q)"),
     ([U, A | {"content": "\ud800"}], "invalid utf-8 ()"),
+    ([U, {"role": "user", "content": "\ud800\n\x1b[2Jx"}], "two questions in a row (? ?[2Jx)"),
     ([U, CALLED | {"tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}],
      "a value that JSON does not have ()"),
     ([U, CALLED | {"tool_calls": [{"name": "f", "arguments": '{"x": 1e999}'}]}],
@@ -409,7 +413,7 @@ def test_no_record_crashes_and_all_that_is_read_keeps_the_rules():
         try:
             text, _ = converted(record, how)
         except Refused as error:
-            assert len(str(error)) < 70
+            assert len(str(error)) < 70 and error.found.isprintable()
             continue
         kept += 1
         text.encode()
@@ -433,6 +437,16 @@ def test_long_contents_take_time_in_proportion():
             with contextlib.suppress(Refused):
                 converted({"messages": [U, raw]}, How())
         assert time.perf_counter() - begun < 2
+
+
+def test_a_talk_that_is_to_be_answered():
+    messages, tools = asked({"messages": [S, U, CALLED, RESULT], "tools": json.dumps([TOOL])})
+    assert [message["content"] for message in messages] == ["Be brief.", "2+2?", "", '{"sum": 4}']
+    assert messages[2]["tool_calls"] == [CALL] and tools == [TOOL]
+    for record in ({}, {"messages": []}, {"messages": [U, A]}, {"messages": 3}, {"messages": "x"},
+                   {"messages": ["x"]}, {"messages": [U], "tools": "{"}):
+        with pytest.raises(Refused):
+            asked(record)
 
 
 def test_what_is_said():

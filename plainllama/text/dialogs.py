@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from plainllama.text.forms import Refused, first, form_of, json_of, refuse, text
+from plainllama.text.forms import Refused, first, form_of, json_of, listed, refuse, text
 
 ROLES = {name: role for role, names in {
     "system": "system developer", "user": "user human prompter", "assistant":
@@ -223,7 +223,8 @@ def merged(messages: list[dict]) -> list[dict]:
 
 def asked(record: dict) -> tuple[list[dict], list[dict]]:
     """Give the messages of a talk that is to be answered, and its tools. Refused if it is none."""
-    messages = merged([message_of(raw) for raw in record.get("messages") or ()])
+    given = listed(record.get("messages") or [], "messages are not a list")
+    messages = merged([message_of(raw) for raw in given])
     if not messages or messages[-1]["role"] == "assistant":
         raise Refused("the last message is an answer, or there is none")
     return messages, tools_of(record.get("tools"))

@@ -22,7 +22,8 @@ class Refused(ValueError):
 
     def __init__(self, rule: str, found: object = ""):
         super().__init__(rule)
-        self.found = " ".join(f"{found!s:.200}".split())[:60]
+        shown = " ".join(f"{found!s:.200}".split())[:60]  # on a screen and in a manifest
+        self.found = "".join(char if char.isprintable() else "?" for char in shown)
 
 
 def refuse(rule: str, found: object = "") -> NoReturn:
