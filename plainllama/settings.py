@@ -127,7 +127,7 @@ IDLE = {"text": ("train_on", "too_long", "chat_template", "max_dropped"),
 # Keys and flags of all commands that name a file or a folder: ~ at its beginning is the home.
 PATHS = ("tokenizer", "out_dir", "init_from", "verify", "inspect", "ckpt", "prompts", "out", "all",
          "shots", "text", "data", "include_path", "irt_file", "irt", "to", "compare",
-         "save_reference")
+         "save_reference", "tools")
 
 
 def deciding(*what: str) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def commands() -> list[str]:
 
 def place(folder: Path) -> dict:
     """A checkout whose configs are small, with a user's own text beside it; an environment."""
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), ROOT / "runs"):
         (folder / path.name).symlink_to(path)
     (folder / "config").mkdir()
     for path in (ROOT / "config").glob("*.py"):
@@ -54,6 +54,9 @@ def place(folder: Path) -> dict:
     quick = folder / "config/quickstart.py"
     quick.write_text(quick.read_text() + "sources = [{'path': 'embedded', 'max_documents': 25}]\n"
                      "tokenizer = 'bpe:400'\n")
+    chat = folder / "config/chat.py"
+    chat.write_text(chat.read_text() + "block_size = 512\nglobal_batch_tokens = 4 * 512\n"
+                    "sources = [{'path': 'embedded:chat', 'slice': ':200'}]\n")
     large = folder / "config/llama100m.py"
     large.write_text(large.read_text() + "tokenizer = 'bpe:400'\nval_fraction = 0.1\n")
     (folder / "my.txt").write_text("\n".join(documents(300)))

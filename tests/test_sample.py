@@ -460,7 +460,7 @@ def test_a_file_is_complete_only_if_it_was_made_in_this_way(ckpt, tmp_path, monk
             "num_samples": 2, "top_k": 9, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2,
             "dtype": "fp32", "embed": "mean", "layers": "0"}
     assert {f.name for f in dataclasses.fields(sample.Flags)} == checked | set(ways) | {
-        "prompt", "batch", "save", "device", "compile"}
+        "prompt", "batch", "save", "device", "compile", "chat", "system", "tools"}
     Path("T.jsonl").write_text("".join(json.dumps({"text": "a"} | row) + "\n" for row in rows))
     for name, value in ways.items():
         words = [*same, f"--{name}={value}"]
@@ -513,7 +513,7 @@ def test_what_stop_does_not_understand_is_refused(text):
 def test_stop_at_a_line_break(ckpt, monkeypatch):
     given = []
     monkeypatch.setattr(generate, "complete", lambda *args: given.append(args[6]) or [
-        generate.Completion("stop", "", 1)])
+        generate.Completion("stop", "", [1])])
     assert run("--ckpt", ckpt, r"--stop=\n") == 0 and given == [["\n"]]
 
 

@@ -22,7 +22,8 @@ from plainllama.text.records import naming_damage
 from plainllama.weights.huggingface import weight_files
 
 # flags without a say in what is made; the content of the model and of --prompts has one
-NO_MATTER = {"ckpt", "prompt", "prompts", "out", "batch", "save", "device", "compile"}
+NO_MATTER = {"ckpt", "prompt", "prompts", "out", "batch", "save", "device", "compile", "chat",
+             "system", "tools"}
 
 
 # ---- read
