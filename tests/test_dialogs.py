@@ -13,6 +13,7 @@ import pytest
 from plainllama.settings import UserError
 from plainllama.text.dialogs import How, asked, converted, spoken
 from plainllama.text.forms import CONVERTERS, Refused
+from plainllama.tokens.chat import parsed, written
 
 U, A = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 S = {"role": "system", "content": "Be brief."}
@@ -93,6 +94,8 @@ MESSAGES = [  # a message of any spelling, as ours
      {"role": "assistant", "content": "a", "reasoning": "r <tool_call>"}),
     ({"role": "assistant", "content": "<think>\nr\n</think>\n\na"},
      {"role": "assistant", "content": "a", "reasoning": "r"}),
+    ({"role": "assistant", "content": "\n<think>r </think> a \n"},
+     {"role": "assistant", "content": "a \n", "reasoning": "r"}),
     ({"role": "assistant", "content": "<think>\n\n</think>\n\na"},
      {"role": "assistant", "content": "a"}),
     ({"role": "assistant", "content": [{"type": "reasoning", "value": "r"},
@@ -161,7 +164,7 @@ def test_tools_of_any_spelling():
 
 def test_system_messages():
     assert read({"messages": [U, A]}, system="Be brief.")["messages"] == [S, U, A]
-    for blank in ({"role": "system", "content": ""}, {"role": "system", "content": None}):
+    for blank in ({"role": "system", "content": " \n"}, {"role": "system", "content": None}):
         assert read({"messages": [blank, U, A]}, system="Be brief.")["messages"] == [S, U, A]
         assert read({"messages": [blank, U, A]})["messages"] == [U, A]
     other = {"role": "system", "content": "Be long."}
@@ -424,6 +427,31 @@ def test_no_record_crashes_and_all_that_is_read_keeps_the_rules():
         assert how.train_on == "all" or converted(dialog, How())[0] == text
         spoken(text).encode()
     assert kept > 300
+
+
+def test_what_is_let_through_comes_back_from_its_written_form():
+    rng = random.Random(1)
+    bits = ["\n", " ", "a", "}", "<|end|>", '{"name": "f", "arguments": {}}',
+            *(before + mark + behind for mark in ("<think>", "</think>", "<tool_call>",
+                                                  "</tool_call>")
+              for before, behind in (("", ""), ("", "\n"), ("\n", ""), ("\n", "\n\n")))]
+
+    def draw(most):
+        return "".join(rng.choices(bits, k=rng.randint(1, most)))
+
+    kept = 0
+    for _ in range(6000):
+        message = {"role": "assistant", "content": draw(4)[rng.randrange(2):]}
+        if rng.random() < 0.4:
+            message["reasoning"] = draw(3)
+        if rng.random() < 0.4:
+            message["tool_calls"] = [{"name": draw(1), "arguments": {draw(2): draw(2)}}
+                                     for _ in range(rng.randint(1, 2))]
+        with contextlib.suppress(Refused):
+            answer = read({"messages": [U, message]})["messages"][1]
+            assert parsed(written(answer)) == answer
+            kept += 1
+    assert kept > 500
 
 
 def test_long_contents_take_time_in_proportion():
