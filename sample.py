@@ -198,7 +198,7 @@ def prompt_ids(row: dict, f: Any, tokenizer: Tokenizer, chat: Chat | None, i: in
 def message_of(chat: Chat, text: generate.Completion) -> dict:
     """Read an answer as a message; one that calls a function in another form is text."""
     try:
-        return chat.parse(text.ids)
+        return chat.parse(text.text)
     except ValueError:
         return {"role": "assistant", "content": text.text}
 

@@ -1,4 +1,4 @@
-"""The chat in a terminal, functions of a user's file, and rows of messages."""
+"""The chat in a terminal, functions of a user's file, rows of messages, and dialogs as a task."""
 
 import io
 import json
@@ -9,8 +9,11 @@ from test_chat import made
 
 import sample
 from plainllama.command import parse
+from plainllama.evaluation import dialogs
 from plainllama.generation import generate, talk, tools
+from plainllama.parallel import World
 from plainllama.settings import UserError
+from plainllama.text.dialogs import Refused
 from plainllama.tokens.chat import Chat
 
 FUNCTIONS = '''
@@ -37,6 +40,16 @@ def dies() -> str:
 def raises() -> str:
     raise ValueError("no luck")
 
+def prints():
+    os.system("echo aloud")
+    return "done"
+
+def leaves():
+    raise SystemExit(0)
+
+def large():
+    return "x" * 50_000
+
 def _private(x): ...
 '''
 
@@ -58,7 +71,8 @@ def session(monkeypatch):
         answer = answers.pop(0)
         ids = tokenizer.encode(answer)[:most] if isinstance(answer, str) else []
         for number, token in enumerate(ids):
-            watch(0, token)
+            if watch(0, token):
+                return [(ids[:number + 1], "stop")]
             if answer.startswith("STOP") and number == 6:
                 raise KeyboardInterrupt
         return [(ids, "eos")]
@@ -158,6 +172,44 @@ def test_calls_without_end_are_stopped(session, monkeypatch, capsys, functions):
     assert len(session.prompts) == 8 and "stopped after 8 rounds" in capsys.readouterr().out
 
 
+def test_ctrl_c_in_a_function_ends_the_call_alone(session, monkeypatch, capsys, functions):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    session.model.config.block_size = 4000
+    monkeypatch.setattr(session.flags, "max_new_tokens", 200)
+    monkeypatch.setattr(functions, "call", stopped)
+    session.answers += ['<tool_call>\n{"name": "hangs", "arguments": {}}\n</tool_call>', "Fine."]
+    run(session, monkeypatch, "a", "b", tools=functions)
+    assert capsys.readouterr().out.endswith("(stopped)\nFine.\n")
+    assert session.prompts[1][:len(session.prompts[0])] == session.prompts[0]
+
+
+def test_what_a_stop_text_cuts_off_is_no_part_of_the_talk(session, monkeypatch):
+    session.answers += ["One. Two.", "Three."]
+    session.flags.stop = ["Two"]
+    run(session, monkeypatch, "a", "b")
+    assert session.prompts[1] == session.chat.prompt([
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "One. "}, {"role": "user", "content": "b"}])
+
+
+def test_a_question_that_a_template_refuses_is_taken_back(session, monkeypatch, capsys):
+    prompt = session.chat.prompt
+
+    def refusing(messages, tools=None):
+        if messages[-1]["content"] == "a":
+            raise Refused("the template refuses it")
+        return prompt(messages, tools)
+
+    monkeypatch.setattr(session.chat, "prompt", refusing)
+    session.answers += ["Fine."]
+    run(session, monkeypatch, "a", "b")
+    assert capsys.readouterr().out == "(the template refuses it)\nFine.\n"
+    assert session.prompts == [prompt([{"role": "system", "content": "Be brief."},
+                                       {"role": "user", "content": "b"}])]
+
+
 # ---- functions
 
 def test_schemas_come_from_signatures(functions):
@@ -170,7 +222,7 @@ def test_schemas_come_from_signatures(functions):
         "way": {"enum": ["up", "down"]}, "more": {"anyOf": [{"type": "object"}, {"type": "null"}]}}
     assert kinds["parameters"]["required"] == ["x", "words", "way"]
     assert [schema["name"] for schema in functions.schemas] == [
-        "add", "kinds", "hangs", "dies", "raises"]
+        "add", "kinds", "hangs", "dies", "raises", "prints", "leaves", "large"]
 
 
 def test_calls_are_checked_run_and_bounded(functions):
@@ -191,9 +243,17 @@ def test_calls_are_checked_run_and_bounded(functions):
     assert "took longer than 1 s" in functions.call("hangs", {}, 1)
 
 
+def test_a_result_is_what_a_function_returns_and_has_an_end(functions, capfd):
+    assert functions.call("add", {"a": 2}) == "3"
+    assert functions.call("prints", {}) == "done" and "aloud" in capfd.readouterr().err
+    assert functions.call("leaves", {}) == "error: SystemExit: 0"
+    assert functions.call("large", {}) == "x" * 10_000 + " ... (the first of 50,000 characters)"
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("def f(x): ...", "no type for its parameter x"), ("def f(*x: int): ...", "no type"),
-    ("def f(x: set): ...", "a type that JSON lacks"), ("x = 1", "no public function"),
+    ("def f(x: set): ...", "a type that JSON lacks"), ("def f(x: 'A'): ...", "'A' is not defined"),
+    ("def f(x: int, /): ...", "does not take it by its name"), ("x = 1", "no public function"),
     ("import nothing_at_all", "does not run"), ("def", "does not run"),
     ("from json import dumps", "no public function")])
 def test_files_without_functions_are_refused(tmp_path, text, message):
@@ -214,3 +274,55 @@ def test_files_without_functions_are_refused(tmp_path, text, message):
 def test_options_that_do_not_go_together(words, message):
     with pytest.raises(UserError, match=message):
         sample.main(parse(words, "", sample.Flags, "files"))
+
+
+# ---- dialogs as a task
+
+@pytest.fixture
+def scorer(session, monkeypatch):
+    """A scorer whose model knows the answer to all questions but `c`."""
+    answers = {"a": "One.", "b": "Two.", "c": "no"}
+    scorer = dialogs.Scorer(session.model, session.chat.tokenizer, 160, World())
+
+    def scripted(model, prompts, *_):
+        asked = [session.chat.tokenizer.decode(ids[-3:]).strip() for ids in prompts]
+        return [(session.chat.tokenizer.encode(answers[text[0]]), "eos") for text in asked]
+
+    monkeypatch.setattr(generate, "generate", scripted)
+    return scorer
+
+
+def talk_of(*turns: tuple[str, str]) -> dict:
+    """A dialog of questions and answers."""
+    return {"messages": [{"role": role, "content": content} for turn in turns
+                         for role, content in zip(("user", "assistant"), turn, strict=True)]}
+
+
+def test_dialogs_are_right_if_all_their_answers_are(scorer):
+    found = [talk_of(("a", "One."), ("b", "Two.")), talk_of(("a", "One."), ("c", "Three.")),
+             talk_of(("a", "One.")), talk_of(("x" * 200, "long")),
+             talk_of(("a", "One."), ("x" * 200, "long"))]
+    scores = dialogs.score_dialogs("t", found, scorer)["t"]
+    assert (scores["acc"], scores["n"], scores["cut"]) == (2 / 5, 5, 2)  # no room is not right
+    assert (scores["answers"], scores["ended"]) == (5 / 6, 1)
+
+
+def test_the_answers_of_all_ranks_are_kept(scorer, monkeypatch):
+    found = [talk_of(("a", "One.")), talk_of(("b", "Two.")), talk_of(("c", "Three."))]
+    kept = []
+    for rank in (0, 1):
+        scorer.world = World()
+        scorer.world.rank, scorer.world.size = rank, 2
+        monkeypatch.setattr(scorer.world, "sum", lambda values: values)
+        monkeypatch.setattr(scorer.world, "gather", lambda part: kept.append(part) or kept)
+        dialogs.score_dialogs("t", found, scorer)
+    assert [sample["dialog"] for sample in scorer.samples["t"]] == [0, 1, 2]
+
+
+def test_a_dialog_that_a_template_refuses_is_named(scorer, session, monkeypatch):
+    def refusing(*_):
+        raise Refused("the template refuses it")
+
+    monkeypatch.setattr(session.chat, "prompt", refusing)
+    with pytest.raises(UserError, match="dialog 1: the template refuses it"):
+        dialogs.turns_of(session.chat, [talk_of(("a", "One."))], 160)

@@ -17,7 +17,7 @@ from plainllama.generation import generate
 from plainllama.progress import Progress
 from plainllama.settings import Sampling, UserError
 from plainllama.text import embedded_chat
-from plainllama.text.dialogs import How, converted
+from plainllama.text.dialogs import How, Refused, converted
 from plainllama.text.documents import Part, Tally, documents
 from plainllama.text.records import KINDS, Piece, kind_of, naming_damage
 from plainllama.tokens.chat import Chat
@@ -59,18 +59,22 @@ def read_dialogs(name: str, limit: int) -> list[dict]:
     return found[:limit or None]
 
 
-def turns_of(chat: Chat, dialogs: list[dict], block_size: int) -> tuple[list[Turn], int]:
-    """List the answers of dialogs that are learned, and count the dialogs of which some have no
-    room in the context. UserError if no answer has."""
-    turns, cut = [], 0
+def turns_of(chat: Chat, dialogs: list[dict], block_size: int) -> tuple[list[Turn], list[int]]:
+    """List the answers of dialogs that are learned, and the dialogs of which some have no room in
+    the context. UserError if no answer has, or a model's own template does not take one."""
+    turns, cut = [], []
     for number, dialog in enumerate(dialogs):
         messages = dialog["messages"]
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and message.get("learn", True):
-                prompt = chat.prompt(messages[:i], dialog.get("tools"))
-                size = len(chat.prompt(messages[:i + 1], dialog.get("tools"))) - len(prompt) - 1
+                try:
+                    prompt, upto = (chat.prompt(messages[:end], dialog.get("tools"))
+                                    for end in (i, i + 1))
+                except Refused as error:
+                    raise UserError(f"dialog {number + 1}: {error}") from None
+                size = len(upto) - len(prompt) - 1
                 if len(prompt) + size > block_size:
-                    cut += 1
+                    cut.append(number)
                     break
                 wanted = {key: message[key] for key in message if key != "learn"}
                 turns.append(Turn(number, prompt, size, wanted))
@@ -80,8 +84,9 @@ def turns_of(chat: Chat, dialogs: list[dict], block_size: int) -> tuple[list[Tur
 
 
 def score_dialogs(name: str, dialogs: list[dict], scorer: Scorer) -> dict:
-    """Score dialogs, {name: metrics}: acc, the share of those that are right throughout; answers
-    and calls, the shares of right ones; ended, of those that end by themselves. Collective."""
+    """Score dialogs, {name: metrics}: acc, the share of those that are right throughout, for which
+    all their answers must have room; answers and calls, the shares of right ones; ended, of those
+    that end by themselves. Collective."""
     chat, world, model = chat_of(scorer.tokenizer), scorer.world, scorer.model
     turns, cut = turns_of(chat, dialogs, model.config.block_size)
     order = sorted(range(len(turns)), key=lambda i: len(turns[i].prompt))
@@ -97,7 +102,7 @@ def score_dialogs(name: str, dialogs: list[dict], scorer: Scorer) -> dict:
             [0] * len(batch), scorer.tokenizer.stop_ids, scorer.tokenizer.vocab_size)
         for i, (ids, ended) in zip(batch, made, strict=True):
             try:
-                answer: object = chat.parse(ids)
+                answer: object = chat.parse(scorer.tokenizer.decode_behind(ids))
             except ValueError as error:
                 answer = str(error)
             right = answer == turns[i].wanted and ended == "eos"
@@ -106,12 +111,13 @@ def score_dialogs(name: str, dialogs: list[dict], scorer: Scorer) -> dict:
                           "resps": [[answer]], "acc": float(right)}
         progress.add(min(len(batch) * world.size, len(turns) - progress.done))
     progress.close()
-    scorer.samples[name] = [samples[i] for i in sorted(samples)]
+    everyone = {i: row for part in world.gather(samples) for i, row in part.items()}
+    scorer.samples[name] = [everyone[i] for i in sorted(everyone)]
     right, ended = world.sum(found).numpy().T > 0
     calls = np.array(["tool_calls" in turn.wanted for turn in turns])
-    whole = np.ones(len(dialogs), bool)
+    whole = ~np.isin(np.arange(len(dialogs)), cut)
     np.logical_and.at(whole, [turn.dialog for turn in turns], right)
     metrics = mean("acc", whole) | mean("answers", right) | mean("ended", ended)
     if calls.any():
         metrics |= mean("calls", right[calls])
-    return {name: metrics | {"n": len(dialogs), "cut": cut}}
+    return {name: metrics | {"n": len(dialogs), "cut": len(cut)}}

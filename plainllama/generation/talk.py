@@ -16,7 +16,7 @@ from plainllama.files import write_text
 from plainllama.generation import generate
 from plainllama.generation.tools import Tools
 from plainllama.settings import UserError
-from plainllama.text.dialogs import How, converted
+from plainllama.text.dialogs import How, Refused, converted
 from plainllama.tokens.chat import Chat
 
 ROUNDS = 8  # of calls behind a question
@@ -62,20 +62,19 @@ class Talk:
     def respond(self) -> None:
         """Answer the last question, in at most ROUNDS rounds of calls."""
         for _ in range(ROUNDS):
-            ids, text = self.generate()
+            text, whole = self.generate()
             message: dict[str, Any] = {"role": "assistant", "content": text}
-            results: list[str] = []
-            if ids is not None:
+            wrong = []
+            if whole:
                 try:
-                    message = self.chat.parse(ids)
-                    results = [self.called(call) for call in message.get("tool_calls", ())]
+                    message = self.chat.parse(text)
                 except ValueError as error:  # the model may mend it
-                    results = [f"error: {error}"]
+                    wrong = [f"error: {error}"]
             self.messages.append(message)
-            for result in results:
+            for result in wrong or map(self.called, message.get("tool_calls", ())):
                 print(f"[{result}]", flush=True)
                 self.messages.append({"role": "tool", "content": result})
-            if not results:
+            if self.messages[-1] is message:
                 return
         print(f"(stopped after {ROUNDS} rounds of calls)")
 
@@ -85,16 +84,16 @@ class Talk:
             return "error: there are no functions; say --tools=FILE.py"
         return self.tools.call(call["name"], call["arguments"])
 
-    def generate(self) -> tuple[list[int] | None, str]:
-        """Draw an answer and show it as it comes; its ids, None if Ctrl-C stopped it, and its
-        text."""
+    def generate(self) -> tuple[str, bool]:
+        """Draw an answer and show it as it comes; its text, and whether it is all of it: Ctrl-C may
+        have stopped it."""
         prompt = self.fitting()
         most = min(self.f.max_new_tokens, self.model.config.block_size - len(prompt))
         stream = generate.TextStream(self.chat.tokenizer, prompt, self.f.stop, True)
-        seed, ids = generate.row_seed(self.f.seed, self.drawn), None
+        seed, whole = generate.row_seed(self.f.seed, self.drawn), True
         self.drawn += 1
         try:
-            [(ids, ended)] = generate.generate(
+            [(_, ended)] = generate.generate(
                 self.model, [prompt], most, self.f, [seed], self.chat.tokenizer.stop_ids,
                 self.chat.tokenizer.vocab_size, lambda row, token: stream.push(token))
             stream.push()
@@ -103,8 +102,9 @@ class Talk:
         except KeyboardInterrupt:
             stream.push()
             print(" (stopped)", end="")
+            whole = False
         print(flush=True)
-        return ids, stream.text
+        return stream.text, whole
 
     def fitting(self) -> list[int]:
         """Give the ids to answer behind, without the oldest turns if the context is too short for
@@ -193,6 +193,11 @@ def talk(model: LLaMA, chat: Chat, f: Any, tools: Tools | None) -> int:
                 session.ask(line)
         except UserError as error:
             print(f"({error})", flush=True)
+        except Refused as error:  # by a template of others
+            session.undo()
+            print(f"({error})", flush=True)
+        except KeyboardInterrupt:  # while a function is called
+            print("(stopped)", flush=True)
     return 0
 
 

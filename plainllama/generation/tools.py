@@ -5,7 +5,6 @@ The file is run, in a process of its own for each call: it is the one that the u
 --tools, and its hash is said.
 """
 
-import contextlib
 import importlib.util
 import inspect
 import json
@@ -22,6 +21,7 @@ from plainllama.files import CHECKOUT, sha256
 from plainllama.settings import UserError
 
 SECONDS = 10.0  # that a call may take
+LONGEST = 10_000  # characters of a result that a talk is given
 CHILD = "from plainllama.generation.tools import run; run()"
 TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean",
                          list: "array", dict: "object", type(None): "null"}
@@ -52,9 +52,9 @@ class Tools:
         if wrong := misfit(arguments, schema["parameters"]):
             return f"error: {name}: {wrong}"
         asked = json.dumps([self.file, name, arguments])
-        try:  # what the function prints goes to the screen, by stderr
-            done = subprocess.run([sys.executable, "-c", CHILD], input=asked, text=True,
-                                  stdout=subprocess.PIPE, timeout=seconds,
+        try:  # in a session of its own: Ctrl-C is for the talk, which then ends the call
+            done = subprocess.run([sys.executable, "-c", CHILD], input=asked, encoding="utf-8",
+                                  stdout=subprocess.PIPE, timeout=seconds, start_new_session=True,
                                   env={**os.environ, "PYTHONPATH": str(CHECKOUT)})
         except subprocess.TimeoutExpired:
             return f"error: {name} took longer than {seconds:g} s"
@@ -64,13 +64,17 @@ class Tools:
 def run() -> None:
     """Make the call that stands on standard input, in a process of its own; write what it gives."""
     file, name, arguments = json.load(sys.stdin)
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            value = functions_of(file)[name](**arguments)
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        except Exception as error:  # the user's code may raise anything
-            text = f"error: {type(error).__name__}: {error}"
-    sys.stdout.write(text)
+    result = os.dup(1)
+    os.dup2(2, 1)  # what the function prints, or a program that it starts, goes to the screen
+    try:
+        value = functions_of(file)[name](**arguments)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        text = f"error: {type(error).__name__}: {error}"
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]} ... (the first of {len(text):,} characters)"
+    with open(result, "w", encoding="utf-8", errors="replace") as pipe:
+        pipe.write(text)
 
 
 def functions_of(file: str) -> dict[str, Callable]:
@@ -90,12 +94,17 @@ def functions_of(file: str) -> dict[str, Callable]:
 def schema_of(function: Callable) -> dict:
     """Describe a function as JSON schemas do: its name, the first paragraph of its docstring, and
     the types of its parameters; those without a default are required."""
-    hints = typing.get_type_hints(function)
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception as error:  # it may name what is not there
+        raise UserError(f"--tools: the types of {function.__name__}(): {error}") from None
     properties: dict[str, dict] = {}
     required = []
     for name, parameter in inspect.signature(function).parameters.items():
-        if name not in hints or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise UserError(f"--tools: {function.__name__}() says no type for its parameter {name}")
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if name not in hints or not named:
+            raise UserError(f"--tools: {function.__name__}() says no type for its parameter {name}"
+                            ", or does not take it by its name")
         properties[name] = type_of(hints[name], f"{function.__name__}({name})")
         if parameter.default is parameter.empty:
             required.append(name)

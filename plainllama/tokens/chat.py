@@ -107,9 +107,9 @@ class Chat:
                         [other for other in whole.ends if other <= end])
         return kept, int(whole.learned[end:].sum())
 
-    def parse(self, ids: Iterable[int]) -> dict:
-        """Read an answer's ids, without its <|end|>, as a message; ValueError as parsed() has."""
-        return parsed(self.tokenizer.decode_behind(list(ids)))
+    def parse(self, text: str) -> dict:
+        """Read an answer, as it is decoded, as a message; ValueError as parsed() has."""
+        return parsed(text)
 
     def show(self, ids: np.ndarray, learned: np.ndarray, colour: bool) -> str:
         """Spell a dialog token by token: the learned ones coloured or, without `colour`, in

@@ -246,9 +246,8 @@ class ModelChat(Chat):
         self.check(text, messages, tools, mark)
         return self.ids(text, mark).tolist()
 
-    def parse(self, ids) -> dict:
-        """Read an answer's ids, without what ends it, as a message; ValueError as parsed() has."""
-        text = self.tokenizer.decode_behind(list(ids))
+    def parse(self, text: str) -> dict:
+        """Read an answer, as it is decoded, as a message; ValueError as parsed() has."""
         return parsed(text.removeprefix(self.template.begin))
 
     def prepared(self, messages: list[dict], tools: list[dict] | None) -> tuple[list, list, str]:
