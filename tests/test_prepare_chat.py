@@ -152,7 +152,8 @@ def test_an_array_is_read_as_it_comes(tmp_path):
     rows = [{"text": text, "n": [i, {"x": "]}"}]} for i, text in enumerate(texts)]
     layouts = {"a": json.dumps(rows), "b": json.dumps(rows, indent=1, ensure_ascii=False),
                "c": " \n[" + "\n,\n".join(map(json.dumps, rows)) + "\n]\n ",
-               "d": "\n".join(map(json.dumps, rows)), "e": "\ufeff" + json.dumps(rows)}
+               "d": "\n".join(map(json.dumps, rows)), "e": "\ufeff" + json.dumps(rows),
+               "f": json.dumps(rows) + " " * (3 << 20)}
     for name, text in layouts.items():
         assert len(text) > 2 << 20
         for ending, pack in (("", bytes), (".gz", gzip.compress), (".zst", zst)):
@@ -187,7 +188,7 @@ def test_an_array_that_is_broken_off_is_damage_wherever_that_is(tmp_path):
     assert texts == ["c", "d"]
     assert dropped == {"not an object": {"count": 3, "first": "a.json object 1"},
                        "text is not a string": {"count": 1, "first": "a.json object 6"}}
-    for bad in ("[{]", '[{"text": "a"} x]', "[" * 100_000, '[{"text": \xff}]'):
+    for bad in ("[{]", '[{"text": "a"} x]', "[" * 9, '{"text":' * 100_000, '[{"text": \xff}]'):
         path.write_bytes(bad.encode("latin-1"))
         with pytest.raises(UserError, match="is damaged or cut short"):
             objects(path)
@@ -272,7 +273,11 @@ def test_dialogs_are_held_out_whole(tmp_path, monkeypatch):
             for i in range(3)]
     for rows in (long, ROWS):
         (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
-        texts, _ = read(str(tmp_path / "a.jsonl"))
+        with monkeypatch.context() as patch:  # over which a text is cut up
+            patch.setattr("plainllama.text.documents.DOCUMENT", 20)
+            patch.setattr("plainllama.text.documents.chunks_of", None)
+            texts, _ = read(str(tmp_path / "a.jsonl"))
+        assert len(texts) == len(rows)
         _, parts = survey(str(tmp_path / "a.jsonl"), train_on="last")
         hold_out = choose_hold_out(parts, 0.1, dialogs=True)
         splits = [*placed(documents(parts, Tally()), hold_out)]
