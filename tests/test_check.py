@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import documents, metrics, run_script, write_data_set
 
 import model
+import prepare
 import train
 from model import causal
 from model import initial_weight as real
@@ -219,3 +220,22 @@ def test_replay_shows_the_rows_of_any_step(home, capsys):
     assert np.array_equal(rows.rows(36, 2), rows.read_windows(rows.window_of(36, 2)))
     with pytest.raises(settings.UserError, match="seed=1337, now it is 1"):
         train.main(parse(["toy.py", "--replay=1", "--seed=1"], "", train.Flags))
+
+
+def test_a_sound_set_of_dialogs_passes(tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": f" {i} {'is it? ' * (i % 9)}", "response": f"yes <|end|> {i}"}
+            for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "toy.py").write_text(
+        "dataset = 'd'\ndocuments = 'chat'\nsources = 'rows.jsonl'\ntokenizer = 'bytes'\n"
+        "n_layer = 2\nn_head = 2\nd_model = 32\nd_ff = 64\nblock_size = 64\ndevice = 'cpu'\n"
+        "global_batch_tokens = 256\nmicro_batch = 2\n")
+    monkeypatch.chdir(tmp_path)
+    assert prepare.main(parse(["toy.py"], "", prepare.Flags)) == 0
+    assert check() == 0
+    out = capsys.readouterr().out
+    assert "agree: 0 of 32 documents" in out and "all of it holds" in out
+    words = tokenizer.Tokenizer.load(tmp_path / "data/d")
+    monkeypatch.setattr(tokenizer.Tokenizer, "load", lambda _: words)
+    monkeypatch.setattr(words, "encode_behind", lambda text: words.encode(text.upper()))
+    assert check() == 1 and "agree: 32 of 32 documents" in capsys.readouterr().out

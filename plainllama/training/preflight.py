@@ -123,7 +123,8 @@ class Trial:
         must(found, "the first token file holds no document")
         special = {words.bos_id, words.eos_id}
         texts = [words.decode([i for i in ids.tolist() if i not in special]) for ids in found]
-        again = words.encode_documents(texts)
+        again = ([spelled_again(words, ids) for ids in found] if self.split.masked else
+                 words.encode_documents(texts))
         other = [text for text, a, b in zip(texts, found, again, strict=True)
                  if not np.array_equal(a, b)]
         first = f", the first: {other[0][:60]!r}" if other else ""
@@ -249,6 +250,16 @@ def stored_documents(split: shards.Split) -> Iterator[np.ndarray]:
     ids = split.shard(0)
     for start, end in pairwise([*split.index(0)[:33].tolist(), len(ids)][:33]):
         yield ids[start:end]
+
+
+def spelled_again(words: tokenizer.Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Decode and encode again each text that stands behind a special token of a dialog."""
+    special = np.isin(ids, list(words.special_ids.values()))
+    before, *parts = np.split(ids, np.flatnonzero(special))
+    for part in parts:
+        text = words.encode_behind(words.decode_behind(part[1:]))
+        before = np.concatenate([before, part[:1], text], dtype=ids.dtype, casting="unsafe")
+    return before
 
 
 def reference(weight: Callable[[str], Tensor], c: ModelConfig, ids: Tensor) -> Tensor:
