@@ -5,7 +5,8 @@
   sample.py --prompts=F.jsonl --out=G.jsonl
                                    rows {"prompt": ...} -> the same rows in the same order, with
                                    `completion` and `stop` added; rows {"messages": ...}, also with
-                                   "tools", get the `message` that answers too
+                                   "tools", get the `message` that answers too (as JSON text in
+                                   a .parquet)
   sample.py --prompts=F.jsonl --out=G.parquet --embed=mean
                                    the same rows with `embedding`, the model's states, added
 

@@ -10,7 +10,7 @@ from test_chat import made
 import sample
 from plainllama.command import parse
 from plainllama.evaluation import dialogs
-from plainllama.generation import generate, talk, tools
+from plainllama.generation import generate, prompt_files, talk, tools
 from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.text.dialogs import Refused
@@ -126,10 +126,11 @@ def test_commands(session, monkeypatch, capsys, tmp_path):
     file = tmp_path / "t.json"
     session.answers += ["One.", "Other.", "Two.", "Three.", "Four."]
     run(session, monkeypatch, "/undo", "a", "/retry", f"/save {file}", "/system", "b", "/undo", "c",
-        "/reset", f"/load {file}", "d", "/tools", "/nonsense", "/save", "/load nowhere")
+        "/reset", f"/load {file}", "d", "/tools", "/nonsense", "/save", "/load nowhere",
+        "/save nowhere/t.json")
     out = capsys.readouterr().out
     assert "nothing yet" in out and "/retry" in out and "/save needs a file" in out
-    assert "nowhere holds no talk" in out
+    assert out.count("No such file") == 2
     saved = json.loads(file.read_text())["messages"]
     assert [message["content"] for message in saved] == ["Be brief.", "a", "Other."]
     prompt = session.chat.prompt
@@ -274,6 +275,27 @@ def test_files_without_functions_are_refused(tmp_path, text, message):
 def test_options_that_do_not_go_together(words, message):
     with pytest.raises(UserError, match=message):
         sample.main(parse(words, "", sample.Flags, "files"))
+
+
+def test_messages_of_unlike_calls_fit_into_a_parquet(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in "abc"]
+    made = [{"message": {"role": "assistant", "content": "", "tool_calls": [
+        {"name": "f", "arguments": arguments}]}} for arguments in ({}, {"a": 1}, {"a": "é"})]
+    with open(tmp_path / "G.parquet", "wb") as file:
+        prompt_files.Prompts(rows).write_to(file, ".parquet", made)
+    found = pq.read_table(tmp_path / "G.parquet").to_pylist()
+    assert [json.loads(row["message"]) for row in found] == [row["message"] for row in made]
+    assert [row["messages"] for row in found] == [row["messages"] for row in rows]
+
+
+def test_rows_that_a_parquet_cannot_hold_are_refused_at_once(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    row = {"messages": [{"role": "user", "content": "a"}], "tools": [{"parameters": {}}]}
+    (tmp_path / "F.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="do not fit into"):
+        sample.main(parse([f"--prompts={tmp_path}/F.jsonl", f"--out={tmp_path}/G.parquet"], "",
+                          sample.Flags, "files"))
 
 
 # ---- dialogs as a task

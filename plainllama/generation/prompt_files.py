@@ -70,8 +70,8 @@ class Prompts(NamedTuple):
     complete: bool = False
 
     def write_to(self, file: Any, kind: str, made: list[dict]) -> None:
-        """Write the rows with what was made of each: as a table, embeddings as lists of fp32, or as
-        lines of JSON."""
+        """Write the rows with what was made of each: as a table, embeddings as lists of fp32 and
+        messages, whose calls have fields of their own, as JSON; or as lines of JSON."""
         if kind.lower() != ".parquet":
             file.writelines(as_line(row | new) for row, new in zip(self.rows, made, strict=True))
             return
@@ -87,6 +87,8 @@ class Prompts(NamedTuple):
             if name == "embedding":
                 states = np.frombuffer(b"".join(map(base64.b64decode, column)), "<f4")
                 column = pa.FixedSizeListArray.from_arrays(states, len(states) // len(made))
+            elif name == "message":
+                column = [json.dumps(message, ensure_ascii=False) for message in column]
             table = table.append_column(name, pa.array(column))
         pq.write_table(table, file)
 
@@ -123,7 +125,7 @@ def read_prompts(f: Any) -> Prompts:
         prompts = Prompts([row for row in rows for _ in range(copies)], table, out.exists())
         with open(os.devnull, "wb") as nowhere:
             prompts.write_to(nowhere, out.suffix, [{}] * len(prompts.rows))
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, ArithmeticError, NotImplementedError) as error:
         raise UserError(f"{path}: its rows do not fit into {out}: {error}; change --out") from None
     return prompts
 

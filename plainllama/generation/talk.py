@@ -145,7 +145,7 @@ class Talk:
         """Go on with a talk that was saved. UserError if the file holds none."""
         try:
             text, _ = converted(json.loads(Path(file).read_text(encoding="utf-8")), How())
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} holds no talk: {error}") from None
         self.messages = json.loads(text)["messages"]
         print(f"({len(self.messages)} messages from {file})")
@@ -191,7 +191,7 @@ def talk(model: LLaMA, chat: Chat, f: Any, tools: Tools | None) -> int:
                     break
             elif line.strip():
                 session.ask(line)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"({error})", flush=True)
         except Refused as error:  # by a template of others
             session.undo()
