@@ -180,7 +180,7 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
     if complete:
         with contextlib.suppress(OSError):  # of a folder that may only be read
             write_json(folder / SEEN, seen)
-    if not complete:
+    else:
         begun = {"recipe": recipe, "source": records}
         rest = make_parts(config, folder, share, begun, parts, seen)
         if not rest:
@@ -195,6 +195,8 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
                 path.unlink()
         raise UserError(f"{folder}: its train split has {tokens:,} tokens, fewer than one row of "
                         f"block_size {config.block_size} + 1; give more text or lower block_size")
+    if "by_source" in state:
+        takes(shards.Split(folder, "train", state))  # refuses a source of which nothing is left
     if not complete:
         shards.write_manifest(folder, state)
     shutil.rmtree(folder / NOTES, ignore_errors=True)
@@ -321,21 +323,19 @@ def print_sources(folder: Path, manifest: dict) -> None:
     """Print of each source of dialogs what came of its rows, and its share of what is learned in
     an epoch."""
     split = shards.Split(folder, "train", manifest)
-    often, learned = takes(split), split.learned_counts()
-    sizes = [split.entries[name]["documents"] for name in split.names]
-    source_of = np.repeat([manifest["source_of"][name] for name in split.names], sizes)
-    shown = np.bincount(source_of, often * learned, len(manifest["by_source"]))
-    dialogs = np.bincount(source_of, often, len(manifest["by_source"]))
-    print(f"{'source':24}{'rows':>10}{'dropped':>10}{'repeats':>10}{'kept':>10}{'tokens':>13}"
+    often, count = takes(split), len(manifest["by_source"])
+    shown = np.bincount(split.sources(), often * split.learned_counts(), count)
+    dialogs = np.bincount(split.sources(), often, count)
+    print(f"{'source':24}{'rows':>10}{'dropped':>10}{'left out':>10}{'kept':>10}{'tokens':>13}"
           f"{'learned':>12}{'an epoch':>10}{'share':>8}")
     for number, (source, made) in enumerate(zip(manifest["recipe"]["sources"],
                                                 manifest["by_source"], strict=True)):
-        repeats = sum(entry["count"] for rule, entry in made["dropped"].items() if rule in ASKED)
-        dropped = sum(entry["count"] for entry in made["dropped"].values()) - repeats
+        left = sum(entry["count"] for rule, entry in made["dropped"].items() if rule in ASKED)
+        dropped = sum(entry["count"] for entry in made["dropped"].values()) - left
         kept, tokens, targets = (sum(counts.get(key, 0) for counts in made["splits"].values())
                                  for key in ("documents", "tokens", "learned"))
         print(f"{source.get('name', source['path'])[-23:]:24}{rows_in(made):>10,}{dropped:>10,}"
-              f"{repeats:>10,}{kept:>10,}{tokens:>13,}{targets:>12,}{int(dialogs[number]):>10,}"
+              f"{left:>10,}{kept:>10,}{tokens:>13,}{targets:>12,}{int(dialogs[number]):>10,}"
               f"{shown[number] / shown.sum():>8.1%}")
 
 
@@ -357,10 +357,11 @@ def print_counts(manifest: dict) -> None:
     for what in ("dropped", "cut"):
         for rule, entry in manifest.get(what, {}).items():
             print(f"{entry['count']:>14,} {what}: {rule} (first: {entry['first']})")
-    print(f"{'':8}{'documents':>12}{'tokens':>16}{'MB':>10}{'bytes/token':>13}{'longest':>11}")
+    unit, rate = ("learned", "learned") if "by_source" in manifest else ("bytes", "bytes/token")
+    print(f"{'':8}{'documents':>12}{'tokens':>16}{'MB':>10}{rate:>13}{'longest':>11}")
     for split, n in splits.items():
         print(f"{split:8}{n['documents']:>12,}{n['tokens']:>16,}{n['bytes'] / 1e6:>10,.1f}"
-              f"{n['bytes'] / max(n['tokens'], 1):>13.3f}{n['longest']:>11,}")
+              f"{n.get(unit, 0) / max(n['tokens'], 1):>13.3f}{n['longest']:>11,}")
     share = splits["val"]["bytes"] / max(1, sum(n["bytes"] for n in splits.values()))
     asked = manifest["recipe"].get("val_fraction", share)
     if abs(share - asked) > selection.NEARLY * asked:

@@ -333,6 +333,28 @@ def test_dialogs_of_standard_input(tmp_path):
     assert len(stored(tmp_path / "data/d")) == 40
 
 
+def test_a_set_that_no_run_could_take_is_not_complete(tmp_path, monkeypatch):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(jsonl(ROWS))
+    with pytest.raises(UserError, match=r"no dialog of b.jsonl is left to train on"):
+        inside(tmp_path, monkeypatch, documents="chat", dedup="exact", block_size=64, sources=[
+            {"path": "a.jsonl", "weight": 1}, {"path": "b.jsonl", "weight": 1}])
+    assert not list(tmp_path.glob("data/*/manifest.*"))
+
+
+def test_what_is_counted_is_printed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS + ROWS[:2]))
+    folder = inside(tmp_path, monkeypatch, documents="chat", dedup="exact", block_size=64,
+                    sources="a.jsonl")
+    out, n = capsys.readouterr().out, shards.read_manifest(folder)["splits"]["train"]
+    line = next(line for line in out.splitlines() if line.startswith("train "))
+    assert line.split()[-2] == f"{n['learned'] / n['tokens']:.3f}"  # of JSON there are more bytes
+    table = [line.split("  ") for line in out.splitlines() if "left out" in line or "a.js" in line]
+    head, row = [[word.strip() for word in words if word.strip()] for words in table[-2:]]
+    assert dict(zip(head, row, strict=True)) | {"rows": "42", "dropped": "0", "left out": "2"} == (
+        dict(zip(head, row, strict=True)))
+
+
 IDLE = {"documents": "text"}
 
 

@@ -226,8 +226,7 @@ def takes(split: Split) -> np.ndarray:
     if split.split != "train" or not any({"count", "weight"} & source.keys() for source in sources):
         return often
     learned = split.learned_counts()
-    sizes = [split.entries[name]["documents"] for name in split.names]
-    source_of = np.repeat([split.manifest["source_of"][name] for name in split.names], sizes)
+    source_of = split.sources()
     share = learned.sum() / (sum(source.get("weight", 0) for source in sources) or 1)
     for number, source in enumerate(sources):
         own = np.flatnonzero(source_of == number)

@@ -221,6 +221,11 @@ class Split:
         bits = self.beside(i, ".mask", "u1")[first // 8:ceil_div(last, 8)]
         return np.unpackbits(bits, bitorder="little")[first % 8:][:stop - start].astype(bool)
 
+    def sources(self) -> np.ndarray:
+        """Give the number of the source that each document is of (documents,)."""
+        sizes = [entry["documents"] for entry in self.entries.values()]
+        return np.repeat([self.manifest["source_of"][name] for name in self.names], sizes)
+
     def learned_counts(self) -> np.ndarray:
         """Count the learned tokens of each document (documents,)."""
         return np.concatenate([self.beside(i, ".num", "<u4").astype(np.int64)
