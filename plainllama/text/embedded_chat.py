@@ -9,6 +9,7 @@ names and words, and other ways to ask: the pieces of both are the same.
 import datetime
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import IO
@@ -17,11 +18,7 @@ COUNT, SEED = 8000, 1  # of the training dialogs
 HELD_OUT = 6  # one of so many numbers, names, words and ways to ask is for held-out dialogs alone
 OPENINGS = ["", "Please tell me: ", "Hi. ", "Well, ", "Now, ", "One question: ", "Ok. ", "Hm, ",
             "Quickly: "]
-STARTS = ["Mi", "Ta", "Lo", "Ve", "Sa", "Ri", "No", "Ka", "Du", "Pe", "Bo", "Ju", "Fi", "Ha", "Ge",
-          "Wo", "Zu", "Che", "Bra", "Sto"]
-MIDDLES = ["", "", "la", "ri", "ne", "do", "tu", "ma", "be", "so"]
-ENDS = ["ra", "lin", "mo", "ton", "vi", "da", "sel", "ko", "ben", "nu", "gar", "tis", "fa", "hem",
-        "pu", "wick", "yo", "zan", "rel", "s"]
+CONSONANTS, VOWELS, LAST = "bdfghjklmnprstvwz", "aeiou", ["", "", "n", "r", "s", "l", "m"]
 SCHEMAS = {name: {"name": name, "parameters": {"type": "object", "properties": {
     argument: {"type": "string"}}}} for name, argument in (("calculator", "expression"),
                                                            ("weekday", "date"))}
@@ -47,8 +44,6 @@ class Maker:
     def __init__(self, split: str, seed: int):
         self.held_out = split == "held_out"
         self.draw = random.Random(f"{split}/{seed}")
-        names = ["".join(parts) for parts in product(STARTS, MIDDLES, ENDS)]
-        self.names = self.share(list(dict.fromkeys(names)))
         self.numbers = self.share(list(product(range(2, 100), range(2, 100))))
         self.days = self.share([datetime.date(2001, 1, 1) + datetime.timedelta(n)
                                 for n in range(9000)])
@@ -57,6 +52,15 @@ class Maker:
         """Take this split's part of what is drawn from: another for each split."""
         shuffled = random.Random(len(whole)).sample(whole, len(whole))
         return [item for i, item in enumerate(shuffled) if (i % HELD_OUT == 0) == self.held_out]
+
+    def name(self) -> str:
+        """Make a name of two or three syllables: too many to be known by heart, and so copied."""
+        while True:
+            syllables = [self.draw.choice(CONSONANTS) + self.draw.choice(VOWELS)
+                         for _ in range(self.draw.choice([2, 2, 3]))]
+            name = "".join([*syllables, self.draw.choice(LAST)]).capitalize()
+            if (zlib.crc32(name.encode()) % HELD_OUT == 0) == self.held_out:
+                return name
 
     def asking(self, *ways: str) -> str:
         """Ask in one of the ways, behind an opening."""
@@ -73,7 +77,7 @@ class Maker:
         turns = [turn for make in draw.choices(kinds, [3, 3, 3, 1], k=draw.randint(0, 2))
                  for turn in make(tools)]
         told = draw.sample(list(FACTS), draw.randint(0 if turns else 1, 2))
-        names = dict(zip(told, draw.sample(self.names, len(told)), strict=True))
+        names = {fact: self.name() for fact in told}
         before = [turn for fact in told for turn in spoken(
             self.asking(FACTS[fact].format(names[fact])), f"I see: {names[fact]}.")]
         asked = [turn for fact in draw.sample(told, draw.randint(min(1, len(told)), len(told)))
@@ -99,7 +103,7 @@ class Maker:
 
     def word(self, tools: list[str]) -> list[dict]:
         """Ask for a word in another form."""
-        word, way = self.draw.choice(self.names).lower(), self.draw.choice(list(WORDS))
+        word, way = self.name().lower(), self.draw.choice(list(WORDS))
         return spoken(self.asking(way.format(word)), WORDS[way](word))
 
     def talk(self, tools: list[str]) -> list[dict]:
