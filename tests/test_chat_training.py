@@ -17,7 +17,7 @@ from plainllama.command import parse
 from plainllama.files import file_entry, read_json, sha256
 from plainllama.settings import UserError
 from plainllama.tokens import shards
-from plainllama.tokens.rows import FitRows, to_batch
+from plainllama.tokens.rows import BEGINS, FitRows, to_batch
 from plainllama.weights.huggingface import load_model
 
 CONFIG = """
@@ -139,10 +139,13 @@ def test_epochs_are_passes_over_the_rows(home, capsys):
     assert (home / f"out/talk/checkpoints/step_{steps}").is_dir()
 
 
-def test_a_few_rows_are_learned_by_heart(home):
+def test_a_few_rows_are_learned_by_heart(home, capsys):
     assert run("--overfit_rows=2", "--max_steps=150", "--eval_interval=1000",
                "--save_interval=1000") == 0
     assert losses(home / "out/talk")[-1] < 0.5
+    split = shards.Split(home / "data/talk", "train", shards.read_manifest(home / "data/talk"))
+    rows = FitRows(split, T, 1337).read_windows(range(2))
+    assert f"{T} tokens in talk: {(rows >= BEGINS).sum()} documents" in capsys.readouterr().out
 
 
 def test_options_that_dialogs_do_not_have_are_refused(home):

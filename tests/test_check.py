@@ -235,6 +235,8 @@ def test_a_sound_set_of_dialogs_passes(tmp_path, monkeypatch, capsys):
     assert check() == 0
     out = capsys.readouterr().out
     assert "agree: 0 of 32 documents" in out and "all of it holds" in out
+    assert train.main(parse(["toy.py", "--replay=2", "--overfit_rows=1"], "", train.Flags)) == 0
+    assert "<|end|><|assistant|>[[yes <|end|> " in capsys.readouterr().out
     words = tokenizer.Tokenizer.load(tmp_path / "data/d")
     monkeypatch.setattr(tokenizer.Tokenizer, "load", lambda _: words)
     monkeypatch.setattr(words, "encode_behind", lambda text: words.encode(text.upper()))

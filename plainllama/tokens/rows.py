@@ -171,16 +171,15 @@ class FitRows(DocumentRows):
             units, learned = np.repeat(units, takes(split)), split.learned_counts()
         order, begins = best_fit(sizes[units], block_size + 1)
         units = units[order]
-        self.begins = np.append(begins, len(units))  # of each row among the units, and the end
-        self.starts, self.sizes = starts[units], sizes[units]
-        self.learned = np.add.reduceat(learned[units], begins)  # of each row
-        self.filled = np.add.reduceat(self.sizes, begins)
         self.windows = min(len(begins), limit or len(begins))
+        self.starts, self.sizes = starts[units], sizes[units]
+        # of each row: its begin among the units, and the last one's end; learned, and all tokens
+        self.begins = np.append(begins, len(units))[:self.windows + 1]
+        self.learned = np.add.reduceat(learned[units], begins)[:self.windows]
+        self.filled = np.add.reduceat(self.sizes, begins)[:self.windows]
 
     def opening(self) -> list[int]:
-        """Give the ids of the first dialog before its first answer, [] of text."""
-        if not self.split.masked:
-            return []
+        """Give the ids of the first dialog before its first answer."""
         end = int(self.first[1])
         return self.split.read(0, end)[:self.split.read_mask(0, end).argmax()].tolist()
 
@@ -213,7 +212,7 @@ class FitRows(DocumentRows):
         learned = self.learned.sum() / self.filled.sum()
         empty = 1 - self.filled.mean() / (self.block_size + 1)
         return (f"{self.windows:,} rows of {self.block_size} tokens in {self.split.folder.name}: "
-                f"{len(self.starts):,} documents, {learned:.1%} of the tokens learned, {empty:.1%} "
+                f"{self.begins[-1]:,} documents, {learned:.1%} of the tokens learned, {empty:.1%} "
                 f"of the rows empty; {rows / self.windows:.2f} epochs")
 
 

@@ -14,7 +14,8 @@ from plainllama.parallel import World
 from plainllama.settings import Settings, UserError, check_keys, deciding, settle_packing
 from plainllama.text.sources import described
 from plainllama.tokens import tokenizer
-from plainllama.tokens.rows import Rows, hash_of_data, ids_of, training_rows
+from plainllama.tokens.rows import CONTEXT, PAD, Rows, hash_of_data, ids_of, training_rows
+from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.training import optim
 from plainllama.training.engine import architecture
@@ -227,7 +228,8 @@ def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> Non
 
 
 def replay(config: Settings, manifest: dict, step: int) -> int:
-    """Print the text of the rows that made step `step` of metrics.jsonl; the exit code."""
+    """Print the text of the rows that made step `step` of metrics.jsonl, of dialogs with [[...]]
+    around what is learned; the exit code."""
     run, data = Path(config.out_dir), Path("data") / config.dataset
     if there := steps_of(run):
         state, data_hash = checkpoint.read_state(there[0]), hash_of_data(data, config)
@@ -243,12 +245,14 @@ def replay(config: Settings, manifest: dict, step: int) -> int:
         following = min(s for s in known if s >= step)
         batch = (known[following] - known[last]) // (following - last)
     rows, words = training_rows(data, manifest, config), tokenizer.Tokenizer.load(data)
+    chat = None if config.documents == "text" else chat_of(words)
     first = known[last] + (step - 1 - last) * batch
     windows = rows.window_of(first, batch)
     print(f"step {step}: rows {first} to {first + batch - 1}")
-    for row, ids in enumerate(rows.read_windows(windows)):
-        print(f"--- row {first + row}: window {windows[row]} of the train split\n"
-              f"{words.decode(ids_of(ids))}")
+    for row, flagged in enumerate(rows.read_windows(windows)):
+        ids, learned = ids_of(flagged), flagged[flagged != PAD] < CONTEXT
+        print(f"--- row {first + row}: window {windows[row]} of the train split")
+        print(chat.show(ids, learned, colour=False) if chat else words.decode(ids))
     return 0
 
 
