@@ -46,7 +46,7 @@ class Flags:
     part: str = key("", "i/n: only the i-th of n shares of the work, i from 1 to n")
     verify: str = key("", "check every byte of the data set in this folder")
     inspect: str = key("", "show what the data set in this folder holds")
-    show: int = key(0, "print so many dialogs as tokens, what is learned of them marked", low=0)
+    show: int = key(0, "print so many dialogs of the set as tokens, what is learned marked", low=0)
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before anything slow is loaded
@@ -340,11 +340,12 @@ def print_sources(folder: Path, manifest: dict) -> None:
 
 
 def show(folder: Path, manifest: dict, count: int) -> None:
-    """Print the first dialogs of a set as tokens, what is learned of them coloured."""
+    """Print some dialogs of a set, from all over it, as tokens, what is learned of them
+    coloured."""
     split, chat = shards.Split(folder, "train", manifest), chat_of(Tokenizer.load(folder))
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    starts = [*split.index(0)[:count + 1].tolist(), len(split.shard(0))]
-    for first, last in list(pairwise(starts))[:count]:
+    bounds, count = split.bounds().tolist(), min(count, split.documents)
+    for first, last in list(pairwise(bounds))[::split.documents // count][:count]:
         print("---")
         print(chat.show(split.read(first, last), split.read_mask(first, last), colour))
 
@@ -388,11 +389,9 @@ def inspect(folder: Path) -> int:
         print(f"{name}: {json.dumps(manifest[name])[:1000]}")
     print_counts(manifest)
     for split in (shards.Split(folder, name, manifest) for name in ("train", "val")):
-        if split.names:
-            tokens, starts = split.shard(0), split.index(0)[:4].tolist()
-            for start, end in list(zip(starts, [*starts[1:], len(tokens)], strict=True))[:3]:
-                text = tokenizer.decode(tokens[start:min(end, start + 64)]).strip()
-                print(f"{split.split}, {end - start:,} tokens: {text.partition(chr(10))[0]}")
+        for start, end in pairwise(split.bounds()[:4].tolist()):
+            text = tokenizer.decode(split.read(start, min(end, start + 64))).strip()
+            print(f"{split.split}, {end - start:,} tokens: {text.partition(chr(10))[0]}")
     return 0
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from test_prepare import inside, run, zst
 
+import prepare
 from plainllama.settings import Settings, UserError, check_keys
 from plainllama.text import records
 from plainllama.text.documents import Tally, documents
@@ -353,6 +354,23 @@ def test_what_is_counted_is_printed(tmp_path, monkeypatch, capsys):
     head, row = [[word.strip() for word in words if word.strip()] for words in table[-2:]]
     assert dict(zip(head, row, strict=True)) | {"rows": "42", "dropped": "0", "left out": "2"} == (
         dict(zip(head, row, strict=True)))
+
+
+def test_dialogs_from_all_over_the_set_are_shown(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl([
+            {"prompt": f"{name} {i}", "response": "yes"} for i in range(10)]))
+    folder = inside(tmp_path, monkeypatch, documents="chat",
+                    sources=["a.jsonl", "b.jsonl", "c.jsonl"])
+    capsys.readouterr()
+    manifest = shards.read_manifest(folder)
+    for count, lines in ((6, 6), (1, 1), (1000, manifest["splits"]["train"]["documents"])):
+        prepare.show(folder, manifest, count)
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[::2] == ["---"] * lines
+        assert all("<|end|><|assistant|>[[yes<|end|>]]" in line for line in shown[1::2])
+        names = {line.removeprefix("<s><|user|>")[0] for line in shown[1::2]}
+        assert names == (set("a") if count == 1 else set("abc"))
 
 
 IDLE = {"documents": "text"}

@@ -115,9 +115,7 @@ class DocumentRows(Rows):
     """
 
     def __init__(self, split: Split, block_size: int, seed, limit: int = 0):
-        indices = [split.index(i).astype(np.int64) + split.starts[i]
-                   for i in range(len(split.names))]
-        self.first = np.concatenate([*indices, [split.tokens]])  # of each document, and the end
+        self.first = split.bounds()
         self.ends = np.cumsum(ceil_div(np.diff(self.first) - 1, block_size))  # in windows
         self.split, self.block_size, self.seed, self.tail = split, block_size, seed, 0
         self.windows = int(self.ends[-1]) if len(self.ends) else 0

@@ -221,6 +221,11 @@ class Split:
         bits = self.beside(i, ".mask", "u1")[first // 8:ceil_div(last, 8)]
         return np.unpackbits(bits, bitorder="little")[first % 8:][:stop - start].astype(bool)
 
+    def bounds(self) -> np.ndarray:
+        """Say where each document begins, and where the last one ends (documents + 1,)."""
+        indices = [self.index(i).astype(np.int64) + self.starts[i] for i in range(len(self.names))]
+        return np.concatenate([*indices, [self.tokens]])
+
     def sources(self) -> np.ndarray:
         """Give the number of the source that each document is of (documents,)."""
         sizes = [entry["documents"] for entry in self.entries.values()]
