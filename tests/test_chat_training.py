@@ -137,6 +137,8 @@ def test_epochs_are_passes_over_the_rows(home, capsys):
     steps = math.ceil(1.5 * windows / 8)
     assert f"epochs 1.5: {steps} steps of 8 rows" in capsys.readouterr().out
     assert (home / f"out/talk/checkpoints/step_{steps}").is_dir()
+    with pytest.raises(UserError, match="max_steps has no effect beside epochs"):
+        run("--epochs=1.5", "--max_steps=3", "--out_dir=out/other")
 
 
 def test_a_few_rows_are_learned_by_heart(home, capsys):

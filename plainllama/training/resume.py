@@ -65,6 +65,8 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
     said.append(grown)
     check_keys(config)
     if config.epochs:
+        if "max_steps" in command.overrides:
+            raise UserError("max_steps has no effect beside epochs; say one of them")
         rows = training_rows(Path("data") / config.dataset, manifest, config)
         batch = config.global_batch_tokens // config.block_size
         config.max_steps = max(1, math.ceil(config.epochs * rows.windows / batch - 1e-9))
