@@ -82,6 +82,7 @@ from plainllama.tokens.parts import (
     make_shards,
     merged,
     note_beginning,
+    what_is_lacking,
 )
 from plainllama.tokens.rows import takes
 from plainllama.tokens.shards import SEEN, files_in
@@ -187,14 +188,12 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
             return False
         state = begun | rest
     refuse_many_dropped(state, config.max_dropped)
-    tokens = state["splits"]["train"]["tokens"]
-    if tokens <= config.block_size and config.packing == "concat":
+    if lacking := what_is_lacking(config, state["splits"]):
         if not complete:  # nothing of it stays: else more text would be another source
             shutil.rmtree(folder / NOTES)
             for path in files_in(folder):
                 path.unlink()
-        raise UserError(f"{folder}: its train split has {tokens:,} tokens, fewer than one row of "
-                        f"block_size {config.block_size} + 1; give more text or lower block_size")
+        raise UserError(f"{folder}: {lacking}")
     if "by_source" in state:
         takes(shards.Split(folder, "train", state))  # refuses a source of which nothing is left
     if not complete:

@@ -343,6 +343,16 @@ def test_a_set_that_no_run_could_take_is_not_complete(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("data/*/manifest.*"))
 
 
+@pytest.mark.parametrize(("long", "split"), [("012345678", "train"), ("2", "val")])
+def test_a_split_of_which_every_dialog_is_too_long_is_lacking(tmp_path, monkeypatch, long, split):
+    rows = [{"prompt": str(i) + "q" * (90 if str(i) in long else 3), "response": "ok"}
+            for i in range(9 if split == "train" else 3)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
+    with pytest.raises(UserError, match=f"no dialog is left in its {split} split"):
+        inside(tmp_path, monkeypatch, documents="chat", sources="a.jsonl", max_dropped=1)
+    assert not list(tmp_path.glob("data/d/*"))
+
+
 def test_what_is_counted_is_printed(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS + ROWS[:2]))
     folder = inside(tmp_path, monkeypatch, documents="chat", dedup="exact", block_size=64,

@@ -262,3 +262,15 @@ def merged(folder: Path, parts: list[Part], config: Settings, tokenizer: Tokeniz
         about |= {"base": tokenizer.base, "template": sha256(folder / TEMPLATE_FILE)}
     return {"tokenizer": about, "splits": splits, "block_size": config.block_size,
             "dropped": dropped, "cut": cut, **dialogs, "files": files}
+
+
+def what_is_lacking(config: Settings, splits: dict) -> str:
+    """Say why there is too little for a run, '' if there is enough."""
+    tokens = splits["train"]["tokens"]
+    if tokens <= config.block_size and config.packing == "concat":
+        return (f"its train split has {tokens:,} tokens, fewer than one row of block_size "
+                f"{config.block_size} + 1; give more text or lower block_size")
+    empty = [split for split in splits if not splits[split]["documents"]]
+    if empty and config.documents != "text":
+        return f"no dialog is left in its {empty[0]} split; give more, or a greater block_size"
+    return ""
