@@ -10,21 +10,21 @@ sources = "embedded:chat"
 tokenizer = "bytes"  # names and numbers are copied letter by letter
 val_fraction = 0.02
 
-n_layer = 3
-n_head = 6
-d_model = 192
-d_ff = 512
+n_layer = 4
+n_head = 4
+d_model = 128
+d_ff = 344
 block_size = 512
 
 global_batch_tokens = 8 * 512
-max_steps = 900
+max_steps = 1500
 optimizer = "muon"
 learning_rate = 3e-3
 min_lr = 0.0
 schedule = "linear"
-warmup_steps = 30
+warmup_steps = 40
 
 log_interval = 10
-eval_interval = 150
+eval_interval = 250
 eval_tokens = 16 * 512
-save_interval = 300
+save_interval = 500

@@ -80,7 +80,7 @@ class Maker:
         names = {fact: self.name() for fact in told}
         before = [turn for fact in told for turn in spoken(
             self.asking(FACTS[fact].format(names[fact])), f"I see: {names[fact]}.")]
-        asked = [turn for fact in draw.sample(told, draw.randint(min(1, len(told)), len(told)))
+        asked = [turn for fact in (draw.choices(told, k=draw.randint(1, 3)) if told else [])
                  for turn in spoken(self.asking(*ASKED[fact]), TOLD[fact].format(names[fact]))]
         system = [{"role": "system", "content": "Answer in one sentence."}]
         messages = [*(system if draw.random() < 0.2 else []), *before, *turns, *asked]
