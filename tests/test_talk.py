@@ -123,7 +123,8 @@ def test_a_question_that_is_too_long_is_taken_back(session, monkeypatch, capsys)
 
 
 def test_commands(session, monkeypatch, capsys, tmp_path):
-    file = tmp_path / "t.json"
+    file = tmp_path / "t.jsonl"
+    file.write_text("{}\n")
     session.answers += ["One.", "Other.", "Two.", "Three.", "Four."]
     run(session, monkeypatch, "/undo", "a", "/retry", f"/save {file}", "/system", "b", "/undo", "c",
         "/reset", f"/load {file}", "d", "/tools", "/nonsense", "/save", "/load nowhere",
@@ -131,7 +132,9 @@ def test_commands(session, monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "nothing yet" in out and "/retry" in out and "/save needs a file" in out
     assert out.count("No such file") == 2
-    saved = json.loads(file.read_text())["messages"]
+    kept, row = file.read_text().splitlines()  # what the file held stays
+    assert kept == "{}"
+    saved = json.loads(row)["messages"]
     assert [message["content"] for message in saved] == ["Be brief.", "a", "Other."]
     prompt = session.chat.prompt
     assert session.prompts[1] == session.prompts[0]  # /retry asks the same

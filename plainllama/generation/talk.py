@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from model import LLaMA
-from plainllama.files import write_text
 from plainllama.generation import generate
 from plainllama.generation.tools import Tools
 from plainllama.settings import UserError
@@ -136,15 +135,17 @@ class Talk:
         return question
 
     def save(self, file: str) -> None:
-        """Write the talk as a row of dialogs."""
+        """Add the talk to a file as a row of dialogs."""
         talk = {"messages": self.messages} | ({"tools": self.schemas} if self.schemas else {})
-        write_text(Path(file), json.dumps(talk, ensure_ascii=False) + "\n")
+        with open(file, "a", encoding="utf-8") as rows:
+            rows.write(json.dumps(talk, ensure_ascii=False) + "\n")
         print(f"({len(self.messages)} messages -> {file})")
 
     def load(self, file: str) -> None:
-        """Go on with a talk that was saved. UserError if the file holds none."""
+        """Go on with the talk in a file's last row. UserError if that is none."""
         try:
-            text, _ = converted(json.loads(Path(file).read_text(encoding="utf-8")), How())
+            *_, row = Path(file).read_text(encoding="utf-8").splitlines()
+            text, _ = converted(json.loads(row), How())
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} holds no talk: {error}") from None
         self.messages = json.loads(text)["messages"]
