@@ -144,6 +144,18 @@ def test_commands(session, monkeypatch, capsys, tmp_path):
     assert session.prompts[4] == prompt([*saved, {"role": "user", "content": "d"}])
 
 
+def test_a_talk_with_other_ends_of_lines_comes_back(session, tmp_path):
+    said = "one\u2028two\x85three\r\nfour"  # which end lines for str.splitlines, not in a file
+    session.talk.messages = talk_of((said, "Yes."))["messages"]
+    session.talk.save(tmp_path / "t.jsonl")
+    session.talk.messages = []
+    session.talk.load(tmp_path / "t.jsonl")
+    assert session.talk.messages[0]["content"] == said
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no talk"):
+        session.talk.load(tmp_path / "empty.jsonl")
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_talk(session, monkeypatch, capsys):
     session.answers += ["STOP here please", "Fine."]
     run(session, monkeypatch, "a", "b")

@@ -144,8 +144,8 @@ class Talk:
     def load(self, file: str) -> None:
         """Go on with the talk in a file's last row. UserError if that is none."""
         try:
-            *_, row = Path(file).read_text(encoding="utf-8").splitlines()
-            text, _ = converted(json.loads(row), How())
+            rows = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
+            text, _ = converted(json.loads(rows[-1]), How())
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} holds no talk: {error}") from None
         self.messages = json.loads(text)["messages"]
