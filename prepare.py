@@ -21,8 +21,8 @@ With --documents=chat a record is a dialog: messages, conversations of from and 
 and output, prompt and response, with tools where there are any; one that breaks a rule is dropped
 and counted, and more than --max_dropped of a source is an error. A dict may then say 'converter' (a
 form by its name, or FILE.py:function of your own, which is run: it takes a record and gives one in
-such a form, or None), 'fields' ({'prompt': 'question'}), 'system', 'train_on', 'max_tokens', 'name'
-and 'count' of dialogs an epoch or 'weight' by learned tokens.
+such a form, or its messages, or None), 'fields' ({'prompt': 'question'}), 'system', 'train_on',
+'max_tokens', 'name' and 'count' of dialogs an epoch or 'weight' by learned tokens.
 
 A document is held out for validation by the hash of its text. If none is, the one with the smallest
 hash is; a single document, or each of a few long ones, gives its end. A document over 16 MB becomes
@@ -56,7 +56,6 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before anyt
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 import shlex
@@ -64,7 +63,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -72,16 +71,18 @@ import numpy as np
 from plainllama.files import read_json, write_json
 from plainllama.text import selection
 from plainllama.text.documents import Part, Rules
-from plainllama.text.forms import LEFT_OUT
 from plainllama.text.sources import check_dialogs, described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
 from plainllama.tokens.parts import (
+    ASKED,
     choose_tokenizer,
     for_documents,
     make_shards,
     merged,
     note_beginning,
+    refuse_many_dropped,
+    rows_in,
     what_is_lacking,
 )
 from plainllama.tokens.rows import takes
@@ -90,8 +91,7 @@ from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 
 RECIPE = deciding("recipe")
-ASKED = ("duplicate", "near duplicate", LEFT_OUT)  # rules by which no row is bad
-WHOLE = slice(None)  # of the parts; a share is every n-th of them
+WHOLE = slice(0, None, 1)  # of the parts; a share is every n-th of them
 
 
 def main(command: CommandLine) -> int:
@@ -104,16 +104,22 @@ def main(command: CommandLine) -> int:
     if not re.fullmatch(r"\w[\w.+-]*", config.dataset):
         raise UserError(f"dataset {config.dataset!r} is not the name of a folder under data/")
     given = command.overrides
-    if "sources" in given and "dataset" not in given and not command.files:
-        raise UserError(f"--sources without a config would be {config.dataset}, with the tokenizer "
+    named = command.given if command.files else given
+    if "sources" in named and "dataset" not in named:
+        raise UserError(f"sources without a dataset would be {config.dataset}, with the tokenizer "
                         f"{config.tokenizer}; add --dataset=NAME, best also config/quickstart.py")
     share = share_of(look.part)
     for_train = {key: given[key] for key in given if key not in deciding("recipe", "prepare")}
-    idle = for_train.keys() - {"dataset", "block_size"}
+    idle = for_train.keys() - {"dataset", "block_size", "init_from"}
     if idle:
         print(f"no effect here, but on train.py: {', '.join(sorted(idle))}")
     if look.show and config.documents == "text":
         raise UserError("--show is for dialogs: --documents=chat; text is shown by --inspect")
+    if config.init_from and config.documents != "text":
+        from plainllama.training.resume import inherit  # here, since it loads torch
+
+        for remark in inherit(command, ("block_size",))[1]:
+            print(remark)
     with held(Path("data") / config.dataset, shared=share != WHOLE) as folder:
         try:
             whole = prepare(config, folder, share)
@@ -132,9 +138,7 @@ def main(command: CommandLine) -> int:
 
 def share_of(text: str) -> slice:
     """Read --part=i/n as a slice of the parts."""
-    if not text:
-        return WHOLE
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--part={text} is not i/n with i from 1 to n, such as 3/8")
     return slice(int(match[1]) - 1, None, int(match[2]))
@@ -295,36 +299,13 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
 
 # ---- what there is
 
-def refuse_many_dropped(manifest: dict, most: float) -> None:
-    """Raise UserError if rules drop more than `most` of a source's dialogs: then another converter
-    is wanted, and not what is left."""
-    sources = manifest["recipe"]["sources"]
-    for source, made in zip(sources, manifest.get("by_source", ()), strict=False):
-        broken = {rule: entry for rule, entry in made["dropped"].items() if rule not in ASKED
-                  and not rule.startswith("over max_tokens")}
-        lost = sum(entry["count"] for entry in broken.values())
-        rows = rows_in(made)
-        if lost > most * rows:
-            why = "; ".join(f"{entry['count']} {rule} (first {entry['first']})"
-                            for rule, entry in broken.items())
-            raise UserError(f"sources: {lost} of {rows} rows of {source['path']} are dropped: "
-                            f"{why}; mend it by its converter, fields or block_size, or allow "
-                            f"it with --max_dropped={math.ceil(100 * lost / rows) / 100:g}")
-
-
-def rows_in(made: dict) -> int:
-    """Count the rows that a source had."""
-    return (sum(counts["documents"] for counts in made["splits"].values())
-            + sum(entry["count"] for entry in made["dropped"].values()))
-
-
 def print_sources(folder: Path, manifest: dict) -> None:
     """Print of each source of dialogs what came of its rows, and its share of what is learned in
     an epoch."""
     split = shards.Split(folder, "train", manifest)
     often, count = takes(split), len(manifest["by_source"])
     shown = np.bincount(split.sources(), often * split.learned_counts(), count)
-    dialogs = np.bincount(split.sources(), often, count)
+    dialogs = np.bincount(split.sources(), often, count).tolist()
     print(f"{'source':24}{'rows':>10}{'dropped':>10}{'left out':>10}{'kept':>10}{'tokens':>13}"
           f"{'learned':>12}{'an epoch':>10}{'share':>8}")
     for number, (source, made) in enumerate(zip(manifest["recipe"]["sources"],
@@ -333,19 +314,26 @@ def print_sources(folder: Path, manifest: dict) -> None:
         dropped = sum(entry["count"] for entry in made["dropped"].values()) - left
         kept, tokens, targets = (sum(counts.get(key, 0) for counts in made["splits"].values())
                                  for key in ("documents", "tokens", "learned"))
+        taken = dialogs[number] / max(1, made["splits"]["train"]["documents"])
+        remark = f"  each {taken:.1f} times" * (taken > 3) + f"  {taken:.0%} of it" * (taken < 0.5)
         print(f"{source.get('name', source['path'])[-23:]:24}{rows_in(made):>10,}{dropped:>10,}"
               f"{left:>10,}{kept:>10,}{tokens:>13,}{targets:>12,}{int(dialogs[number]):>10,}"
-              f"{shown[number] / shown.sum():>8.1%}")
+              f"{shown[number] / shown.sum():>8.1%}{remark}")
+    print("an epoch: dialogs that a pass takes; share: of the learned tokens in it")
 
 
 def show(folder: Path, manifest: dict, count: int) -> None:
-    """Print some dialogs of a set, from all over it, as tokens, what is learned of them
-    coloured."""
+    """Print some dialogs of a set, of its sources in turn, from all over each, as tokens, what is
+    learned of them coloured."""
     split, chat = shards.Split(folder, "train", manifest), chat_of(Tokenizer.load(folder))
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    bounds, count = split.bounds().tolist(), min(count, split.documents)
-    for first, last in list(pairwise(bounds))[::split.documents // count][:count]:
-        print("---")
+    draw, bounds, source_of = np.random.default_rng(0), split.bounds(), split.sources()
+    own = [draw.permutation(np.flatnonzero(source_of == number))[:count]
+           for number in range(source_of.max() + 1)]
+    for i in [i for turn in zip_longest(*own) for i in turn if i is not None][:count]:
+        first, last = bounds[i:i + 2].tolist()
+        source = manifest["recipe"]["sources"][source_of[i]]
+        print("---", source.get("name", source["path"]))
         print(chat.show(split.read(first, last), split.read_mask(first, last), colour))
 
 
@@ -389,7 +377,10 @@ def inspect(folder: Path) -> int:
     print_counts(manifest)
     for split in (shards.Split(folder, name, manifest) for name in ("train", "val")):
         for start, end in pairwise(split.bounds()[:4].tolist()):
-            text = tokenizer.decode(split.read(start, min(end, start + 64))).strip()
+            ids = split.read(start, min(end, start + 64))
+            text = tokenizer.decode(ids).strip()
+            if split.masked:
+                text = chat_of(tokenizer).show(ids, split.read_mask(start, start + len(ids)), False)
             print(f"{split.split}, {end - start:,} tokens: {text.partition(chr(10))[0]}")
     return 0
 

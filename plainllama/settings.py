@@ -145,9 +145,9 @@ def install(extra: str) -> str:
     return "python -m pip install -c constraints.txt -e " + (f"'.[{extra}]'" if extra else ".")
 
 
-def nearest(name: str, known) -> str:
-    """'; did you mean X?' for a misspelt name, or ''."""
-    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+def nearest(name: str, known, least: float = 0.5) -> str:
+    """'; did you mean X?' for a misspelt name, or ''; `least`: the likeness that X must have."""
+    close = difflib.get_close_matches(name, list(known), 1, least)
     return f"; did you mean {close[0]}?" if close else ""
 
 

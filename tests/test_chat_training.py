@@ -141,6 +141,16 @@ def test_epochs_are_passes_over_the_rows(home, capsys):
         run("--epochs=1.5", "--max_steps=3", "--out_dir=out/other")
 
 
+def test_epochs_that_take_the_place_of_max_steps_or_are_many_are_said(home, capsys):
+    assert run("--epochs=0.2", "--out_dir=out/a") == 0
+    out = capsys.readouterr().out
+    assert "rows, in place of max_steps 12" in out and "times; say" not in out
+    with (home / "talk.py").open("a") as file:
+        file.write("max_steps = 1\nglobal_batch_tokens = 32 * 4000\n")
+    assert run("--out_dir=out/b", "--learning_rate=0", "--min_lr=0", "--block_size=32") == 0
+    assert "times; say epochs=3" in capsys.readouterr().out
+
+
 def test_a_few_rows_are_learned_by_heart(home, capsys):
     assert run("--overfit_rows=2", "--max_steps=150", "--eval_interval=1000",
                "--save_interval=1000") == 0

@@ -267,6 +267,9 @@ def test_each_rule_is_a_reason(messages, reason):
     ({"text": "x", "id": 1}, "no known fields (text, id)"),
     ({}, "no known fields ()"),
     ({"prompt": "q"}, "no known fields (prompt)"),
+    ({"id": 1, "mesages": []}, "no known fields (mesages; did you mean messages?)"),
+    ({"messages": [U | {"content": None, "contents": "x"}]},
+     "a message without content (contents; did you mean content?)"),
     ({"messages": 3}, "messages are not a list (3)"),
     ({"messages": "[{"}, "messages are not a list ([{)"),
     ({"messages": {"role": ["user"], "content": []}}, "messages are not a list ("),
@@ -303,7 +306,9 @@ def test_fields_are_renamed():
     for record in ({"prompt": "no", "question": "2+2?", "solution": "4"},
                    {"question": "2+2?", "solution": "4", "prompt": "no"}):
         assert read(record, **how) == said("2+2?", "4")
-    assert refused({"question": "2+2?"}, **how) == "no known fields (prompt)"
+    assert refused({"question": "2+2?"}, **how) == "no known fields (no solution)"
+    assert refused({"questions": "2+2?", "solution": "4"}, **how) == (
+        "no known fields (no question; did you mean questions?)")
 
 
 OWN = """
@@ -322,6 +327,10 @@ def wrong(record):
     return "x"
 
 
+def listed(record):
+    return dialog(record)["messages"] if "q" in record else [3]
+
+
 value = 3
 """
 
@@ -332,6 +341,8 @@ def test_a_converter_of_ones_own(tmp_path, monkeypatch):
     for name, record in (("turns", {"q": "2+2?", "a": "4"}), ("dialog", {"q": "2+2?", "a": "4"})):
         assert read(record, converter=f"own.py:{name}") == said("2+2?", "4")
         assert read(record, converter=f"{tmp_path}/own.py:{name}") == said("2+2?", "4")
+    assert read({"q": "2+2?", "a": "4"}, converter="own.py:listed") == said("2+2?", "4")
+    assert refused({}, converter="own.py:listed") == "a message is not an object (3)"
     assert refused({"q": None}, converter="own.py:turns").startswith("left out by its converter")
     assert refused({}, converter="own.py:turns") == "its converter raises KeyError ('q')"
     assert refused({"q": "x", "a": ""}, converter="own.py:turns").startswith(

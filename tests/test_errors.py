@@ -109,6 +109,13 @@ TABLE = [
     ("prepare", ["--verify=data/gone"], "no data set data/gone"),
     ("eval", ["--ckpt=out/toy", "--tasks=", "--data=other"], "another tokenizer than out/toy"),
     ("eval", ["--ckpt=out/toy", "--tasks=local:gone.jsonl"], "no file gone.jsonl"),
+    ("eval", ["--ckpt=out/toy", "--tasks=dialogs:gone.jsonl"], "no file gone.jsonl; say dialogs:F"),
+    ("eval", ["--ckpt=out/toy", "--tasks=dialogs:my.txt"], "my.txt: dialogs are rows of .jsonl"),
+    ("eval", ["--ckpt=out/toy", "--tasks=dialogs:rows.jsonl"],
+     "rows.jsonl:1 .question, choices, answer.: no known fields; .* `messages`"),
+    ("eval", ["--ckpt=out/toy", "--tasks=dialog:rows.jsonl"], "no task dialog:.*mean dialogs:"),
+    ("train", ["toy.py", "--init_from=out/nope", "--out_dir=out/new"],
+     "no folder out/nope; name a checkpoint or a run, or train"),
     ("eval", ["--ckpt=out/toy", "--tasks=local:rows.jsonl"], "rows.jsonl:1: 'answer' is 'C'"),
     # a model that is not there or is something else
     *((name, [*words, f"--ckpt={ckpt}"], says)

@@ -14,12 +14,16 @@ import pytest
 from test_prepare import inside, run, zst
 
 import prepare
+from model import ModelConfig
+from plainllama.command import parse
+from plainllama.files import write_json
 from plainllama.settings import Settings, UserError, check_keys
 from plainllama.text import records
 from plainllama.text.documents import Tally, documents
 from plainllama.text.selection import DEDUP, choose_hold_out, placed
 from plainllama.text.sources import survey
 from plainllama.tokens import shards
+from plainllama.weights.huggingface import config_json
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -124,6 +128,9 @@ def test_five_sources_in_as_many_forms(tmp_path, monkeypatch, capsys):
     assert sum(split["learned"] for split in manifest["splits"].values()) == learned
     assert out.count("its rows go through own.py:clean") == 1
     assert shards.verify(folder) == (0, [])
+    capsys.readouterr()
+    assert prepare.inspect(folder) == 0
+    assert "train, " in (out := capsys.readouterr().out) and "<s><|user|>w" in out
     # the same bytes of two workers, and another converter is another source
     two = inside(tmp_path, monkeypatch, dataset="two", workers=2, **keys)
     assert {p.name: p.read_bytes() for p in two.glob("*.???")} == {
@@ -377,10 +384,49 @@ def test_dialogs_from_all_over_the_set_are_shown(tmp_path, monkeypatch, capsys):
     for count, lines in ((6, 6), (1, 1), (1000, manifest["splits"]["train"]["documents"])):
         prepare.show(folder, manifest, count)
         shown = capsys.readouterr().out.splitlines()
-        assert shown[::2] == ["---"] * lines
+        assert shown[::2][:4] == [f"--- {name}.jsonl" for name in "abca"][:lines]
+        assert len(set(shown[1::2])) == len(shown[::2]) == lines
         assert all("<|end|><|assistant|>[[yes<|end|>]]" in line for line in shown[1::2])
         names = {line.removeprefix("<s><|user|>")[0] for line in shown[1::2]}
         assert names == (set("a") if count == 1 else set("abc"))
+
+
+def test_what_is_taken_often_or_left_is_said(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(ROWS))
+    inside(tmp_path, monkeypatch, documents="chat", sources=[
+        {"path": "a.jsonl", "count": 300}, {"path": "b.jsonl", "count": 9}, "c.jsonl"])
+    out = capsys.readouterr().out
+    (a,), (b,), (c,) = ([line for line in out.splitlines() if line.startswith(f"{name}.jsonl")]
+                        for name in "abc")
+    assert "  each 8." in a and b.endswith(" of it") and c.endswith("%"), out
+    assert "an epoch: dialogs that a pass takes" in out
+
+
+def test_dialogs_are_cut_to_the_context_of_the_model_that_goes_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    config = ModelConfig(1, 2, 16, 16, 258, 32)
+    (tmp_path / "mine").mkdir()
+    write_json(tmp_path / "mine/config.json", config_json(config, 256, None))
+    (tmp_path / "a.py").write_text("dataset = 'd'\ndocuments = 'chat'\nsources = 'a.jsonl'\n"
+                                   "tokenizer = 'bytes'\ninit_from = 'mine'\nworkers = 1\n")
+    monkeypatch.chdir(tmp_path)
+    for words, size, says in ((["a.py"], 32, "block_size = 32 (inherited from mine)"),
+                              (["a.py", "--dataset=e", "--block_size=64"], 64, "(overridden: m")):
+        assert prepare.main(parse(words, "", prepare.Flags)) == 0
+        out = capsys.readouterr().out
+        assert says in out and "n_layer" not in out
+        assert shards.read_manifest(tmp_path / "data" / words[-2][10:] if words[1:] else
+                                    tmp_path / "data/d")["block_size"] == size
+
+
+def test_sources_of_a_config_have_a_data_set_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    (tmp_path / "a.py").write_text("documents = 'chat'\nsources = 'a.jsonl'\ntokenizer = 'bytes'\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="would be openwebtext, with the tokenizer bytes; add"):
+        prepare.main(parse(["a.py"], "", prepare.Flags))
+    assert not (tmp_path / "data").exists()
 
 
 IDLE = {"documents": "text"}
@@ -395,6 +441,11 @@ IDLE = {"documents": "text"}
     ({"path": "a.jsonl", "fields": {"question": "prompt"}}, {}, "takes {our name: yours}"),
     ({"path": "a.jsonl", "fields": {"prompt": 3}}, {}, "takes {our name: yours}"),
     ({"path": "a.jsonl", "fields": "prompt"}, {}, "fields of a.jsonl takes"),
+    ({"paht": "a.jsonl"}, {}, "unknown key 'paht'; did you mean path?"),
+    ({"name": "a"}, {}, "sources: {'name': 'a'} is not a path, glob,"),
+    ({"path": "a.jsonl", "slice": "0-50"}, {}, "slice of a.jsonl is FROM:TO, not '0-50'"),
+    ({"path": "a.jsonl"}, IDLE, "'content'}\"; or say documents=chat"),
+    ({"path": "c.jsonl"}, {}, "or give a converter; or say documents=text"),
     ({"path": "a.jsonl", "convertor": "x"}, {}, "unknown key 'convertor'; did you mean converter?"),
     ({"path": "a.jsonl", "count": 0}, {}, "count of a.jsonl takes a whole number above 0, not 0"),
     ({"path": "a.jsonl", "count": 2.5}, {}, "takes a whole number above 0, not 2.5"),
@@ -403,13 +454,13 @@ IDLE = {"documents": "text"}
     ({"path": "a.jsonl", "weight": 1, "count": 1}, {}, "has a count and a weight; give one"),
     ({"path": "a.jsonl", "max_tokens": "9"}, {}, "takes a whole number above 0, not '9'"),
     ({"path": "a.jsonl", "system": None}, {}, "system of a.jsonl takes a text, not None"),
-    ([{"path": "a.jsonl", "weight": 1}, "b.jsonl"], {}, "give all of them a weight, or none"),
+    ([{"path": "a.jsonl", "weight": 1}, "b.jsonl"], {}, "a weight, or none; a count is for"),
     ({"path": "b.jsonl"}, {}, "no document is left; dropped: 1 no known fields (first b.jsonl:1 "
      "(question, answer)); say which they are, as fields={'prompt'"),
     ({"path": "a.jsonl", "converter": "prompt"}, {}, "40 no field prompt (first a.jsonl:1"),
     ({"path": "a.jsonl"}, {"min_chars": 3}, "min_chars=3 has no effect on documents=chat"),
     ({"path": "a.jsonl"}, {"max_chars": 3}, "max_chars=3 has no effect on documents=chat"),
-    *(({"path": "a.jsonl", key: value}, IDLE, f"{key} of a.jsonl has no effect on documents=text")
+    *(({"path": "a.jsonl", key: value}, IDLE, f"{key} of a.jsonl is for documents='chat'")
       for key, value in (("name", "x"), ("converter", "auto"), ("fields", {}), ("system", "x"),
                          ("count", 1), ("weight", 1), ("max_tokens", 9), ("train_on", "all"))),
     ({"path": "a.jsonl"}, IDLE | {"train_on": "all"}, "train_on=all has no effect on"),
@@ -419,6 +470,7 @@ def test_bad_sources_are_one_line_and_leave_nothing(source, keys, says, tmp_path
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
     (tmp_path / "b.jsonl").write_bytes(jsonl([{"question": "q", "answer": "a"}]))
+    (tmp_path / "c.jsonl").write_bytes(jsonl([{"text": "q"}]))
     keys = {"documents": "chat", "sources": source} | keys
     with pytest.raises(UserError) as error:
         check_keys(Settings(**keys))

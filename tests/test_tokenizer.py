@@ -438,6 +438,14 @@ def test_bad_specs(spec, found):
         tokenizer.make_tokenizer(spec, lambda: ["a little text"])
 
 
+def test_the_tokenizer_of_a_run_is_that_of_its_newest_checkpoint(tmp_path):
+    for step, size in ((9, 300), (10, 310)):
+        (tmp_path / f"checkpoints/step_{step}").mkdir(parents=True)
+        made = tokenizer.make_tokenizer(f"bpe:{size}", lambda: ["a little text of a few words"] * 9)
+        made.save(tmp_path / f"checkpoints/step_{step}")
+    assert tokenizer.make_tokenizer(str(tmp_path)).sha256 == made.sha256
+
+
 def test_the_help_names_every_maker():
     why = {field.name: field.metadata["why"] for field in fields(Settings)}["tokenizer"]
     for kind in tokenizer.MAKERS:

@@ -18,8 +18,8 @@ from plainllama.progress import Progress
 from plainllama.settings import Sampling, UserError
 from plainllama.text import embedded_chat
 from plainllama.text.dialogs import How, Refused, converted
-from plainllama.text.documents import Part, Tally, documents
-from plainllama.text.records import KINDS, Piece, kind_of, naming_damage
+from plainllama.text.documents import Tally, documents
+from plainllama.text.sources import survey
 from plainllama.tokens.chat import Chat
 from plainllama.tokens.templates import chat_of
 
@@ -45,17 +45,12 @@ def read_dialogs(name: str, limit: int) -> list[dict]:
         return [json.loads(converted(dialog, How())[0]) for dialog in made]
     if not Path(file).is_file():
         raise UserError(f"no file {file}; say dialogs:FILE.jsonl or dialogs:embedded")
-    kind = kind_of(file)
-    if kind in ("", ".txt"):
-        raise UserError(f"{file}: dialogs are rows of .jsonl, .json or .parquet")
-    whole, dropped = Piece(file, file, kind, "", os.path.getsize(file), how=How()), Tally()
-    with naming_damage(file):
-        part = Part(list(KINDS[kind].pieces(whole, 1)))
-        found = [json.loads(text) for text in documents([part], dropped)]
+    _, parts = survey({"path": file}, train_on="assistant")
+    dropped = Tally()
+    found = [json.loads(text) for text in documents(parts, dropped)]
     for rule, entry in dropped.items():
-        raise UserError(f"{entry['first']}: {rule}")
-    if not found:
-        raise UserError(f"{file} holds no dialog")
+        forms = "; rows have `messages`, or fields as prepare.py takes them"
+        raise UserError(f"{entry['first']}: {rule}{forms * rule.startswith('no known')}")
     return found[:limit or None]
 
 

@@ -16,7 +16,7 @@ from plainllama.evaluation.irt import LETTERS, Known
 from plainllama.evaluation.likelihood import Scorer, mean
 from plainllama.files import sha256_bytes
 from plainllama.parallel import World
-from plainllama.settings import UserError
+from plainllama.settings import UserError, nearest
 from plainllama.text.records import naming_damage, opened
 
 SHOTS = 5  # worked examples before a question, as MMLU has them (https://arxiv.org/abs/2009.03300)
@@ -106,6 +106,8 @@ def lm_eval_task(name: str, flags: Any, _shots: list[Item], known: Known | None)
     """Load a task or a group of tasks that lm-eval knows by name."""
     if Path(name).is_file():
         raise UserError(f"--tasks={name} is a file: say {shlex.quote(f'--tasks=local:{name}')}")
+    if close := ":" in name and nearest(f"{name.partition(':')[0]}:", MAKERS):
+        raise UserError(f"no task {name}{close}")
     loaded = lm_eval_tasks.load_task(name, flags.include_path)
     return Task(partial(lm_eval_tasks.score, name, loaded, flags.limit, known),
                 partial(lm_eval_tasks.questions, loaded, flags.limit),

@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from plainllama.text.forms import Refused, first, form_of, json_of, listed, refuse, text
+from plainllama.settings import nearest
+from plainllama.text.forms import Refused, first, form_of, json_of, listed, misspelt, refuse, text
 
 ROLES = {name: role for role, names in {
     "system": "system developer", "user": "user human prompter", "assistant":
@@ -33,11 +34,14 @@ class How:
 def converted(record: dict, how: How) -> tuple[str, int]:
     """Give a record's dialog as JSON, and how many messages behind its last answer were left out.
     Refused if it is none."""
+    lost = ""  # a field that is named and not there
     if how.fields:
         renamed = {name: record[theirs] for name, theirs in how.fields if theirs in record}
         taken = {theirs for _, theirs in how.fields}
+        lost = next((f"no {theirs}{nearest(theirs, record.keys() - taken)}"
+                     for _, theirs in how.fields if theirs not in record), "")
         record = {name: record[name] for name in record if name not in taken} | renamed
-    form, record = form_of(record, how.converter)
+    form, record = form_of(record, how.converter, lost)
     if isinstance(record.get("label"), bool):
         raise Refused("rows with a label true or false (KTO) are no dialogs to learn")
     raw = form.messages(record)
@@ -98,6 +102,8 @@ def message_of(raw: Any) -> dict:
         role, content, calls = "assistant", "", calls + calls_of(content)
     if role == "tool" and isinstance(content, dict):
         content = json_text(content)
+    if content == "" and (hint := misspelt(raw, ("content",))):
+        raise Refused("a message without content", hint)
     message = plain(role, text(content))
     message["reasoning"], message["tool_calls"] = text(reasoning), calls
     if role == "assistant":

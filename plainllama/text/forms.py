@@ -6,7 +6,7 @@ by which `auto` knows it, and a case in tests/test_dialogs.py.
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -66,8 +66,15 @@ class Form(NamedTuple):
         return ""
 
 
-def form_of(record: dict, converter: str) -> tuple[Form, dict]:
-    """Choose the form of a record, which the user's own function may have made."""
+def misspelt(names: Iterable, known: tuple[str, ...]) -> str:
+    """Name the first of some names that is nearly a known one, and that one; '' if none is."""
+    hints = ((name, nearest(str(name), known, 0.8)) for name in names if name not in known)
+    return next((f"{name}{hint}" for name, hint in hints if hint), "")
+
+
+def form_of(record: dict, converter: str, lost: str = "") -> tuple[Form, dict]:
+    """Choose the form of a record, which the user's own function may have made. Refused, for what
+    is `lost` or misspelt, if it has none."""
     if converter in CONVERTERS:
         form = CONVERTERS[converter]
         if lacking := form.lacks(record):
@@ -81,12 +88,15 @@ def form_of(record: dict, converter: str) -> tuple[Form, dict]:
             raise Refused(f"its converter raises {type(error).__name__}", error) from None
         if record is None:
             raise Refused(LEFT_OUT)
+        if isinstance(record, list):
+            record = {"messages": record}
         if not isinstance(record, dict):
             raise Refused("its converter gives no object", record)
     for form in CONVERTERS.values():
         if not form.lacks(record):
             return form, record
-    raise Refused("no known fields", ", ".join(map(str, record)))
+    found = lost or misspelt(record, FIELDS) or ", ".join(map(str, record))
+    raise Refused("no known fields", found)
 
 
 @cache

@@ -71,10 +71,11 @@ def choose_hold_out(parts: list[Part], fraction: float, dialogs: bool = False) -
         reasons = [f"{entry['count']} {rule} (first {entry['first']})"
                    for rule, entry in dropped.items()]
         if any(rule.startswith("no column") for rule in dropped):
-            reasons.append("name another: --sources=\"{'path': 'my.jsonl', 'column': 'content'}\"")
+            reasons.append("name another: --sources=\"{'path': 'my.jsonl', 'column': 'content'}\"; "
+                           "or say documents=chat")
         if any(rule.startswith("no known fields") for rule in dropped):
             reasons.append("say which they are, as fields={'prompt': ..., 'response': ...}, or "
-                           "give a converter")
+                           "give a converter; or say documents=text")
         why = f"; dropped: {'; '.join(reasons)}" if reasons else ": there is no record in them"
         raise UserError(f"sources: no document is left{why}")
     if dialogs and smallest == largest:

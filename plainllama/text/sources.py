@@ -46,17 +46,19 @@ def described(sources: object) -> list[dict]:
     """Read the config key `sources` as a list of dicts. UserError for an item that is none."""
     items: list = list(sources) if isinstance(sources, list | tuple) else [sources]
     items = [{"path": item} if isinstance(item, str) else item for item in items]
+    known = KEYS | DIALOGS
     for item in items:
-        if not (isinstance(item, dict) and item.get("path")
-                and re.fullmatch(r"\d*:\d*", str(item.get("slice", ":")))):
-            raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
-                            "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
-        known = KEYS | DIALOGS
-        for key, value in item.items():
-            kind = known.get(key)
-            if kind is None:
+        for key in item if isinstance(item, dict) else ():
+            if key not in known:
                 raise UserError(f"sources: {item!r} has an unknown key {key!r}"
                                 f"{nearest(str(key), known)}")
+        if not (isinstance(item, dict) and item.get("path")):
+            raise UserError(f"sources: {item!r} is not a path, glob, -, hf:NAME, embedded or "
+                            "{'path': ..., 'column': ..., 'slice': '10:20', 'max_documents': 5}")
+        if not re.fullmatch(r"\d*:\d*", str(item.get("slice", ":"))):
+            raise UserError(f"sources: slice of {item['path']} is FROM:TO, not {item['slice']!r}")
+        for key, value in item.items():
+            kind = known[key]
             number = float(value) if type(value) in (int, float) else math.nan
             fits = type(value) is kind or (kind is float and type(value) is int)
             if not fits or (kind in (int, float) and not 0 < number < math.inf):
@@ -71,8 +73,8 @@ def check_dialogs(sources: list[dict], documents: str) -> None:
     idle = DIALOGS if text else {"column"}
     for source in sources:
         if found := sorted(source.keys() & set(idle)):
-            raise UserError(f"sources: {found[0]} of {source['path']} has no effect on "
-                            f"documents={documents}")
+            raise UserError(f"sources: {found[0]} of {source['path']} " + (
+                "is for documents='chat'" if text else "has no effect on documents=chat"))
         how = how_of(source, "assistant")
         if how.train_on not in ("assistant", "last", "all"):
             raise UserError(f"sources: train_on of {source['path']} is assistant, last or all, not "
@@ -89,7 +91,8 @@ def check_dialogs(sources: list[dict], documents: str) -> None:
             raise UserError(f"sources: {source['path']} has a count and a weight; give one")
     weighted = sum("weight" in source for source in sources)
     if 0 < weighted < len(sources):
-        raise UserError("sources: give all of them a weight, or none")
+        raise UserError("sources: give all of them a weight, or none; a count is for sources "
+                        "without weights")
 
 
 def how_of(source: dict, train_on: str) -> How:

@@ -4,6 +4,7 @@ A part's files are a function of the part alone, so any number of workers writes
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from plainllama.files import file_entry, read_json, sha256, write_json, write_te
 from plainllama.settings import Settings, UserError
 from plainllama.text.dialogs import Refused
 from plainllama.text.documents import Part, Tally, beginnings, documents
+from plainllama.text.forms import LEFT_OUT
 from plainllama.text.records import Dialog
 from plainllama.text.selection import HoldOut, placed
 from plainllama.text.sources import described
@@ -27,6 +29,7 @@ from plainllama.tokens.tokenizer_json import TEMPLATE_FILE
 
 SAMPLE = 32 << 20  # characters that bpe:N is trained on
 CHECKED = 1 << 16  # characters from each of some files on which the tokenizer's engine is verified
+ASKED = ("duplicate", "near duplicate", LEFT_OUT)  # rules by which no row is bad
 BATCH = 1 << 20  # characters encoded at a time: bounds the memory
 
 
@@ -274,3 +277,26 @@ def what_is_lacking(config: Settings, splits: dict) -> str:
     if empty and config.documents != "text":
         return f"no dialog is left in its {empty[0]} split; give more, or a greater block_size"
     return ""
+
+
+def refuse_many_dropped(manifest: dict, most: float) -> None:
+    """Raise UserError if rules drop more than `most` of a source's dialogs: then another converter
+    is wanted, and not what is left."""
+    sources = manifest["recipe"]["sources"]
+    for source, made in zip(sources, manifest.get("by_source", ()), strict=False):
+        broken = {rule: entry for rule, entry in made["dropped"].items() if rule not in ASKED
+                  and not rule.startswith("over max_tokens")}
+        lost = sum(entry["count"] for entry in broken.values())
+        rows = rows_in(made)
+        if lost > most * rows:
+            why = "; ".join(f"{entry['count']} {rule} (first {entry['first']})"
+                            for rule, entry in broken.items())
+            raise UserError(f"sources: {lost} of {rows} rows of {source['path']} are dropped: "
+                            f"{why}; mend it by its converter, fields or block_size, or allow "
+                            f"it with --max_dropped={math.ceil(100 * lost / rows) / 100:g}")
+
+
+def rows_in(made: dict) -> int:
+    """Count the rows that a source had."""
+    return (sum(counts["documents"] for counts in made["splits"].values())
+            + sum(entry["count"] for entry in made["dropped"].values()))

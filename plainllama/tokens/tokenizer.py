@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plainllama.files import sha256, sha256_bytes
+from plainllama.files import sha256, sha256_bytes, steps_of
 from plainllama.settings import UserError, nearest
 from plainllama.tokens import tokenizer_json, vocabulary
 from plainllama.tokens.fast_bpe import make_fast_encoder
@@ -181,7 +181,9 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]] | None = None,
     if kind not in MAKERS:
         path = Path(name)
         if name and path.is_dir() and not (path / "tokenizer.json").exists():
-            return make_tokenizer(str(path / "tokenizer.model"), texts, search)
+            steps = steps_of(path)  # of a run
+            inner = steps[0] if steps else path / "tokenizer.model"
+            return make_tokenizer(str(inner), texts, search)
         if not name or not path.exists():
             raise UserError(f"tokenizer {name!r}: no such file, and not mistral, gpt2, bytes or "
                             f"bpe:N{nearest(name, ['mistral', 'gpt2', 'bytes', 'bpe:4096'])}")

@@ -221,6 +221,9 @@ class Log:
             self.say(f"WARNING: {engine.batch_rows} rows a step for {world.size} ranks: some wait")
         self.say(f"data: {rows.summary(config.max_steps * engine.batch_rows)} in "
                  f"{config.max_steps} steps")
+        passes = config.max_steps * engine.batch_rows / rows.windows
+        if passes > 50 and not config.overfit_rows:
+            self.say(f"note: each row is read {passes:.0f} times; say epochs=3, or fewer max_steps")
 
     def update(self, row: dict, spent: dict[str, float], left: str, max_steps: int) -> None:
         """Write the row of an update, with the seconds that were `spent` apart, and say it."""

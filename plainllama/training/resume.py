@@ -57,10 +57,8 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
     config = command.config
     said = [keep_recipe(command, manifest)]
     settle_packing(config)
-    source = model_folder(config)
-    theirs = read_config(source) if source else None
-    if theirs:
-        said += inherit(command, theirs, str(source))
+    theirs, inherited = inherit(command)
+    said += inherited
     config.vocab_size, grown = vocabulary(config, manifest, theirs)
     said.append(grown)
     check_keys(config)
@@ -69,8 +67,10 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
             raise UserError("max_steps has no effect beside epochs; say one of them")
         rows = training_rows(Path("data") / config.dataset, manifest, config)
         batch = config.global_batch_tokens // config.block_size
-        config.max_steps = max(1, math.ceil(config.epochs * rows.windows / batch - 1e-9))
-        said.append(f"epochs {config.epochs:g}: {config.max_steps} steps of {batch} rows")
+        steps = max(1, math.ceil(config.epochs * rows.windows / batch - 1e-9))
+        instead = f", in place of max_steps {config.max_steps}" * ("max_steps" in command.given)
+        said.append(f"epochs {config.epochs:g}: {steps} steps of {batch} rows{instead}")
+        config.max_steps = steps
     return [remark for remark in (*said, optim.fit_warmup(config)) if remark]
 
 
@@ -105,11 +105,14 @@ def model_folder(config: Settings) -> Path | None:
     return next((folder for folder in steps if (folder / "config.json").is_file()), None)
 
 
-def inherit(command: CommandLine, theirs: ModelConfig, source: str) -> list[str]:
-    """Give the config the architecture of the model that it goes on from, where nobody set another;
-    returns a line for each value that is not a default."""
-    said = []
-    for name in INHERITED:
+def inherit(command: CommandLine, names=INHERITED) -> tuple[ModelConfig | None, list[str]]:
+    """Give the config the architecture of the model that it goes on from, if there is one, where
+    nobody set another; returns that model's, and a line for each value that is not a default."""
+    source = model_folder(command.config)
+    if not source:
+        return None, []
+    theirs, said = read_config(source), []
+    for name in names:
         ours, given = getattr(command.config, name), getattr(theirs, name)
         if name == "n_kv_head" and given == theirs.n_head:
             given = 0
@@ -118,7 +121,7 @@ def inherit(command: CommandLine, theirs: ModelConfig, source: str) -> list[str]
         elif ours != given:
             setattr(command.config, name, given)
             said.append(f"{name} = {given} (inherited from {source})")
-    return said
+    return theirs, said
 
 
 def vocabulary(config: Settings, manifest: dict, theirs: ModelConfig | None) -> tuple[int, str]:

@@ -124,10 +124,10 @@ def with_checkpoint(path: str, world: World, use: Callable, found: Path | None =
 def no_folder(path: str) -> str:
     """Say what is in the place of a folder, and what to name in its stead."""
     if Path(path).exists():
-        return f"{path} is a file; --ckpt names a checkpoint, a run or a folder of runs"
+        return f"{path} is a file; name a checkpoint, a run or a folder of runs"
     if there := files.steps_of(Path(path).parent.parent):
         return f"no checkpoint {path}; its run has {', '.join(step.name for step in there)}"
-    return f"no folder {path}; name a checkpoint or run with --ckpt, or train one first (train.py)"
+    return f"no folder {path}; name a checkpoint or a run, or train one first (train.py)"
 
 
 # ---- written
