@@ -13,7 +13,9 @@ A local file (also packed: .xz, .gz) holds rows of one kind:
   context, choices, answer    the same without any words added
   context, continuation       is the continuation what the model says first?
 Of a file of dialogs (rows with `messages`, or dialogs:embedded, those that embedded:chat holds out)
-each answer is generated behind the true talk before it, and compared with the one that is there.
+each answer is generated behind the true talk before it, and compared with the one that is there:
+acc is the share of dialogs in which all are right, answers of right answers, calls of right ones
+among those that call functions, ended of those that end by themselves.
 --shots=FILE puts five rows of that file in front, solved, of the same subject where rows have one.
 
   --all=RUN            every checkpoint of a run, but those that have these scores already

@@ -15,6 +15,7 @@ from model import LLaMA, ModelConfig, initial_weight
 from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.settings import UserError
+from plainllama.tokens.chat import TEMPLATE, with_roles
 from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint, huggingface
 from plainllama.weights.huggingface import config_json, load_model, read_config
@@ -74,6 +75,28 @@ def test_the_card_says_what_was_learned(tmp_path, unchecked):
                  "| tokens trained on | 5,244 |", "| started from | out/first |"):
         assert part in card, part
     assert "a.txt" not in card
+
+
+def test_the_card_of_a_model_of_dialogs_shows_how_to_talk_with_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    step = write_run(tmp_path / "run", vocab_size=263)
+    _, data = with_roles(json.loads((step / "tokenizer.json").read_text()), "bytes")
+    (step / "tokenizer.json").write_bytes(data)
+    (step / "chat_template.jinja").write_text(TEMPLATE)
+    there = [path for path in step.rglob("*") if path.is_file() and path.name != "checksums.json"]
+    write_json(step / "checksums.json", {"format": 1, "files": checkpoint.sealed(step, there)})
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    info["config"] |= {"documents": "chat"}
+    write_json(tmp_path / "run" / "run.json", info)
+    assert run("--ckpt", step, "--to", tmp_path / "hub") == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "| learned tokens | 7,000 |" in card and "trained from dialogs by" in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    assert "apply_chat_template" in code and transformers
+    made: dict = {}
+    exec(code.replace('"hub"', repr(str(tmp_path / "hub"))).replace("=50", "=3"), made)
+    said = made["tokenizer"].decode(made["ids"][0])
+    assert said.startswith("<s><|user|>Hello!<|end|><|assistant|>")
 
 
 def run(*words) -> int:

@@ -127,6 +127,15 @@ def test_summary_recomputed(tmp_path):
     assert said in unescape(page) and said.replace("<fast>", r"\<fast\>") in markdown
 
 
+def test_of_dialogs_the_learned_tokens_are_named(tmp_path):
+    """A quarter of what is read is learned, and the time is that of all that is read."""
+    run = make_run(tmp_path / "run", documents="chat")
+    rows = [row | {"learned_tokens_per_second": 128.0} if "tokens_per_second" in row else row
+            for row in metrics_of(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "after 51.2k learned tokens and 0:06:40 of training" in build(run)[0]
+
+
 def test_differences_from_the_parent(tmp_path):
     page, _, markdown = build(make_run(tmp_path / "run"))
     table = page.split("What was run")[1].split("</table>")[0]

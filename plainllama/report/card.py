@@ -11,15 +11,23 @@ from plainllama.report.runs import RunFolder, load
 from plainllama.results import read_scores
 from plainllama.settings import UserError
 
+# what the card's example asks of a model of either kind
+TEXT = 'tokenizer("The", return_tensors="pt")'
+DIALOG = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_dict=True,
+    return_tensors="pt")"""
+
 
 def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tuple[int, int]) -> str:
     """Write README.md: what the model is, how it was trained and what it scored, from its run's
     files. `flags`: export.py's; `counts`: all parameters, those without embeddings. The curve
     becomes a picture in `folder`."""
+    chat = (folder / "chat_template.jinja").is_file()
     text = Path(__file__).with_name("card.md").read_text("utf-8").format(
         license=flags.license or "not stated", name=flags.push or Path(flags.to).name,
         license_line=f"license: {flags.license}\n" if flags.license else "", dtype=flags.dtype,
-        total=counts[0], inner=counts[1], trust=", trust_remote_code=True" if flags.code else "")
+        total=counts[0], inner=counts[1], trust=", trust_remote_code=True" if flags.code else "",
+        documents="dialogs" if chat else "text", asked=DIALOG if chat else TEXT, skips=not chat)
     text += section("Architecture", architecture)
     if run := run_of(checkpoint):
         state = read_json(checkpoint / "training" / "state.json")
@@ -45,6 +53,7 @@ def training_facts(info: dict, state: dict) -> dict:
     names = ", ".join(f"{name} ({weight / total:.1%})" for name, weight in mixture.items())
     seen = state.get("rows", 0) * config.get("block_size", 0)  # of a run older than `tokens`
     given = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
+    unit = "learned tokens" if config.get("documents") == "chat" else "tokens trained on"
     edited = " (edited)" if git.get("dirty") else ""
     return {
         "data set": names or data.get("name"), "validated on": data.get("name") if names else None,
@@ -52,7 +61,7 @@ def training_facts(info: dict, state: dict) -> dict:
         "started from": config.get("init_from") or None,
         "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
         "steps": state.get("step", 0),
-        "tokens trained on": f"{state.get('tokens', seen):,}",
+        unit: f"{state.get('tokens', seen):,}",
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,
         "commit": f"{git.get('commit')}{edited}" if git else None,
         "command": shlex.join(["python", "train.py", info.get("config_file") or "", *given])}

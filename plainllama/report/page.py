@@ -49,14 +49,16 @@ def runs_of(page: Path) -> list[str]:
 def outcome(run: RunFolder) -> str:
     """Say in sentences what came of a run."""
     timed = [row for row in run.metrics if row.get("tokens_per_second") and "tokens" in row]
-    seconds = sum((row["tokens"] - before["tokens"]) / row["tokens_per_second"]
+    speed = "learned_tokens_per_second"  # where it is not that of all that is read
+    seconds = sum((row["tokens"] - before["tokens"]) / row.get(speed, row["tokens_per_second"])
                   for before, row in pairwise([{"tokens": 0}, *timed]))
     state, device = run.status.get("state", "begun"), run.info["device"]
     tokens, loss, bits = (short(run.last(name)) for name in ("tokens", "val_loss", "val_bpb"))
     size, steps = run.info["parameters"].get("total"), run.info["config"].get("max_steps")
+    unit = "learned tokens" if run.info["config"].get("documents") == "chat" else "tokens"
     broken = " and ".join(name for name in ("loss", "val_loss") if run.ends_broken(name))
     said = (f"{run.name}: a LLaMA of {short(size)} parameters, {state} at step {run.last('step')} "
-            f"of {steps}, after {tokens} tokens and {timedelta(seconds=round(seconds))} of "
+            f"of {steps}, after {tokens} {unit} and {timedelta(seconds=round(seconds))} of "
             f"training on {device.get('count')} x {device.get('name')}: validation loss {loss} "
             f"nats per token, {bits} bits per byte.")
     older = f" Its newest {broken} is not finite; what is said here is older."
