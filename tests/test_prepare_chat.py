@@ -445,6 +445,7 @@ IDLE = {"documents": "text"}
     ({"name": "a"}, {}, "sources: {'name': 'a'} is not a path, glob,"),
     ({"path": "a.jsonl", "slice": "0-50"}, {}, "slice of a.jsonl is FROM:TO, not '0-50'"),
     ({"path": "a.jsonl"}, IDLE, "'content'}\"; or say documents=chat"),
+    ({"path": "d.parquet"}, IDLE, "}'; or say documents=chat"),
     ({"path": "c.jsonl"}, {}, "or give a converter; or say documents=text"),
     ({"path": "a.jsonl", "convertor": "x"}, {}, "unknown key 'convertor'; did you mean converter?"),
     ({"path": "a.jsonl", "count": 0}, {}, "count of a.jsonl takes a whole number above 0, not 0"),
@@ -471,6 +472,7 @@ def test_bad_sources_are_one_line_and_leave_nothing(source, keys, says, tmp_path
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
     (tmp_path / "b.jsonl").write_bytes(jsonl([{"question": "q", "answer": "a"}]))
     (tmp_path / "c.jsonl").write_bytes(jsonl([{"text": "q"}]))
+    (tmp_path / "d.parquet").write_bytes(parquet(ROWS))
     keys = {"documents": "chat", "sources": source} | keys
     with pytest.raises(UserError) as error:
         check_keys(Settings(**keys))

@@ -315,7 +315,7 @@ def row_pieces(file: Piece, few: int) -> Iterator[Piece]:
     if column not in names:
         source = shlex.quote(str({"path": path, "column": names[0]}))
         raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}; say which is "
-                        f"the text: --sources={source}")
+                        f"the text: --sources={source}; or say documents=chat")
     kind = str(table.schema_arrow.field(column).type)
     if not re.search("string|binary", kind) or "<" in kind.removeprefix("dictionary<values="):
         raise UserError(f"{path}: column {column!r} is {kind}, not text")
