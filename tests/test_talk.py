@@ -267,10 +267,14 @@ def test_a_result_is_what_a_function_returns_and_has_an_end(functions, capfd):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("def f(x): ...", "no type for its parameter x"), ("def f(*x: int): ...", "no type"),
+    ("def f(x): ...", "x cannot be a parameter of a tool"),
+    ("def f(*x: int): ...", r"\*x: int cannot"),
+    ("def f(**k): ...", r"\*\*k cannot be a parameter of a tool"),
     ("def f(x: set): ...", "a type that JSON lacks"), ("def f(x: 'A'): ...", "'A' is not defined"),
-    ("def f(x: int, /): ...", "does not take it by its name"), ("x = 1", "no public function"),
-    ("import nothing_at_all", "does not run"), ("def", "does not run"),
+    ("def f(x: int, /): ...", "x: int cannot be a parameter"), ("x = 1", "no public function"),
+    ("import nothing_at_all", "f.py: ModuleNotFoundError: No module"),
+    ("f(", r"SyntaxError: '\(' was never closed \(f.py, line 1\)"), ("\0", "null byte"),
+    ("exit(0)", "SystemExit: 0$"),
     ("from json import dumps", "no public function")])
 def test_files_without_functions_are_refused(tmp_path, text, message):
     (tmp_path / "f.py").write_text(text)

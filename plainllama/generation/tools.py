@@ -5,10 +5,10 @@ The file is run, in a process of its own for each call: it is the one that the u
 --tools, and its hash is said.
 """
 
-import importlib.util
 import inspect
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -26,8 +26,7 @@ CHILD = "from plainllama.generation.tools import run; run()"
 TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean",
                          list: "array", dict: "object", type(None): "null"}
 KINDS: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
-    "array": (list,), "object": (dict,), "null": (type(None),)}
+    name: (kind,) for kind, name in TYPES.items()} | {"number": (int, float)}
 
 
 class Tools:
@@ -37,19 +36,17 @@ class Tools:
         self.file, self.sha256 = file, sha256(Path(file)) if Path(file).is_file() else ""
         if not self.sha256:
             raise UserError(f"--tools: no file {file}")
-        functions = functions_of(file)
-        if not functions:
+        self.schemas = [schema_of(function) for function in functions_of(file).values()]
+        if not self.schemas:
             raise UserError(f"--tools: {file} has no public function")
-        self.schemas = [schema_of(function) for function in functions.values()]
 
     def call(self, name: str, arguments: dict[str, Any], seconds: float = SECONDS) -> str:
         """Give what a function returns, as text; what is wrong with the call begins with `error:`,
         so that the model can read it."""
-        schema = next((schema for schema in self.schemas if schema["name"] == name), None)
-        if not schema:
-            known = ", ".join(schema["name"] for schema in self.schemas)
-            return f"error: no function {name}; there are {known}"
-        if wrong := misfit(arguments, schema["parameters"]):
+        known = {schema["name"]: schema["parameters"] for schema in self.schemas}
+        if name not in known:
+            return f"error: no function {name}; there are {', '.join(known)}"
+        if wrong := misfit(arguments, known[name]):
             return f"error: {name}: {wrong}"
         asked = json.dumps([self.file, name, arguments])
         try:  # in a session of its own: Ctrl-C is for the talk, which then ends the call
@@ -79,16 +76,12 @@ def run() -> None:
 
 def functions_of(file: str) -> dict[str, Callable]:
     """Run a file and list the public functions that it defines. UserError if it fails."""
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--tools: {file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
-        raise UserError(f"--tools: {file} does not run: {error!r}") from None
-    return {name: value for name, value in vars(module).items() if inspect.isfunction(value)
-            and value.__module__ == module.__name__ and name[0] != "_"}
+        found = runpy.run_path(file, run_name=file)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise UserError(f"--tools: {file}: {type(error).__name__}: {error}") from None
+    return {name: value for name, value in found.items() if inspect.isfunction(value)
+            and value.__module__ == file and name[0] != "_"}
 
 
 def schema_of(function: Callable) -> dict:
@@ -99,15 +92,14 @@ def schema_of(function: Callable) -> dict:
     except Exception as error:  # it may name what is not there
         raise UserError(f"--tools: the types of {function.__name__}(): {error}") from None
     properties: dict[str, dict] = {}
-    required = []
-    for name, parameter in inspect.signature(function).parameters.items():
+    parameters = inspect.signature(function).parameters
+    for name, parameter in parameters.items():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if name not in hints or not named:
-            raise UserError(f"--tools: {function.__name__}() says no type for its parameter {name}"
-                            ", or does not take it by its name")
+            raise UserError(f"--tools: {function.__name__}(): {parameter} cannot be a parameter of "
+                            "a tool, which are given by name and say their type")
         properties[name] = type_of(hints[name], f"{function.__name__}({name})")
-        if parameter.default is parameter.empty:
-            required.append(name)
+    required = [name for name, each in parameters.items() if each.default is each.empty]
     about = (inspect.getdoc(function) or "").partition("\n\n")[0].replace("\n", " ")
     return {"name": function.__name__, **({"description": about} if about else {}),
             "parameters": {"type": "object", "properties": properties, "required": required}}
