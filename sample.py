@@ -76,7 +76,7 @@ from plainllama.generation.talk import talk
 from plainllama.generation.tools import Tools
 from plainllama.progress import Progress
 from plainllama.text.dialogs import Refused, asked
-from plainllama.tokens.chat import Chat
+from plainllama.tokens.chat import END, Chat
 from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint, huggingface
@@ -94,7 +94,7 @@ def main(command) -> int:
     if f.chat:
         return start_talk(command)
     if f.system or f.tools:
-        raise UserError("--system and --tools are for --chat")
+        raise UserError("--system and --tools are for --chat; rows of messages have their own")
     if bool(f.prompts) != bool(f.out) or (f.prompts and f.prompt):
         raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
     if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
@@ -114,9 +114,8 @@ def main(command) -> int:
 def start_talk(command) -> int:
     """Talk with a model; the exit code."""
     f = command.flags
-    idle = {"prompt", "prompts", "column", "out", "num_samples", "batch", "embed", "layers", "save",
-            "compile"} & set(command.overrides)
-    if idle:
+    if idle := {"prompt", "prompts", "column", "out", "num_samples", "batch", "embed", "layers",
+                "save", "compile"} & set(command.overrides):
         raise UserError(f"--{min(idle)} has no effect on --chat")
     tools = Tools(f.tools) if f.tools else None
     with contextlib.closing(parallel.start(f.device, "auto")) as world:
@@ -149,8 +148,12 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
     if f.save and run is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
     tokenizer = Tokenizer.load(folder)
-    chat = chat_of(tokenizer) if any(f.column not in row for row in rows) else None
-    ids = [prompt_ids(row, f, tokenizer, chat, i) for i, row in enumerate(rows)]
+    if f.prompt and (tokenizer.template or END in tokenizer.special_ids):
+        print("(tuned on dialogs: --chat wraps what is said as training did)")
+    talks = [not isinstance(row.get(f.column), str) for row in rows]
+    chat = chat_of(tokenizer) if any(talks) else None
+    chats = [chat if talk else None for talk in talks]
+    ids = [prompt_ids(row, f, tokenizer, chats[i], i) for i, row in enumerate(rows)]
     check(f, ids, folder)
     journal = prompt_files.Journal(f, folder) if f.out else None
     done = world.decide(lambda: list(journal.read()) if journal else [])
@@ -168,7 +171,7 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
     todo = sorted(set(range(len(rows))).difference(done), key=lambda i: (-len(ids[i]), i))
     batches = [todo[first:first + f.batch] for first in range(0, len(todo), f.batch)]
     made, line = decode(f, model, tokenizer, ids, batches[world.rank::world.size], journal, world,
-                        chat)
+                        chats)
     if world.rank > 0:
         return 0
     if journal:
@@ -187,21 +190,22 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
 
 
 def prompt_ids(row: dict, f: Any, tokenizer: Tokenizer, chat: Chat | None, i: int) -> list[int]:
-    """Give the ids of a row's prompt, or of its messages. UserError if these are no talk."""
-    if chat is None or f.column in row:
+    """Give the ids of a row's prompt, or of its messages with `chat`. UserError if these are no
+    talk."""
+    if chat is None:
         return [tokenizer.bos_id, *tokenizer.encode(row[f.column])]
     try:
         return chat.prompt(*asked(row))
-    except Refused as error:
-        raise UserError(f"{f.prompts}:{i // f.num_samples + 1}: {error}") from None
+    except Refused as why:
+        where = f"{f.prompts}:{i // f.num_samples + 1}"
+        raise UserError(f"{where}: {why} {why.found}".rstrip()) from None
 
 
 def message_of(chat: Chat, text: generate.Completion) -> dict:
     """Read an answer as a message; one that calls a function in another form is text."""
-    try:
+    with contextlib.suppress(ValueError):
         return chat.parse(text.text)
-    except ValueError:
-        return {"role": "assistant", "content": text.text}
+    return {"role": "assistant", "content": text.text}
 
 
 def check(f: Any, ids: list[list[int]], folder: Path) -> None:
@@ -219,9 +223,10 @@ def check(f: Any, ids: list[list[int]], folder: Path) -> None:
 
 def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],
            journal: prompt_files.Journal | None, world: parallel.World,
-           chat: Chat | None) -> tuple[dict, str]:
-    """Decode the batches of rows that are `mine`; those of messages with `chat`. Return {row: what
-    was made of it}, empty if the journal keeps it, and a line about what all ranks did."""
+           chats: list[Chat | None]) -> tuple[dict, str]:
+    """Decode the batches of rows that are `mine`; `chats` reads the answers to rows of messages.
+    Return {row: what was made of it}, empty if the journal keeps it, and a line about what all
+    ranks did."""
     block_size, embed, compiled = model.config.block_size, f.embed != "none", None
     stream = not f.out and len(ids) == 1
     pays = f.compile == "auto" and f.out and world.device.type == "cuda"
@@ -246,10 +251,9 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], min
             seeds = [generate.row_seed(f.seed, i) for i in batch]
             texts = generate.complete(model, tokenizer, prompts, f.max_new_tokens, f, seeds, f.stop,
                                       stream, compiled)
-            new = [{"completion": text.text, "stop": text.ended} for text in texts]
-            if chat:
-                new = [row | {"message": message_of(chat, text)}
-                       for row, text in zip(new, texts, strict=True)]
+            new = [{"completion": text.text, "stop": text.ended}
+                   | ({"message": message_of(chat, text)} if (chat := chats[i]) else {})
+                   for i, text in zip(batch, texts, strict=True)]
             tokens += sum(len(text.ids) for text in texts)
             cut += sum(text.ended == "length" and len(prompt) + len(text.ids) == block_size
                        for prompt, text in zip(prompts, texts, strict=True))

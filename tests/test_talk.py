@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from test_chat import made
+from test_sample import tiny, write_checkpoint
 
 import sample
 from plainllama.command import parse
@@ -288,7 +289,7 @@ def test_files_without_functions_are_refused(tmp_path, text, message):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--chat", "--prompt=x"], "--prompt has no effect on --chat"),
-    (["--chat", "--embed=mean"], "--embed has no effect"), (["--system=x"], "are for --chat"),
+    (["--chat", "--embed=mean"], "--embed has no effect"), (["--system=x"], "for --chat; rows"),
     (["--tools=x.py"], "are for --chat"), (["--chat", "--tools=nowhere.py"], "no file nowhere.py"),
     (["--chat", "--out=x.jsonl"], "--out has no effect")])
 def test_options_that_do_not_go_together(words, message):
@@ -315,6 +316,51 @@ def test_rows_that_a_parquet_cannot_hold_are_refused_at_once(tmp_path):
     with pytest.raises(UserError, match="do not fit into"):
         sample.main(parse([f"--prompts={tmp_path}/F.jsonl", f"--out={tmp_path}/G.parquet"], "",
                           sample.Flags, "files"))
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A model that knows dialogs."""
+    folder = write_checkpoint(tmp_path / "model", tiny())
+    made("bytes").save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_of_messages_alone_get_a_message(tmp_path, tuned, kind):
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = [{"prompt": "a", "messages": None},
+            {"prompt": None, "messages": [{"role": "user", "content": "a"}]}]
+    given, out = tmp_path / f"F.{kind}", tmp_path / f"G.{kind}"
+    with open(given, "wb") as file:
+        prompt_files.Prompts(rows).write_to(file, f".{kind}", [{}, {}])
+    assert sample.main(parse([f"--ckpt={tuned}", f"--prompts={given}", f"--out={out}",
+                              "--max_new_tokens=4", "--device=cpu"], "", sample.Flags,
+                             "files")) == 0
+    if kind == "parquet":
+        found = pq.read_table(out).to_pylist()
+        assert found[0]["message"] is None
+    else:
+        found = prompt_files.read_file(out, "")[0]
+        assert "message" not in found[0]
+    assert found[1]["message"] and all(row["stop"] for row in found)
+
+
+def test_a_prompt_to_a_model_of_dialogs_is_remarked_on(tuned, capsys):
+    assert sample.main(parse([f"--ckpt={tuned}", "--prompt=a", "--max_new_tokens=2",
+                              "--device=cpu"], "", sample.Flags, "files")) == 0
+    assert "(tuned on dialogs: --chat wraps what is said as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ({"messages": [{"role": "narrator", "content": "a"}]}, "F.jsonl:1: unknown role 'narrator'$"),
+    ({"messages": []}, "F.jsonl:1: the last message is an answer, or there is none$"),
+    ({"conversations": []}, "its columns are: conversations .*or `messages`")])
+def test_rows_that_are_no_talk_are_named(tmp_path, tuned, row, says):
+    (tmp_path / "F.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=says):
+        sample.main(parse([f"--ckpt={tuned}", f"--prompts={tmp_path}/F.jsonl", "--device=cpu",
+                           f"--out={tmp_path}/G.jsonl"], "", sample.Flags, "files"))
 
 
 # ---- dialogs as a task

@@ -82,13 +82,13 @@ class Prompts(NamedTuple):
         if table is None:
             names = dict.fromkeys(name for row in self.rows for name in row)
             table = pa.table({name: [row.get(name) for row in self.rows] for name in names})
-        for name in made[0]:
-            column: Any = [new[name] for new in made]
+        for name in dict.fromkeys(name for new in made for name in new):
+            column: Any = [new.get(name) for new in made]
             if name == "embedding":
                 states = np.frombuffer(b"".join(map(base64.b64decode, column)), "<f4")
                 column = pa.FixedSizeListArray.from_arrays(states, len(states) // len(made))
             elif name == "message":
-                column = [json.dumps(message, ensure_ascii=False) for message in column]
+                column = [each and json.dumps(each, ensure_ascii=False) for each in column]
             table = table.append_column(name, pa.array(column))
         pq.write_table(table, file)
 
@@ -111,7 +111,7 @@ def read_prompts(f: Any) -> Prompts:
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get(column), str) and not isinstance(row.get("messages"), list):
             raise UserError(f"{path}:{number} has no text in a column `{column}`; its columns are: "
-                            f"{', '.join(row) or 'none'} (--column names another)")
+                            f"{', '.join(row) or 'none'} (--column names another; or `messages`)")
         if taken := added & set(row):
             raise UserError(f"{path}:{number}: `{min(taken)}` would be overwritten; rename it")
     if not rows:
