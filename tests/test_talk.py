@@ -128,10 +128,11 @@ def test_commands(session, monkeypatch, capsys, tmp_path):
     file.write_text("{}\n")
     session.answers += ["One.", "Other.", "Two.", "Three.", "Four."]
     run(session, monkeypatch, "/undo", "a", "/retry", f"/save {file}", "/system", "b", "/undo", "c",
-        "/reset", f"/load {file}", "d", "/tools", "/nonsense", "/save", "/load nowhere",
-        "/save nowhere/t.json")
+        "/reset", f"/load {file}", "d", "/tools", "/nonsense", "/save", "/load nowhere.jsonl",
+        "/save nowhere/t.jsonl")
     out = capsys.readouterr().out
-    assert "nothing yet" in out and "/retry" in out and "/save needs a file" in out
+    for said in "nothing yet", "no command /nonsense", "/save needs a FILE.jsonl":
+        assert said in out
     assert out.count("No such file") == 2
     kept, row = file.read_text().splitlines()  # what the file held stays
     assert kept == "{}"
@@ -155,6 +156,104 @@ def test_a_talk_with_other_ends_of_lines_comes_back(session, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no talk"):
         session.talk.load(tmp_path / "empty.jsonl")
+
+
+def test_a_talk_is_added_as_a_row_and_other_files_stay(session, monkeypatch, capsys, tmp_path):
+    file, other = tmp_path / "t.jsonl", tmp_path / "t.txt"
+    session.answers += ["One."]
+    file.write_text('{"a": 1}')  # its last line does not end
+    other.write_text("mine")
+    run(session, monkeypatch, f"/save {file}", "a", f"/save {other}", f"/save {file}")
+    out = capsys.readouterr().out
+    assert "nothing yet" in out and "/save needs a FILE.jsonl" in out
+    assert other.read_text() == "mine"
+    row, saved = map(json.loads, file.read_text().splitlines())
+    assert row == {"a": 1} and len(saved["messages"]) == 3
+
+
+def test_what_was_saved_loads_as_it_was(session, monkeypatch, capsys, tmp_path, functions):
+    session.model.config.block_size = 9000
+    monkeypatch.setattr(session.flags, "max_new_tokens", 200)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    session.answers += ["STOP <tool_call>", "", "<think>\nSTOP", "<tool_call>\n{", "x\u2028y", call,
+                        "It is 3.", "Fine.", "Good."]
+    run(session, monkeypatch, "a", "b", "c", "d", "e", f"/save {tmp_path}/t.jsonl", "f",
+        tools=functions)
+    capsys.readouterr()
+    run(session, monkeypatch, f"/load {tmp_path}/t.jsonl", "f")
+    assert "(its functions add, kinds, hangs, dies, raises, prints, leaves, large are not there; " \
+        "--tools=FILE)" in capsys.readouterr().out
+    row = json.loads((tmp_path / "t.jsonl").read_text())
+    asked = [*row["messages"], {"role": "user", "content": "f"}]
+    assert session.prompts[-2:] == [session.chat.prompt(asked, functions.schemas),
+                                    session.chat.prompt(asked)]
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize("content", [
+    "", "\udcff", "{}\n[1]\n", "{\n}\n", "{}", '"a"', "1", "null", "[" * 99999, '{"text": "a"}\n',
+    *(json.dumps({"messages": found}) for found in (
+        None, "a", [1], [{"role": "x", "content": "a"}], [USER, {"role": "assistant"}],
+        [USER | {"content": None}], [USER | {"content": [1]}], [USER | {"role": []}],
+        [USER, {"role": "assistant", "content": "", "tool_calls": [{}]}])),
+    json.dumps({"messages": [USER], "tools": [1]}), json.dumps({"messages": [USER], "tools": 1})])
+def test_files_without_a_talk_are_said_to_be_so(session, tmp_path, content):
+    (tmp_path / "t.jsonl").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="holds no talk: the last row is none of `messages`"):
+        session.talk.load(str(tmp_path / "t.jsonl"))
+    assert len(session.talk.messages) == 1  # the talk stays
+
+
+def test_a_row_of_another_spelling_loads(session, monkeypatch, tmp_path, capsys):
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "t.jsonl").write_text('{"text": "x"}\n' + json.dumps({"conversations": said}))
+    session.answers += ["Fine."]
+    run(session, monkeypatch, f"/load {tmp_path}/t.jsonl", "c")
+    assert session.prompts == [session.chat.prompt([
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"}])]
+    assert "not there" not in capsys.readouterr().out
+
+
+def test_commands_say_what_they_did(session, monkeypatch, capsys, functions):
+    session.model.config.block_size = 9000
+    session.answers += ["One."]
+    run(session, monkeypatch, "/sytem x", "/xyz", "a", "/undo", "/undo", "/reset", "/system x",
+        "/system", "/tools", "/help")
+    assert capsys.readouterr().out.splitlines()[:10] == [
+        "(no command /sytem, see /help; did you mean /system?)", "(no command /xyz, see /help)",
+        "One.", "(done; the talk has 1 messages)", "(there is nothing yet)",
+        *(f"(done; the talk has {n} messages)" for n in (1, 1, 0)), "(none)",
+        talk.HELP.splitlines()[0]]
+    run(session, monkeypatch, "/tools", tools=functions)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["add(a, b): Add two numbers.", "kinds(x, words, way, more): Show kinds.",
+                         "hangs(): "]
+
+
+def test_a_text_without_an_end_is_asked_as_it_is(session, monkeypatch):
+    session.answers += ["One."]
+    run(session, monkeypatch, '"""a', "b")
+    assert session.prompts == [session.chat.prompt([
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "a\nb"}])]
+
+
+def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_ends(monkeypatch, capsys):
+    typed = ["a", KeyboardInterrupt, '"""b', KeyboardInterrupt, "c", KeyboardInterrupt,
+             KeyboardInterrupt, "never"]
+
+    def typing(sign):
+        if typed[0] is KeyboardInterrupt:
+            raise typed.pop(0)
+        return typed.pop(0)
+
+    monkeypatch.setattr("builtins.input", typing)
+    assert list(talk.questions(True)) == ["a", "c"] and typed == ["never"]
+    assert capsys.readouterr().out == "\n(again to end)\n" * 3
+    typed[:] = [KeyboardInterrupt, "never"]
+    assert list(talk.questions(False)) == []  # from a pipe once is enough
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_talk(session, monkeypatch, capsys):

@@ -13,8 +13,9 @@ from typing import Any
 
 from model import LLaMA
 from plainllama.generation import generate
+from plainllama.generation.prompt_files import as_line
 from plainllama.generation.tools import Tools
-from plainllama.settings import UserError
+from plainllama.settings import UserError, nearest
 from plainllama.text.dialogs import How, Refused, converted
 from plainllama.tokens.chat import Chat
 
@@ -26,7 +27,7 @@ HELP = """/system TEXT  give the talk another system message (empty: none)
 /save FILE    keep the talk, as a row of a data set of dialogs
 /load FILE    go on with a talk
 /tools        list the functions that can be called
-/exit         end (so does Ctrl-D; Ctrl-C stops an answer)
+/exit         end (so does Ctrl-D; Ctrl-C stops an answer, or clears what is typed)
 \"\"\"           begins and ends a text of several lines"""
 
 
@@ -35,14 +36,10 @@ class Talk:
 
     def __init__(self, model: LLaMA, chat: Chat, f: Any, tools: Tools | None):
         self.model, self.chat, self.f, self.tools = model, chat, f, tools
+        self.schemas = tools.schemas if tools else []  # of the functions that can be called
         self.messages: list[dict] = []
         self.drawn = 0  # answers so far: each has draws of its own
         self.set_system(f.system)
-
-    @property
-    def schemas(self) -> list[dict]:
-        """The schemas of the functions that can be called."""
-        return self.tools.schemas if self.tools else []
 
     def set_system(self, text: str) -> None:
         """Give the talk a system message, '' for none."""
@@ -124,32 +121,40 @@ class Talk:
 
     # ---- commands
 
-    def undo(self) -> str | None:
-        """Take the last question and what followed it back; give the question, None if there is
-        none."""
+    def undo(self) -> str:
+        """Take the last question and what followed it back; give the question. UserError if there
+        is none."""
         if not (turns := self.turns()):
-            print("(there is nothing yet)")
-            return None
+            raise UserError("there is nothing yet")
         question = self.messages[turns[-1]]["content"]
         del self.messages[turns[-1]:]
         return question
 
     def save(self, file: str) -> None:
-        """Add the talk to a file as a row of dialogs."""
+        """Add the talk to a .jsonl as a row of dialogs. UserError if it has no question."""
+        if not self.turns():
+            raise UserError("there is nothing yet")
         talk = {"messages": self.messages} | ({"tools": self.schemas} if self.schemas else {})
-        with open(file, "a", encoding="utf-8") as rows:
-            rows.write(json.dumps(talk, ensure_ascii=False) + "\n")
+        with open(file, "a+b") as rows:
+            rows.seek(max(rows.tell() - 1, 0))  # a last line may lack its end
+            rows.write(b"\n" * (rows.read() not in (b"", b"\n")) + as_line(talk))
         print(f"({len(self.messages)} messages -> {file})")
 
     def load(self, file: str) -> None:
         """Go on with the talk in a file's last row. UserError if that is none."""
         try:
-            rows = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
-            text, _ = converted(json.loads(rows[-1]), How())
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} holds no talk: {error}") from None
-        self.messages = json.loads(text)["messages"]
+            row = json.loads(Path(file).read_bytes().rstrip().rpartition(b"\n")[2])
+            with contextlib.suppress(Refused):  # by rules for training, of which a talk breaks some
+                row = json.loads(converted(row, How())[0])
+            self.chat.prompt(row["messages"], row.get("tools"))  # what is no talk fails here
+            there = [schema["name"] for schema in self.schemas]
+            missing = [tool["name"] for tool in row.get("tools", ()) if tool["name"] not in there]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            raise UserError(f"{file} holds no talk: the last row is none of `messages`") from None
+        self.messages = row["messages"]
         print(f"({len(self.messages)} messages from {file})")
+        if missing:
+            print(f"(its functions {', '.join(missing)} are not there; --tools=FILE)")
 
     def obey(self, line: str) -> bool:
         """Do a command, a line that begins with /; whether the talk ends."""
@@ -160,19 +165,24 @@ class Talk:
         elif name == "reset":
             self.messages = [message for message in self.messages if message["role"] == "system"]
         elif name == "retry":
-            if question := self.undo():
-                self.ask(question)
+            self.ask(self.undo())
         elif name == "undo":
             self.undo()
         elif name in ("save", "load"):
-            if not rest:
-                raise UserError(f"/{name} needs a file")
+            if not rest.endswith(".jsonl"):  # a line would damage what is another file
+                raise UserError(f"/{name} needs a FILE.jsonl")
             (self.save if name == "save" else self.load)(rest)
         elif name == "tools":
-            for schema in self.schemas:
-                print(f"{schema['name']}: {schema.get('description', '')}")
-        elif name != "exit":
+            lines = [f"{schema['name']}({', '.join(schema['parameters']['properties'])}): "
+                     f"{schema.get('description', '')}" for schema in self.schemas]
+            print("\n".join(lines) or "(none)")
+        elif name == "help":
             print(HELP)
+        elif name != "exit":
+            known = [word for word in HELP.split() if word[0] == "/"]
+            raise UserError(f"no command /{name}, see /help{nearest('/' + name, known)}")
+        if name in ("system", "reset", "undo"):
+            print(f"(done; the talk has {len(self.messages)} messages)")
         return name == "exit"
 
 
@@ -192,10 +202,9 @@ def talk(model: LLaMA, chat: Chat, f: Any, tools: Tools | None) -> int:
                     break
             elif line.strip():
                 session.ask(line)
-        except (UserError, OSError) as error:
-            print(f"({error})", flush=True)
-        except Refused as error:  # by a template of others
-            session.undo()
+        except (UserError, OSError, Refused) as error:
+            if isinstance(error, Refused):  # by a template of others
+                session.undo()
             print(f"({error})", flush=True)
         except KeyboardInterrupt:  # while a function is called
             print("(stopped)", flush=True)
@@ -203,21 +212,23 @@ def talk(model: LLaMA, chat: Chat, f: Any, tools: Tools | None) -> int:
 
 
 def questions(terminal: bool) -> Iterator[str]:
-    """Read what is said, a line at a time, or several between two lines of three quotes."""
-    def read(sign: str) -> str | None:
+    """Read what is said, a line at a time, or several between two lines of three quotes. At a
+    terminal Ctrl-C clears what is typed, and a second one ends."""
+    cleared = False
+    while True:
         try:
-            return input(sign if terminal else "")
-        except EOFError:
-            return None
-        except KeyboardInterrupt:  # at the prompt it ends the talk
-            return None
-
-    while (line := read("> ")) is not None:
-        if line.strip().startswith('"""'):
-            lines = [line.strip()[3:]]
-            while not lines[-1].endswith('"""'):
-                if (more := read(". ")) is None:
-                    return
-                lines.append(more)
-            line = "\n".join(lines)[:-3].strip("\n")
-        yield line
+            line = input("> " if terminal else "")
+            cleared = False
+            if line.strip().startswith('"""'):
+                lines = [line.strip()[3:]]
+                with contextlib.suppress(EOFError):  # without an end it is asked as it is
+                    while not lines[-1].endswith('"""'):
+                        lines.append(input(". " if terminal else ""))
+                line = "\n".join(lines).removesuffix('"""').strip("\n")
+        except (EOFError, KeyboardInterrupt) as end:
+            if cleared or not terminal or isinstance(end, EOFError):
+                return
+            print("\n(again to end)")
+            cleared = True
+        else:
+            yield line
