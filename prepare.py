@@ -315,7 +315,8 @@ def print_sources(folder: Path, manifest: dict) -> None:
         kept, tokens, targets = (sum(counts.get(key, 0) for counts in made["splits"].values())
                                  for key in ("documents", "tokens", "learned"))
         taken = dialogs[number] / max(1, made["splits"]["train"]["documents"])
-        remark = f"  each {taken:.1f} times" * (taken > 3) + f"  {taken:.0%} of it" * (taken < 0.5)
+        remark = f"  each {taken:.1f} times" if taken > 3 else ""
+        remark = f"  {taken:.0%} of it" if taken < 0.5 else remark
         print(f"{source.get('name', source['path'])[-23:]:24}{rows_in(made):>10,}{dropped:>10,}"
               f"{left:>10,}{kept:>10,}{tokens:>13,}{targets:>12,}{int(dialogs[number]):>10,}"
               f"{shown[number] / shown.sum():>8.1%}{remark}")

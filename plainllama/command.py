@@ -161,7 +161,7 @@ def crowded(began: tuple, threads: int) -> str:
     idle = there - others
     if idle > threads - 0.5:
         return ""
-    fewer = f", or start again with OMP_NUM_THREADS={round(idle)}" * (idle > 0.75)
+    fewer = f", or start again with OMP_NUM_THREADS={round(idle)}" if idle > 0.75 else ""
     return (f"other processes keep {others:.1f} of {there} cores busy, and this run's {threads} "
             f"threads share them: it gets faster when they end{fewer}")
 

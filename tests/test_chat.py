@@ -230,6 +230,10 @@ def test_everything_is_learned_of_a_dialog_that_asks_for_it():
                                            {"role": "assistant", "content": "b"}],
                               "learn_all": True})
     assert not learned[0] and learned[1:].all()
+    _, learned = talk.render({"messages": [{"role": "user", "content": "a"},
+                                           {"role": "assistant", "content": "b", "learn": False}],
+                              "learn_all": True})
+    assert learned.tolist() == [False, True, True, True, True, False, False]  # said not to be
 
 
 def test_tokens_of_roles_stand_behind_the_last_id_once():

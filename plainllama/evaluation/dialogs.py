@@ -49,8 +49,9 @@ def read_dialogs(name: str, limit: int) -> list[dict]:
     dropped = Tally()
     found = [json.loads(text) for text in documents(parts, dropped)]
     for rule, entry in dropped.items():
-        forms = "; rows have `messages`, or fields as prepare.py takes them"
-        raise UserError(f"{entry['first']}: {rule}{forms * rule.startswith('no known')}")
+        unknown = rule.startswith("no known")
+        forms = "; rows have `messages`, or fields as prepare.py takes them" if unknown else ""
+        raise UserError(f"{entry['first']}: {rule}{forms}")
     return found[:limit or None]
 
 

@@ -32,7 +32,7 @@ HELP = """/system TEXT  give the talk another system message (empty: none)
 
 
 class Talk:
-    """A talk with a model. `say` shows a line that is no part of it."""
+    """A talk with a model; what is shown beside its answers stands in brackets."""
 
     def __init__(self, model: LLaMA, chat: Chat, f: Any, tools: Tools | None):
         self.model, self.chat, self.f, self.tools = model, chat, f, tools
@@ -137,7 +137,8 @@ class Talk:
         talk = {"messages": self.messages} | ({"tools": self.schemas} if self.schemas else {})
         with open(file, "a+b") as rows:
             rows.seek(max(rows.tell() - 1, 0))  # a last line may lack its end
-            rows.write(b"\n" * (rows.read() not in (b"", b"\n")) + as_line(talk))
+            ended = rows.read() in (b"", b"\n")
+            rows.write((b"" if ended else b"\n") + as_line(talk))
         print(f"({len(self.messages)} messages -> {file})")
 
     def load(self, file: str) -> None:

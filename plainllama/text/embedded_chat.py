@@ -15,6 +15,7 @@ from itertools import product
 from typing import IO
 
 COUNT, SEED = 8000, 1  # of the training dialogs
+LONGEST = 510
 HELD_OUT = 6  # one of so many numbers, names, words and ways to ask is for held-out dialogs alone
 OPENINGS = ["", "Please tell me: ", "Hi. ", "Well, ", "Now, ", "One question: ", "Ok. ", "Hm, ",
             "Quickly: "]
@@ -71,7 +72,13 @@ class Maker:
         return opening + (way[0].lower() + way[1:] if inside else way)
 
     def dialog(self) -> dict:
-        """Make a dialog of one to four parts."""
+        """Make a dialog that has room in a context of LONGEST bytes."""
+        while True:
+            if size_of(made := self.draft()) <= LONGEST:
+                return made
+
+    def draft(self) -> dict:
+        """Make a dialog of facts that are told, other turns, and questions for the facts."""
         draw, kinds = self.draw, [self.sum, self.weekday, self.word, self.talk]
         tools = draw.choices([[], ["calculator"], ["weekday"], list(SCHEMAS)], [3, 3, 3, 1])[0]
         turns = [turn for make in draw.choices(kinds, [3, 3, 3, 1], k=draw.randint(0, 2))
@@ -110,6 +117,15 @@ class Maker:
         """Be friendly."""
         said = self.draw.choice(list(TALK))
         return spoken(self.asking(said), TALK[said])
+
+
+def size_of(dialog: dict) -> int:
+    """Count the tokens of a dialog, a byte each, or a few more."""
+    calls = [json.dumps(call) for message in dialog["messages"]
+             for call in message.get("tool_calls", ())]
+    texts = [message["content"] for message in dialog["messages"]]
+    listed = [json.dumps(tool) + "\n" for tool in dialog["tools"]]
+    return sum(map(len, (*calls, *texts, *listed))) + 2 * len(texts) + 26 * len(calls) + 24
 
 
 def spoken(question: str, answer: str) -> list[dict]:

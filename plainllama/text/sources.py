@@ -98,7 +98,7 @@ def check_dialogs(sources: list[dict], documents: str) -> None:
 def how_of(source: dict, train_on: str) -> How:
     """Say how the records of a source become dialogs; `train_on`: of those that do not say."""
     return How(source.get("converter", "auto"), tuple(source.get("fields", {}).items()),
-                       source.get("system", ""), source.get("train_on", train_on))
+               source.get("system", ""), source.get("train_on", train_on))
 
 
 def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None,
@@ -121,7 +121,8 @@ def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None
         except UserError as error:
             given = ",".join(item["path"] for item in items)  # as the command line had it
             one = f"; if {given!r} is one name, write in a config file: sources = [{given!r}]"
-            raise UserError(f"{error}{one * (len(items) > 1 and path[:3] != 'hf:')}") from None
+            several = len(items) > 1 and path[:3] != "hf:"
+            raise UserError(f"{error}{one if several else ''}") from None
         before = known[i]["files"] if known else {}
         ends = path == "embedded" or path.startswith("hf:")  # what the installer has checked
         ends |= any(len(old) == 16 for old in before.values())  # or of an older data set
@@ -192,7 +193,7 @@ def local_files(path: str) -> list[tuple[str, Path]]:
     said = ", ".join(f"{count} {what}" for what, count in sorted((+left).items()))
     if not read:
         raise UserError(f"sources: {path} is no file, and no glob or folder with a file of a known "
-                        f"kind ({', '.join(KINDS)})" + f"; it has {said}" * bool(said))
+                        f"kind ({', '.join(KINDS)}){f'; it has {said}' if said else ''}")
     if said:
         print(f"sources: {path}: not read: {said}", flush=True)
     root = path if folder else os.path.commonpath(map(os.path.dirname, read.values()))

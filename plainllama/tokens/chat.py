@@ -79,7 +79,7 @@ class Chat:
         for message in with_tools(dialog.get("messages", ()), dialog.get("tools")):
             inner = self.tokenizer.encode_behind(written(message))
             answers = message["role"] == "assistant"
-            learn = everything or (answers and message.get("learn", True))
+            learn = message.get("learn", True) if answers else everything
             parts += [[self.roles[message["role"]]], inner, [self.end]]
             runs += [1, len(inner) + 1]
             learned += [everything, learn]

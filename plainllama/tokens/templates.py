@@ -225,7 +225,8 @@ class ModelChat(Chat):
         upto = {i: self.ids(text, mark) for i, text in texts.items()}
         rewritten = not all(np.array_equal(ids[:len(part)], part) for part in upto.values())
         answers = answers[-1:] if rewritten else answers
-        learned, ends = np.zeros(len(ids), bool), []
+        learned, ends = np.full(len(ids), bool(dialog.get("learn_all"))), []
+        learned[0] = False
         for i in answers:
             prompt = self.template.render(messages[:i], tools, True)
             first, last = self.span(self.ids(prompt, mark), upto[i])
@@ -235,8 +236,6 @@ class ModelChat(Chat):
                 raise Refused("the template leaves out what an answer says")
             learned[first:last] = dialog["messages"][i].get("learn", True)
             ends.append(len(upto[i]))
-        if dialog.get("learn_all"):
-            learned[1:] = True
         return Rendered(ids, learned, ends, rewritten)
 
     def prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:

@@ -241,7 +241,7 @@ class Engine:
                 smaller = ceil_div(self.micro, 2)
                 # the other ranks wait in a collective; another split has other bits
                 if self.micro == 1 or self.world.size > 1 or self.config.deterministic:
-                    which = f"rank {self.world.rank}: " * (self.world.size > 1)
+                    which = f"rank {self.world.rank}: " if self.world.size > 1 else ""
                     raise UserError(f"{which}out of memory with micro_batch={self.micro}; start "
                                     f"again with --micro_batch={smaller}, "
                                     "--activation_checkpointing or a smaller model") from error

@@ -68,7 +68,8 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
         rows = training_rows(Path("data") / config.dataset, manifest, config)
         batch = config.global_batch_tokens // config.block_size
         steps = max(1, math.ceil(config.epochs * rows.windows / batch - 1e-9))
-        instead = f", in place of max_steps {config.max_steps}" * ("max_steps" in command.given)
+        given = "max_steps" in command.given
+        instead = f", in place of max_steps {config.max_steps}" if given else ""
         said.append(f"epochs {config.epochs:g}: {steps} steps of {batch} rows{instead}")
         config.max_steps = steps
     return [remark for remark in (*said, optim.fit_warmup(config)) if remark]
