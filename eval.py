@@ -40,7 +40,9 @@ from plainllama.settings import Settings, UserError, key
 class Flags:
     """Options of eval.py."""
 
-    ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs")
+    ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs; or several "
+                    "with commas between")
+    base: str = key("", "the folder of an adapter's base, where that has moved")
     all: str = key("", "a run: score its checkpoints, the oldest first")
     tasks: str = key("tinyMMLU", "names, with commas between them (empty: none)")
     shots: str = key("", "a .jsonl file of worked examples for local questions")
@@ -68,6 +70,7 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 
 import json
 import math
+import os
 import sys
 from contextlib import closing
 from functools import partial
@@ -80,7 +83,7 @@ from plainllama.results import score_table
 from plainllama.tokens.rows import hash_of_data, ids_of
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info, sha256_of
-from plainllama.weights import checkpoint, huggingface
+from plainllama.weights import checkpoint, peft
 
 BITS = "bits per byte"
 
@@ -101,10 +104,13 @@ def main(command) -> int:
             print(json.dumps(metrics))
         return 0
     with closing(parallel.start(flags.device, "auto")) as world:
-        evaluation = partial(Evaluation, flags, given, world)
+        evaluation = partial(Evaluation, flags, given, world, {})
         if not flags.all:
-            return checkpoint.with_checkpoint(
-                flags.ckpt, world, lambda folder: evaluation(folder).score([folder]))
+            whole = os.path.exists(flags.ckpt) or "," not in flags.ckpt
+            codes = [checkpoint.with_checkpoint(
+                path, world, lambda folder: evaluation(folder).score([folder]))
+                for path in ([flags.ckpt] if whole else map(str.strip, flags.ckpt.split(",")))]
+            return max(codes)
         folders = steps_of(Path(flags.all))[::-1]
         whole = world.decide(lambda: next(
             (folder for folder in folders if not checkpoint.damage(folder, training=False)), None))
@@ -118,9 +124,11 @@ class Evaluation:
 
     # ---- what is asked
 
-    def __init__(self, flags: Flags, given: dict, world: parallel.World, first: Path):
+    def __init__(self, flags: Flags, given: dict, world: parallel.World, kept: dict, first: Path):
         """Look at every input before anything slow begins; UserError for what does not fit.
-        `given`: the flags that were said; `first`: a checkpoint, of whose run the others are."""
+        `given`: the flags that were said; `kept`: bases that are loaded already; `first`: a
+        checkpoint, of whose run the others are."""
+        self.kept = kept
         self.first, self.flags, self.given, self.world = first, flags, given, world
         self.say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
         self.batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
@@ -138,7 +146,7 @@ class Evaluation:
             self.say(f"not recorded in {self.run}/eval, because of {' '.join(special)}")
         # RUN/eval holds what all runs can be compared by; rank 0 writes it
         self.keep = None if special or world.rank > 0 else self.run
-        self.open_windows(huggingface.read_config(first).block_size)
+        self.open_windows(peft.whole_config(first, flags.base).block_size)
         asked = list(dict.fromkeys(filter(None, map(str.strip, flags.tasks.split(",")))))
         self.name_idle(asked)
         self.tasks, self.unavailable = tasks.find_tasks(asked, flags, world)
@@ -275,7 +283,9 @@ class Evaluation:
     def score_checkpoint(self, folder: Path) -> bool:
         """Score one checkpoint: its windows, then every task; each score is recorded as soon as it
         is there. Whether all could be scored that was named."""
-        model = huggingface.load_model(folder, self.world.device, self.dtype)
+        several = self.flags.all or "," in self.flags.ckpt
+        model = peft.load_model(folder, self.world.device, self.dtype, self.flags.base,
+                                kept=self.kept if several else None)
         state = checkpoint.read_state(folder) if self.run else {}
         result: dict = {"tasks": {}}
         if state:  # tokens: targets trained on, as in metrics.jsonl

@@ -1,6 +1,7 @@
 """A checkpoint -> a Hugging Face folder that transformers, vLLM and others open as it is.
 
   export.py --ckpt=out/RUN --to=DIR [--dtype=bf16] [--code] [--push=user/name]
+  export.py --ckpt=out/ADAPTER --to=DIR [--merge [--original] | --adapter] [--base=FOLDER]
 
 The folder gets config.json, generation_config.json, the weights (in shards above 5 GB), the
 tokenizer and a model card. Before it gets its name, the weights in it are compared with the
@@ -8,6 +9,9 @@ model's bit by bit, and a fresh Python process opens it with transformers elsewh
 token ids must be ours. --code adds our own model.py, which then opens with trust_remote_code=True;
 without it the folder is transformers' LlamaForCausalLM and needs no code. --push uploads it to the
 Hugging Face hub, once everything here is done.
+
+A run that trained an adapter becomes a plain model, its adapter added to the base as that was held
+in training (with --original: to the base as it is), or with --adapter the folder that peft opens.
 """
 
 from dataclasses import dataclass
@@ -25,6 +29,10 @@ class Flags:
     to: str = key("", "the folder to write; it must be new or empty")
     dtype: str = key("fp32", "of the weights in the folder", ("fp32", "bf16"))
     code: bool = key(False, "with our model.py, to be opened with trust_remote_code=True")
+    merge: bool = key(False, "an adapter and its base as one model (also without saying so)")
+    original: bool = key(False, "merge into the base's own weights, not those held in few bits")
+    adapter: bool = key(False, "the adapter alone, for the package peft")
+    base: str = key("", "the folder of an adapter's base, where that has moved")
     license: str = key("", "for the model card, such as apache-2.0")
     push: str = key("", "user/name on the hub to upload to (after `hf auth login`)")
 
@@ -47,12 +55,17 @@ import torch
 from safetensors.torch import load_file
 
 from model import LLaMA
+from plainllama.evaluation.likelihood import evaluate, validation_rows
 from plainllama.parallel import World, pick_dtype
 from plainllama.report.card import card
 from plainllama.tokens.tokenizer import SAMPLE, Tokenizer
-from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import load_model, load_weights, write_code, write_folder
+from plainllama.tokens.tokenizer_json import byte_info
+from plainllama.weights import adapters, checkpoint, peft
+from plainllama.weights.huggingface import load_weights, write_code, write_folder
+from plainllama.weights.peft import load_model
+from plainllama.weights.quantised import QUANTISED
 
+HELD_OUT = 1 << 16  # tokens of the validation split that two ways to merge are compared by
 SHARD_BYTES = 5_000_000_000
 TOLERANCE = 1e-4  # largest difference of logits in fp32, as a share of the largest logit
 # Run by a fresh Python process in an empty folder; writes logits and token ids into it.
@@ -83,6 +96,9 @@ def main(command) -> int:
         raise UserError(f"--to {flags.to} exists and is not empty; name a new folder")
     if any(map(run_of, (final, final.parent))):  # where train.py deletes
         raise UserError(f"--to {flags.to} lies among a run's checkpoints; name another folder")
+    if flags.adapter and (flags.merge or flags.original or flags.code or flags.dtype != "fp32"):
+        raise UserError("--adapter writes the adapter as it is, in fp32; leave out --merge, "
+                        "--original, --code and --dtype")
     if not re.fullmatch(r"[\w.+-]*", flags.license):
         raise UserError(f"--license takes a name such as apache-2.0, not {flags.license!r}")
     if flags.push and flags.push.count("/") != 1:
@@ -112,7 +128,15 @@ def main(command) -> int:
 def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     """Write the checkpoint `source` into `folder` and check it; the number of its parameters and
     what is wrong, or ''."""
-    tokenizer, model = Tokenizer.load(source), load_model(source)
+    said = [name for name in ("merge", "original", "adapter") if getattr(flags, name)]
+    if said and not peft.is_adapter(source):
+        raise UserError(f"--{said[0]} is for a run that trained an adapter; {source} is a model")
+    model = load_model(source, base=flags.base, original=flags.original)
+    if flags.adapter:
+        return write_adapter(flags, folder, source, model)
+    if flags.original or any(adapters.quantised(model)):
+        merged(flags, source, model)
+    tokenizer = Tokenizer.load(source)
     dtype = pick_dtype(flags.dtype, torch.device("cpu"))
     for name, weight in model.named_parameters():  # from here on it holds what is exported
         weight.data = weight.data.to(dtype).float()
@@ -122,9 +146,42 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     write_folder(folder, model.config, weights, source / "tokenizer.json", dtype, SHARD_BYTES)
     if flags.code:
         write_code(folder, model.config)
-    counts = model.parameter_counts()
+    counts = adapters.parameter_counts(model)[:2]
     write_text(folder / "README.md", card(source, folder, flags, vars(model.config), counts))
     return counts[0], compare_with_transformers(model, tokenizer, folder, flags.code)
+
+
+def merged(flags: Flags, source: Path, model: LLaMA) -> None:
+    """Merge an adapter whose base was held in few bits, and say what the run's validation split
+    thinks of both ways to do so."""
+    held = peft.read_adapter(source).frozen_dtype
+    if held not in QUANTISED:
+        raise UserError(f"--original has no effect: the base of {source} was held in {held}")
+    other = load_model(source, base=flags.base, original=not flags.original)
+    as_held, own = (other, model) if flags.original else (model, other)
+    run = run_of(source)
+    name = read_json(run / "run.json")["data"]["name"] if run else "(of no run)"
+    losses, data = {}, Path("data", name)
+    for name, it in ((f"onto the base as it was held, in {held}", as_held),
+                     ("onto the base's own weights (--original)", own)):
+        adapters.merge(it)
+        if (data / "manifest.json").is_file():
+            rows = validation_rows(data, source, it.config.block_size)
+            seen = evaluate(it, rows, byte_info(data), HELD_OUT, 4, World())
+            losses[name] = f"{seen['val_loss']:.4f} nats"
+    print(f"validation loss, merged {', '.join(f'{k}: {v}' for k, v in losses.items())}" if losses
+          else f"data/{data.name} is not here: the two ways to merge are not compared")
+
+
+def write_adapter(flags: Flags, folder: Path, source: Path, model: LLaMA) -> tuple[int, str]:
+    """Write the adapter of a checkpoint alone; as write()."""
+    for path in source.iterdir():
+        if path.is_file() and path.name != "checksums.json":
+            shutil.copyfile(path, folder / path.name)
+    counts = adapters.parameter_counts(model)
+    write_text(folder / "README.md", card(source, folder, flags, vars(model.config), counts[:2]))
+    learned = sum(tensor.numel() for tensor in load_file(folder / peft.WEIGHTS).values())
+    return learned, ""
 
 
 def compare_with_transformers(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool) -> str:

@@ -94,6 +94,10 @@ class Linear(nn.Linear):
         """(..., d_in) -> (..., d_out)."""
         return F.linear(x, self.weight.to(x.dtype))
 
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The weight, and the last of its rows that learn: all or none."""
+        return self.weight, self.weight if self.weight.requires_grad else self.weight[:0]
+
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * gain, statistics in fp32 (https://arxiv.org/abs/1910.07467)."""
@@ -297,12 +301,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
         self.twice = config.activation_checkpointing
+        self.random = False  # whether what is computed twice must draw the same numbers twice
 
     def forward(self, x: Tensor, *context) -> Tensor:
         """(B, T, C) -> (B, T, C); `context` is what Attention.forward takes after x."""
         if self.twice and torch.is_grad_enabled():
             return checkpoint(self.compute, x, *context, use_reentrant=False,
-                              preserve_rng_state=False)  # nothing here is random
+                              preserve_rng_state=self.random)
         return self.compute(x, *context)
 
     def compute(self, x: Tensor, *context) -> Tensor:
@@ -338,12 +343,17 @@ class LLaMA(nn.Module):
     def reset_derived(self, device) -> None:
         """(Re)compute what moving off `meta` loses: the rotary tables, which are not saved, and
         the tie of the embeddings."""
-        if self.config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
         positions = torch.arange(self.config.block_size, dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, rope_frequencies(self.config)).repeat(1, 2)
         self.register_buffer("rope_cos", angles.cos().to(device), persistent=False)
         self.register_buffer("rope_sin", angles.sin().to(device), persistent=False)
+
+    def tie(self) -> None:
+        """Share embedding and output matrix, if the config says so."""
+        if self.config.tie_embeddings:
+            for name, parameter in self.model.embed_tokens.named_parameters():
+                setattr(self.lm_head, name, parameter)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None,
                watch: Callable = lambda states: None) -> Tensor:
@@ -388,16 +398,14 @@ class LLaMA(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Sum -log p(target) of states (N, C) over targets (N,), fp32 ()."""
-        if 4 * len(targets) * self.config.vocab_size > LOGITS_BYTES:
-            return ChunkedLoss.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
+        weight, learned = self.lm_head.parts()
+        # the gradient of the matrix wants large chunks; without it they only take memory
+        room = LOGITS_BYTES if len(learned) == len(weight) else LOGITS_BYTES // 4
+        if 4 * len(targets) * len(weight) > room:
+            return ChunkedLoss.apply(x, weight, learned, targets, chunk_rows(len(weight), room),
+                                     torch.is_grad_enabled())
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=IGNORE,
                                reduction="sum")
-
-    def parameter_counts(self) -> tuple[int, int]:
-        """(all parameters, those without embedding and output matrix); a tied one counts once."""
-        total = sum(p.numel() for p in self.parameters())
-        ends = {id(p): p.numel() for p in (self.model.embed_tokens.weight, self.lm_head.weight)}
-        return total, total - sum(ends.values())
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -410,12 +418,13 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
-        """The summed loss, fp32 (). `training`: keep the gradients for backward."""
-        matrix = weight.to(x.dtype)
-        size = chunk_rows(len(weight))
+    def forward(ctx, x: Tensor, weight: Tensor, learned: Tensor, targets: Tensor, size: int,
+                training: bool) -> Tensor:
+        """The summed loss, fp32 (), in chunks of `size` rows. `training`: keep the gradients for
+        backward, of x and of the matrix's last rows, which are `learned`."""
+        matrix, first = weight.to(x.dtype), len(weight) - len(learned)
         loss = torch.zeros((), device=x.device)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if training else None
+        d_weight = torch.zeros_like(learned, dtype=torch.float32) if training else None
         d_x = []
         for states, wanted in zip(x.split(size), targets.split(size), strict=True):
             logits = F.linear(states, matrix).float()
@@ -424,24 +433,24 @@ class ChunkedLoss(torch.autograd.Function):
             norm = logits.logsumexp(1, keepdim=True)
             loss = loss + ((norm - logits.gather(1, place)) * counts).sum()
             if d_weight is not None:
-                slope = (without_one(logits.sub_(norm).exp_(), place) * counts).to(x.dtype)
+                slope = without_one(logits.sub_(norm).exp_(), place).mul_(counts).to(x.dtype)
                 d_x.append(slope @ matrix)
-                d_weight += slope.T @ states
+                d_weight += slope[:, first:].T @ states
         if d_weight is not None:
             ctx.save_for_backward(torch.cat(d_x), d_weight.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, slope: Tensor):  # type: ignore[override]
-        """Of states and matrix."""
+        """Of states and learned rows."""
         d_x, d_weight = ctx.saved_tensors
-        return d_x * slope, d_weight * slope, None, None
+        return d_x * slope, None, d_weight * slope, None, None, None
 
 
-def chunk_rows(entries: int) -> int:
-    """Rows of a chunk whose fp32 logits for so many entries take LOGITS_BYTES: 4,096 of 32,000
-    entries. A multiple of 256, as the tiles of a GPU's matrix kernels want it."""
-    rows = LOGITS_BYTES // (4 * entries)
+def chunk_rows(entries: int, room: int) -> int:
+    """Rows of a chunk whose fp32 logits for so many entries take `room` bytes: 4,096 of 32,000
+    entries in LOGITS_BYTES. A multiple of 256, as the tiles of a GPU's matrix kernels want it."""
+    rows = room // (4 * entries)
     return max(1, rows // 256 * 256 or rows)
 
 
@@ -491,16 +500,10 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int)
         std = min(std, 2 / config.d_model)  # a token's own logit is about std * d_model
     elif not name.endswith(("embed_tokens.weight", "_proj.weight")):
         raise ValueError(f"no rule initialises {name}")
+    return torch.empty(shape).normal_(0.0, std, generator=generator_of(name, seed))
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """The generator that a parameter's first value is drawn from."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-
-@torch.no_grad()
-def initialise(model: LLaMA, seed: int, piece: Callable[[Tensor], tuple[Tensor, int]]) -> None:
-    """Give every parameter its first value: the same however they are sharded. `piece` gives of a
-    parameter (this rank's rows, the number of the first of them)."""
-    for name, parameter in model.named_parameters():
-        local, first = piece(parameter.data)
-        value = initial_weight(name, parameter.shape, model.config, seed)
-        local.copy_(value[first:first + local.shape[0]])
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)

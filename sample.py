@@ -35,6 +35,7 @@ class Flags(Sampling):
     """What sample.py takes."""
 
     ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs (the newest)")
+    base: str = key("", "the folder of an adapter's base, where that has moved")
     prompt: str = key("", "the text to go on from (empty: the begin token alone)")
     prompts: str = key("", "a .jsonl, .txt or .parquet file with a prompt per row, for --out")
     column: str = key("prompt", "where in a row of --prompts the text stands")
@@ -79,7 +80,7 @@ from plainllama.text.dialogs import Refused, asked
 from plainllama.tokens.chat import END, Chat
 from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
-from plainllama.weights import checkpoint, huggingface
+from plainllama.weights import checkpoint, peft
 
 FOR_TEXTS = {*vars(Sampling()), "max_new_tokens", "stop", "seed", "compile"}  # not for states
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # of --stop
@@ -123,8 +124,8 @@ def start_talk(command) -> int:
             raise UserError("--chat is for one process")
         folder = checkpoint.find_checkpoint(f.ckpt)
         chat = chat_of(Tokenizer.load(folder))
-        model = huggingface.load_model(folder, world.device, parallel.pick_dtype(f.dtype,
-                                                                                 world.device))
+        dtype = parallel.pick_dtype(f.dtype, world.device)
+        model = peft.load_model(folder, world.device, dtype, f.base)
         return talk(model, chat, f, tools)
 
 
@@ -163,7 +164,7 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
             print(f"{f.out} is complete, with {len(rows)} rows; move it away to make it anew")
         return 0
     dtype = parallel.pick_dtype(f.dtype, world.device)
-    model = huggingface.load_model(folder, world.device, dtype)
+    model = peft.load_model(folder, world.device, dtype, f.base)
     if journal:
         journal.begin(world.rank)
     if done and world.rank == 0:
@@ -211,7 +212,7 @@ def message_of(chat: Chat, text: generate.Completion) -> dict:
 def check(f: Any, ids: list[list[int]], folder: Path) -> None:
     """Raise UserError if a prompt does not fit into the model's context, beside a new token if one
     is drawn, or if the model has no such --layers."""
-    config = huggingface.read_config(folder)
+    config = peft.whole_config(folder, f.base)
     room = config.block_size - (f.embed == "none")
     for i, prompt in enumerate(ids):
         if len(prompt) > room:

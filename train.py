@@ -85,9 +85,9 @@ def main(command: CommandLine) -> int:
         return STOPPED  # --max-restarts took the first 75 for a failure
     world = parallel.start(config.device, config.parallel)
     try:
-        refuse_too_large(config, world)
         if flags.check:
             return preflight.run_checks(config, manifest, world, flags.price)
+        refuse_too_large(config, world)
         return train(command, manifest, world)
     finally:
         gc.enable()
@@ -229,6 +229,7 @@ class Run:
                     batch = upcoming.result()
                 upcoming = reader.submit(self.batch, self.step + 1)
                 rate, targets = optim.lr(self.step, config), self.course.targets_of(self.step)
+                self.engine.seed_dropout(self.step)
                 stats = self.engine.update(batch, rate, targets, self.stop.asked(),
                                            self.wants_first_save())
                 self.profile()
@@ -347,7 +348,7 @@ class Run:
                  "world_size": world.size, "versions": {"torch": torch.__version__},
                  "config": asdict(self.config)}
         with self.clock.apart("save_seconds"), world.patient():
-            self.saver.start(self.step, self.model, engine.optimizer.state, state)
+            self.saver.start(self.step, self.model, engine.optimizer.state, state, engine.adapter)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import LLaMA, initialise
+from model import LLaMA
 from plainllama import settings
 from plainllama.command import CommandLine, parse, parse_arguments, run_command
 from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.settings import key
 from plainllama.training.engine import architecture
+from plainllama.weights.adapters import initialise
 from plainllama.weights.huggingface import config_json
 
 

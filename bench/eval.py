@@ -23,7 +23,9 @@ from plainllama.parallel import World
 from plainllama.settings import UserError, key
 from plainllama.tokens import tokenizer
 from plainllama.tokens.tokenizer_json import write_hf_files
-from plainllama.weights.huggingface import config_json, load_model
+from plainllama.weights.adapters import parameter_counts
+from plainllama.weights.huggingface import config_json
+from plainllama.weights.peft import load_model
 
 
 @dataclass
@@ -94,7 +96,7 @@ def compare(flags: Flags, scorer: tasks.Scorer, theirs, items: list[tasks.Item])
             seconds[name].append(time.perf_counter() - began)
             busy[name].append(time.process_time() - worked)
     apart = max(abs(a[0] - b[0]) for a, b in zip(found["ours"], found["hf"], strict=True))
-    total, _ = scorer.model.parameter_counts()
+    total, *_ = parameter_counts(scorer.model)
     mine, other, my_work, their_work = (median(each[name][1:]) for each in (seconds, busy)
                                         for name in ("ours", "hf"))
     print(f"{torch.get_num_threads()} threads, {len(items)} questions, batch {flags.batch}, "

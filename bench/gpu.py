@@ -60,7 +60,7 @@ from typing import Any
 
 import torch
 
-from model import IGNORE, Linear, LLaMA, flops_per_token, initialise
+from model import IGNORE, Linear, LLaMA, flops_per_token
 from plainllama import files, parallel, settings
 from plainllama.generation import generate
 from plainllama.parallel import World
@@ -69,6 +69,7 @@ from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.training import log, optim
 from plainllama.training.engine import Engine, architecture
 from plainllama.weights import checkpoint
+from plainllama.weights.adapters import initialise
 from plainllama.weights.huggingface import config_json
 
 MICRO_TOKENS = 65536  # at most in a forward pass; more gain nothing

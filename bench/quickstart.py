@@ -22,7 +22,7 @@ from plainllama.files import run_of
 from plainllama.generation import generate
 from plainllama.tokens import shards
 from plainllama.tokens.tokenizer import Tokenizer
-from plainllama.weights import checkpoint, huggingface
+from plainllama.weights import checkpoint, peft
 
 SAMPLES, COPY = 20, 50
 # as in the Makefile
@@ -71,7 +71,7 @@ def main(command) -> int:
     """Print the table."""
     flags = command.flags
     folder = checkpoint.find_checkpoint(flags.ckpt)
-    model, words = huggingface.load_model(folder), Tokenizer.load(folder)
+    model, words = peft.load_model(folder), Tokenizer.load(folder)
     run = run_of(folder)
     file = run / "eval" / f"{folder.name}.json" if run else folder
     scores = json.loads(file.read_text()) if file.is_file() else {}

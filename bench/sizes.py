@@ -1,15 +1,15 @@
 """Parameters, memory and hours of the larger configs: python bench/sizes.py [CONFIG ...]
 
 Nothing is measured on a device: a step's forward and backward pass is traced on tensors without
-storage, and torch's MemTracker counts what an allocator would hold at its peak. This is
-eager code with a CPU's kernels: for config/llama100m.py and 64 rows it counts 35.1 GiB, where an
-H100 took 36.1 eager and 31.9 compiled. Over ranks it is reckoned on: weights, gradients and moments
-in parts, beside them the gathered ends and two gathered blocks. Hours are those of 20 tokens for
+storage, and what an allocator would hold at its peak is counted (plainllama/training/memory.py, as
+`train.py --check` does). This is eager code with a CPU's kernels: for config/llama100m.py and 64
+rows it counts 35.1 GiB, where an H100 took 36.1 eager and 31.9 compiled. Over ranks it is reckoned
+on: weights, gradients and moments in parts, beside them the gathered ends and two gathered blocks. Hours are those of 20 tokens for
 each parameter at --mfu of an H100.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,34 +33,24 @@ if __name__ == "__main__":
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
-from model import LLaMA, ModelConfig, flops_per_token
-from plainllama.training import optim
-from plainllama.training.engine import architecture
+from model import ModelConfig, flops_per_token
+from plainllama.training import memory
+from plainllama.training.engine import architecture, outline
 from plainllama.training.log import PEAKS
+from plainllama.weights.adapters import parameter_counts
 
-SIZES = ["llama100m", "llama_350m", "llama_1b", "llama_3b", "llama_8b"]
+SIZES = ["llama100m", "llama_350m", "llama_1b", "llama_3b", "llama_8b", "lora_8b", "qlora_8b"]
 GIB = 2**30
 
 
-def traced(config: ModelConfig, settings, flags: Flags) -> tuple[int, dict[str, int]]:
-    """(parameters, bytes by kind at the peak of one forward and backward pass)."""
-    with FakeTensorMode():
-        model = LLaMA(config)
-        model.compute_dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
-        optimizer = optim.make(model, settings)
-        moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
-        tracker = MemTracker()
-        tracker.track_external(model, *moments)
-        with tracker:
-            ids = torch.zeros(flags.rows, config.block_size, dtype=torch.long)
-            model(ids, ids).backward()
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-        weights = 4 * model.parameter_counts()[0]
-        held = weights + sum(tensor.numel() * tensor.element_size() for tensor in moments)
-    return weights // 4, {"held": held, "gradients": weights, "peak": peak["Total"]}
+def traced(settings, flags: Flags) -> tuple[int, dict[str, int]]:
+    """(parameters, bytes by kind, with the peak of one forward and backward pass)."""
+    parameters = parameter_counts(outline(settings)[0])[0]
+    dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
+    parts = memory.reckon(settings, flags.rows, dtype)
+    return parameters, parts | {"held": parts["weights"] + parts["moments"],
+                                "peak": sum(parts.values())}
 
 
 def per_rank(config: ModelConfig, parameters: int, seen: dict[str, int], ranks: int) -> float:
@@ -82,20 +72,23 @@ def main(command) -> int:
           "| 8 H100 |\n|---|---|---|---|---|---|---|---|---|")
     for path in command.files or [str(ROOT / "config" / f"{name}.py") for name in SIZES]:
         settings = parse([path], "").config
-        config = replace(architecture(settings), vocab_size=settings.vocab_size or flags.entries)
-        cells = []
+        adapted = settings.lora_r > 0
+        entries = 128256 if adapted else flags.entries  # a Llama 3's
+        settings.vocab_size = settings.vocab_size or entries
+        config, cells = architecture(settings), []
         for twice in (False, True):
-            again = replace(config, activation_checkpointing=twice)
-            parameters, seen = traced(again, settings, flags)
+            settings.activation_checkpointing = twice
+            parameters, seen = traced(settings, flags)
             one = max(seen["peak"], seen["held"] + seen["gradients"])
-            cells.append((one / GIB, per_rank(again, parameters, seen, 8) / GIB))
+            cells.append((one / GIB, per_rank(config, parameters, seen, 8) / GIB))
         (alone, eighth), (alone_twice, eighth_twice) = cells
         tokens = 20 * parameters
         hours = tokens * flops_per_token(config, config.block_size) / speed / 3600
         print(f"| `{Path(path).name}` | {parameters / 1e6:,.0f} M | {config.block_size} "
               f"| {(seen['held'] + seen['gradients']) / GIB:.1f} | {alone:.1f}, {alone_twice:.1f} "
-              f"| {eighth:.1f}, {eighth_twice:.1f} | {tokens / 1e9:.1f} B "
-              f"| {hours:,.1f} h | {hours / 8:,.1f} h |", flush=True)
+              + ("| | | | |" if adapted else
+                 f"| {eighth:.1f}, {eighth_twice:.1f} | {tokens / 1e9:.1f} B "
+                 f"| {hours:,.1f} h | {hours / 8:,.1f} h |"), flush=True)
     return 0
 
 

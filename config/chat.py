@@ -10,21 +10,21 @@ sources = "embedded:chat"
 tokenizer = "bytes"  # names and numbers are copied letter by letter
 val_fraction = 0.02
 
-n_layer = 4
+n_layer = 5
 n_head = 4
 d_model = 128
 d_ff = 344
-block_size = 512
+block_size = 1024
 
-global_batch_tokens = 8 * 512
-max_steps = 1500
+global_batch_tokens = 4 * 1024
+max_steps = 1250
 optimizer = "muon"
-learning_rate = 3e-3
+learning_rate = 2.5e-3
 min_lr = 0.0
 schedule = "linear"
 warmup_steps = 40
 
 log_interval = 10
 eval_interval = 250
-eval_tokens = 16 * 512
+eval_tokens = 16 * 1024
 save_interval = 500

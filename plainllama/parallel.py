@@ -53,10 +53,11 @@ class World:
     def choose(self, model: LLaMA) -> None:
         """parallel=auto: ddp, which sends least, while the model fits on each device beside its
         activations; else shards, within the machine if that is enough."""
-        need = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two moments
+        need = held_bytes(model)
         room, local = DDP_SHARE * self.room, local_size(self.size)
         several = 1 < local < self.size and self.size % local == 0  # machines of several ranks
-        if need <= room:
+        in_few_bits = any(not part.is_floating_point() for part in model.buffers())
+        if need <= room or in_few_bits:  # which is not sharded
             self.share("ddp")
         else:
             self.share("hsdp" if several and need <= room * local else "fsdp")
@@ -258,6 +259,12 @@ class World:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of weights, and of gradients and two fp32 moments of those that learn."""
+    return (sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+            + 12 * sum(p.numel() for _, p in trained(model)))
 
 
 def start(device: str, mode: str) -> World:

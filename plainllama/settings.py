@@ -71,6 +71,16 @@ class Settings:
     tie_embeddings: bool = fixed(False, "one matrix for embedding and output")
     attention: str = free("sdpa", "back end", ("sdpa", "varlen", "xformers", "reference"))
     doc_mask: bool = fixed(False, "tokens see their own document only")
+    # what learns
+    train_only: str = fixed("", "freeze all but these: first:N, last:N, every:N (blocks), parts of "
+                            "parameters' names")
+    lora_r: int = fixed(0, "rank of adapters beside the frozen model (0: none)", low=0)
+    lora_alpha: float = fixed(16.0, "an adapter counts alpha / r times", low=1e-3)
+    lora_dropout: float = fixed(0.0, "share of an adapter's inputs that is dropped", (), 0, 0.99)
+    lora_targets: str = fixed("all", "matrices with adapters: all, of q,k,v,o,gate,up,down, or "
+                              "parts of names")
+    frozen_dtype: str = fixed("fp32", "how frozen matrices are held",
+                              ("fp32", "bf16", "int8", "nf4"))
     # training
     out_dir: str = free("", "the run's folder (default: out/<config file's name>)")
     init_from: str = fixed("", "start from the weights of this checkpoint, run or model folder")
@@ -127,7 +137,7 @@ IDLE = {"text": ("train_on", "too_long", "chat_template", "max_dropped"),
 # Keys and flags of all commands that name a file or a folder: ~ at its beginning is the home.
 PATHS = ("tokenizer", "out_dir", "init_from", "verify", "inspect", "ckpt", "prompts", "out", "all",
          "shots", "text", "data", "include_path", "irt_file", "irt", "to", "compare",
-         "save_reference", "tools")
+         "save_reference", "tools", "base")
 
 
 def deciding(*what: str) -> tuple[str, ...]:
@@ -172,6 +182,8 @@ def check_keys(config: Settings) -> None:
                            f"{max(1, batch // block) * block}")):
         if whole % part:
             raise UserError(message.format(whole, part))
+    lora = [name for name in ("lora_alpha", "lora_dropout", "lora_targets")
+            if getattr(c, name) != getattr(Settings, name)]
     mixed = c.mixture if isinstance(c.mixture, dict) else {}
     sound = mixed and all(isinstance(name, str) and type(weight) in (int, float)
                           and 0 < weight < float("inf") for name, weight in mixed.items())
@@ -184,6 +196,19 @@ def check_keys(config: Settings) -> None:
             (llama3 and not c.rope_original, "rope_scaling=llama3 needs rope_original"),
             (not llama3 and c.rope_original,
              f"rope_original {c.rope_original} has no effect without rope_scaling=llama3"),
+            (lora and not c.lora_r, f"{', '.join(lora)}: no effect without lora_r"),
+            (c.lora_r and c.train_only, "lora_r trains adapters alone; train_only has no place"),
+            (c.lora_r and c.optimizer == "muon", "muon makes whole matrices orthogonal, which "
+             "adapters' thin ones are not for; with lora_r say --optimizer=adamw"),
+            (c.frozen_dtype != "fp32" and not (c.lora_r or c.train_only),
+             f"frozen_dtype={c.frozen_dtype} has no effect where nothing is frozen; say lora_r"),
+            (c.frozen_dtype in ("int8", "nf4") and not c.lora_r,
+             f"frozen_dtype={c.frozen_dtype} is for lora_r: a checkpoint of train_only is a whole "
+             "model, whose frozen matrices must come back as they were; say bf16"),
+            (c.frozen_dtype in ("int8", "nf4") and c.parallel in ("fsdp", "hsdp"),
+             f"frozen_dtype={c.frozen_dtype} is not sharded; say --parallel=ddp, or bf16"),
+            (c.lora_dropout and c.deterministic, "lora_dropout draws other numbers on other ranks; "
+             "it does not go with deterministic"),
             (c.sample_prompt and not c.sample_tokens,
              "sample_prompt has no effect without sample_tokens"),
             (c.mixture is not None and not sound,

@@ -18,7 +18,7 @@ from plainllama.files import file_entry, read_json, sha256
 from plainllama.settings import UserError
 from plainllama.tokens import shards
 from plainllama.tokens.rows import BEGINS, FitRows, to_batch
-from plainllama.weights.huggingface import load_model
+from plainllama.weights.peft import load_model
 
 CONFIG = """
 dataset = 'talk'

@@ -22,7 +22,8 @@ from plainllama.settings import Settings, UserError
 from plainllama.tokens import tokenizer
 from plainllama.training import optim
 from plainllama.weights import checkpoint, huggingface
-from plainllama.weights.huggingface import config_json, load_model, load_weights, read_config
+from plainllama.weights.huggingface import config_json, load_weights, read_config
+from plainllama.weights.peft import load_model
 
 
 def build(**keys) -> LLaMA:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_export import TINY, run, write_run
 
 from plainllama.files import CHECKOUT
-from plainllama.weights.huggingface import load_model
+from plainllama.weights.peft import load_model
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")

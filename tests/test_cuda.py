@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
-from model import LLaMA, ModelConfig, attend, document_bounds, initialise
+from model import LLaMA, ModelConfig, attend, document_bounds
 from plainllama import settings
 from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.tokens.rows import Batch, to_batch
 from plainllama.training import log, optim
 from plainllama.training.engine import Engine
+from plainllama.weights.adapters import initialise
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),

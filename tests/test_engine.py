@@ -204,9 +204,9 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch):
 
 
 def test_chunks_have_about_4096_rows_a_multiple_of_256():
-    assert model.chunk_rows(32000) == 4096
+    assert model.chunk_rows(32000, model.LOGITS_BYTES) == 4096
     for entries in (50304, 65536, 100000, 128256, 256000):
-        rows = model.chunk_rows(entries)
+        rows = model.chunk_rows(entries, model.LOGITS_BYTES)
         assert rows % 256 == 0 and rows * entries * 4 <= model.LOGITS_BYTES
 
 

@@ -29,7 +29,7 @@ from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import optim
 from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import load_model
+from plainllama.weights.peft import load_model
 
 BLOCK = 592
 SUBJECTS = ("high_school_sums", "colours", "animals")
@@ -917,7 +917,7 @@ def test_what_has_no_effect_is_said_or_refused(here, capsys):
 
 
 def test_what_lies_in_the_place_of_the_scores_is_said_before_anything_is_scored(here, monkeypatch):
-    monkeypatch.setattr(eval.huggingface, "load_model", None)
+    monkeypatch.setattr(eval.peft, "load_model", None)
     (here / "out/toy/eval").symlink_to("gone")
     with pytest.raises(FileExistsError, match="out/toy/eval"):  # one line, by run_command
         main("--tasks=")

@@ -18,7 +18,8 @@ from plainllama.settings import UserError
 from plainllama.tokens.chat import TEMPLATE, with_roles
 from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint, huggingface
-from plainllama.weights.huggingface import config_json, load_model, read_config
+from plainllama.weights.huggingface import config_json, read_config
+from plainllama.weights.peft import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, vocab_size=264, block_size=48)

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from conftest import write_data_set
 
-from model import IGNORE, LLaMA, ModelConfig, initialise
+from model import IGNORE, LLaMA, ModelConfig
 from plainllama.files import file_entry
 from plainllama.settings import UserError
 from plainllama.tokens import shards
 from plainllama.tokens.fit import best_fit
 from plainllama.tokens.rows import BEGINS, CONTEXT, PAD, FitRows, Rows, takes, to_batch
 from plainllama.tokens.tokenizer import make_tokenizer
+from plainllama.weights.adapters import initialise
 
 BOS, T = 256, 32
 

@@ -27,7 +27,8 @@ from plainllama.tokens import shards, tokenizer
 from plainllama.tokens.tokenizer_json import write_hf_files
 from plainllama.training import optim, resume
 from plainllama.weights import checkpoint, huggingface
-from plainllama.weights.huggingface import load_model, weight_files
+from plainllama.weights.huggingface import weight_files
+from plainllama.weights.peft import load_model
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")

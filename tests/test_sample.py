@@ -27,7 +27,8 @@ from plainllama.generation import generate, prompt_files
 from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import config_json, load_model
+from plainllama.weights.huggingface import config_json
+from plainllama.weights.peft import load_model
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices lose time on more

@@ -335,7 +335,7 @@ def test_rows_of_documents_and_mixtures(home):
     from plainllama.settings import UserError
     from plainllama.tokens import shards
     from plainllama.tokens.rows import training_rows
-    from plainllama.weights.huggingface import load_model
+    from plainllama.weights.peft import load_model
 
     shared = (home / "data").resolve()
     (home / "data").unlink()

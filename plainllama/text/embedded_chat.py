@@ -15,14 +15,16 @@ from itertools import product
 from typing import IO
 
 COUNT, SEED = 8000, 1  # of the training dialogs
-LONGEST = 510
+LONGEST = 640  # tokens of a dialog, a byte each
 HELD_OUT = 6  # one of so many numbers, names, words and ways to ask is for held-out dialogs alone
 OPENINGS = ["", "Please tell me: ", "Hi. ", "Well, ", "Now, ", "One question: ", "Ok. ", "Hm, ",
             "Quickly: "]
 CONSONANTS, VOWELS, LAST = "bdfghjklmnprstvwz", "aeiou", ["", "", "n", "r", "s", "l", "m"]
-SCHEMAS = {name: {"name": name, "parameters": {"type": "object", "properties": {
-    argument: {"type": "string"}}}} for name, argument in (("calculator", "expression"),
-                                                           ("weekday", "date"))}
+# as sample.py --tools=runs/chat_tools.py describes them
+SCHEMAS = {name: {"name": name, "description": says, "parameters": {
+    "type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}}
+    for name, says, argument in (("calculator", "Work out a sum.", "expression"),
+                                 ("weekday", "Name the day of a date.", "date"))}
 OPERATIONS = {"plus": "+", "minus": "-", "times": "*"}
 FACTS = {"name": "My name is {}.", "town": "I live in the town {}.", "dog": "My dog is called {}."}
 ASKED = {"name": ["What is my name?", "Who am I?"],
@@ -72,7 +74,7 @@ class Maker:
         return opening + (way[0].lower() + way[1:] if inside else way)
 
     def dialog(self) -> dict:
-        """Make a dialog that has room in a context of LONGEST bytes."""
+        """Make a dialog that of at most LONGEST tokens."""
         while True:
             if size_of(made := self.draft()) <= LONGEST:
                 return made
@@ -80,13 +82,13 @@ class Maker:
     def draft(self) -> dict:
         """Make a dialog of facts that are told, other turns, and questions for the facts."""
         draw, kinds = self.draw, [self.sum, self.weekday, self.word, self.talk]
-        tools = draw.choices([[], ["calculator"], ["weekday"], list(SCHEMAS)], [3, 3, 3, 1])[0]
-        turns = [turn for make in draw.choices(kinds, [3, 3, 3, 1], k=draw.randint(0, 2))
+        tools = draw.choices([[], ["calculator"], ["weekday"], list(SCHEMAS)], [2, 3, 3, 3])[0]
+        turns = [turn for make in draw.choices(kinds, [4, 4, 2, 1], k=draw.randint(0, 2))
                  for turn in make(tools)]
-        told = draw.sample(list(FACTS), draw.randint(0 if turns else 1, 2))
+        told = draw.sample(list(FACTS), draw.randint(0 if turns else 1, 1 if len(turns) > 2 else 2))
         names = {fact: self.name() for fact in told}
         before = [turn for fact in told for turn in spoken(
-            self.asking(FACTS[fact].format(names[fact])), f"I see: {names[fact]}.")]
+            self.asking(FACTS[fact].format(names[fact])), TOLD[fact].format(names[fact]))]
         asked = [turn for fact in (draw.choices(told, k=draw.randint(1, 3)) if told else [])
                  for turn in spoken(self.asking(*ASKED[fact]), TOLD[fact].format(names[fact]))]
         system = [{"role": "system", "content": "Answer in one sentence."}]

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import LLaMA, ModelConfig, flops_per_token, initialise, trained
+from model import LLaMA, ModelConfig, flops_per_token, trained
 from plainllama import parallel
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError, ceil_div
 from plainllama.tokens.rows import Batch, to_batch
 from plainllama.training import optim
 from plainllama.training.objectives import OBJECTIVES, Objective
-from plainllama.weights import checkpoint
-from plainllama.weights.huggingface import load_weights, read_config
+from plainllama.weights import adapters, checkpoint, peft
+from plainllama.weights.adapters import Adapter
 
 GPU_SHARE = 0.9  # share of a GPU's memory that a micro-batch which was not asked for may take
 CPU_TOKENS = 4096  # tokens of a forward pass that keep a CPU busy,
@@ -67,14 +67,9 @@ class Engine:
 
     def build_model(self, source: Path | None) -> None:
         """Make the model on its device, with the weights of `source` or first ones."""
-        with torch.device("meta"):
-            self.model = LLaMA(architecture(self.config))
+        self.model, self.adapter = outline(self.config, source)
         self.world.place(self.model, self.dtype)
-        grows = source and read_config(source).vocab_size < self.model.config.vocab_size
-        if not source or grows:
-            initialise(self.model, self.config.seed, self.world.piece)
-        if source:
-            load_weights(source, self.model, self.world, bool(grows))
+        peft.load_start(self.model, self.config, source, self.adapter, self.world)
 
     def build_optimizer(self, source: Path | None, state: dict) -> None:
         """Make the optimizer; a run that goes on has its moments and loss scale from `source`."""
@@ -230,6 +225,12 @@ class Engine:
         self.optimizer.zero_grad()
         return stats
 
+    def seed_dropout(self, step: int) -> None:
+        """Make what is dropped in the update that follows `step` a function of seed, step and rank,
+        so that a resumed run drops the same."""
+        if self.config.lora_dropout:
+            torch.manual_seed(hash((self.config.seed, step, self.world.rank)))
+
     def gradients(self, batch: Batch, targets: int) -> Tensor:
         """Add up the gradients of this rank's rows; their summed loss, (). A GPU that runs out of
         memory gets smaller micro-batches from here on."""
@@ -296,12 +297,23 @@ class Engine:
         return total
 
 
+def outline(config: Settings, source: Path | None = None) -> tuple[LLaMA, Adapter | None]:
+    """Make a run's model on the meta device, frozen where the config says so and with an adapter,
+    if it has one; that adapter belongs to `source`, or is that of `source`."""
+    with torch.device("meta"):
+        model = LLaMA(architecture(config))
+    adapter = peft.adapter_for(model, config, source)
+    if adapter:
+        adapters.attach(model, adapter)
+    else:
+        adapters.freeze(model, config)
+    return model, adapter
+
+
 def refuse_too_large(config: Settings, world: World) -> None:
     """UserError, before anything is made, where the ranks together lack the memory for weights,
-    gradients and two moments."""
-    c = architecture(config)
-    block = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim + 3 * c.d_ff)
-    need = 16 * (c.n_layer * block + c.vocab_size * c.d_model)
+    and for gradients and two moments of those that learn."""
+    need = parallel.held_bytes(outline(config)[0])
     if need > world.room * world.size:
         raise UserError(f"weights, gradients and moments need {need / 1e9:.4g} GB, {world.size} x "
                         f"{world.room / 1e9:.4g} are there: take a smaller model or more ranks")

@@ -25,6 +25,7 @@ from plainllama.files import CHECKOUT, cut_rows, read_json, write_status
 from plainllama.settings import Settings
 from plainllama.tokens.rows import Rows
 from plainllama.training.engine import Engine
+from plainllama.weights import adapters
 
 # dense bf16 peaks in FLOP/s (of cards before Ampere: fp16) by the device's whole name; any other
 # device has no MFU
@@ -39,9 +40,11 @@ PEAKS |= {"Tesla V100-SXM2-32GB": 125e12, "Tesla V100-SXM2-16GB": 125e12, "Tesla
 
 def mfu(engine: Engine, speed: float) -> float | None:
     """The share of the devices' dense bf16 FLOP/s that `speed` tokens a second take; None if the
-    device is not in the table."""
+    device is not in the table, or a part of the model is frozen."""
     device = engine.world.device
     peak = PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if not all(p.requires_grad for p in engine.model.parameters()):
+        return None  # fewer operations, and nobody's formula counts them
     flops = flops_per_token(engine.model.config, engine.config.block_size)
     return speed * flops / (peak * engine.world.size) if peak else None
 
@@ -68,7 +71,7 @@ def describe(run: Path, command: CommandLine, manifest: dict, data_hash: str,
     recipe, splits = manifest["recipe"], manifest["splits"]
     sizes = {f"{split}_{unit}": splits[split].get(unit)
              for split in ("train", "val") for unit in ("tokens", "bytes")}
-    total, inner = engine.model.parameter_counts()
+    total, inner, learning = adapters.parameter_counts(engine.model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     started = read_json(run / "run.json", tolerant=True).get("started", time.time())
     return {"format": 1, "config": asdict(config), "config_file": command.config_file,
@@ -79,7 +82,8 @@ def describe(run: Path, command: CommandLine, manifest: dict, data_hash: str,
             "data": {"name": config.dataset, "tokenizer": manifest["tokenizer"],
                      "vocab_size": config.vocab_size, "manifest_sha256": data_hash,
                      "sources": recipe.get("sources"), **sizes},
-            "started": started, "parameters": {"total": total, "non_embedding": inner}}
+            "started": started, "parameters": {"total": total, "non_embedding": inner} | (
+                {"trained": learning} if learning < total else {})}
 
 
 def versions() -> dict[str, str]:
@@ -210,11 +214,13 @@ class Log:
         """Say what is about to be trained, and on what."""
         config, world = engine.config, engine.world
         device, block = world.device.type, config.block_size
-        total, inner = engine.model.parameter_counts()
+        total, inner, _ = adapters.parameter_counts(engine.model)
         self.say(f"model: {total / 1e6:.1f} M parameters, {inner / 1e6:.1f} M without embeddings; "
                  f"{device}, {engine.summary}, {world.mode.replace('one', 'one process')}")
-        if world.why:
-            self.say(world.why)
+        learns = adapters.summary(engine.model, engine.adapter, config.frozen_dtype)
+        for line in (learns, world.why):
+            if line:
+                self.say(line)
         self.say(f"batch: global {engine.batch_rows * block:,} tok = {world.size} {device} x "
                  f"{block} x {engine.micro} x {engine.accumulate} (micro-batch x accumulation)")
         if engine.batch_rows < world.size:

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import ModelConfig, flops_per_token
-from plainllama import watch
+from model import ModelConfig, flops_per_token, trained
+from plainllama import parallel, watch
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.settings import Settings, ceil_div
 from plainllama.tokens import shards, tokenizer
 from plainllama.tokens.rows import CONTEXT, PAD, FitRows, Rows, to_batch
-from plainllama.training import log, resume
-from plainllama.training.engine import Engine, Outcome
-from plainllama.weights import checkpoint
+from plainllama.training import log, memory, resume
+from plainllama.training.engine import Engine, Outcome, outline, refuse_too_large
+from plainllama.weights import adapters, checkpoint, peft
 from plainllama.weights.huggingface import load_weights
 
 TOKENS = 128  # of a row that is checked
@@ -50,6 +50,8 @@ def run_checks(config: Settings, manifest: dict, world: World, price: float) -> 
     """Try what a long run relies on and say what it will take; 0, or 1 if something failed.
     Collective. Nothing is left behind."""
     say: Callable[[str], None] = print if world.rank == 0 else lambda _: None
+    foresee(config, world, say)
+    refuse_too_large(config, world)
     if config.init_from:
         resume.source_of(config, manifest, world)
     failures = try_out(Trial(config, manifest, world), say)
@@ -60,6 +62,20 @@ def run_checks(config: Settings, manifest: dict, world: World, price: float) -> 
     forecast(config, manifest, world, price, say)
     say(f"{failures} checks failed: do not train yet" if failures else "all of it holds")
     return min(failures, 1)
+
+
+def foresee(config: Settings, world: World, say: Callable[[str], None]) -> None:
+    """Say what learns, and what memory that takes on a device that has the whole model."""
+    model, adapter = outline(config)
+    learns = adapters.summary(model, adapter, config.frozen_dtype)
+    for name in adapter.targets if adapter else ():
+        say(f"  {name}")
+    say(learns or "learns: all weights")
+    rows, dtype = config.micro_batch or 1, parallel.pick_dtype(config.dtype, world.device)
+    parts = memory.reckon(config, rows, dtype)
+    said = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in parts.items())
+    say(f"memory reckoned for {rows} rows of {config.block_size} in {str(dtype)[6:]}: "
+        f"{sum(parts.values()) / 1e9:.2f} GB ({said}), the whole model on one device")
 
 
 def try_out(trial: "Trial", say: Callable[[str], None]) -> int:
@@ -169,11 +185,15 @@ class Trial:
 
     def whole(self, name: str) -> Tensor:
         """A parameter in float64 on the host; collective."""
-        return self.world.whole(self.model.get_parameter(name).data).cpu().double()
+        place = adapters.base_weights(self.model)[name]
+        matrix = place.matrix() if isinstance(place, adapters.AdaptedLinear) else place.data
+        return self.world.whole(matrix).cpu().double()
 
     def gradients(self) -> str:
         """Every parameter has a gradient and moves."""
-        piece, learns = self.world.piece, dict(self.model.named_parameters())  # no key freezes any
+        piece, learns = self.world.piece, dict(trained(self.model))
+        if self.engine.adapter:  # whose B is zero at first, so that nothing reaches A
+            self.engine.update(self.one, self.rate, self.targets)
         before = {name: piece(p.data)[0].clone() for name, p in learns.items()}
         self.engine.gradients(self.one, self.targets)
         still = [name for name, p in learns.items()
@@ -188,7 +208,8 @@ class Trial:
 
     def overfits(self) -> str:
         """One row is learned by heart."""
-        goal = 0.5 * math.log(self.vocab)
+        partly = self.engine.adapter or self.config.train_only  # beside first weights
+        goal = (0.95 if partly else 0.5) * math.log(self.vocab)
         for updates in range(1, 101):
             stats = self.engine.update(self.one, self.rate, self.targets)
             loss = Outcome(*stats.tolist()).loss / self.targets
@@ -206,12 +227,14 @@ class Trial:
             before = self.fingerprint()
             state = {"step": 1, "loss_scale": self.engine.optimizer.scale_state()}
             saved = checkpoint.save(folder, 1, self.model, self.engine.optimizer.state, state,
-                                    self.data / "tokenizer.json", self.world)
+                                    self.data / "tokenizer.json", self.world,
+                                    self.engine.adapter)
             size = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file())
             must(not (problem := checkpoint.damage(saved)), problem)
             with torch.no_grad():
                 torch._foreach_zero_(list(self.tensors()))
-            load_weights(saved, self.model, self.world)
+            load = peft.load_adapter if self.engine.adapter else load_weights
+            load(saved, self.model, self.world)
             checkpoint.load_moments(saved, self.model, self.engine.optimizer.state, self.world)
             must(self.fingerprint() == before, "what was read is not what was written")
         finally:
@@ -224,8 +247,9 @@ class Trial:
                                   f"{free / 1e9:.1f} GB are free in {place}")
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every weight, and every moment of those that learn."""
-        for p in self.model.parameters():
+        """Every weight that a checkpoint holds, and every moment of those that learn."""
+        adapter, model = self.engine.adapter, self.model
+        for _, p in trained(model) if adapter else model.named_parameters():
             yield p.data
             yield from self.engine.optimizer.state.get(p, {}).values()
 
@@ -342,7 +366,7 @@ def forecast(config: Settings, manifest: dict, world: World, price: float,
     step = forward_backward * ceil_div(engine.batch_rows, world.size) / rows + update
     speed, tokens = targets / step, config.max_steps * targets
     flops, mfu = flops_per_token(engine.model.config, block), log.mfu(engine, speed)
-    total, inner = engine.model.parameter_counts()
+    total, inner, _ = adapters.parameter_counts(engine.model)
     evaluations = (config.max_steps // config.eval_interval + 1) * config.eval_tokens / speed / 3
     total_time = config.max_steps * step + evaluations
     cost = f"{total_time / 3600 * world.size * price:,.2f} at {price:g} an hour and device"

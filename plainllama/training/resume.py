@@ -18,9 +18,9 @@ from plainllama.tokens.rows import CONTEXT, PAD, Rows, hash_of_data, ids_of, tra
 from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.training import optim
-from plainllama.training.engine import architecture
+from plainllama.training.engine import architecture, outline
 from plainllama.training.objectives import Objective
-from plainllama.weights import checkpoint
+from plainllama.weights import checkpoint, peft
 from plainllama.weights.huggingface import other_keys, read_config
 
 # On resume these must be as they were, or the run would be another one ...
@@ -173,6 +173,8 @@ def source_of(config: Settings, manifest: dict, world: World) -> Path:
     the config or the data set."""
     source = world.decide(lambda: checkpoint.find_checkpoint(config.init_from))
     world.decide(lambda: refuse_other_model(source, architecture(config), manifest))
+    if peft.is_adapter(source):
+        world.decide(lambda: outline(config, source) and None)  # which refuses another one
     return source
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: atomic, verified, elastic. A checkpoint is a Hugging Face model folder.
 
-step_N/            config.json, generation_config.json, model.safetensors, tokenizer files
+step_N/            config.json, generation_config.json, model.safetensors, tokenizer files; of a run
+                   that trains an adapter, that adapter's files in place of the model's weights
 step_N/training/   optimizer-RANK.safetensors (each rank's slices), state.json
 step_N/checksums.json  size and sha256 of every file above
 
@@ -22,13 +23,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import LLaMA, ModelConfig, trained
 from plainllama import files
 from plainllama.parallel import World
 from plainllama.settings import UserError
-from plainllama.weights.huggingface import write_folder
+from plainllama.weights import peft
+from plainllama.weights.adapters import Adapter
+from plainllama.weights.huggingface import write_description, write_folder
 
 FORMAT = 1
 STATE = "training/state.json"
@@ -49,7 +52,10 @@ def damage(folder: Path, training: bool = True) -> str:
             return f"its format is {sums['format']}, not {FORMAT}; use the plainllama that wrote it"
         entries = {name: entry for name, entry in sums["files"].items()
                    if training or not name.startswith("training/")}
-        needed = {"model.safetensors", "config.json"} | ({STATE} if training else set())
+        weights = {peft.CONFIG, peft.WEIGHTS, peft.BASE}
+        if not weights & entries.keys():
+            weights = {"model.safetensors"}
+        needed = weights | {"config.json"} | ({STATE} if training else set())
         if missing := needed - entries.keys():
             return f"checksums.json does not name {min(missing)}"
         for name in entries:
@@ -89,7 +95,7 @@ def find_checkpoint(path: str) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(no_folder(path))
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or peft.is_adapter(folder):
         is_ours = (folder / "checksums.json").is_file()  # a model folder from elsewhere has none
         if is_ours and (problem := damage(folder, training=False)):
             raise UserError(f"checkpoint {folder} cannot be used: {problem}")
@@ -145,13 +151,15 @@ class Saver:
         self.saved, self.problem = -1, ""
         self.thread: threading.Thread | None = None
 
-    def start(self, step: int, model: LLaMA, moments: Moments, state: dict) -> None:
+    def start(self, step: int, model: LLaMA, moments: Moments, state: dict,
+              adapter: Adapter | None = None) -> None:
         """Copy weights and moments to host memory, once the save before is done; a thread writes
-        them as checkpoints/step_N."""
+        them as checkpoints/step_N. Of a model with an adapter, the adapter's."""
         self.wait()
-        copies = (model.config, gather_weights(model, self.world),
-                  *slices_of(model, moments, self.world), {"format": FORMAT, **state})
-        whole = [*model.parameters(), *(t for kinds in moments.values() for t in kinds.values())]
+        kept = dict(trained(model) if adapter else model.named_parameters())
+        copies = (model.config, gather_weights(kept, self.world),
+                  *slices_of(model, moments, self.world), {"format": FORMAT, **state}, adapter)
+        whole = [*kept.values(), *(t for kinds in moments.values() for t in kinds.values())]
         self.thread = threading.Thread(
             target=self.write, daemon=True, args=(step, 4 * sum(t.numel() for t in whole), *copies))
         self.thread.start()
@@ -198,7 +206,8 @@ class Saver:
             files.check_space(folder, need)
 
     def write_files(self, folder: Path, config: ModelConfig, weights: dict[str, Tensor],
-                    slices: dict[str, Tensor], places: dict, state: dict) -> dict[str, dict]:
+                    slices: dict[str, Tensor], places: dict, state: dict,
+                    adapter: Adapter | None) -> dict[str, dict]:
         """Write this rank's files to the disk; their entries in checksums.json."""
         written = []
         if slices:
@@ -206,7 +215,11 @@ class Saver:
             save_file(slices, written[0], {"places": json.dumps(places)})
         if self.world.rank == 0:
             files.write_json(folder / STATE, state)
-            write_folder(folder, config, weights, self.tokenizer_json)
+            if adapter:
+                write_description(folder, config, self.tokenizer_json)
+                peft.write_adapter(folder, weights, adapter, config)
+            else:
+                write_folder(folder, config, weights, self.tokenizer_json)
             written += [folder / STATE, *(path for path in folder.iterdir() if path.is_file())]
         return sealed(folder, written)
 
@@ -221,22 +234,22 @@ class Saver:
 
 
 def save(run: Path, step: int, model: LLaMA, moments: Moments, state: dict, tokenizer_json: Path,
-         world: World) -> Path:
+         world: World, adapter: Adapter | None = None) -> Path:
     """Write checkpoints/step_N and wait for it; collective. OSError on every rank if any rank
     cannot write."""
     saver = Saver(run, tokenizer_json, world, lambda _: None)
-    saver.start(step, model, moments, state)
+    saver.start(step, model, moments, state, adapter)
     saver.wait()
     if saver.problem:
         raise OSError(saver.problem)
     return run / "checkpoints" / f"step_{step}"
 
 
-def gather_weights(model: LLaMA, world: World) -> dict[str, Tensor]:
-    """Copy every parameter, whole, to host memory of rank 0 (elsewhere {}), one by one, so that no
+def gather_weights(parameters: dict[str, nn.Parameter], world: World) -> dict[str, Tensor]:
+    """Copy parameters, whole, to host memory of rank 0 (elsewhere {}), one by one, so that no
     device holds more than one; collective."""
     weights = {}
-    for name, parameter in model.named_parameters():  # a tied matrix is named once
+    for name, parameter in parameters.items():  # a tied matrix is named once
         whole = world.whole(parameter.data)
         if world.rank == 0:
             weights[name] = whole.to("cpu", torch.float32, copy=True).contiguous()

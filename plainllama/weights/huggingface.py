@@ -14,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Linear, LLaMA, ModelConfig
+from model import LLaMA, ModelConfig
 from plainllama.files import CHECKOUT, read_json, write_json
 from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.tokens.templates import answer_ends
-from plainllama.tokens.tokenizer_json import boundaries, byte_info, write_hf_files
+from plainllama.tokens.tokenizer_json import boundaries, write_hf_files
+from plainllama.weights.adapters import AdaptedLinear, base_weights
 
 # ModelConfig's name -> Hugging Face's, in the order of config.json; the first seven must be there
 NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "d_model": "hidden_size",
@@ -42,6 +43,13 @@ def write_folder(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
                  tokenizer_json: Path, dtype=torch.float32, shard_bytes: int = 0) -> None:
     """Write the files with which transformers opens a model: its weights as `dtype`, in shards of
     at most `shard_bytes` (0: in one file)."""
+    write_description(folder, config, tokenizer_json, dtype)
+    write_weights(folder, weights, dtype, shard_bytes)
+
+
+def write_description(folder: Path, config: ModelConfig, tokenizer_json: Path,
+                      dtype=torch.float32) -> None:
+    """Write all files of a model's folder but its weights."""
     write_hf_files(tokenizer_json, folder, config.block_size)
     spec = read_json(folder / "tokenizer.json")
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -51,7 +59,6 @@ def write_folder(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
     ends = [eos, *(i for i in answers if i != eos)] if answers else eos  # of texts, and of answers
     write_json(folder / "config.json", config_json(config, bos, eos, dtype))
     write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": ends})
-    write_weights(folder, weights, dtype, shard_bytes)
 
 
 def config_json(config: ModelConfig, bos: int | None, eos: int | None, dtype=torch.float32) -> dict:
@@ -183,26 +190,6 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
 
 # ---- the weights, read
 
-def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> LLaMA:
-    """Load the model of a checkpoint or other Hugging Face LLaMA folder, in eval mode, its matmuls
-    in `dtype`. UserError if the tokenizer beside it has more entries than its embedding."""
-    config = read_config(folder)
-    if (folder / "tokenizer.json").is_file():
-        entries = len(byte_info(folder).lengths)
-        if entries > config.vocab_size:
-            raise UserError(f"{folder}: its tokenizer has {entries} entries, the model's embedding "
-                            f"only {config.vocab_size}; they do not belong together")
-    world = World(device=device)
-    with torch.device("meta"):
-        model = LLaMA(config)
-    world.place(model, dtype)
-    load_weights(folder, model, world)
-    for module in model.modules():
-        if isinstance(module, Linear):  # once instead of at every token: the same numbers
-            module.weight.data = module.weight.data.to(dtype)
-    return model.eval()
-
-
 def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False) -> None:
     """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
     mapped from a file may be unaligned, and alignment changes the bits of a matmul. If the model
@@ -216,16 +203,23 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False) 
               for name in shard.keys() if "rotary_emb" not in name}  # noqa: SIM118
     if model.config.tie_embeddings:
         stored.pop("lm_head.weight", None)
-    wanted = dict(model.named_parameters())
+    wanted = base_weights(model)
     for what, names in (("missing", wanted.keys() - stored), ("unknown", stored.keys() - wanted)):
         if names:
             raise UserError(f"{folder}: {len(names)} {what} weights, the first is {min(names)}")
-    for name, parameter in wanted.items():
-        shape, expected = stored[name].get_shape(), list(parameter.shape)
+    for name, place in wanted.items():
+        if isinstance(place, AdaptedLinear):
+            expected = [place.out_features, place.in_features]
+        else:
+            expected = list(place.shape)
+        shape = stored[name].get_shape()
         entries = shape[0] if grows and name in ENDS else expected[0]
         if shape != [entries, *expected[1:]]:
             raise UserError(f"{folder}: {name} has shape {shape}, the config says {expected}")
-        local, first = world.piece(parameter.data)
+        if isinstance(place, AdaptedLinear):
+            place.hold(stored[name][:].to(world.device))
+            continue
+        local, first = world.piece(place.data)
         last = min(first + local.shape[0], entries)
         if first < last:
             local[:last - first].copy_(stored[name][first:last])
