@@ -53,7 +53,7 @@ from plainllama.tokens import shards
 from plainllama.tokens.rows import Batch, FitRows, hash_of_data, to_batch, training_rows, val_rows
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
-from plainllama.training import log, optim, preflight, resume
+from plainllama.training import log, memory, optim, preflight, resume
 from plainllama.training.engine import Engine, Outcome, refuse_too_large
 from plainllama.weights import checkpoint
 
@@ -86,8 +86,10 @@ def main(command: CommandLine) -> int:
     world = parallel.start(config.device, config.parallel)
     try:
         if flags.check:
-            return preflight.run_checks(config, manifest, world, flags.price)
+            memory.foresee(config, world)
         refuse_too_large(config, world)
+        if flags.check:
+            return preflight.run_checks(config, manifest, world, flags.price)
         return train(command, manifest, world)
     finally:
         gc.enable()

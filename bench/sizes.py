@@ -4,8 +4,8 @@ Nothing is measured on a device: a step's forward and backward pass is traced on
 storage, and what an allocator would hold at its peak is counted (plainllama/training/memory.py, as
 `train.py --check` does). This is eager code with a CPU's kernels: for config/llama100m.py and 64
 rows it counts 35.1 GiB, where an H100 took 36.1 eager and 31.9 compiled. Over ranks it is reckoned
-on: weights, gradients and moments in parts, beside them the gathered ends and two gathered blocks. Hours are those of 20 tokens for
-each parameter at --mfu of an H100.
+on: weights, gradients and moments in parts, beside them the gathered ends and two gathered blocks.
+Hours are those of 20 tokens for each parameter at --mfu of an H100.
 """
 
 import sys

@@ -22,6 +22,7 @@ from plainllama.tokens import shards, tokenizer
 from plainllama.tokens.rows import Rows
 from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.training import optim, preflight
+from plainllama.weights import adapters
 
 
 def check(*words: str) -> int:
@@ -88,14 +89,12 @@ def wrong_heads(monkeypatch):
 
 
 def zero_head(monkeypatch):
-
-    monkeypatch.setattr(model, "initial_weight", lambda name, *rest: real(name, *rest) * (
+    monkeypatch.setattr(adapters, "initial_weight", lambda name, *rest: real(name, *rest) * (
         name != "lm_head.weight"))
 
 
 def wide_head(monkeypatch):
-
-    monkeypatch.setattr(model, "initial_weight", lambda name, *rest: real(name, *rest) * (
+    monkeypatch.setattr(adapters, "initial_weight", lambda name, *rest: real(name, *rest) * (
         40 if name == "lm_head.weight" else 1))
 
 

@@ -312,10 +312,15 @@ def outline(config: Settings, source: Path | None = None) -> tuple[LLaMA, Adapte
 
 def refuse_too_large(config: Settings, world: World) -> None:
     """UserError, before anything is made, where the ranks together lack the memory for weights,
-    and for gradients and two moments of those that learn."""
-    need = parallel.held_bytes(outline(config)[0])
+    gradients and two moments; where most are frozen, for weights alone."""
+    c = architecture(config)
+    block = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim + 3 * c.d_ff)
+    frozen = config.lora_r or config.train_only
+    each = {"fp32": 4, "bf16": 2, "int8": 1, "nf4": 0.5}[config.frozen_dtype] if frozen else 16
+    need = each * (c.n_layer * block + c.vocab_size * c.d_model)
     if need > world.room * world.size:
-        raise UserError(f"weights, gradients and moments need {need / 1e9:.4g} GB, {world.size} x "
+        what = "weights" if frozen else "weights, gradients and moments"
+        raise UserError(f"{what} need {need / 1e9:.4g} GB, {world.size} x "
                         f"{world.room / 1e9:.4g} are there: take a smaller model or more ranks")
 
 

@@ -11,9 +11,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import trained
+from plainllama.parallel import World, pick_dtype
 from plainllama.settings import Settings
 from plainllama.training import optim
 from plainllama.training.engine import outline
+from plainllama.weights import adapters
+
+
+def foresee(config: Settings, world: World) -> None:
+    """Say what learns, and what memory that takes on a device that has the whole model."""
+    if world.rank > 0 or config.n_layer > 1000:  # which would take long, and has no room anyway
+        return
+    model, adapter = outline(config)
+    learns = adapters.summary(model, adapter, config.frozen_dtype)
+    for name in adapter.targets if adapter else ():
+        print(f"  {name}")
+    print(learns or "learns: all weights")
+    rows, dtype = config.micro_batch or 1, pick_dtype(config.dtype, world.device)
+    parts = reckon(config, rows, dtype)
+    said = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in parts.items())
+    print(f"memory reckoned for {rows} rows of {config.block_size} in {str(dtype)[6:]}: "
+        f"{sum(parts.values()) / 1e9:.2f} GB ({said}), the whole model on one device")
 
 
 class Allocator(TorchDispatchMode):

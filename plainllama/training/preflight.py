@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, flops_per_token, trained
-from plainllama import parallel, watch
+from plainllama import watch
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.settings import Settings, ceil_div
 from plainllama.tokens import shards, tokenizer
 from plainllama.tokens.rows import CONTEXT, PAD, FitRows, Rows, to_batch
-from plainllama.training import log, memory, resume
-from plainllama.training.engine import Engine, Outcome, outline, refuse_too_large
+from plainllama.training import log, resume
+from plainllama.training.engine import Engine, Outcome
 from plainllama.weights import adapters, checkpoint, peft
 from plainllama.weights.huggingface import load_weights
 
@@ -50,8 +50,6 @@ def run_checks(config: Settings, manifest: dict, world: World, price: float) -> 
     """Try what a long run relies on and say what it will take; 0, or 1 if something failed.
     Collective. Nothing is left behind."""
     say: Callable[[str], None] = print if world.rank == 0 else lambda _: None
-    foresee(config, world, say)
-    refuse_too_large(config, world)
     if config.init_from:
         resume.source_of(config, manifest, world)
     failures = try_out(Trial(config, manifest, world), say)
@@ -62,20 +60,6 @@ def run_checks(config: Settings, manifest: dict, world: World, price: float) -> 
     forecast(config, manifest, world, price, say)
     say(f"{failures} checks failed: do not train yet" if failures else "all of it holds")
     return min(failures, 1)
-
-
-def foresee(config: Settings, world: World, say: Callable[[str], None]) -> None:
-    """Say what learns, and what memory that takes on a device that has the whole model."""
-    model, adapter = outline(config)
-    learns = adapters.summary(model, adapter, config.frozen_dtype)
-    for name in adapter.targets if adapter else ():
-        say(f"  {name}")
-    say(learns or "learns: all weights")
-    rows, dtype = config.micro_batch or 1, parallel.pick_dtype(config.dtype, world.device)
-    parts = memory.reckon(config, rows, dtype)
-    said = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in parts.items())
-    say(f"memory reckoned for {rows} rows of {config.block_size} in {str(dtype)[6:]}: "
-        f"{sum(parts.values()) / 1e9:.2f} GB ({said}), the whole model on one device")
 
 
 def try_out(trial: "Trial", say: Callable[[str], None]) -> int:
@@ -101,6 +85,7 @@ class Trial:
     def __init__(self, config: Settings, manifest: dict, world: World):
         self.config, self.world, self.manifest = config, world, manifest
         self.data, self.length = Path("data") / config.dataset, min(TOKENS, config.block_size)
+        self.partly = config.lora_r or config.train_only
         self.rate = 3e-3 * min(1.0, 256 / config.d_model)  # learns a row by heart at this width
         T = self.length
         self.split = shards.Split(self.data, "train", manifest)
@@ -191,9 +176,10 @@ class Trial:
 
     def gradients(self) -> str:
         """Every parameter has a gradient and moves."""
-        piece, learns = self.world.piece, dict(trained(self.model))
-        if self.engine.adapter:  # whose B is zero at first, so that nothing reaches A
-            self.engine.update(self.one, self.rate, self.targets)
+        piece, learns = self.world.piece, dict(self.model.named_parameters())
+        if self.partly:
+            learns = dict(trained(self.model))
+            self.engine.update(self.one, self.rate, self.targets)  # LoRA's A waits for its B
         before = {name: piece(p.data)[0].clone() for name, p in learns.items()}
         self.engine.gradients(self.one, self.targets)
         still = [name for name, p in learns.items()
@@ -208,8 +194,7 @@ class Trial:
 
     def overfits(self) -> str:
         """One row is learned by heart."""
-        partly = self.engine.adapter or self.config.train_only  # beside first weights
-        goal = (0.95 if partly else 0.5) * math.log(self.vocab)
+        goal = (0.95 if self.partly else 0.5) * math.log(self.vocab)  # first weights know little
         for updates in range(1, 101):
             stats = self.engine.update(self.one, self.rate, self.targets)
             loss = Outcome(*stats.tolist()).loss / self.targets
