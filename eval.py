@@ -133,7 +133,8 @@ class Evaluation:
         self.say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
         self.batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
         self.dtype = parallel.pick_dtype(flags.dtype, world.device)
-        self.run, self.tokenizer = run_of(first), Tokenizer.load(first)
+        self.home = peft.tokenizer_folder(first, flags.base)
+        self.run, self.tokenizer = run_of(first), Tokenizer.load(self.home)
         self.config = Settings(dataset="")
         if self.run:
             config = read_json(self.run / "run.json").get("config")
@@ -176,7 +177,7 @@ class Evaluation:
             self.windows, self.section = text, ("texts", flags.text + self.shorter)
             self.windows_made_of |= {"text": text.hash}
         elif data:
-            self.windows = likelihood.validation_rows(data, self.first, length)
+            self.windows = likelihood.validation_rows(data, self.home, length)
             digest = (data / "manifest.sha256").read_text().strip()
             self.windows_made_of |= {"data": digest, "tokens": self.tokens}
             if self.run and not flags.data:
@@ -219,7 +220,7 @@ class Evaluation:
         names = [self.flags.data] if self.flags.data else names
         folders = [folder for folder in map(self.data_folder, names)
                    if folder and (folder / "manifest.json").is_file()
-                   and sha256_of(folder) == sha256_of(self.first)]
+                   and sha256_of(folder) == sha256_of(self.home)]
         here, self.contaminated, self.repeated = len(folders) == len(names), {}, {}
         where, most = (folders, self.tokenizer, self.world), counting.LOOK
         if self.flags.contamination:
@@ -315,7 +316,7 @@ class Evaluation:
                    likelihood.window_count(windows, self.tokens))
         bos_id = self.tokenizer.bos_id if self.config.doc_mask else None
         how = self.tokens, max(1, rows), self.world, bos_id
-        found = likelihood.evaluate(model, windows, byte_info(self.first), *how)
+        found = likelihood.evaluate(model, windows, byte_info(self.home), *how)
         if not math.isfinite(found["val_loss"]):
             raise UserError(likelihood.NOT_FINITE)
         scores = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}

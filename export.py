@@ -136,14 +136,15 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
         return write_adapter(flags, folder, source, model)
     if flags.original or any(adapters.quantised(model)):
         merged(flags, source, model)
-    tokenizer = Tokenizer.load(source)
+    home = peft.tokenizer_folder(source, flags.base)
+    tokenizer = Tokenizer.load(home)
     dtype = pick_dtype(flags.dtype, torch.device("cpu"))
     for name, weight in model.named_parameters():  # from here on it holds what is exported
         weight.data = weight.data.to(dtype).float()
         if not weight.isfinite().all():
             raise UserError(f"{source}: {name} is not finite in {flags.dtype}; export another step")
     weights: dict[str, torch.Tensor] = dict(model.named_parameters())
-    write_folder(folder, model.config, weights, source / "tokenizer.json", dtype, SHARD_BYTES)
+    write_folder(folder, model.config, weights, home / "tokenizer.json", dtype, SHARD_BYTES)
     if flags.code:
         write_code(folder, model.config)
     counts = adapters.parameter_counts(model)[:2]

@@ -123,7 +123,7 @@ def start_talk(command) -> int:
         if world.size > 1:
             raise UserError("--chat is for one process")
         folder = checkpoint.find_checkpoint(f.ckpt)
-        chat = chat_of(Tokenizer.load(folder))
+        chat = chat_of(Tokenizer.load(peft.tokenizer_folder(folder, f.base)))
         dtype = parallel.pick_dtype(f.dtype, world.device)
         model = peft.load_model(folder, world.device, dtype, f.base)
         return talk(model, chat, f, tools)
@@ -148,7 +148,7 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
     run, rows = run_of(folder), prompts.rows
     if f.save and run is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(peft.tokenizer_folder(folder, f.base))
     if f.prompt and (tokenizer.template or END in tokenizer.special_ids):
         print("(tuned on dialogs: --chat wraps what is said as training did)")
     talks = [not isinstance(row.get(f.column), str) for row in rows]

@@ -54,7 +54,7 @@ from plainllama.tokens.rows import Batch, FitRows, hash_of_data, to_batch, train
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, memory, optim, preflight, resume
-from plainllama.training.engine import Engine, Outcome, refuse_too_large
+from plainllama.training.engine import Engine, Outcome, outline, refuse_too_large
 from plainllama.weights import checkpoint
 
 STOPPED = 75  # EX_TEMPFAIL: start me again
@@ -88,6 +88,7 @@ def main(command: CommandLine) -> int:
         if flags.check:
             memory.foresee(config, world)
         refuse_too_large(config, world)
+        outline(config)  # which refuses names that are none, before a folder is made
         if flags.check:
             return preflight.run_checks(config, manifest, world, flags.price)
         return train(command, manifest, world)

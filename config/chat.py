@@ -10,14 +10,14 @@ sources = "embedded:chat"
 tokenizer = "bytes"  # names and numbers are copied letter by letter
 val_fraction = 0.02
 
-n_layer = 5
+n_layer = 4
 n_head = 4
 d_model = 128
 d_ff = 344
 block_size = 1024
 
 global_batch_tokens = 4 * 1024
-max_steps = 1250
+max_steps = 1600
 optimizer = "muon"
 learning_rate = 2.5e-3
 min_lr = 0.0

@@ -59,11 +59,12 @@ class Half(Engine):
 
 def build(world: World, source: Path | None = None, half: bool = False, **keys) -> Engine:
     """An engine of a small model whose matrices do not divide evenly: nine rows of the MLP are cut
-    into 3, 3, 3 and 0 for four ranks. `half`: half of it is frozen."""
+    into 3, 3, 3 and 0 for four ranks. `half`: half of it is frozen. `init_from`: its base."""
     config = Settings(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=9, vocab_size=258,
                       block_size=LENGTH, global_batch_tokens=ROWS * LENGTH, device="cpu",
                       compile="false", grad_clip=0.5, **keys)
     state = checkpoint.read_state(source) if source else {}
+    source = source or (Path(config.init_from) if config.init_from else None)
     made = (Half if half else Engine)(config, world, 1, source, state)
     made.ready()
     return made
@@ -87,7 +88,7 @@ def train(made: Engine, steps: range) -> list[list[float]]:
 def save(made: Engine, folder: Path, step: int) -> Path:
     state = {"step": step, "world_size": made.world.size, "micro_batch": made.micro}
     return checkpoint.save(folder, step, made.model, made.optimizer.state, state, TOKENIZER,
-                           made.world)
+                           made.world, made.adapter)
 
 
 def fingerprint(folder: Path) -> str:

@@ -16,7 +16,7 @@ from model import LLaMA, ModelConfig, trained
 from plainllama.command import parse
 from plainllama.files import sha256
 from plainllama.parallel import World
-from plainllama.settings import UserError
+from plainllama.settings import Settings, UserError
 from plainllama.weights import adapters, checkpoint, peft
 from plainllama.weights.huggingface import load_weights, write_folder
 from plainllama.weights.peft import load_model
@@ -181,7 +181,6 @@ def made_by_peft(base: Path, folder: Path, **keys):
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
     model.save_pretrained(folder)
-    shutil.copy(base / "tokenizer.json", folder)
     return model.eval()
 
 
@@ -205,6 +204,18 @@ def test_we_open_what_peft_saved(home, keys):
         want = theirs(ids).logits
         assert (want - attached(home / "theirs")(ids)).abs().max() < 1e-5
         assert (want - load_model(checkpoint.find_checkpoint("theirs"))(ids)).abs().max() < 1e-5
+
+
+def test_an_adapter_of_peft_without_a_tokenizer_is_sampled_and_trained_on(home):
+    import sample
+
+    made_by_peft(newest("out/base"), home / "theirs", r=4, lora_alpha=16,
+                 target_modules="all-linear")
+    prompts = home / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    assert sample.main(parse(["--ckpt=theirs", f"--prompts={prompts}", "--out=texts.jsonl",
+                              "--max_new_tokens=2"], "", sample.Flags, takes="files")) == 0
+    assert run("--init_from=theirs", "--lora_r=4", "--max_steps=1", "--out_dir=out/on") == 0
 
 
 @pytest.mark.parametrize(("keys", "said"), [
@@ -426,3 +437,44 @@ def test_partial_tuning_keeps_the_rest_to_the_bit(home, patterns, blocks):
     assert ("lm_head.weight" in moved) == ("lm_head" in patterns)
     moments = load_file(newest("out/p") / "training/optimizer-00000.safetensors")
     assert {key.rpartition("/")[0] for key in moments} == moved
+
+
+# ---- configs that must give one curve
+
+@pytest.mark.parametrize("keys", [
+    LORA, (*LORA, "--frozen_dtype=nf4"), (*LORA, "--frozen_dtype=bf16"),
+    ("--init_from=out/base", "--train_only=last:1,lm_head")])
+@pytest.mark.parametrize("other", [
+    ("--micro_batch=1",), ("--micro_batch=8", "--activation_checkpointing"), ("--deterministic",),
+    pytest.param(("--compile=true",), marks=pytest.mark.slow),
+    pytest.param(("--compile=true", "--activation_checkpointing"), marks=pytest.mark.slow)])
+def test_one_curve(home, keys, other):
+    if not (home / "out/one").exists():
+        assert run(*keys, "--out_dir=out/one") == 0
+    assert run(*keys, *other, "--out_dir=out/other") == 0
+    assert losses("out/one") == pytest.approx(losses("out/other"), abs=2e-5)
+
+
+def test_a_full_rank_adapter_starts_where_its_merged_model_starts(home):
+    """Training goes on from the adapter's folder and from its export with the same first loss."""
+    assert run(*LORA, "--max_steps=4", "--out_dir=out/a", "--lora_r=32") == 0
+    assert export.main(parse(["--ckpt=out/a", "--to=merged"], "", export.Flags, takes="files")) == 0
+    shutil.copy(newest("out/base") / "tokenizer.json", home / "merged")
+    words = ("--max_steps=1", "--warmup_steps=0")
+    assert run("--init_from=out/a", "--lora_r=32", *words, "--out_dir=out/on") == 0
+    assert run("--init_from=merged", *words, "--out_dir=out/whole") == 0
+    assert losses("out/on")[0] == pytest.approx(losses("out/whole")[0], abs=1e-5)
+
+
+def test_memory_is_reckoned_as_torch_counts_it(home):
+    """What is held is the tensors' bytes; an adapter needs less than half of all weights' run."""
+    from plainllama.training.memory import reckon
+
+    shape = {"n_layer": 4, "d_model": 256, "d_ff": 688, "n_head": 4, "vocab_size": 1000,
+             "block_size": 64, "optimizer": "adamw"}
+    whole = reckon(Settings(**shape), 1, torch.float32)
+    lora = reckon(Settings(**shape, lora_r=4, frozen_dtype="nf4"), 1, torch.float32)
+    weights = whole["weights"] - 2 * 64 * 64 * 4  # without the tables of RoPE
+    assert whole["gradients"] == weights and 2 * weights <= whole["moments"] < 2 * weights + 400
+    assert lora["weights"] < 0.35 * weights and lora["moments"] < 0.1 * whole["moments"]
+    assert lora["activations"] > 0 and sum(lora.values()) < 0.5 * sum(whole.values())

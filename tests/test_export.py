@@ -255,7 +255,7 @@ def test_a_checkpoint_deleted_while_it_is_exported(tmp_path, unchecked, monkeypa
     step, load = write_run(tmp_path / "run"), export.load_model
     newer = write_run(tmp_path / "two").rename(step.with_name("newer"))
 
-    def deleted(folder):
+    def deleted(folder, **keys):
         if newer.exists():
             shutil.rmtree(step)
             newer.rename(step.with_name("step_8"))

@@ -11,11 +11,14 @@ from conftest import run_script
 from safetensors.torch import load_file
 
 from model import LLaMA, ModelConfig
+from model import trained as trained_in
 from plainllama import parallel
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
+from plainllama.tokens import tokenizer
 from plainllama.training import optim
-from plainllama.weights import checkpoint
+from plainllama.weights import checkpoint, peft
+from plainllama.weights.huggingface import write_folder
 
 SHAPES = [(mode, size) for size in (2, 3, 4) for mode in ("ddp", "fsdp")] + [("hsdp", 4)]
 ALL = [(mode, size, tied, many) for mode, size in SHAPES for tied in (False, True)
@@ -34,6 +37,9 @@ def pairwise() -> list[tuple]:
     return [*chosen, *[case for case in ALL if case not in chosen][:12 - len(chosen)]]
 
 
+adapted: list[dict] = []  # keys of runs with adapters, known once there is a base
+
+
 @pytest.fixture(scope="module", params=[
     "pairwise", pytest.param("all", marks=pytest.mark.slow)])
 def trained(request, tmp_path_factory):
@@ -50,6 +56,19 @@ def trained(request, tmp_path_factory):
               for mode, size, many, optimizer in (
                   ("ddp", 2, False, "adamw"), ("fsdp", 3, True, "adamw"),
                   ("fsdp", 4, False, "muon"), ("hsdp", 4, True, "muon"))]
+    base = ranks.build(World(), micro_batch=ranks.ROWS).model
+    (home / "base").mkdir()
+    tokenizer.make_tokenizer("bytes").save(home)
+    write_folder(home / "base", base.config, dict(base.named_parameters()), home / "tokenizer.json")
+    adapted.clear()
+    adapted.extend({"init_from": str(home / "base"), "lora_r": 2, **keys} for keys in (
+        {}, {"frozen_dtype": "nf4"}, {"frozen_dtype": "bf16", "activation_checkpointing": True}))
+    cases += [{"name": f"{mode}{size}-lora{number}", "mode": mode, "size": size, "accumulate": many,
+               "keys": adapted[number]}
+              for number, mode, size, many in (
+                  (0, "ddp", 2, False), (0, "fsdp", 3, True), (0, "hsdp", 4, False),
+                  (1, "ddp", 2, True), (1, "ddp", 4, False),
+                  (2, "fsdp", 2, False), (2, "ddp", 3, True))]
     (home / "cases.json").write_text(json.dumps(cases))
     done = run_script("tests/ranks.py", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -60,20 +79,26 @@ def test_every_mode_and_size_is_one_process(trained):
     home, cases, found = trained
     assert len(cases) >= 12
     for keys in ({"tie_embeddings": False}, {"tie_embeddings": True}, {"optimizer": "muon"},
-                 {"half": True, "optimizer": "adamw"}, {"half": True, "optimizer": "muon"}):
+                 {"half": True, "optimizer": "adamw"}, {"half": True, "optimizer": "muon"},
+                 *adapted):
         one = ranks.build(World(), micro_batch=ranks.ROWS, **keys)
-        first = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+        kept = dict(trained_in(one.model) if one.adapter else one.model.named_parameters())
+        first = {name: p.detach().clone() for name, p in kept.items()}
         seen = ranks.train(one, range(2))
-        assert min(norm for _, norm in seen) > 0.5  # clipped
+        assert one.adapter or min(norm for _, norm in seen) > 0.5  # clipped
         mine = [case["name"] for case in cases if case["keys"] == keys]
         for name in mine:
             assert found[name] == [pytest.approx(pair, rel=1e-5) for pair in seen], name
             folder = home / name / "checkpoints" / "step_2"
-            weights = load_file(folder / "model.safetensors")
+            if one.adapter:
+                stored = load_file(folder / "adapter_model.safetensors")
+                weights = {peft.our_name(key): value for key, value in stored.items()}
+            else:
+                weights = load_file(folder / "model.safetensors")
             assert weights.keys() == first.keys()
             optimizer = optim.make(one.model, one.config)
             checkpoint.load_moments(folder, one.model, optimizer.state, World())
-            for key, p in one.model.named_parameters():
+            for key, p in kept.items():
                 change = (p - first[key]).norm()
                 assert (weights[key] - p).norm() <= 1e-3 * change, (name, key)
                 if keys.get("half") and ranks.frozen(key):  # not a bit of it moves
@@ -93,7 +118,7 @@ def test_gradients_are_exchanged_once_a_step(trained):
     again between copies. And loss and norm of the step."""
     for case in trained[1]:
         count = trained[2].get(case["name"] + " reductions")
-        parts = 2 if "half" in case["keys"] else 3
+        parts = 2 if "half" in case["keys"] or "lora_r" in case["keys"] else 3
         expected = {"ddp": 1 + 1, "fsdp": parts + 1, "hsdp": 2 * parts + 1}
         assert count in (None, expected[case["mode"]]), case["name"]
 

@@ -107,7 +107,8 @@ def test_every_key_says_what_it_decides():
         "dataset", "seed", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
         "vocab_size", "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
         "tie_embeddings", "overfit_rows", "optimizer", "doc_mask", "packing", "mixture",
-        "init_from"}
+        "init_from", "train_only", "lora_r", "lora_alpha", "lora_dropout", "lora_targets",
+        "frozen_dtype"}
     assert set(resume.COURSE) == {
         "global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule", "warmup_steps",
         "weight_decay", "beta1", "beta2", "grad_clip", "epochs"}
@@ -171,14 +172,15 @@ def test_home_is_expanded_in_every_key_that_names_a_path(tmp_path, monkeypatch):
     """Every key of text is a choice, a path, or listed here as neither: none is forgotten."""
     monkeypatch.setenv("HOME", str(tmp_path))
     neither = {"dataset", "sample_prompt", "prompt", "column", "stop", "layers", "tasks", "license",
-               "push", "part", "system"}
+               "push", "part", "system", "train_only", "lora_targets"}
     kinds = [None, *(module.Flags for module in (
         prepare, train, sample, eval_command, export, report))]
     for flags in kinds:
         for item in dataclasses.fields(flags or settings.Settings):
             if item.type is not str or item.metadata["choices"]:
                 continue
-            given = parse([f"--{item.name}=~/x"], "", flags, "files" if flags else "config")
+            more = ["--lora_r=1"] if item.name == "lora_targets" else []
+            given = parse([f"--{item.name}=~/x", *more], "", flags, "files" if flags else "config")
             found = getattr(given.flags if flags else given.config, item.name)
             assert found == ("~/x" if item.name in neither else f"{tmp_path}/x"), item.name
     (tmp_path / "base.py").write_text("n_layer = 3\n")

@@ -19,11 +19,12 @@ from torch import Tensor
 from plainllama import files
 from plainllama.settings import UserError, install
 from plainllama.text.records import naming_damage
+from plainllama.weights import peft
 from plainllama.weights.huggingface import weight_files
 
 # flags without a say in what is made; the content of the model and of --prompts has one
-NO_MATTER = {"ckpt", "prompt", "prompts", "out", "batch", "save", "device", "compile", "chat",
-             "system", "tools"}
+NO_MATTER = {"ckpt", "base", "prompt", "prompts", "out", "batch", "save", "device", "compile",
+             "chat", "system", "tools"}
 
 
 # ---- read
@@ -146,7 +147,8 @@ class Journal:
         self.out, self.note = Path(f.out), Path(f"{f.out}.made.json")
         names = ["checksums.json"]  # the hashes of all the others
         if not (folder / names[0]).is_file():
-            names = ["config.json", "tokenizer.json", *weight_files(folder)]
+            names = (list(peft.FILES) if peft.is_adapter(folder) else
+                     ["config.json", "tokenizer.json", *weight_files(folder)])
         model = "".join(files.sha256(folder / name) for name in names)
         self.recipe = {"sha256 of the model": files.sha256_bytes(model.encode())[:16],
                        "sha256 of --prompts": files.sha256(Path(f.prompts))[:16],

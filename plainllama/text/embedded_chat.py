@@ -15,7 +15,7 @@ from itertools import product
 from typing import IO
 
 COUNT, SEED = 8000, 1  # of the training dialogs
-LONGEST = 640  # tokens of a dialog, a byte each
+LONGEST = 500  # tokens of a dialog, a byte each
 HELD_OUT = 6  # one of so many numbers, names, words and ways to ask is for held-out dialogs alone
 OPENINGS = ["", "Please tell me: ", "Hi. ", "Well, ", "Now, ", "One question: ", "Ok. ", "Hm, ",
             "Quickly: "]

@@ -21,7 +21,7 @@ from plainllama.training import optim
 from plainllama.training.engine import architecture, outline
 from plainllama.training.objectives import Objective
 from plainllama.weights import checkpoint, peft
-from plainllama.weights.huggingface import other_keys, read_config
+from plainllama.weights.huggingface import other_keys
 
 # On resume these must be as they were, or the run would be another one ...
 FIXED = deciding("identity", "fixed")
@@ -103,7 +103,8 @@ def model_folder(config: Settings) -> Path | None:
     source = Path(config.init_from)
     run = source if (source / "checkpoints").is_dir() else newest_run(source)
     steps = [*steps_of(Path(config.out_dir)), source, *(steps_of(run) if run else ())]
-    return next((folder for folder in steps if (folder / "config.json").is_file()), None)
+    return next((folder for folder in steps if peft.is_adapter(folder)
+                 or (folder / "config.json").is_file()), None)
 
 
 def inherit(command: CommandLine, names=INHERITED) -> tuple[ModelConfig | None, list[str]]:
@@ -112,7 +113,7 @@ def inherit(command: CommandLine, names=INHERITED) -> tuple[ModelConfig | None, 
     source = model_folder(command.config)
     if not source:
         return None, []
-    theirs, said = read_config(source), []
+    theirs, said = peft.whole_config(source), []
     for name in names:
         ours, given = getattr(command.config, name), getattr(theirs, name)
         if name == "n_kv_head" and given == theirs.n_head:
@@ -218,7 +219,7 @@ def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> Non
     """Refuse to start from a model that computes something else, or whose token ids mean something
     else than the data set's. Context and RoPE scaling may differ: that is how context grows; so may
     the vocabulary of a data set that added the roles of a dialog to the model's tokenizer."""
-    theirs = read_config(source)
+    theirs = peft.whole_config(source)
     known = {manifest["tokenizer"]["sha256"], manifest["tokenizer"].get("base")}
     if theirs.vocab_size < config.vocab_size and None not in known:
         theirs = replace(theirs, vocab_size=config.vocab_size)

@@ -25,6 +25,7 @@ from plainllama.weights.adapters import ADDED, Adapter, initialise
 from plainllama.weights.huggingface import ENDS, load_weights, read_config, weight_files
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+FILES = CONFIG, WEIGHTS  # without base.json where peft made them
 FORMAT = 1
 ROWS = "token_adapter.trainable_tokens_delta"  # peft's name of the rows of new tokens
 # Keys of adapter_config.json that say nothing of what is computed, or that are read here; any other
@@ -156,6 +157,14 @@ def whole_config(folder: Path, moved: str = "") -> ModelConfig:
     rows = [stored.get_slice(key).get_shape()[0]
             for key in stored.keys() if key.endswith(ROWS)]  # noqa: SIM118
     return replace(config, vocab_size=adapter.first_row + rows[0]) if rows else config
+
+
+def tokenizer_folder(folder: Path, moved: str = "") -> Path:
+    """Choose the folder whose tokenizer a model reads by: its own or, of an adapter that has none,
+    its base's."""
+    if is_adapter(folder) and not (folder / "tokenizer.json").is_file():
+        return base_of(folder, moved)[0]
+    return folder
 
 
 def load_adapter(folder: Path, model: LLaMA, world: World) -> None:

@@ -41,9 +41,9 @@ def to_nf4(matrix: Tensor) -> Parts:
     largest = blocks.abs().amax(1)
     inverse = 1 / torch.where(largest > 0, largest, 1.0)
     levels = torch.tensor(LEVELS, device=matrix.device)
+    some = len(blocks) if matrix.is_meta else AT_ONCE // BLOCK
     codes = torch.cat([((rows * by[:, None])[..., None] - levels).abs().argmin(-1).byte()
-                       for rows, by in zip(blocks.split(AT_ONCE // BLOCK),
-                                           inverse.split(AT_ONCE // BLOCK), strict=True)])
+                       for rows, by in zip(blocks.split(some), inverse.split(some), strict=True)])
     pairs = codes.view(-1, 2)
     mean = largest.mean()
     groups = F.pad(largest - mean, (0, -len(largest) % GROUP)).view(-1, GROUP)
