@@ -3,13 +3,13 @@
 import datetime
 import operator
 
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+OPERATIONS = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
 
 
 def calculator(expression: str) -> str:
     """Work out a sum."""
-    first, sign, second = expression.split()
-    return str(OPERATIONS[sign](int(first), int(second)))
+    first, operation, second = expression.split()  # "2 plus 3"
+    return str(OPERATIONS[operation](int(first), int(second)))
 
 
 def weekday(date: str) -> str:

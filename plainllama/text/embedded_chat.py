@@ -25,7 +25,7 @@ SCHEMAS = {name: {"name": name, "description": says, "parameters": {
     "type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}}
     for name, says, argument in (("calculator", "Work out a sum.", "expression"),
                                  ("weekday", "Name the day of a date.", "date"))}
-OPERATIONS = {"plus": "+", "minus": "-", "times": "*"}
+OPERATIONS = ["plus", "minus", "times"]
 FACTS = {"name": "My name is {}.", "town": "I live in the town {}.", "dog": "My dog is called {}."}
 ASKED = {"name": ["What is my name?", "Who am I?"],
          "town": ["Where do I live?", "What is my town?"],
@@ -89,7 +89,7 @@ class Maker:
         names = {fact: self.name() for fact in told}
         before = [turn for fact in told for turn in spoken(
             self.asking(FACTS[fact].format(names[fact])), TOLD[fact].format(names[fact]))]
-        asked = [turn for fact in (draw.choices(told, k=draw.randint(1, 3)) if told else [])
+        asked = [turn for fact in (draw.choices(told, k=draw.randint(1, 4)) if told else [])
                  for turn in spoken(self.asking(*ASKED[fact]), TOLD[fact].format(names[fact]))]
         system = [{"role": "system", "content": "Answer in one sentence."}]
         messages = [*(system if draw.random() < 0.2 else []), *before, *turns, *asked]
@@ -97,10 +97,10 @@ class Maker:
 
     def sum(self, tools: list[str]) -> list[dict]:
         """Ask for a sum, difference or product."""
-        (a, b), word = self.draw.choice(self.numbers), self.draw.choice(list(OPERATIONS))
+        (a, b), word = self.draw.choice(self.numbers), self.draw.choice(OPERATIONS)
         question = self.asking(f"What is {a} {word} {b}?", f"How much is {a} {word} {b}?")
         result = {"plus": a + b, "minus": a - b, "times": a * b}[word]
-        return with_call(question, "calculator", {"expression": f"{a} {OPERATIONS[word]} {b}"},
+        return with_call(question, "calculator", {"expression": f"{a} {word} {b}"},
                          str(result), f"{a} {word} {b} is {result}.", tools)
 
     def weekday(self, tools: list[str]) -> list[dict]:

@@ -80,6 +80,9 @@ class AdaptedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.r and not self.kind and not (self.dropout and self.training):
+            a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+            return Adapted.apply(x, self.weight, a, b, self.factor)
         if self.kind:
             parts = (getattr(self, name) for name in self.names)
             y = Product.apply(x, self.kind, (self.out_features, self.in_features), self.names,
@@ -89,8 +92,36 @@ class AdaptedLinear(Linear):
         if not self.r:
             return y
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return y + self.factor * F.linear(F.linear(x, self.lora_A.to(x.dtype)),
-                                          self.lora_B.to(x.dtype))
+        inner = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), inner, self.lora_B.T.to(x.dtype),
+                           alpha=self.factor).view_as(y)
+
+
+class Adapted(torch.autograd.Function):
+    """x W^T + factor (x A^T) B^T with W frozen: sums and factors are part of the products, which
+    saves passes over memory, and of W no copy in another dtype is kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
+        """x (..., in), W (out, in), A (r, in), B (out, r) -> (..., out)."""
+        flat = x.flatten(0, -2)
+        inner = flat @ a.T
+        ctx.save_for_backward(flat, weight, a, b, inner)
+        ctx.factor = factor
+        y = (flat @ weight.to(x.dtype).T).addmm_(inner, b.T, alpha=factor)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # type: ignore[override]
+        """Of x, A and B."""
+        flat, weight, a, b, inner = ctx.saved_tensors
+        shape, slope = slope.shape, slope.flatten(0, -2)
+        d_inner = slope @ b
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = (slope @ weight.to(slope.dtype)).addmm_(d_inner, a, alpha=ctx.factor)
+            d_x = d_x.view(*shape[:-1], -1)
+        return (d_x, None, d_inner.T @ flat * ctx.factor, slope.T @ inner * ctx.factor, None)
 
 
 class GrownEmbedding(nn.Embedding):
