@@ -225,7 +225,8 @@ def unfinished(folder: Path) -> dict:
 
 def refuse_another_recipe(folder: Path, recipe: dict, state: dict) -> None:
     """Refuse to go on with what was prepared otherwise."""
-    old = {key: getattr(Settings, key, None) for key in RECIPE} | state.get("recipe", recipe)
+    # block_size is part of the recipe of dialogs alone
+    old = {key: getattr(Settings, key, None) for key in recipe} | state.get("recipe", recipe)
     differs = [f"{key} was {old[key]!r}, is now {recipe[key]!r}"
                for key in recipe if old[key] != recipe[key]]
     begun = (folder / "tokenizer.json").exists() and Path(recipe["tokenizer"]).exists()

@@ -5,7 +5,7 @@ and train.py take this file. With rope_scaling and all else that is not said her
 model's own config says.
 """
 
-dataset = "mine"
+dataset = "my_dialogs"
 documents = "chat"
 sources = "my.jsonl"
 tokenizer = "models/Llama-3-8B/tokenizer.json"

@@ -478,3 +478,14 @@ def test_memory_is_reckoned_as_torch_counts_it(home):
     assert whole["gradients"] == weights and 2 * weights <= whole["moments"] < 2 * weights + 400
     assert lora["weights"] < 0.35 * weights and lora["moments"] < 0.1 * whole["moments"]
     assert lora["activations"] > 0 and sum(lora.values()) < 0.5 * sum(whole.values())
+
+
+@pytest.mark.parametrize("keys", [(*LORA, "--lora_targets=q,down"), (*LORA, "--frozen_dtype=nf4"),
+                                  (*LORA, "--frozen_dtype=bf16"),
+                                  ("--init_from=out/base", "--train_only=last:1")])
+def test_check_holds_for_what_is_partly_frozen(home, keys, capsys):
+    assert run(*keys, "--check", "--out_dir=out/x") == 0
+    said = capsys.readouterr().out
+    assert "learns: " in said and "memory reckoned for 4 rows" in said
+    assert ("model.layers.1.self_attn.q_proj\n" in said) == ("--lora_r=4" in keys)
+    assert not (home / "out/x").exists()

@@ -479,3 +479,11 @@ def test_bad_sources_are_one_line_and_leave_nothing(source, keys, says, tmp_path
         inside(tmp_path, monkeypatch, **keys)
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "data").exists()
+
+
+def test_a_set_of_text_does_not_become_one_of_dialogs(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    (tmp_path / "a.txt").write_text("text " * 999)
+    inside(tmp_path, monkeypatch, sources="a.txt")
+    with pytest.raises(UserError, match="documents was 'text', is now 'chat'"):
+        inside(tmp_path, monkeypatch, sources="a.jsonl", documents="chat")

@@ -8,8 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, documents, run_script
 from hub_stub import Hub
+
+from model import LLaMA, ModelConfig
+from plainllama.parallel import World
+from plainllama.tokens import tokenizer
+from plainllama.weights.adapters import initialise
+from plainllama.weights.huggingface import write_folder
 
 SMALL = """
 n_layer = 1
@@ -59,6 +66,18 @@ def place(folder: Path) -> dict:
                     "sources = [{'path': 'embedded:chat', 'slice': ':200'}]\n")
     large = folder / "config/llama100m.py"
     large.write_text(large.read_text() + "tokenizer = 'bpe:400'\nval_fraction = 0.1\n")
+    adapted = folder / "config/lora_8b.py"
+    adapted.write_text(adapted.read_text() + "n_kv_head = 0\nglobal_batch_tokens = 256\n")
+    rows = [f'{{"prompt": "Hi {i}", "response": "Yes."}}\n' for i in range(60)]
+    (folder / "my.jsonl").write_text("".join(rows))
+    llama, words = folder / "models/Llama-3-8B", tokenizer.make_tokenizer("bytes")
+    llama.mkdir(parents=True)
+    words.save(llama)
+    with torch.device("meta"):
+        model = LLaMA(ModelConfig(1, 2, 32, 48, words.vocab_size, 32, rope_theta=500000.0))
+    World().place(model, torch.float32)
+    initialise(model, 1, World().piece)
+    write_folder(llama, model.config, dict(model.named_parameters()), llama / "tokenizer.json")
     (folder / "my.txt").write_text("\n".join(documents(300)))
     question = '{"question": "What is 1 + 1?", "choices": ["1", "2"], "answer": 1}\n'
     (folder / "questions.jsonl").write_text(question * 3)

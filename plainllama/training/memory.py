@@ -29,9 +29,11 @@ def foresee(config: Settings, world: World) -> None:
     print(learns or "learns: all weights")
     rows, dtype = config.micro_batch or 1, pick_dtype(config.dtype, world.device)
     parts = reckon(config, rows, dtype)
-    said = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in parts.items())
+    total = sum(parts.values())
+    unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    said = ", ".join(f"{what} {size / unit:.2f}" for what, size in parts.items())
     print(f"memory reckoned for {rows} rows of {config.block_size} in {str(dtype)[6:]}: "
-        f"{sum(parts.values()) / 1e9:.2f} GB ({said}), the whole model on one device")
+        f"{total / unit:.2f} {name} ({said}), the whole model on one device")
 
 
 class Allocator(TorchDispatchMode):

@@ -160,10 +160,12 @@ class Trial:
         """RoPE, attention and the rest equal the formulas in float64."""
         # sharper attention, so that positions matter more than they do at first; and back, exactly
         sharp = [p.data for n, p in self.model.named_parameters() if n.endswith("q_proj.weight")]
-        torch._foreach_mul_(sharp, 8)
+        for matrix in sharp:
+            matrix *= 8
         ours = self.logits(self.x[:1])[0].double()
         theirs = reference(self.whole, self.model.config, self.x[0])
-        torch._foreach_div_(sharp, 8)
+        for matrix in sharp:
+            matrix /= 8
         error = ((ours - theirs).norm() / theirs.norm()).item()
         limit = 1e-4 if self.engine.dtype == torch.float32 else 0.05
         return must(error < limit, f"logits are off by {error:.1g} of their size (at most {limit})")
