@@ -107,10 +107,11 @@ def main(command) -> int:
         evaluation = partial(Evaluation, flags, given, world, {})
         if not flags.all:
             whole = os.path.exists(flags.ckpt) or "," not in flags.ckpt
-            codes = [checkpoint.with_checkpoint(
-                path, world, lambda folder: evaluation(folder).score([folder]))
-                for path in ([flags.ckpt] if whole else map(str.strip, flags.ckpt.split(",")))]
-            return max(codes)
+            paths = [flags.ckpt] if whole else [*map(str.strip, flags.ckpt.split(","))]
+            found = [world.decide(partial(checkpoint.find_checkpoint, path)) for path in paths]
+            return max(checkpoint.with_checkpoint(
+                path, world, lambda folder: evaluation(folder).score([folder]), folder)
+                for path, folder in zip(paths, found, strict=True))
         folders = steps_of(Path(flags.all))[::-1]
         whole = world.decide(lambda: next(
             (folder for folder in folders if not checkpoint.damage(folder, training=False)), None))

@@ -63,7 +63,6 @@ from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.weights import adapters, checkpoint, peft
 from plainllama.weights.huggingface import load_weights, write_code, write_folder
 from plainllama.weights.peft import load_model
-from plainllama.weights.quantised import QUANTISED
 
 HELD_OUT = 1 << 16  # tokens of the validation split that two ways to merge are compared by
 SHARD_BYTES = 5_000_000_000
@@ -131,11 +130,15 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     said = [name for name in ("merge", "original", "adapter") if getattr(flags, name)]
     if said and not peft.is_adapter(source):
         raise UserError(f"--{said[0]} is for a run that trained an adapter; {source} is a model")
-    model = load_model(source, base=flags.base, original=flags.original)
+    held = peft.read_adapter(source).frozen_dtype if peft.is_adapter(source) else "fp32"
+    if flags.original and held == "fp32":
+        raise UserError(f"--original has no effect: the base of {source} was held as it is")
     if flags.adapter:
-        return write_adapter(flags, folder, source, model)
-    if flags.original or any(adapters.quantised(model)):
-        merged(flags, source, model)
+        return write_adapter(flags, folder, source)
+    model = load_model(source, base=flags.base, original=flags.original)
+    if held != "fp32":
+        adapters.merge(model)
+        compare_merges(flags, source, model, held)
     home = peft.tokenizer_folder(source, flags.base)
     tokenizer = Tokenizer.load(home)
     dtype = pick_dtype(flags.dtype, torch.device("cpu"))
@@ -152,35 +155,37 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     return counts[0], compare_with_transformers(model, tokenizer, folder, flags.code)
 
 
-def merged(flags: Flags, source: Path, model: LLaMA) -> None:
-    """Merge an adapter whose base was held in few bits, and say what the run's validation split
-    thinks of both ways to do so."""
-    held = peft.read_adapter(source).frozen_dtype
-    if held not in QUANTISED:
-        raise UserError(f"--original has no effect: the base of {source} was held in {held}")
-    other = load_model(source, base=flags.base, original=not flags.original)
-    as_held, own = (other, model) if flags.original else (model, other)
+def compare_merges(flags: Flags, source: Path, model: LLaMA, held: str) -> None:
+    """Say what the run's validation split thinks of an adapter merged onto the base as it was held
+    and onto the base as it is, of which `model` is one."""
     run = run_of(source)
-    name = read_json(run / "run.json")["data"]["name"] if run else "(of no run)"
-    losses, data = {}, Path("data", name)
-    for name, it in ((f"onto the base as it was held, in {held}", as_held),
-                     ("onto the base's own weights (--original)", own)):
-        adapters.merge(it)
-        if (data / "manifest.json").is_file():
-            rows = validation_rows(data, source, it.config.block_size)
-            seen = evaluate(it, rows, byte_info(data), HELD_OUT, 4, World())
-            losses[name] = f"{seen['val_loss']:.4f} nats"
-    print(f"validation loss, merged {', '.join(f'{k}: {v}' for k, v in losses.items())}" if losses
-          else f"data/{data.name} is not here: the two ways to merge are not compared")
+    config = read_json(run / "run.json")["config"] if run else {}
+    data = Path("data", config.get("dataset") or "of no run")
+    try:
+        if not (data / "manifest.json").is_file():
+            raise UserError(f"{data} is not here")
+        rows = validation_rows(data, peft.tokenizer_folder(source, flags.base),
+                               model.config.block_size)
+    except UserError as error:
+        print(f"the two ways to merge are not compared: {error}")
+        return
+    other = adapters.merge(load_model(source, base=flags.base, original=not flags.original))
+    bos = Tokenizer.load(data).bos_id if config["doc_mask"] else None
+    losses = [evaluate(it, rows, byte_info(data), HELD_OUT, 4, World(), bos)["val_loss"]
+              for it in ((other, model) if flags.original else (model, other))]
+    print(f"validation loss, merged onto the base as it was held, in {held}: {losses[0]:.4f} nats; "
+          f"onto the base's own weights (--original): {losses[1]:.4f}")
 
 
-def write_adapter(flags: Flags, folder: Path, source: Path, model: LLaMA) -> tuple[int, str]:
+def write_adapter(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     """Write the adapter of a checkpoint alone; as write()."""
     for path in source.iterdir():
         if path.is_file() and path.name != "checksums.json":
             shutil.copyfile(path, folder / path.name)
-    counts = adapters.parameter_counts(model)
-    write_text(folder / "README.md", card(source, folder, flags, vars(model.config), counts[:2]))
+    config = peft.whole_config(source, flags.base)
+    with torch.device("meta"):
+        counts = adapters.parameter_counts(LLaMA(config))[:2]
+    write_text(folder / "README.md", card(source, folder, flags, vars(config), counts))
     learned = sum(tensor.numel() for tensor in load_file(folder / peft.WEIGHTS).values())
     return learned, ""
 

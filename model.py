@@ -437,7 +437,7 @@ class ChunkedLoss(torch.autograd.Function):
                 d_x.append(slope @ matrix)
                 d_weight += slope[:, first:].T @ states
         if d_weight is not None:
-            ctx.save_for_backward(torch.cat(d_x), d_weight.to(weight.dtype))
+            ctx.save_for_backward(torch.cat(d_x), d_weight.to(learned.dtype))
         return loss
 
     @staticmethod

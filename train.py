@@ -88,6 +88,8 @@ def main(command: CommandLine) -> int:
         if flags.check:
             memory.foresee(config, world)
         refuse_too_large(config, world)
+        if config.lora_r and not config.init_from:
+            raise UserError("lora_r trains beside a model that is there; say --init_from=MODEL")
         outline(config)  # which refuses names that are none, before a folder is made
         if flags.check:
             return preflight.run_checks(config, manifest, world, flags.price)

@@ -204,7 +204,7 @@ def check_keys(config: Settings) -> None:
              f"frozen_dtype={c.frozen_dtype} has no effect where nothing is frozen; say lora_r"),
             (c.frozen_dtype in ("int8", "nf4") and not c.lora_r,
              f"frozen_dtype={c.frozen_dtype} is for lora_r: a checkpoint of train_only is a whole "
-             "model, whose frozen matrices must come back as they were; say bf16"),
+             "model, whose frozen matrices must come back as they were"),
             (c.frozen_dtype in ("int8", "nf4") and c.parallel in ("fsdp", "hsdp"),
              f"frozen_dtype={c.frozen_dtype} is not sharded; say --parallel=ddp, or bf16"),
             (c.lora_dropout and c.deterministic, "lora_dropout draws other numbers on other ranks; "

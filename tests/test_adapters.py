@@ -14,7 +14,7 @@ import export
 import train
 from model import LLaMA, ModelConfig, trained
 from plainllama.command import parse
-from plainllama.files import sha256
+from plainllama.files import read_json, sha256
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
 from plainllama.weights import adapters, checkpoint, peft
@@ -223,7 +223,10 @@ def test_an_adapter_of_peft_without_a_tokenizer_is_sampled_and_trained_on(home):
     ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 5}}, "rank_pattern"),
     ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "changes the base"),
-    ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]}, "the end")])
+    ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]}, "the end"),
+    ({"target_modules": ["q_proj"], "trainable_token_indices": {
+        "embed_tokens": [3, 4], "lm_head": [3, 4]}}, "not the last"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "beside lm_head, which is no matrix")])
 def test_what_we_do_not_compute_is_refused_by_name(home, keys, said):
     made_by_peft(newest("out/base"), home / "theirs", **keys)
     with pytest.raises(UserError, match=said):
@@ -482,10 +485,55 @@ def test_memory_is_reckoned_as_torch_counts_it(home):
 
 @pytest.mark.parametrize("keys", [(*LORA, "--lora_targets=q,down"), (*LORA, "--frozen_dtype=nf4"),
                                   (*LORA, "--frozen_dtype=bf16"),
-                                  ("--init_from=out/base", "--train_only=last:1")])
+                                  ("--init_from=out/base", "--train_only=last:1"),
+                                  ("--init_from=out/base", "--train_only=norm")])
 def test_check_holds_for_what_is_partly_frozen(home, keys, capsys):
     assert run(*keys, "--check", "--out_dir=out/x") == 0
     said = capsys.readouterr().out
     assert "learns: " in said and "memory reckoned for 4 rows" in said
     assert ("model.layers.1.self_attn.q_proj\n" in said) == ("--lora_r=4" in keys)
     assert not (home / "out/x").exists()
+
+
+def test_what_an_adapter_or_a_part_cannot_learn_is_refused(home):
+    from plainllama.training.engine import Engine
+
+    with pytest.raises(UserError, match="say --init_from=MODEL"):
+        run("--lora_r=4", "--out_dir=out/x")
+    with pytest.raises(UserError, match="would round"):
+        run("--init_from=out/base", "--train_only=last:1", "--frozen_dtype=bf16", "--out_dir=out/x")
+    assert run(*LORA, "--max_steps=1", "--out_dir=out/a") == 0
+    config = parse(["toy.py", *LORA], "", train.Flags).config
+    config.vocab_size = load_model(newest("out/a")).config.vocab_size + 5
+    with pytest.raises(UserError, match=r"an adapter of a vocabulary of \d+ entries"):
+        Engine(config, World(), 0, newest("out/a"))
+    from plainllama.training.resume import refuse_other_part
+    config.lora_r, config.train_only = 0, "last:1"
+    with pytest.raises(UserError, match="freezes the rows of new tokens"):
+        refuse_other_part(newest("out/base"), config)
+
+
+def test_adapters_of_other_shapes_do_not_share_a_base(home):
+    assert run(*LORA, "--max_steps=1", "--out_dir=out/a") == 0
+    assert run(*LORA, "--max_steps=1", "--out_dir=out/b", "--rope_scaling=linear",
+               "--rope_factor=4", "--block_size=64", "--global_batch_tokens=256") == 0
+    kept: dict = {}
+    ids = some_ids()
+    for name in ("out/a", "out/b", "out/a"):
+        assert (load_model(newest(name), kept=kept)(ids) - load_model(newest(name))(ids)
+                ).abs().max() < 1e-5
+    assert len(kept) == 1
+
+
+def test_a_project_that_moved_goes_on(home, monkeypatch):
+    words = (*LORA, "--out_dir=out/a")
+    assert run(*words, "--max_minutes=1e-9") == 75
+    moved = home / "moved"
+    shutil.copytree(home / "out", moved / "out")
+    (moved / "data").symlink_to(home / "data")
+    (moved / "toy.py").symlink_to(home / "toy.py")
+    shutil.rmtree(home / "out")
+    monkeypatch.chdir(moved)
+    while run(*words):
+        pass
+    assert read_json(newest("out/a") / "base.json")["path"].startswith(str(moved))

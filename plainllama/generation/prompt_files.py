@@ -150,6 +150,8 @@ class Journal:
             names = (list(peft.FILES) if peft.is_adapter(folder) else
                      ["config.json", "tokenizer.json", *weight_files(folder)])
         model = "".join(files.sha256(folder / name) for name in names)
+        if peft.is_adapter(folder) and names == list(peft.FILES):  # which do not name their base
+            model += peft.weights_sha256(peft.base_of(folder, f.base)[0])
         self.recipe = {"sha256 of the model": files.sha256_bytes(model.encode())[:16],
                        "sha256 of --prompts": files.sha256(Path(f.prompts))[:16],
                        **{key: value for key, value in vars(f).items() if key not in NO_MATTER}}

@@ -3,6 +3,7 @@ no storage, and what an allocator would hold at its peak is counted."""
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def reckon(config: Settings, rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes on one device that has the whole model: of weights, gradients, moments and, at the
     peak of a forward and backward pass of `rows` rows, all else (activations). Eager code with a
     CPU's kernels; a GPU's attention keeps less."""
-    model, _ = outline(config)
+    model, _ = outline(replace(config, attention="sdpa"))  # other back ends are for a GPU
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.reset_derived("cpu")

@@ -174,9 +174,18 @@ def source_of(config: Settings, manifest: dict, world: World) -> Path:
     the config or the data set."""
     source = world.decide(lambda: checkpoint.find_checkpoint(config.init_from))
     world.decide(lambda: refuse_other_model(source, architecture(config), manifest))
-    if peft.is_adapter(source):
-        world.decide(lambda: outline(config, source) and None)  # which refuses another one
+    world.decide(lambda: refuse_other_part(source, config))
     return source
+
+
+def refuse_other_part(source: Path, config: Settings) -> None:
+    """Refuse an adapter that is another than the config's, and new tokens that could not learn."""
+    model = outline(config, source if peft.is_adapter(source) else None)[0]
+    ends = model.model.embed_tokens.weight, model.lm_head.weight
+    grows = peft.whole_config(source).vocab_size < config.vocab_size
+    if grows and config.train_only and not all(end.requires_grad for end in ends):
+        raise UserError("train_only freezes the rows of new tokens; add embed_tokens,lm_head to "
+                        "it, or train an adapter (lora_r)")
 
 
 def starting_point(run: Path, config: Settings, data_hash: str,
@@ -226,7 +235,8 @@ def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> Non
     if keys := other_keys(theirs, config):
         raise UserError(f"init_from: {source} is another model than the config's; to go on from it "
                         f"say {keys}")
-    for path in (source / "tokenizer.json", source / "tokenizer.model"):
+    home = peft.tokenizer_folder(source)
+    for path in (home / "tokenizer.json", home / "tokenizer.model"):
         if path.is_file():  # the second is converted first, as prepare.py does
             sha256 = (sha256_of(path) if path.suffix == ".json" else
                       tokenizer.make_tokenizer(str(path)).sha256)

@@ -219,6 +219,9 @@ def targets_of(model: LLaMA, wanted: str) -> tuple[str, ...]:
 def attach(model: LLaMA, adapter: Adapter) -> None:
     """Put an adapter beside its targets; all else of the model is frozen, and held as the adapter's
     frozen_dtype says."""
+    if other := sorted({*adapter.targets} - {*targets_of(model, "all")}):
+        raise UserError(f"the adapter stands beside {other[0]}, which is no matrix of a block of "
+                        "this base")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in adapter.targets:
@@ -257,13 +260,14 @@ def replace(model: LLaMA, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def merge(model: LLaMA) -> LLaMA:
-    """Make a plain LLaMA, in place, of one with adapters: the same function of its input."""
+def merge(model: LLaMA, dtype: torch.dtype = torch.float32) -> LLaMA:
+    """Make a plain LLaMA, in place, of one with adapters: the same function of its input, its
+    matrices in `dtype`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear):
             with torch.device("meta"):
                 whole = Linear(module.in_features, module.out_features, bias=False)
-            whole.weight = nn.Parameter(module.merged().detach())
+            whole.weight = nn.Parameter(module.merged().detach().to(dtype))
             replace(model, name, whole)
         elif isinstance(module, GrownEmbedding | GrownLinear):
             weight = module.weight.detach().float()
@@ -273,7 +277,8 @@ def merge(model: LLaMA) -> LLaMA:
             plain_one: type = nn.Embedding if isinstance(module, GrownEmbedding) else Linear
             module.__class__ = plain_one
     for parameter in model.parameters():
-        parameter.data = parameter.data.float()
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.float()
     model.tie()
     return model
 

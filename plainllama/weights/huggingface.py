@@ -204,6 +204,7 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False) 
     if model.config.tie_embeddings:
         stored.pop("lm_head.weight", None)
     wanted = base_weights(model)
+    rounds = not any(name.endswith("lora_A") for name, _ in model.named_parameters())
     for what, names in (("missing", wanted.keys() - stored), ("unknown", stored.keys() - wanted)):
         if names:
             raise UserError(f"{folder}: {len(names)} {what} weights, the first is {min(names)}")
@@ -213,16 +214,25 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False) 
         else:
             expected = list(place.shape)
         shape = stored[name].get_shape()
-        entries = shape[0] if grows and name in ENDS else expected[0]
+        entries = min(shape[0], expected[0]) if grows and name in ENDS else expected[0]
         if shape != [entries, *expected[1:]]:
             raise UserError(f"{folder}: {name} has shape {shape}, the config says {expected}")
         if isinstance(place, AdaptedLinear):
             place.hold(stored[name][:].to(world.device))
             continue
         local, first = world.piece(place.data)
+        if rounds and place.dtype == torch.bfloat16:
+            refuse_rounding(folder, name, stored[name][:])
         last = min(first + local.shape[0], entries)
         if first < last:
             local[:last - first].copy_(stored[name][first:last])
+
+
+def refuse_rounding(folder: Path, name: str, weight: Tensor) -> None:
+    """Refuse to hold a weight in bf16 that has other bits."""
+    if not torch.equal(weight, weight.bfloat16().to(weight.dtype)):
+        raise UserError(f"frozen_dtype=bf16 would round {name} of {folder}, and the checkpoint of "
+                        "train_only holds what is frozen; say frozen_dtype=fp32")
 
 
 def weight_files(folder: Path) -> list[str]:

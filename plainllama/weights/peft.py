@@ -130,11 +130,10 @@ def base_of(folder: Path, moved: str = "") -> tuple[Path, Adapter]:
     adapter = read_adapter(folder)
     base = Path(moved or adapter.base)
     if not (base / "config.json").is_file() or is_adapter(base):
-        raise UserError(f"{folder} is an adapter of the model {str(base) or '(it names none)'}, "
-                        "which is not there; say where it is with --base=FOLDER")
-    if not adapter.sha256:
-        print(f"{folder} does not say which weights of {base} it belongs to: not checked")
-    elif weights_sha256(base) != adapter.sha256:
+        raise UserError(f"{folder} is an adapter of the model {moved or adapter.base or '(none)'}, "
+                        "which is not there; say where it is with --base=FOLDER, or in train.py "
+                        f"put it there (base_model_name_or_path of {CONFIG})")
+    if adapter.sha256 and weights_sha256(base) != adapter.sha256:
         raise UserError(f"{folder} is an adapter of other weights than those in {base}; say where "
                         "its base is with --base=FOLDER")
     return base, adapter
@@ -150,13 +149,18 @@ def weights_sha256(folder: Path) -> str:
 
 def whole_config(folder: Path, moved: str = "") -> ModelConfig:
     """Read the architecture of a model folder; of an adapter's, that of the model it makes."""
-    if not is_adapter(folder) or (folder / "config.json").is_file():
+    if not is_adapter(folder):
         return read_config(folder)
-    base, adapter = base_of(folder, moved)
-    config, stored = read_config(base), open_weights(folder)
+    there = (folder / "config.json").is_file()
+    adapter = read_adapter(folder)
+    config = read_config(folder if there else base_of(folder, moved)[0])
+    stored = open_weights(folder)
     rows = [stored.get_slice(key).get_shape()[0]
             for key in stored.keys() if key.endswith(ROWS)]  # noqa: SIM118
-    return replace(config, vocab_size=adapter.first_row + rows[0]) if rows else config
+    entries = adapter.first_row + rows[0] if rows else config.vocab_size
+    if entries < config.vocab_size:
+        raise UserError(f"{folder}: trainable_token_indices are not the last of the vocabulary")
+    return replace(config, vocab_size=entries)
 
 
 def tokenizer_folder(folder: Path, moved: str = "") -> Path:
@@ -187,7 +191,7 @@ def load_adapter(folder: Path, model: LLaMA, world: World) -> None:
 
 
 def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32, base: str = "",
-               original: bool = False, kept: dict[Adapter, LLaMA] | None = None) -> LLaMA:
+               original: bool = False, kept: dict | None = None) -> LLaMA:
     """Load the model of a checkpoint, an adapter or another Hugging Face LLaMA folder, in eval
     mode, its matmuls in `dtype`. An adapter is merged, unless its base is held in few bits.
 
@@ -205,24 +209,28 @@ def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32, b
             raise UserError(f"{folder}: its tokenizer has {entries} entries, the model's embedding "
                             f"only {config.vocab_size}; they do not belong together")
     world = World(device=device)
-    if kept is not None and is_adapter(folder) and (model := kept.get(read_adapter(folder))):
-        load_adapter(folder, model, world)
-        return model
+    same = (replace(read_adapter(folder), dropout=0.0), config) if is_adapter(folder) else None
+    if kept is not None and same in kept:
+        load_adapter(folder, kept[same], world)
+        return kept[same]
     home, adapter = base_of(folder, base) if is_adapter(folder) else (folder, None)
+    if adapter and not adapter.sha256:
+        print(f"{folder} does not say which weights of {home} it belongs to: not checked")
+    if kept:
+        kept.clear()  # one base at a time
     with torch.device("meta"):
         model = LLaMA(config)
     if adapter:
         adapter = replace(adapter, frozen_dtype="fp32") if original else adapter
         adapters.attach(model, adapter)
     world.place(model, dtype)
-    load_weights(home, model, world, grows=bool(adapter))
+    load_weights(home, model, world, grows=bool(adapter and adapter.first_row))
     if adapter:
         load_adapter(folder, model, world)
         if kept is not None:
-            kept.clear()  # one base at a time
-            kept[adapter] = model
+            kept[same] = model
         elif not any(adapters.quantised(model)):
-            adapters.merge(model)
+            adapters.merge(model, dtype)
     for module in model.modules():
         if isinstance(module, Linear) and module.weight is not None:
             # once instead of at every token: the same numbers
@@ -253,21 +261,36 @@ def adapter_for(model: LLaMA, config: Settings, source: Path | None) -> Adapter 
     other = [f"--{key}={getattr(found, name)}" for key, name in keys.items()
              if getattr(found, name) != getattr(wanted, name)]
     if other or sorted(found.targets) != sorted(wanted.targets):
-        last = sorted({name.rpartition(".")[2] for name in found.targets})
+        names = ",".join(short_targets(found, model.config))
         raise UserError(f"{source} is another adapter than the config's; to go on with it say "
-                        f"{' '.join(other) or '--lora_targets=' + ','.join(last)}")
-    return replace(found, dropout=wanted.dropout, targets=wanted.targets)
+                        f"{' '.join(other) or f'--lora_targets={names}'}")
+    theirs = whole_config(source).vocab_size
+    if theirs < config.vocab_size:
+        raise UserError(f"{source} is an adapter of a vocabulary of {theirs} entries, the data set "
+                        f"has {config.vocab_size}; make a model of it first: python export.py "
+                        f"--ckpt {source} --merge --to DIR")
+    base, _ = base_of(source, moved_base(found, config))
+    return replace(found, dropout=wanted.dropout, targets=wanted.targets,
+                   base=str(base.resolve()), sha256=found.sha256 or weights_sha256(base))
+
+
+def moved_base(adapter: Adapter, config: Settings) -> str:
+    """Where the run's own config has an adapter's base, if it is not where the adapter says; the
+    hash guards it."""
+    home, name = Path(config.init_from), Path(adapter.base).name
+    if Path(adapter.base, "config.json").is_file():
+        return ""
+    places = (home, home / "checkpoints" / name, *home.glob(f"*/checkpoints/{name}"))
+    there = [place for place in places
+             if (place / "config.json").is_file() and not is_adapter(place)]
+    return str(there[0]) if there else ""
 
 
 def load_start(model: LLaMA, config: Settings, source: Path | None, adapter: Adapter | None,
                world: World) -> None:
     """Give a run's model, which exists already, its first weights or those of `source`: of an
     adapter's base, and the adapter's on top."""
-    base = source
-    if source and is_adapter(source):
-        there = Path(adapter.base, "config.json").is_file() if adapter else True
-        # the base may have moved, and the run's own config knows to where
-        base, _ = base_of(source, "" if there else config.init_from)
+    base = Path(adapter.base) if adapter and adapter.base else source
     if not base:
         initialise(model, config.seed, world.piece)
         adapters.hold_first_weights(model, config.seed)
