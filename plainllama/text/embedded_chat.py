@@ -15,7 +15,7 @@ from itertools import product
 from typing import IO
 
 COUNT, SEED = 8000, 1  # of the training dialogs
-LONGEST = 640  # tokens of a dialog, a byte each
+LONGEST = 500  # tokens of a dialog, a byte each
 HELD_OUT = 6  # one of so many numbers, names, words and ways to ask is for held-out dialogs alone
 OPENINGS = ["", "Please tell me: ", "Hi. ", "Well, ", "Now, ", "One question: ", "Ok. ", "Hm, ",
             "Quickly: "]
@@ -83,7 +83,7 @@ class Maker:
         """Make a dialog of facts that are told, other turns, and questions for the facts."""
         draw, kinds = self.draw, [self.sum, self.weekday, self.word, self.talk]
         tools = draw.choices([[], ["calculator"], ["weekday"], list(SCHEMAS)], [2, 3, 3, 3])[0]
-        turns = [turn for make in draw.choices(kinds, [6, 4, 2, 1], k=draw.randint(0, 2))
+        turns = [turn for make in draw.choices(kinds, [4, 4, 2, 1], k=draw.randint(0, 2))
                  for turn in make(tools)]
         told = draw.sample(list(FACTS), draw.randint(0 if turns else 1, 1 if len(turns) > 2 else 2))
         names = {fact: self.name() for fact in told}
