@@ -104,10 +104,11 @@ def main(command) -> int:
             print(json.dumps(metrics))
         return 0
     with closing(parallel.start(flags.device, "auto")) as world:
-        evaluation = partial(Evaluation, flags, given, world, {})
+        one = os.path.exists(flags.ckpt) or "," not in flags.ckpt
+        paths = [flags.ckpt] if one else [*map(str.strip, flags.ckpt.split(","))]
+        kept: dict | None = {} if flags.all or len(paths) > 1 else None
+        evaluation = partial(Evaluation, flags, given, world, kept)
         if not flags.all:
-            whole = os.path.exists(flags.ckpt) or "," not in flags.ckpt
-            paths = [flags.ckpt] if whole else [*map(str.strip, flags.ckpt.split(","))]
             found = [world.decide(partial(checkpoint.find_checkpoint, path)) for path in paths]
             return max(checkpoint.with_checkpoint(
                 path, world, lambda folder: evaluation(folder).score([folder]), folder)
@@ -125,10 +126,11 @@ class Evaluation:
 
     # ---- what is asked
 
-    def __init__(self, flags: Flags, given: dict, world: parallel.World, kept: dict, first: Path):
+    def __init__(self, flags: Flags, given: dict, world: parallel.World, kept: dict | None,
+                 first: Path):
         """Look at every input before anything slow begins; UserError for what does not fit.
-        `given`: the flags that were said; `kept`: bases that are loaded already; `first`: a
-        checkpoint, of whose run the others are."""
+        `given`: the flags that were said; `kept`: the base that several adapters share, None for a
+        single model; `first`: a checkpoint, of whose run the others are."""
         self.kept = kept
         self.first, self.flags, self.given, self.world = first, flags, given, world
         self.say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
@@ -285,9 +287,8 @@ class Evaluation:
     def score_checkpoint(self, folder: Path) -> bool:
         """Score one checkpoint: its windows, then every task; each score is recorded as soon as it
         is there. Whether all could be scored that was named."""
-        several = self.flags.all or "," in self.flags.ckpt
         model = peft.load_model(folder, self.world.device, self.dtype, self.flags.base,
-                                kept=self.kept if several else None)
+                                kept=self.kept)
         state = checkpoint.read_state(folder) if self.run else {}
         result: dict = {"tasks": {}}
         if state:  # tokens: targets trained on, as in metrics.jsonl

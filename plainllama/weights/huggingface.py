@@ -190,10 +190,12 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
 
 # ---- the weights, read
 
-def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False) -> None:
+def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
+                 exact: bool = False) -> None:
     """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
     mapped from a file may be unaligned, and alignment changes the bits of a matmul. If the model
-    `grows`, it may have more entries in its vocabulary, whose rows stay as they are."""
+    `grows`, it may have more entries in its vocabulary, whose rows stay as they are. `exact`: it is
+    an error to hold a weight in bf16 that has other bits."""
     try:
         shards = [safe_open(folder / name, "pt") for name in weight_files(folder)]
     except (OSError, ValueError, SafetensorError) as error:
@@ -204,7 +206,6 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False) 
     if model.config.tie_embeddings:
         stored.pop("lm_head.weight", None)
     wanted = base_weights(model)
-    rounds = not any(name.endswith("lora_A") for name, _ in model.named_parameters())
     for what, names in (("missing", wanted.keys() - stored), ("unknown", stored.keys() - wanted)):
         if names:
             raise UserError(f"{folder}: {len(names)} {what} weights, the first is {min(names)}")
@@ -221,7 +222,7 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False) 
             place.hold(stored[name][:].to(world.device))
             continue
         local, first = world.piece(place.data)
-        if rounds and place.dtype == torch.bfloat16:
+        if exact and place.dtype == torch.bfloat16:
             refuse_rounding(folder, name, stored[name][:])
         last = min(first + local.shape[0], entries)
         if first < last:

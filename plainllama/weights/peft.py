@@ -297,6 +297,7 @@ def load_start(model: LLaMA, config: Settings, source: Path | None, adapter: Ada
         return
     grows = read_config(base).vocab_size < model.config.vocab_size
     initialise(model, config.seed, world.piece, (*ADDED, *(ENDS if grows else ())))
-    load_weights(base, model, world, grows)
+    # a checkpoint holds the frozen weights too, where there is no adapter to save alone
+    load_weights(base, model, world, grows, exact=not adapter)
     if source and is_adapter(source):
         load_adapter(source, model, world)
