@@ -7,7 +7,6 @@ state dict of this model is a Hugging Face checkpoint. Shapes: B rows, T tokens,
 H query heads, K key/value heads, D = C / H, V = vocab_size, S cached tokens.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -383,29 +382,39 @@ class LLaMA(nn.Module):
         return x
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
-                places: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+                places: Tensor | None = None, cache: KVCache | None = None,
+                each: bool = False) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V).
 
         With targets (B, T): the sum of -log p(target) in nats, fp32 (); targets of IGNORE count 0.
         Where few tokens are learned, `places` (n,) says at which positions of the rows laid end to
-        end the targets (n,) are: the output matrix is read there alone.
+        end the targets (n,) are: the output matrix is read there alone. `each`: not the sum, but
+        what is summed, (B T,) or (n,).
         """
         x = self.hidden(ids, cache, documents)
         if targets is None:
             return self.lm_head(x)
         x = x.flatten(0, 1)
-        return self.loss(x if places is None else x.index_select(0, places), targets.flatten())
+        x = x if places is None else x.index_select(0, places)
+        return self.loss(x, targets.flatten(), each)
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Sum -log p(target) of states (N, C) over targets (N,), fp32 ()."""
+    def loss(self, x: Tensor, targets: Tensor, each: bool = False) -> Tensor:
+        """Sum -log p(target) of states (N, C) over targets (N,), fp32 (); `each`: (N,)."""
         weight, learned = self.lm_head.parts()
         # the gradient of the matrix wants large chunks; without it they only take memory
-        room = LOGITS_BYTES if len(learned) == len(weight) else LOGITS_BYTES // 4
-        if 4 * len(targets) * len(weight) > room:
-            return ChunkedLoss.apply(x, weight, learned, targets, chunk_rows(len(weight), room),
-                                     torch.is_grad_enabled())
+        room = LOGITS_BYTES if len(learned) == len(weight) and not each else LOGITS_BYTES // 4
+        size = chunk_rows(len(weight), room)
+        if 4 * len(targets) * len(weight) <= room:
+            return self.losses(x, targets, "none" if each else "sum")
+        if not each:
+            return ChunkedLoss.apply(x, weight, learned, targets, size, torch.is_grad_enabled())
+        return torch.cat([checkpoint(self.losses, *rows, "none", use_reentrant=False)
+                          for rows in zip(x.split(size), targets.split(size), strict=True)])
+
+    def losses(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """-log p(target) of states, whose logits are all made at once."""
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=IGNORE,
-                               reduction="sum")
+                               reduction=reduction)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -479,31 +488,3 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     block = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim + 3 * c.d_ff)
     matmul = c.n_layer * block + c.d_model * c.vocab_size
     return 6 * matmul + 12 * c.n_layer * c.d_model * context
-
-
-def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The first value of parameter `name`, fp32 on the CPU: a function of seed, name and config.
-
-    Each parameter has its own generator, so that one process, meta-device shards and a deeper model
-    begin with the same weights. Matrices are normal with deviation 0.02; those that write to the
-    residual stream are divided by sqrt(2 (layer + 1)), so that it grows slowly with depth; the
-    output matrix is narrow enough that the first loss is ln V.
-    """
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    std = 0.02
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        std /= math.sqrt(2 * (int(name.split(".")[2]) + 1))
-    elif name == "lm_head.weight":
-        std = min(std, 0.4 / math.sqrt(config.d_model))
-    elif name == "model.embed_tokens.weight" and config.tie_embeddings:
-        std = min(std, 2 / config.d_model)  # a token's own logit is about std * d_model
-    elif not name.endswith(("embed_tokens.weight", "_proj.weight")):
-        raise ValueError(f"no rule initialises {name}")
-    return torch.empty(shape).normal_(0.0, std, generator=generator_of(name, seed))
-
-
-def generator_of(name: str, seed: int) -> torch.Generator:
-    """The generator that a parameter's first value is drawn from."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)

@@ -36,7 +36,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from plainllama.command import CommandLine, complain, parse_arguments, run_command
-from plainllama.settings import Settings, UserError, deciding, key, settle_packing
+from plainllama.settings import Settings, UserError, deciding, key, settle_documents
 
 
 @dataclass
@@ -85,7 +85,7 @@ from plainllama.tokens.parts import (
     rows_in,
     what_is_lacking,
 )
-from plainllama.tokens.rows import takes
+from plainllama.tokens.rows import added, takes
 from plainllama.tokens.shards import SEEN, files_in
 from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
@@ -100,7 +100,7 @@ def main(command: CommandLine) -> int:
     if look.verify or look.inspect:
         return verify(Path(look.verify)) if look.verify else inspect(Path(look.inspect))
     config = command.config
-    settle_packing(config)
+    settle_documents(config)
     if not re.fullmatch(r"\w[\w.+-]*", config.dataset):
         raise UserError(f"dataset {config.dataset!r} is not the name of a folder under data/")
     given = command.overrides
@@ -226,7 +226,8 @@ def unfinished(folder: Path) -> dict:
 def refuse_another_recipe(folder: Path, recipe: dict, state: dict) -> None:
     """Refuse to go on with what was prepared otherwise."""
     # block_size is part of the recipe of dialogs alone
-    old = {key: getattr(Settings, key, None) for key in recipe} | state.get("recipe", recipe)
+    old = {key: getattr(Settings, key, None) for key in recipe} | {"train_on": "assistant"}
+    old |= state.get("recipe", recipe)
     differs = [f"{key} was {old[key]!r}, is now {recipe[key]!r}"
                for key in recipe if old[key] != recipe[key]]
     begun = (folder / "tokenizer.json").exists() and Path(recipe["tokenizer"]).exists()
@@ -244,11 +245,10 @@ def what_is_there(folder: Path, recipe: dict, state: dict, complete: bool,
                   seen: dict) -> tuple[list[dict], list[Part]]:
     """Survey the sources; refuse those that held something else when `state` was noted."""
     known, sources = state.get("source", []), recipe["sources"]
-    learned = "" if recipe["documents"] == "text" else recipe["train_on"]
     if complete and all(source["path"].startswith("hf:") for source in sources):
         return known, []
     try:
-        records, parts = survey(sources, known, seen, learned)
+        records, parts = survey(sources, known, seen, recipe["documents"], recipe["train_on"])
     except UserError:
         if complete:  # the source has gone, and what was made of it still stands
             return known, []
@@ -305,8 +305,9 @@ def print_sources(folder: Path, manifest: dict) -> None:
     an epoch."""
     split = shards.Split(folder, "train", manifest)
     often, count = takes(split), len(manifest["by_source"])
-    shown = np.bincount(split.sources(), often * split.learned_counts(), count)
-    dialogs = np.bincount(split.sources(), often, count).tolist()
+    source_of = split.sources()[::split.together]
+    shown = np.bincount(source_of, often * added(split.learned_counts(), split.together), count)
+    dialogs = np.bincount(source_of, often, count).tolist()
     print(f"{'source':24}{'rows':>10}{'dropped':>10}{'left out':>10}{'kept':>10}{'tokens':>13}"
           f"{'learned':>12}{'an epoch':>10}{'share':>8}")
     for number, (source, made) in enumerate(zip(manifest["recipe"]["sources"],
@@ -321,7 +322,8 @@ def print_sources(folder: Path, manifest: dict) -> None:
         print(f"{source.get('name', source['path'])[-23:]:24}{rows_in(made):>10,}{dropped:>10,}"
               f"{left:>10,}{kept:>10,}{tokens:>13,}{targets:>12,}{int(dialogs[number]):>10,}"
               f"{shown[number] / shown.sum():>8.1%}{remark}")
-    print("an epoch: dialogs that a pass takes; share: of the learned tokens in it")
+    kind = "pairs" if split.together == 2 else "dialogs"
+    print(f"an epoch: {kind} that a pass takes; share: of the learned tokens in it")
 
 
 def show(folder: Path, manifest: dict, count: int) -> None:
@@ -329,26 +331,28 @@ def show(folder: Path, manifest: dict, count: int) -> None:
     learned of them coloured."""
     split, chat = shards.Split(folder, "train", manifest), chat_of(Tokenizer.load(folder))
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    draw, bounds, source_of = np.random.default_rng(0), split.bounds(), split.sources()
+    draw, bounds, together = np.random.default_rng(0), split.bounds(), split.together
+    source_of = split.sources()[::together]
     own = [draw.permutation(np.flatnonzero(source_of == number))[:count]
            for number in range(source_of.max() + 1)]
     for i in [i for turn in zip_longest(*own) for i in turn if i is not None][:count]:
-        first, last = bounds[i:i + 2].tolist()
         source = manifest["recipe"]["sources"][source_of[i]]
         print("---", source.get("name", source["path"]))
-        print(chat.show(split.read(first, last), split.read_mask(first, last), colour))
+        for first, last in pairwise(bounds[i * together:(i + 1) * together + 1].tolist()):
+            print(chat.show(split.read(first, last), split.read_mask(first, last), colour))
 
 
 def print_counts(manifest: dict) -> None:
     """Print what came in, what was dropped by which rule, and what there is."""
     dropped, splits = manifest["dropped"], manifest["splits"]
     total = sum(x.get("documents", x.get("count")) for x in (*splits.values(), *dropped.values()))
-    print(f"{total:>14,} documents in")
+    name = "pairs" if manifest["recipe"].get("documents") == "preference" else "documents"
+    print(f"{total:>14,} {name} in")
     for what in ("dropped", "cut"):
         for rule, entry in manifest.get(what, {}).items():
             print(f"{entry['count']:>14,} {what}: {rule} (first: {entry['first']})")
     unit, rate = ("learned", "learned") if "by_source" in manifest else ("bytes", "bytes/token")
-    print(f"{'':8}{'documents':>12}{'tokens':>16}{'MB':>10}{rate:>13}{'longest':>11}")
+    print(f"{'':8}{name:>12}{'tokens':>16}{'MB':>10}{rate:>13}{'longest':>11}")
     for split, n in splits.items():
         print(f"{split:8}{n['documents']:>12,}{n['tokens']:>16,}{n['bytes'] / 1e6:>10,.1f}"
               f"{n.get(unit, 0) / max(n['tokens'], 1):>13.3f}{n['longest']:>11,}")

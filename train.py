@@ -35,7 +35,6 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -45,16 +44,21 @@ import torch
 from torch import Tensor
 
 from plainllama import parallel, watch
-from plainllama.evaluation.likelihood import evaluate
+from plainllama.evaluation.validation import remark_on_chosen, told, validate
 from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.tokens import shards
-from plainllama.tokens.rows import Batch, FitRows, hash_of_data, to_batch, training_rows, val_rows
-from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.tokens.rows import Batch, hash_of_data, to_batch, training_rows, val_rows
 from plainllama.tokens.tokenizer_json import byte_info
-from plainllama.training import log, memory, optim, preflight, resume
-from plainllama.training.engine import Engine, Outcome, outline, refuse_too_large
+from plainllama.training import log, memory, optim, preflight, reference, resume
+from plainllama.training.engine import (
+    Engine,
+    Outcome,
+    outline,
+    read_outcome,
+    refuse_too_large,
+)
 from plainllama.weights import checkpoint
 
 STOPPED = 75  # EX_TEMPFAIL: start me again
@@ -149,7 +153,7 @@ class Run:
         self.validation = val_rows(self.data, manifest, config.block_size)
         self.byte_info = byte_info(self.data)
         say = partial(print, flush=True) if world.rank == 0 else lambda _: None
-        self.samples = self.prompt_of_samples(say)
+        self.samples = generate.samples_of(config, self.data, self.validation, say)
         self.saver = checkpoint.Saver(self.folder, self.data / "tokenizer.json", world, say,
                                       config.keep_last, config.keep_every)
         # last of all, since it makes the run's folder and says there that the run is at work
@@ -159,21 +163,6 @@ class Run:
         if command.flags.extend and not self.start.state:
             say(f"--extend has no effect: {self.folder} holds nothing to go on from")
         self.saver.saved = self.step if self.start.state else -1
-
-    def prompt_of_samples(self, say: Callable[[str], None]) -> generate.RunSamples | None:
-        """Prepare the samples along the run, None where there are none."""
-        if self.config.sample_tokens == 0:
-            return None
-        why = "a context of one token has no room for them"
-        if self.config.block_size > 1:
-            try:
-                rows = self.validation
-                opening = rows.opening() if isinstance(rows, FitRows) else None
-                return generate.RunSamples(self.config, Tokenizer.load(self.data), opening)
-            except ImportError as error:  # training itself does not need the libraries
-                why = str(error)
-        say(f"no samples along the run: {why}")
-        return None
 
     def build(self) -> None:
         """Make the model and its optimizer, and announce what is trained."""
@@ -191,9 +180,10 @@ class Run:
         others = "" if start.state else config.init_from  # which its own run may delete meanwhile
         self.engine = checkpoint.with_checkpoint(others, world, engine, start.source)
         self.engine.ready()
-        self.model = self.engine.model
-        self.course = resume.Course(self.rows, self.engine.batch_rows, self.engine.objective,
-                                    start.state)
+        self.model, objective = self.engine.model, self.engine.objective
+        self.references = reference.of_run(self.folder, self.engine, self.rows, self.validation,
+                                           self.data_hash, start) if objective.reference else {}
+        self.course = resume.Course(self.rows, self.engine.batch_rows, objective, start.state)
         if first:
             write_json(self.folder / "run.json", log.describe(
                 self.folder, self.command, self.manifest, self.data_hash, self.engine))
@@ -266,7 +256,7 @@ class Run:
         state, code, after = "stopped", STOPPED, "the same command goes on from there"
         if self.step == self.config.max_steps:
             state, code, after = "done", 0, f"next: python sample.py --ckpt {self.folder}"
-            after += " --chat" if self.config.documents == "chat" else ""
+            after += "" if self.config.documents == "text" else " --chat"
         self.log.status(state, self.step)
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
         self.log.say(after)
@@ -276,7 +266,8 @@ class Run:
         """This rank's rows, filled up to whole micro-batches: a function of the step."""
         windows = self.course.windows(step)[self.world.rank::self.world.size]
         batch = to_batch(self.rows.read_windows(windows),
-                         self.engine.accumulate * self.engine.micro, self.engine.bos_id)
+                         self.engine.accumulate * self.engine.micro, self.engine.bos_id,
+                         reference.known(self.references.get("train"), self.rows, windows))
         return batch.pinned() if self.world.device.type == "cuda" else batch
 
     def wants_first_save(self) -> bool:
@@ -286,8 +277,12 @@ class Run:
 
     def settle(self, step: int, rate: float, stats: Tensor) -> Outcome:
         """Read, count and log the numbers of the update that made `step`."""
-        outcome, targets = Outcome(*stats.tolist()), self.course.targets_of(step - 1)
+        outcome, targets = read_outcome(stats), self.course.targets_of(step - 1)
         loss, config = outcome.loss / targets, self.config
+        logged = {name: value / targets for name, value in zip(
+            self.engine.objective.logged, outcome.logged, strict=True)}
+        if step == 1 and self.references:
+            reference.refuse_other_start(logged["preference_loss"], self.engine.dtype)
         norm = math.sqrt(outcome.square_norm) if outcome.square_norm >= 0 else math.nan
         self.count_skipped(step, math.isfinite(loss) and math.isfinite(norm))
         ends = self.course.first_step + 1, config.max_steps
@@ -297,7 +292,7 @@ class Run:
             beside = {"learned_tokens_per_second": learned} if config.packing == "fit" else {}
             row = {"step": step, "tokens": tokens, "rows": self.course.rows_at(step), "loss": loss,
                    "lr": rate, "grad_norm": norm, "tokens_per_second": speed, **beside,
-                   "mfu": log.mfu(self.engine, speed), "skipped": self.skipped_ever,
+                   "mfu": log.mfu(self.engine, speed), "skipped": self.skipped_ever, **logged,
                    "peak_memory_bytes": log.peak_memory(self.world.device), "time": time.time()}
             left = duration((config.max_steps - step) * self.course.read_in(step - 1) / speed)
             self.log.update(row, spent, left, config.max_steps)
@@ -321,17 +316,16 @@ class Run:
         """Evaluate on the first eval_tokens of the validation split and write the row."""
         self.model.eval()
         with self.clock.apart("eval_seconds"), self.world.patient():
-            scores = evaluate(self.engine.module, self.validation, self.byte_info,
-                              self.config.eval_tokens, self.engine.micro, self.world,
-                              self.engine.bos_id)
+            scores = validate(self.engine, self.validation, self.byte_info,
+                              self.references.get("val"))
             self.world.reshard(self.model)
             gc.collect()
-        loss, bpb = scores["val_loss"], scores["val_bpb"]
-        self.evaluated_at, self.val_loss = self.step, loss
-        self.log.row({"step": self.step, "tokens": self.course.tokens_at(self.step),
-                      "val_loss": loss, "val_bpb": bpb, "time": time.time()})
-        self.log.say(f"step {self.step}: validation loss {loss:.4f} nats/token, "
-                     f"{bpb:.4f} bits/byte")
+        self.evaluated_at, self.val_loss = self.step, scores["val_loss"]
+        self.log.row({"step": self.step, "tokens": self.course.tokens_at(self.step), **scores,
+                      "time": time.time()})
+        self.log.say(f"step {self.step}: {told(scores)}")
+        if remark := remark_on_chosen(self.folder, scores):
+            self.log.say(remark)
         if self.samples and self.world.rank == 0:
             with self.clock.apart("sample_seconds"):
                 text = self.samples.draw(self.model)

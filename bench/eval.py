@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import LLaMA, ModelConfig, initial_weight
+from model import LLaMA, ModelConfig
 from plainllama.command import CommandLine, parse, parse_arguments, run_command
 from plainllama.evaluation import tasks
 from plainllama.files import write_json
@@ -23,7 +23,7 @@ from plainllama.parallel import World
 from plainllama.settings import UserError, key
 from plainllama.tokens import tokenizer
 from plainllama.tokens.tokenizer_json import write_hf_files
-from plainllama.weights.adapters import parameter_counts
+from plainllama.weights.adapters import initial_weight, parameter_counts
 from plainllama.weights.huggingface import config_json
 from plainllama.weights.peft import load_model
 

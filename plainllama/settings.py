@@ -36,7 +36,8 @@ class Settings:
     dataset: str = identity("openwebtext", "folder under data/ that prepare.py writes")
     sources: object = recipe("hf:ashaba1in/small_openwebtext", "text: a path, glob, -, "
                              "hf:NAME[@REV][:split], embedded, a dict, or a list of these")
-    documents: str = recipe("text", "what a record of the sources is", ("text", "chat"))
+    documents: str = recipe("text", "what a record of the sources is",
+                            ("text", "chat", "preference"))
     tokenizer: str = recipe(
         "mistral", "mistral, gpt2, bytes, bpe:4096 (trained here), a .model, a tokenizer.json")
     val_fraction: float = recipe(0.005, "share of documents held out", low=1e-9, high=0.5)
@@ -45,9 +46,11 @@ class Settings:
     dedup: str = recipe("none", "which repeated documents are dropped", ("none", "exact", "near"))
     strict: bool = recipe(False, "stop at a record that cannot be read, which else is only counted")
     workers: int = prepare(0, "processes of prepare.py (0: one per core)", low=0)
-    train_on: str = recipe("assistant", "what is learned of a dialog", ("assistant", "last", "all"))
-    too_long: str = recipe("cut", "a dialog longer than block_size loses its last turns, or is "
-                           "dropped", ("cut", "drop"))
+    train_on: str = recipe("auto", "what is learned of a dialog: all answers, the last one, or all "
+                           "that is said (auto: assistant, of pairs last)",
+                           ("auto", "assistant", "last", "all"))
+    too_long: str = recipe("cut", "a dialog longer than block_size loses its last turns (a pair "
+                           "the first of its prompt), or is dropped", ("cut", "drop"))
     chat_template: str = recipe("own", "model: the Jinja template beside the tokenizer",
                                 ("own", "model"))
     max_dropped: float = prepare(0.2, "share of a source's dialogs that may be dropped", (), 0, 1)
@@ -82,6 +85,10 @@ class Settings:
     frozen_dtype: str = fixed("fp32", "how frozen matrices are held",
                               ("fp32", "bf16", "int8", "nf4"))
     # training
+    objective: str = fixed("next", "next token, or preferences: dpo, orpo",
+                           ("next", "dpo", "orpo"))
+    preference_beta: float = fixed(0.1, "weight of the preference (dpo, orpo)", (), 1e-6, 100)
+    nll_weight: float = fixed(0.0, "dpo: weight of the chosen answer's loss a token, added", low=0)
     out_dir: str = free("", "the run's folder (default: out/<config file's name>)")
     init_from: str = fixed("", "start from the weights of this checkpoint, run or model folder")
     resume: str = free("auto", "go on from out_dir's newest checkpoint", ("auto", "must", "never"))
@@ -130,8 +137,9 @@ class Sampling:
     min_p: float = key(0.0, "drop tokens below this share of the likeliest's probability", (), 0, 1)
 
 
-IDLE = {"text": ("train_on", "too_long", "chat_template", "max_dropped"),
-        "chat": ("min_chars", "max_chars")}  # keys without effect, by the kind of documents
+IDLE = {"text": ("train_on", "too_long", "chat_template", "max_dropped"),  # keys without effect,
+        "chat": ("min_chars", "max_chars"),  # by the kind of documents
+        "preference": ("min_chars", "max_chars")}
 
 
 # Keys and flags of all commands that name a file or a folder: ~ at its beginning is the home.
@@ -161,8 +169,10 @@ def nearest(name: str, known, least: float = 0.5) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def settle_packing(config: Settings) -> None:
-    """Give `packing` and `doc_mask` what the kind of documents asks for."""
+def settle_documents(config: Settings) -> None:
+    """Give `train_on`, `packing` and `doc_mask` what the kind of documents asks for."""
+    if config.train_on == "auto":
+        config.train_on = "last" if config.documents == "preference" else "assistant"
     if config.packing == "auto":
         config.packing = "concat" if config.documents == "text" else "fit"
     elif config.documents != "text" and config.packing != "fit":
@@ -213,9 +223,18 @@ def check_keys(config: Settings) -> None:
              "sample_prompt has no effect without sample_tokens"),
             (c.mixture is not None and not sound,
              f"mixture {c.mixture!r} is not {{'NAME': weight above 0, ...}} of data sets"),
+            (c.preference_beta != 0.1 and c.objective == "next",
+             f"preference_beta={c.preference_beta} has no effect on objective=next"),
+            (c.nll_weight and c.objective != "dpo",
+             f"nll_weight={c.nll_weight} is for objective=dpo"),
+            (c.lora_dropout and c.objective == "dpo", "lora_dropout would make model and reference "
+             "of dpo two draws; say 0"),
+            (mixed and c.objective != "next", "a mixture is for objective=next; give several "
+             "sources to one set of pairs"),
             (mixed and c.overfit_rows, "overfit_rows takes the rows of one data set, no mixture"),
             (mixed and c.epochs, "epochs are of one data set; with a mixture say max_steps"),
-            *((c.documents == other and getattr(c, name) != getattr(Settings, name),
+            *((c.documents == other
+               and getattr(c, name) not in (getattr(Settings, name), "assistant"),
                f"{name}={getattr(c, name)} has no effect on documents={other}")
               for other, names in IDLE.items() for name in names)):
         if wrong:

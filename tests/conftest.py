@@ -20,6 +20,7 @@ from plainllama.files import file_entry
 from plainllama.tokens import shards, tokenizer
 
 ROOT = Path(__file__).parent.parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 torch.set_num_threads(1)  # tiny matrices lose time on more, most of all beside another test
 
 

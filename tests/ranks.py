@@ -20,7 +20,7 @@ from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
 from plainllama.tokens import tokenizer
 from plainllama.tokens.rows import Batch
-from plainllama.training.engine import Engine, Outcome
+from plainllama.training.engine import Engine, read_outcome
 from plainllama.weights import checkpoint
 
 ROWS, LENGTH = 10, 24
@@ -80,7 +80,7 @@ def train(made: Engine, steps: range) -> list[list[float]]:
         fill = made.accumulate * made.micro - len(x)
         batch = Batch(torch.cat([x, torch.zeros(fill, LENGTH, dtype=torch.long)]),
                       torch.cat([y, torch.full((fill, LENGTH), IGNORE)]), None)
-        outcome = Outcome(*made.update(batch, 1e-3, targets).tolist())
+        outcome = read_outcome(made.update(batch, 1e-3, targets))
         seen.append([outcome.loss / targets, outcome.square_norm**0.5])
     return seen
 

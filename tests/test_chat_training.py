@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from test_fit import BOS, T, some_dialogs, write_dialogs
 
 import train
-from model import ModelConfig, initial_weight
+from model import ModelConfig
 from plainllama.command import parse
 from plainllama.files import file_entry, read_json, sha256
 from plainllama.settings import UserError
 from plainllama.tokens import shards
 from plainllama.tokens.rows import BEGINS, FitRows, to_batch
+from plainllama.weights.adapters import initial_weight
 from plainllama.weights.peft import load_model
 
 CONFIG = """

@@ -14,7 +14,6 @@ import model
 import prepare
 import train
 from model import causal
-from model import initial_weight as real
 from plainllama import settings
 from plainllama.command import parse
 from plainllama.files import file_entry
@@ -89,12 +88,14 @@ def wrong_heads(monkeypatch):
 
 
 def zero_head(monkeypatch):
-    monkeypatch.setattr(adapters, "initial_weight", lambda name, *rest: real(name, *rest) * (
+    first = adapters.initial_weight
+    monkeypatch.setattr(adapters, "initial_weight", lambda name, *rest: first(name, *rest) * (
         name != "lm_head.weight"))
 
 
 def wide_head(monkeypatch):
-    monkeypatch.setattr(adapters, "initial_weight", lambda name, *rest: real(name, *rest) * (
+    first = adapters.initial_weight
+    monkeypatch.setattr(adapters, "initial_weight", lambda name, *rest: first(name, *rest) * (
         40 if name == "lm_head.weight" else 1))
 
 

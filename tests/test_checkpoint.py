@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from model import LLaMA, ModelConfig, initial_weight
+from model import LLaMA, ModelConfig
 from plainllama import files
 from plainllama.command import parse
 from plainllama.files import as_json, sha256, steps_of, sync, write_json
@@ -22,6 +22,7 @@ from plainllama.settings import Settings, UserError
 from plainllama.tokens import tokenizer
 from plainllama.training import optim
 from plainllama.weights import checkpoint, huggingface
+from plainllama.weights.adapters import initial_weight
 from plainllama.weights.huggingface import config_json, load_weights, read_config
 from plainllama.weights.peft import load_model
 

@@ -14,7 +14,7 @@ from conftest import documents, run_script, write_data_set
 from safetensors.torch import load_file, save_file
 
 import eval
-from model import LLaMA, ModelConfig, initial_weight
+from model import LLaMA, ModelConfig
 from plainllama import results, settings
 from plainllama.command import parse
 from plainllama.evaluation import counting, irt, likelihood, lm_eval_tasks, tasks
@@ -29,6 +29,7 @@ from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import optim
 from plainllama.weights import checkpoint
+from plainllama.weights.adapters import initial_weight
 from plainllama.weights.peft import load_model
 
 BLOCK = 592

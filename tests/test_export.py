@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import export
 import report
-from model import LLaMA, ModelConfig, initial_weight
+from model import LLaMA, ModelConfig
 from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.settings import UserError
 from plainllama.tokens.chat import TEMPLATE, with_roles
 from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint, huggingface
+from plainllama.weights.adapters import initial_weight
 from plainllama.weights.huggingface import config_json, read_config
 from plainllama.weights.peft import load_model
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_code import assert_as_llama, export_both, look
 
 import train
-from model import LLaMA, ModelConfig, initial_weight
+from model import LLaMA, ModelConfig
 from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.parallel import World
@@ -27,6 +27,7 @@ from plainllama.tokens import shards, tokenizer
 from plainllama.tokens.tokenizer_json import write_hf_files
 from plainllama.training import optim, resume
 from plainllama.weights import checkpoint, huggingface
+from plainllama.weights.adapters import initial_weight
 from plainllama.weights.huggingface import weight_files
 from plainllama.weights.peft import load_model
 

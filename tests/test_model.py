@@ -19,11 +19,10 @@ from model import (
     SwiGLU,
     attend,
     flops_per_token,
-    initial_weight,
     rotate,
 )
 from plainllama.parallel import attention_refusal
-from plainllama.weights.adapters import parameter_counts
+from plainllama.weights.adapters import initial_weight, parameter_counts
 
 
 def build(config: ModelConfig, seed: int = 0, factor: float = 1.0) -> LLaMA:

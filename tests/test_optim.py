@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from model import LLaMA, ModelConfig, initial_weight
+from model import LLaMA, ModelConfig
 from plainllama.settings import Settings
 from plainllama.training import optim
+from plainllama.weights.adapters import initial_weight
 
 
 def config(**keys):

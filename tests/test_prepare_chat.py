@@ -143,7 +143,7 @@ def test_five_sources_in_as_many_forms(tmp_path, monkeypatch, capsys):
 def read(path, how="assistant", cut=None):
     """What documents() gives of a source, and what was dropped."""
     dropped = Tally()
-    _, parts = survey(path, train_on=how)
+    _, parts = survey(path, documents="chat", train_on=how)
     return [*documents(parts, dropped, Tally() if cut is None else cut)], dropped
 
 
@@ -286,7 +286,7 @@ def test_dialogs_are_held_out_whole(tmp_path, monkeypatch):
             patch.setattr("plainllama.text.documents.chunks_of", None)
             texts, _ = read(str(tmp_path / "a.jsonl"))
         assert len(texts) == len(rows)
-        _, parts = survey(str(tmp_path / "a.jsonl"), train_on="last")
+        _, parts = survey(str(tmp_path / "a.jsonl"), documents="chat", train_on="last")
         hold_out = choose_hold_out(parts, 0.1, dialogs=True)
         splits = [*placed(documents(parts, Tally()), hold_out)]
         assert [text for _, text in splits] == texts

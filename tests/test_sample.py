@@ -19,7 +19,7 @@ import torch
 from conftest import run_script
 
 import sample
-from model import KVCache, LLaMA, ModelConfig, initial_weight
+from model import KVCache, LLaMA, ModelConfig
 from plainllama import parallel
 from plainllama.command import parse
 from plainllama.files import write_json
@@ -27,6 +27,7 @@ from plainllama.generation import generate, prompt_files
 from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint
+from plainllama.weights.adapters import initial_weight
 from plainllama.weights.huggingface import config_json
 from plainllama.weights.peft import load_model
 

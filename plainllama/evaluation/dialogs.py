@@ -45,7 +45,7 @@ def read_dialogs(name: str, limit: int) -> list[dict]:
         return [json.loads(converted(dialog, How())[0]) for dialog in made]
     if not Path(file).is_file():
         raise UserError(f"no file {file}; say dialogs:FILE.jsonl or dialogs:embedded")
-    _, parts = survey({"path": file}, train_on="assistant")
+    _, parts = survey({"path": file}, documents="chat", train_on="assistant")
     dropped = Tally()
     found = [json.loads(text) for text in documents(parts, dropped)]
     for rule, entry in dropped.items():

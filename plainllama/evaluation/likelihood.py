@@ -280,7 +280,7 @@ class Scorer:
         for row in sorted(wanted):
             alone = Group(len(row) - wanted[row], [row])
             last = groups[-1] if groups else Group(0, [()])
-            shared = len(os.path.commonprefix([last.rows[-1], row]))  # of any sequences
+            shared = len(os.path.commonprefix([last.rows[-1], row]))  # noqa: RUF071 of any sequences
             common = min(last.common, alone.common, shared)
             joined, members = Group(common, [*last.rows, row]), len(last.rows)
             if (common >= WORTH and members * common >= (members - 1) * last.common

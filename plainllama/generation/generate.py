@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import ANY_SHAPE, KVCache, LLaMA
 from plainllama import parallel
 from plainllama.settings import Sampling, Settings, UserError
+from plainllama.tokens.rows import FitRows, Rows
 from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
 
@@ -323,6 +325,23 @@ def layers_of(text: str, count: int) -> slice:
 
 
 # ---- from a model in training
+
+def samples_of(config: Settings, data: Path, rows: Rows,
+               say: Callable[[str], None]) -> "RunSamples | None":
+    """Prepare the samples along a run on the set `data`, whose validation `rows` are; None where
+    there are none, which is said."""
+    if config.sample_tokens == 0:
+        return None
+    why = "a context of one token has no room for them"
+    if config.block_size > 1:
+        try:
+            opening = rows.opening() if isinstance(rows, FitRows) else None
+            return RunSamples(config, Tokenizer.load(data), opening)
+        except ImportError as error:  # training itself does not need the libraries
+            why = str(error)
+    say(f"no samples along the run: {why}")
+    return None
+
 
 class RunSamples:
     """The text that a run draws at each evaluation: one prompt, the same draws every time; of

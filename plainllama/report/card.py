@@ -53,7 +53,8 @@ def training_facts(info: dict, state: dict) -> dict:
     names = ", ".join(f"{name} ({weight / total:.1%})" for name, weight in mixture.items())
     seen = state.get("rows", 0) * config.get("block_size", 0)  # of a run older than `tokens`
     given = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
-    unit = "learned tokens" if config.get("documents") == "chat" else "tokens trained on"
+    text = config.get("documents", "text") == "text"
+    unit = "tokens trained on" if text else "learned tokens"
     edited = " (edited)" if git.get("dirty") else ""
     return {
         "data set": names or data.get("name"), "validated on": data.get("name") if names else None,

@@ -30,10 +30,10 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A curve as it is drawn; `metric` is its class in style.css."""
+    """A curve as it is drawn; `look` is its class in style.css."""
 
     number: int  # which label is its own, and which color
-    metric: str
+    look: str  # pale | strong
     points: list[Point]
 
 
@@ -41,6 +41,12 @@ CHARTS = (
     Chart("loss, nats per token (pale: training, strong: validation)", ("loss", "val_loss"),
           log=True),
     Chart("validation, bits per byte", ("val_bpb",), log=True),
+    Chart("pairs: reward of chosen less rejected (pale: training)",
+          ("rewards/margins", "val_rewards/margins")),
+    Chart("pairs: share in which chosen is preferred (pale: training)",
+          ("rewards/accuracies", "val_rewards/accuracies")),
+    Chart("pairs: log-probability of chosen (strong) and rejected, validation",
+          ("val_logps/rejected", "val_logps/chosen")),
     Chart("learning rate", ("lr",)),
     Chart("gradient norm", ("grad_norm",), log=True),
     Chart("tokens per second", ("tokens_per_second",)),
@@ -60,7 +66,8 @@ def charts(groups: list[list[RunFolder]], out: Path,
               f"{group[0].name} and {len(group) - 1} other seeds (mean, range)" for group in groups]
     blocks = []
     for chart in which:
-        lines = [Line(number, metric, curve(group, metric, chart.factor))
+        looks = {metric: "pale" for metric in chart.metrics[:-1]}
+        lines = [Line(number, looks.get(metric, "strong"), curve(group, metric, chart.factor))
                  for metric in chart.metrics for number, group in enumerate(groups)]
         lines = [line for line in lines if line.points]
         if lines:
@@ -81,7 +88,7 @@ def curve(group: list[RunFolder], metric: str, factor: float = 1) -> list[Point]
 def chart_block(chart: Chart, labels: list[str], lines: list[Line], out: Path) -> Block:
     """Draw a chart; it is also written as a picture beside `out`, with its style."""
     svg = draw(chart, labels, lines)
-    picture = out.with_name(f"{out.stem}_{chart.metrics[0]}.svg")
+    picture = out.with_name(f"{out.stem}_{chart.metrics[0].replace('/', '_')}.svg")
     picture.write_text(svg.replace(">", f"><style>\n{STYLE}</style>", 1), "utf-8", "replace")
     return Block(svg, f"![{as_markdown(chart.title)}]({picture.name})")
 
@@ -94,7 +101,7 @@ def draw(chart: Chart, labels: list[str], lines: list[Line]) -> str:
     top = 36 + 20 * len(labels)
     bottom = top + HEIGHT
     log = chart.log and low > 0
-    low, high = (low / 1.02, high * 1.02) if log else (min(low, 0), high * 1.05 if high > 0 else 1)
+    low, high = (low / 1.02, high * 1.02) if log else (min(low, 0), max(high * 1.05, 0) or 1)
 
     def across(step: float) -> float:
         return LEFT + (RIGHT - LEFT) * step / final
@@ -127,7 +134,7 @@ def draw_line(line: Line, across, down) -> str:
 
     mean, low, high = corners("mean"), corners("low"), corners("high")
     band = f'<polygon points="{" ".join(high + low[::-1])}"/>' if low != high else ""
-    return (f'<g class="curve {line.metric}" style="color: {COLORS[line.number % 6]}">'
+    return (f'<g class="curve {line.look}" style="color: {COLORS[line.number % 6]}">'
             f'<path d="M{" ".join(mean)}h0"/>{band}</g>')
 
 

@@ -55,12 +55,15 @@ def outcome(run: RunFolder) -> str:
     state, device = run.status.get("state", "begun"), run.info["device"]
     tokens, loss, bits = (short(run.last(name)) for name in ("tokens", "val_loss", "val_bpb"))
     size, steps = run.info["parameters"].get("total"), run.info["config"].get("max_steps")
-    unit = "learned tokens" if run.info["config"].get("documents") == "chat" else "tokens"
+    kind = run.info["config"].get("documents", "text")
+    unit = "tokens" if kind == "text" else "learned tokens"
     broken = " and ".join(name for name in ("loss", "val_loss") if run.ends_broken(name))
     said = (f"{run.name}: a LLaMA of {short(size)} parameters, {state} at step {run.last('step')} "
             f"of {steps}, after {tokens} {unit} and {timedelta(seconds=round(seconds))} of "
-            f"training on {device.get('count')} x {device.get('name')}: validation loss {loss} "
-            f"nats per token, {bits} bits per byte.")
+            f"training on {device.get('count')} x {device.get('name')}: validation loss {loss} ")
+    preferred = short(run.last("val_rewards/accuracies"))
+    said += (f"nats per pair, chosen preferred in a share of {preferred}." if kind == "preference"
+             else f"nats per token, {bits} bits per byte.")
     older = f" Its newest {broken} is not finite; what is said here is older."
     return said + older if broken else said
 
@@ -107,7 +110,7 @@ def growth(runs: list[RunFolder], out: Path) -> list[Block]:
         found = [[(evaluation.get("tokens", 0), score) for evaluation in run.evals
                   for score in finite_scores(evaluation.get("tasks", {}).get(task, {}))[:1]]
                  for run in runs]  # of each run the task's first score, which is the main one
-        lines = [Line(place, "score", [Point(tokens, one.value, one.value - one.margin,
+        lines = [Line(place, "strong", [Point(tokens, one.value, one.value - one.margin,
                                              one.value + one.margin) for tokens, one in pairs])
                  for place, pairs in enumerate(found) if len(pairs) > 1]
         if lines:

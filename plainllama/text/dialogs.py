@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from plainllama.settings import nearest
-from plainllama.text.forms import Refused, first, form_of, json_of, listed, misspelt, refuse, text
+from plainllama.text.forms import (
+    Form,
+    Refused,
+    first,
+    form_of,
+    json_of,
+    listed,
+    misspelt,
+    refuse,
+    text,
+)
 
 ROLES = {name: role for role, names in {
     "system": "system developer", "user": "user human prompter", "assistant":
@@ -29,21 +39,13 @@ class How:
     fields: tuple[tuple[str, str], ...] = ()  # (our name, the one in the data)
     system: str = ""  # put in front where a dialog has none
     train_on: str = "assistant"  # assistant | last | all
+    pairs: bool = False  # they are pairs of answers (text/pairs.py)
 
 
 def converted(record: dict, how: How) -> tuple[str, int]:
     """Give a record's dialog as JSON, and how many messages behind its last answer were left out.
     Refused if it is none."""
-    lost = ""  # a field that is named and not there
-    if how.fields:
-        renamed = {name: record[theirs] for name, theirs in how.fields if theirs in record}
-        taken = {theirs for _, theirs in how.fields}
-        lost = next((f"no {theirs}{nearest(theirs, record.keys() - taken)}"
-                     for _, theirs in how.fields if theirs not in record), "")
-        record = {name: record[name] for name in record if name not in taken} | renamed
-    form, record = form_of(record, how.converter, lost)
-    if isinstance(record.get("label"), bool):
-        raise Refused("rows with a label true or false (KTO) are no dialogs to learn")
+    form, record = recognised(record, how)
     raw = form.messages(record)
     if record.get("system"):
         raw = [{"role": "system", "content": record["system"]}, *raw]
@@ -67,6 +69,21 @@ def converted(record: dict, how: How) -> tuple[str, int]:
     if how.train_on == "all":
         dialog["learn_all"] = True
     return json_text(dialog), cut
+
+
+def recognised(record: dict, how: How) -> tuple[Form, dict]:
+    """Give the form of a record, and the record with our names. Refused if it has none."""
+    lost = ""  # a field that is named and not there
+    if how.fields:
+        renamed = {name: record[theirs] for name, theirs in how.fields if theirs in record}
+        taken = {theirs for _, theirs in how.fields}
+        lost = next((f"no {theirs}{nearest(theirs, record.keys() - taken)}"
+                     for _, theirs in how.fields if theirs not in record), "")
+        record = {name: record[name] for name in record if name not in taken} | renamed
+    form, record = form_of(record, how.converter, lost)
+    if isinstance(record.get("label"), bool):
+        raise Refused("rows with a label true or false (KTO) are neither dialogs nor pairs")
+    return form, record
 
 
 # ---- messages
@@ -265,8 +282,8 @@ def check(messages: list[dict]) -> None:
 def spoken(dialog: str, system: bool = True) -> str:
     """Give all that is said in a dialog, a canonical JSON text: what a tokenizer learns, and
     without the `system` message, which many dialogs share, what near duplicates have in common."""
-    said = []
-    for message in json.loads(dialog)["messages"]:
+    said, whole = [], json.loads(dialog)
+    for message in (*whole["messages"], *whole.get("rejected", ())):
         if system or message["role"] != "system":
             calls = message.get("tool_calls", ())
             said += [message.get("reasoning", ""), message["content"],

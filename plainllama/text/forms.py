@@ -166,7 +166,7 @@ def prompt_of(record: dict) -> list:
 
 CONVERTERS = {  # `auto` takes the first that fits
     "pairs": Form(("chosen", "rejected"), lambda record: refuse(
-        "pairs of chosen and rejected are no dialogs to learn")),
+        "pairs of chosen and rejected are for documents=preference")),
     "messages": Form(("messages",), lambda record: listed(
         record["messages"], "messages are not a list")),
     "conversations": Form(("conversations",), lambda record: listed(
@@ -179,4 +179,5 @@ CONVERTERS = {  # `auto` takes the first that fits
     "prompt": Form(("prompt", "|".join(ANSWERS)), prompt_of),
 }
 FIELDS = ("messages", "conversations", "role", "content", "instruction", "instances", "input",
-          "context", "history", "prompt", *ANSWERS, "system", "tools", "functions", "label")
+          "context", "history", "prompt", *ANSWERS, "system", "tools", "functions", "label",
+          "chosen", "rejected")

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from plainllama.settings import UserError, ceil_div, install
 from plainllama.text.dialogs import How, converted
 from plainllama.text.forms import Refused
+from plainllama.text.pairs import paired
 
 # The memory is bounded: what is longer is cut before a space, inside a word only if it has none ...
 DOCUMENT = 16 << 20  # utf-8 bytes
@@ -222,7 +223,7 @@ def taken(piece: Piece, record: dict) -> str:
     """Take the text out of a record, or make it a dialog."""
     if piece.how:
         try:
-            text, left_out = converted(record, piece.how)
+            text, left_out = (paired if piece.how.pairs else converted)(record, piece.how)
         except Refused as error:
             dropped = Dropped(error)
             dropped.found = error.found

@@ -24,11 +24,10 @@ from typing import IO
 
 from plainllama.files import sha256
 from plainllama.settings import UserError, install, nearest
-from plainllama.text import forms
+from plainllama.text import embedded_chat, embedded_preference, forms
 from plainllama.text import records as kinds
 from plainllama.text.dialogs import How
 from plainllama.text.documents import Part
-from plainllama.text.embedded_chat import write_rows
 from plainllama.text.records import KINDS, Piece, kind_of, naming_damage, records_of
 
 KEYS = {"path": str, "column": str, "slice": str, "max_documents": int}  # of a source,
@@ -37,7 +36,9 @@ DIALOGS = {"name": str, "converter": str, "fields": dict, "system": str, "count"
 TAKES = {str: "a text", dict: "a dict", int: "a whole number above 0", float: "a number above 0"}
 SPOOLED: list = []  # what comes as no file, as files: kept until the program ends
 SPOOLS: dict[str, Callable[[IO[bytes]], None]] = {
-    "-": lambda file: shutil.copyfileobj(sys.stdin.buffer, file), "embedded:chat": write_rows}
+    "-": lambda file: shutil.copyfileobj(sys.stdin.buffer, file),
+    "embedded:chat": embedded_chat.write_rows,
+    "embedded:preference": embedded_preference.write_rows}
 
 
 # ---- sources -> files -> parts
@@ -74,8 +75,9 @@ def check_dialogs(sources: list[dict], documents: str) -> None:
     for source in sources:
         if found := sorted(source.keys() & set(idle)):
             raise UserError(f"sources: {found[0]} of {source['path']} " + (
-                "is for documents='chat'" if text else "has no effect on documents=chat"))
-        how = how_of(source, "assistant")
+                "is for documents='chat' and 'preference'" if text else
+                f"has no effect on documents={documents}"))
+        how = how_of(source, "assistant", documents)
         if how.train_on not in ("assistant", "last", "all"):
             raise UserError(f"sources: train_on of {source['path']} is assistant, last or all, not "
                             f"{how.train_on!r}")
@@ -95,18 +97,20 @@ def check_dialogs(sources: list[dict], documents: str) -> None:
                         "without weights")
 
 
-def how_of(source: dict, train_on: str) -> How:
-    """Say how the records of a source become dialogs; `train_on`: of those that do not say."""
+def how_of(source: dict, train_on: str, documents: str) -> How:
+    """Say how the records of a source become `documents`, dialogs or pairs; `train_on`: of those
+    that do not say."""
     return How(source.get("converter", "auto"), tuple(source.get("fields", {}).items()),
-               source.get("system", ""), source.get("train_on", train_on))
+               source.get("system", ""), source.get("train_on", train_on),
+               documents == "preference")
 
 
 def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None,
-           train_on: str = "") -> tuple[list[dict], list[Part]]:
+           documents: str = "text", train_on: str = "") -> tuple[list[dict], list[Part]]:
     """Give what the manifest says of the sources, and all their records cut into parts.
 
     Both are functions of the sources alone; `known` is what an earlier run gave, `seen` what
-    content_hash() has found, `train_on` what is learned of dialogs ('': they hold text). Raises
+    content_hash() has found, `train_on` what is learned of dialogs. Raises
     UserError for what cannot be read.
     """
     seen = {} if seen is None else seen
@@ -136,7 +140,7 @@ def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None
         if path == "embedded":  # a thousand names, as one
             digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
             prints = {f"{len(files)} files": digest}
-        how = how_of(source, train_on) if train_on else None
+        how = None if documents == "text" else how_of(source, train_on, documents)
         own = how.converter.rpartition(":")[0] if how else ""
         code = {"converter": sha256(Path(own))} if own else {}
         records.append({"path": path, **record, "files": prints, **code})
@@ -151,7 +155,7 @@ def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None
             raise UserError(f"sources: {path} has no record, or its slice and max_documents leave "
                             "none")
         pieces.append(taken)
-    if not train_on:
+    if documents == "text":
         return records, parts_of([*itertools.chain.from_iterable(pieces)])
     return records, [replace(part, source=number) for number, own in enumerate(pieces)
                      for part in parts_of(own)]  # of one source each: they are counted by it

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from plainllama.files import file_entry, read_json, sha256, write_json, write_text
 from plainllama.settings import Settings, UserError
@@ -21,7 +22,7 @@ from plainllama.text.records import Dialog
 from plainllama.text.selection import HoldOut, placed
 from plainllama.text.sources import described
 from plainllama.text.workers import COUNTS, NOTES, Worker, own_folder, run_workers, worker_count
-from plainllama.tokens.chat import TEMPLATE, with_roles
+from plainllama.tokens.chat import TEMPLATE, Rendered, with_roles
 from plainllama.tokens.shards import SEEN, ShardWriter
 from plainllama.tokens.templates import chat_of, find_template
 from plainllama.tokens.tokenizer import CUT, Tokenizer, compared, make_tokenizer
@@ -30,6 +31,7 @@ from plainllama.tokens.tokenizer_json import TEMPLATE_FILE
 SAMPLE = 32 << 20  # characters that bpe:N is trained on
 CHECKED = 1 << 16  # characters from each of some files on which the tokenizer's engine is verified
 ASKED = ("duplicate", "near duplicate", LEFT_OUT)  # rules by which no row is bad
+REWRITTEN = "dialogs learned on their last answer: the template rewrites the others"
 BATCH = 1 << 20  # characters encoded at a time: bounds the memory
 
 
@@ -113,48 +115,73 @@ def load_tokenizer(folder: Path, engine: str) -> Tokenizer:
     return tokenizer
 
 
-def encode_texts(tokenizer: Tokenizer, texts: list[str], *_) -> list[tuple]:
-    """Encode documents: (ids, None) of each."""
-    return [(ids, None) for ids in tokenizer.encode_documents(texts)]
+def encode_texts(tokenizer: Tokenizer, texts: list[str], *_) -> list[list[tuple]]:
+    """Encode documents: [(ids, None)] of each."""
+    return [[(ids, None)] for ids in tokenizer.encode_documents(texts)]
 
 
 @dataclass(frozen=True)
 class DialogEncoder:
-    """Encodes dialogs: (ids, which of them are learned) of each that keeps the rules of length."""
+    """Encodes dialogs that keep the rules of length: [(ids, which of them are learned)] of each, of
+    a pair two of these."""
 
     sources: list[dict]
     room: int  # tokens; one more than block_size, since the last one is a target alone
     drops: bool  # what is longer, instead of cutting it
 
     def __call__(self, tokenizer: Tokenizer, texts: list[Dialog], part: Part, dropped: Tally,
-                 cut: Tally) -> list[tuple | None]:
-        """Encode the dialogs of a part; None for what is dropped, and counted."""
+                 cut: Tally) -> list[list[tuple]]:
+        """Encode the dialogs of a part; [] for what is dropped, and counted."""
         chat = chat_of(tokenizer)
-        found: list[tuple | None] = []
+        found: list[list[tuple]] = []
         most = self.sources[part.source].get("max_tokens", sys.maxsize)
         for text in texts:
-            first = text.where
+            dialog = json.loads(text)
             try:
-                whole = chat.rendered(json.loads(text))
-            except Refused as error:  # by a template of others
-                dropped.note(str(error), first)
-                found.append(None)
-                continue
-            if whole.rewritten:
-                cut.note("dialogs learned on their last answer: the template rewrites the others",
-                         first)
-            kept, lost = chat.fitted(whole, self.room)
-            if len(whole.ids) > most:
-                dropped.note(f"over max_tokens {most}", first)
-                kept = None
-            elif kept is None or (lost and self.drops):
-                dropped.note(f"longer than block_size {self.room - 1}", first)
-                kept = None
-            elif len(kept.ids) < len(whole.ids):
-                cut.note(f"dialogs to block_size {self.room - 1}", first)
-                cut.note("learned tokens behind that", first, lost)
-            found.append(kept and kept[:2])
+                kept, size, notes = (self.fit_pair if "rejected" in dialog else self.fit)(
+                    chat, dialog)
+                if size > most or not kept:
+                    raise Refused(f"over max_tokens {most}" if size > most else
+                                  f"longer than block_size {self.room - 1}")
+            except Refused as error:  # also by a template of others
+                dropped.note(str(error), text.where)
+                kept, notes = [], {}
+            for rule, count in notes.items():
+                cut.note(rule, text.where, count)
+            found.append([side[:2] for side in kept])
         return found
+
+    def fit(self, chat: Any, dialog: dict) -> tuple[list[Rendered], int, dict[str, int]]:
+        """Render a dialog without the last turns that have no room, [] if none has; also the tokens
+        of the whole, and what is to be noted of it."""
+        whole = chat.rendered(dialog)
+        kept, lost = chat.fitted(whole, self.room)
+        notes = {REWRITTEN: 1} if whole.rewritten else {}
+        if kept is None or (lost and self.drops):
+            return [], len(whole.ids), notes
+        if len(kept.ids) < len(whole.ids):
+            notes |= {f"dialogs to block_size {self.room - 1}": 1,
+                      "learned tokens behind that": lost}
+        return [kept], len(whole.ids), notes
+
+    def fit_pair(self, chat: Any, dialog: dict) -> tuple[list[Rendered], int, dict[str, int]]:
+        """Render a pair, chosen and rejected, without the first turns of the prompt that have no
+        room: both lose the same, and none of its answer; the rest as of fit()."""
+        messages, size = dialog["messages"], 0
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        for at in asked[:1] if self.drops else asked:
+            prompt = system + messages[at:asked[-1] + 1]
+            sides = [chat.rendered(dialog | {"messages": prompt + answer})
+                     for answer in (messages[asked[-1] + 1:], dialog["rejected"])]
+            total = sum(len(side.ids) for side in sides)
+            size = size or total
+            if total <= self.room:
+                notes = {REWRITTEN: 1} if sides[0].rewritten else {}
+                if at > asked[0]:
+                    notes[f"prompts at their beginning, to block_size {self.room - 1}"] = 1
+                return sides, size, notes
+        return [], size, {}
 
 
 def encoder_of(config: Settings) -> Callable[..., list]:
@@ -177,19 +204,20 @@ def make_part(folder: Path, hold_out: HoldOut, encode: Callable[..., list], work
         for batch in batches(placed(documents([part], dropped, cut), hold_out)):
             encoded = encode(tokenizer, [text for _, text in batch], part, dropped, cut)
             sizes = [len(text) if text.isascii() else len(text.encode()) for _, text in batch]
-            for (split, _), tokens, size in zip(batch, encoded, sizes, strict=True):
-                if tokens is None:
-                    continue
-                if split not in writers:
+            for (split, _), made, size in zip(batch, encoded, sizes, strict=True):
+                if made and split not in writers:
                     name = f"{split}-{number:05}"
                     writers[split] = ShardWriter(Path(own), name, tokenizer.kind)
-                ids, learned = tokens
-                writers[split].add(ids, learned)
-                counts = {"documents": 1, "tokens": len(ids), "bytes": size, "longest": len(ids)}
-                add_counts(splits[split], counts if learned is None else
-                           counts | {"learned": int(learned.sum())})
-            worker.report(number, len(batch), sum(len(found[0]) for found in encoded if found),
-                          sum(sizes))
+                for i, (ids, learned) in enumerate(made):
+                    writers[split].add(ids, learned)
+                    counts = {"tokens": len(ids), "longest": len(ids)}
+                    if i == 0:  # a pair counts once
+                        counts |= {"documents": 1, "bytes": size}
+                    if learned is not None:
+                        counts["learned"] = int(learned.sum())
+                    add_counts(splits[split], counts)
+            tokens = sum(len(ids) for made in encoded for ids, _ in made)
+            worker.report(number, len(batch), tokens, sum(sizes))
         if tokenizer.cut_words:
             cut.note(f"word over {CUT >> 20} MB", lambda: f"after {part.pieces[0].label}",
                      tokenizer.cut_words)

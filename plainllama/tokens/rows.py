@@ -166,14 +166,18 @@ class FitRows(DocumentRows):
                 raise UserError(f"data set {split.folder}: its dialogs were cut to "
                                 f"{split.manifest['block_size']} tokens, more than block_size "
                                 f"{block_size} has room for; prepare it with that block_size")
-            units, learned = np.repeat(units, takes(split)), split.learned_counts()
-        order, begins = best_fit(sizes[units], block_size + 1)
-        units = units[order]
+            often, learned = takes(split), split.learned_counts()
+            units = np.repeat(np.arange(len(often)), often)
+        # documents that stay together, two of a pair, are one unit
+        together = np.arange(split.together)
+        order, begins = best_fit(added(sizes, split.together)[units], block_size + 1)
+        places = (units[order][:, None] * split.together + together).ravel()
+        begins *= split.together
         self.windows = min(len(begins), limit or len(begins))
-        self.starts, self.sizes = starts[units], sizes[units]
-        # of each row: its begin among the units, and the last one's end; learned, and all tokens
-        self.begins = np.append(begins, len(units))[:self.windows + 1]
-        self.learned = np.add.reduceat(learned[units], begins)[:self.windows]
+        self.starts, self.sizes, self.numbers = starts[places], sizes[places], places
+        # of each row: its begin among the places, and the last one's end; learned, and all tokens
+        self.begins = np.append(begins, len(places))[:self.windows + 1]
+        self.learned = np.add.reduceat(learned[places], begins)[:self.windows]
         self.filled = np.add.reduceat(self.sizes, begins)[:self.windows]
 
     def opening(self) -> list[int]:
@@ -197,9 +201,19 @@ class FitRows(DocumentRows):
                 at += size
         return out
 
+    def documents_of(self, windows: Iterable[int]) -> np.ndarray:
+        """Number the documents of a split that the given windows hold, in their order."""
+        return np.concatenate([self.numbers[:0], *(
+            self.numbers[self.begins[window]:self.begins[window + 1]] for window in windows)])
+
     def targets(self, first: int, n: int) -> int:
         """Count the targets of rows first..first+n-1."""
         return self.added_up(lambda windows: self.learned[windows], first, n)
+
+    def pairs(self, first: int, n: int) -> int:
+        """Count the pairs of rows first..first+n-1."""
+        return self.added_up(lambda windows: self.begins[windows + 1] - self.begins[windows],
+                             first, n) // 2
 
     def tokens(self, first: int, n: int) -> int:
         """Count the tokens that a model reads in rows first..first+n-1."""
@@ -209,21 +223,27 @@ class FitRows(DocumentRows):
         """Say what there is and what a run of `rows` rows sees of it."""
         learned = self.learned.sum() / self.filled.sum()
         empty = 1 - self.filled.mean() / (self.block_size + 1)
+        count, kind = self.begins[-1] // self.split.together, ["documents", "pairs"]
         return (f"{self.windows:,} rows of {self.block_size} tokens in {self.split.folder.name}: "
-                f"{self.begins[-1]:,} documents, {learned:.1%} of the tokens learned, {empty:.1%} "
-                f"of the rows empty; {rows / self.windows:.2f} epochs")
+                f"{count:,} {kind[self.split.together - 1]}, {learned:.1%} of the tokens learned, "
+                f"{empty:.1%} of the rows empty; {rows / self.windows:.2f} epochs")
+
+
+def added(counts: np.ndarray, together: int) -> np.ndarray:
+    """Add up what each document has (documents,) for those that stay together (units,)."""
+    return counts.reshape(-1, together).sum(1)
 
 
 def takes(split: Split) -> np.ndarray:
-    """Say how often an epoch takes each dialog (documents,): once, or as its source's `count` (of
-    dialogs) or `weight` (a share of all learned tokens) asks, the whole set's times and of a
-    shuffled order the first ones once more."""
-    often = np.ones(split.documents, np.int64)
+    """Say how often an epoch takes each dialog or pair (units,): once, or as its source's `count`
+    or `weight` (a share of all learned tokens) asks, the whole set's times and of a shuffled order
+    the first ones once more."""
+    source_of = split.sources()[::split.together]
+    often = np.ones(len(source_of), np.int64)
     sources = split.manifest["recipe"]["sources"]
     if split.split != "train" or not any({"count", "weight"} & source.keys() for source in sources):
         return often
-    learned = split.learned_counts()
-    source_of = split.sources()
+    learned = added(split.learned_counts(), split.together)
     share = learned.sum() / (sum(source.get("weight", 0) for source in sources) or 1)
     for number, source in enumerate(sources):
         own = np.flatnonzero(source_of == number)
@@ -370,15 +390,21 @@ class Batch(NamedTuple):
     targets: "Tensor"  # (R, T) int64: the id that follows, IGNORE where nothing is learned
     starts: "Tensor | None"  # (R, T) bool: a document begins; None if tokens look across documents
     sparse: bool = False  # there is much that is not learned: places() are worth it
+    beside: "Tensor | None" = None  # (R, T) fp32: what is known of each document, where it starts
 
     def take(self, rows) -> "Batch":
         """Give some of the rows: a slice or a list of their numbers."""
         starts = None if self.starts is None else self.starts[rows]
-        return Batch(self.ids[rows], self.targets[rows], starts, self.sparse)
+        beside = None if self.beside is None else self.beside[rows]
+        return Batch(self.ids[rows], self.targets[rows], starts, self.sparse, beside)
 
     def split(self, rows: int) -> "Iterator[Batch]":
         """Cut the batch into micro-batches of `rows` rows."""
         return (self.take(slice(at, at + rows)) for at in range(0, len(self.ids), rows))
+
+    def found(self) -> "Tensor":
+        """Say where targets are, in the rows laid end to end (n,)."""
+        return (self.targets.flatten() >= 0).nonzero()[:, 0]
 
     def pinned(self) -> "Batch":
         """Copy the rows to memory from which a GPU reads without the host."""
@@ -393,7 +419,7 @@ class Batch(NamedTuple):
         targets, places = self.targets, None
         bounds = None if self.starts is None else document_bounds(self.starts)
         if self.sparse:
-            found = (targets.flatten() != IGNORE).nonzero()[:, 0]
+            found = self.found()
             count = ceil_div(max(1, len(found)), FEW) * FEW  # compiled code sees few sizes
             places, targets = found.new_zeros(count), targets.new_full((count,), IGNORE)
             places[:len(found)], targets[:len(found)] = found, self.targets.flatten()[found]
@@ -405,12 +431,14 @@ class Batch(NamedTuple):
                 None if places is None else sent(places))
 
 
-def to_batch(rows: np.ndarray, fill: int = 0, bos_id: int | None = None) -> Batch:
+def to_batch(rows: np.ndarray, fill: int = 0, bos_id: int | None = None,
+             beside: np.ndarray | None = None) -> Batch:
     """Turn rows (m, T + 1), ids with their flags and PAD where there is none, into a Batch:
     training, evaluation and preflight all feed a model by this function.
 
     `fill`: rows without any target are added up to so many. `bos_id`: the id that begins a
-    document, if tokens see their own document only (doc_mask).
+    document, if tokens see their own document only (doc_mask). `beside`: what is known of each
+    document (documents,), in their order.
     """
     import torch
 
@@ -422,4 +450,8 @@ def to_batch(rows: np.ndarray, fill: int = 0, bos_id: int | None = None) -> Batc
     sparse = bool((ids >= CONTEXT).any())  # then each document that begins has a flag
     starts = None if bos_id is None else x >= BEGINS if sparse else x == bos_id
     y.masked_fill_((y == PAD) | (y >= CONTEXT), IGNORE)
-    return Batch(x.masked_fill_(x == PAD, 0) & (CONTEXT - 1), y, starts, sparse)
+    known = None
+    if beside is not None and starts is not None:
+        known = torch.zeros(starts.shape)
+        known[starts] = torch.from_numpy(beside).float()
+    return Batch(x.masked_fill_(x == PAD, 0) & (CONTEXT - 1), y, starts, sparse, known)

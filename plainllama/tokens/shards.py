@@ -3,7 +3,8 @@
 A data set is a folder: per split `train` and `val` numbered token files NAME.bin with an index
 NAME.idx of document starts, the tokenizer, and a manifest that is written last: a folder without
 one is unfinished. Dialogs (format 2) have in NAME.mask a bit for each token, whether it is learned,
-and in NAME.num how many are of each document. docs/format.md describes every byte.
+and in NAME.num how many are of each document; a pair is two documents, the chosen one first.
+docs/format.md describes every byte.
 """
 
 import os
@@ -17,7 +18,7 @@ from plainllama.files import as_json, file_entry, read_json, sha256, sha256_byte
 from plainllama.settings import UserError, ceil_div
 
 FORMAT = 1  # of token files
-MANIFESTS = {"text": 1, "chat": 2}  # the format of a manifest by its documents
+MANIFESTS = {"text": 1, "chat": 2, "preference": 2}  # the format of a manifest by its documents
 SEEN = "sources.json"  # how the sources lay on this machine: no part of the data set
 HEADER = struct.Struct("<8sIIQ40x")  # magic, format, bytes per token, tokens; 64 bytes in all
 MAGIC = b"plnllama"
@@ -169,7 +170,8 @@ class Split:
         self.starts = np.cumsum([0, *counts], dtype=np.int64)
         self.tokens = int(self.starts[-1])
         self.documents = sum(entry["documents"] for entry in self.entries.values())
-        self.masked = manifest["recipe"].get("documents", "text") != "text"
+        kind = manifest["recipe"].get("documents", "text")
+        self.masked, self.together = kind != "text", 2 if kind == "preference" else 1
         self.maps: dict[str, np.ndarray] = {}
         vocab = manifest["tokenizer"]["vocab_size"]
         for name, entry in self.entries.items():

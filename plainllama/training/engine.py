@@ -18,7 +18,7 @@ from model import LLaMA, ModelConfig, flops_per_token, trained
 from plainllama import parallel
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError, ceil_div
-from plainllama.tokens.rows import Batch, to_batch
+from plainllama.tokens.rows import BEGINS, CONTEXT, Batch, to_batch
 from plainllama.training import optim
 from plainllama.training.objectives import OBJECTIVES, Objective
 from plainllama.weights import adapters, checkpoint, peft
@@ -39,6 +39,13 @@ class Outcome(NamedTuple):
     square_norm: float  # of the gradient, not clipped
     stop: float  # how many ranks wish to stop,
     save: float  # and how many for a checkpoint
+    logged: tuple[float, ...] = ()  # sums of what the objective logs
+
+
+def read_outcome(stats: Tensor) -> Outcome:
+    """Read what update() gave, which waits for the device."""
+    loss, square, stop, save, *logged = stats.tolist()
+    return Outcome(loss, square, stop, save, tuple(logged))
 
 
 class Engine:
@@ -49,9 +56,9 @@ class Engine:
     """
 
     def __init__(self, config: Settings, world: World, bos_id: int, source: Path | None = None,
-                 state: dict | None = None, say: Callable[[str], None] = print,
-                 objective: Objective = OBJECTIVES["next"]):
-        self.config, self.world, self.say, self.objective = config, world, say, objective
+                 state: dict | None = None, say: Callable[[str], None] = print):
+        self.config, self.world, self.say = config, world, say
+        self.objective: Objective = OBJECTIVES[config.objective]
         self.bos_id = bos_id if config.doc_mask else None
         self.dtype = parallel.pick_dtype(config.dtype, world.device)
         self.build_model(source)
@@ -159,12 +166,21 @@ class Engine:
 
     def rehearse(self, last: bool, rows: int = 0) -> None:
         """Make forward and backward of a micro-batch (of `rows`); its gradients are dropped."""
-        zeros = np.zeros((rows or self.micro, self.config.block_size + 1))
-        batch = to_batch(zeros, bos_id=self.bos_id)
+        zeros = np.zeros((rows or self.micro, self.config.block_size + 1), np.int64)
         module = self.model if rows else self.module
         with self.world.accumulating(module, last):
-            self.objective.loss(module, *batch.to(self.world.device)).backward()
+            self.loss(module, self.stand_in(zeros))[0].backward()
         self.optimizer.zero_grad()
+
+    def stand_in(self, ids: np.ndarray) -> Batch:
+        """Make a batch of any ids (m, T + 1): where pairs are compared, each row is one."""
+        if self.config.objective != "next":
+            ids[:, [0, ids.shape[1] // 2]] |= CONTEXT | BEGINS
+        return to_batch(ids, 0, self.bos_id)
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Compute the objective of a micro-batch, (1 + L,): its summed loss comes first."""
+        return self.objective.loss(module, batch, self.world.device, self.config)
 
     def pick_micro_batch(self, share: int) -> int:
         """Choose the rows of a forward pass: on a GPU as many as fit and pay, elsewhere enough to
@@ -205,21 +221,21 @@ class Engine:
 
     def update(self, batch: Batch, rate: float, targets: int, stop: bool = False,
                save: bool = False) -> Tensor:
-        """Make one optimizer update; give the numbers of an Outcome, (4,) on the device.
+        """Make one optimizer update; give the numbers of an Outcome, (4 + L,) on the device.
 
         `targets`: what the summed loss is divided by, over all ranks. `stop`, `save`: what this
         rank wishes to come next, which all hear of. Nothing waits for the device.
         """
         world = self.world
-        nll = self.gradients(batch, targets)
+        losses = self.gradients(batch, targets)
         square = world.square_norm(self.model)
         if self.config.deterministic:  # all ranks have the sums: only rank 0's are counted
             first = float(world.rank == 0)
-            nll, square = nll * first, square * world.replicas * first
+            losses, square = losses * first, square * world.replicas * first
         if scale := self.optimizer.loss_scale:
             square = square / scale.value**2
-        wishes = [torch.full_like(nll, float(wish)) for wish in (stop, save)]
-        stats = world.sum(torch.stack([nll, square, *wishes]))
+        wishes = [torch.full_like(square, float(wish)) for wish in (stop, save)]
+        stats = world.sum(torch.cat([losses[:1], torch.stack([square, *wishes]), losses[1:]]))
         norm = torch.where(stats[0].isfinite(), stats[1].sqrt(), float("nan"))
         optim.step(self.optimizer, rate, norm, self.config.grad_clip)
         self.optimizer.zero_grad()
@@ -232,8 +248,8 @@ class Engine:
             torch.manual_seed(hash((self.config.seed, step, self.world.rank)))
 
     def gradients(self, batch: Batch, targets: int) -> Tensor:
-        """Add up the gradients of this rank's rows; their summed loss, (). A GPU that runs out of
-        memory gets smaller micro-batches from here on."""
+        """Add up the gradients of this rank's rows; their summed losses, (1 + L,). A GPU that runs
+        out of memory gets smaller micro-batches from here on."""
         add_up = self.added_in_tree if self.config.deterministic else self.accumulated
         while True:
             try:
@@ -254,32 +270,36 @@ class Engine:
 
     def backward(self, module: nn.Module, batch: Batch, factor: float | Tensor) -> Tensor:
         """Make forward and backward of a micro-batch, its gradients times `factor`; give its summed
-        loss."""
-        loss = self.objective.loss(module, *batch.to(self.world.device))
+        losses (1 + L,)."""
+        losses = self.loss(module, batch)
         if self.optimizer.loss_scale:
             factor = self.optimizer.loss_scale.value * factor
-        (loss * factor).backward()
-        return loss.detach()
+        (losses[0] * factor).backward()
+        return losses.detach()
+
+    def no_loss(self) -> Tensor:
+        """Make the sums (1 + L,) of no rows."""
+        return torch.zeros(1 + len(self.objective.logged), device=self.world.device)
 
     def accumulated(self, batch: Batch, targets: int) -> Tensor:
-        """Make forward and backward of each micro-batch; give the summed loss."""
-        nll = torch.zeros((), device=self.world.device)
+        """Make forward and backward of each micro-batch; give the summed losses."""
+        losses = self.no_loss()
         parts = list(batch.split(self.micro))
         for part in parts:
             with self.world.accumulating(self.module, last=part is parts[-1]):
                 # gradients are averaged over ranks: times their number this is the gradient of
                 # the mean over all targets of the step
-                nll += self.backward(self.module, part, self.world.size / targets)
-        return nll
+                losses += self.backward(self.module, part, self.world.size / targets)
+        return losses
 
     def added_in_tree(self, batch: Batch, targets: int) -> Tensor:
         """deterministic: like accumulated(), over all ranks, added up in one binary tree however
         many ranks there are. W ranks have the parts j mod W, so only the last meetings are between
         ranks. Up to log2(parts) sums wait in memory."""
-        nll, *grads = self.world.add_in_tree(self.subtree(batch, targets, 0, 1))
+        losses, *grads = self.world.add_in_tree(self.subtree(batch, targets, 0, 1))
         for (_, parameter), grad in zip(trained(self.model), grads, strict=True):
             parameter.grad = grad
-        return nll
+        return losses
 
     def subtree(self, batch: Batch, targets: int, part: int, stride: int) -> list[Tensor]:
         """Loss and gradients of the parts `part`, part + stride, part + 2 stride, ...: part j meets
@@ -288,11 +308,11 @@ class Engine:
             total = self.subtree(batch, targets, part, 2 * stride)
             torch._foreach_add_(total, self.subtree(batch, targets, part + stride, 2 * stride))
             return total
-        nll = torch.zeros((), device=self.world.device)
+        losses = self.no_loss()
         for number in range(part, self.accumulate, stride):  # two, or the only one
             rows = [number + self.accumulate * i for i in range(self.micro)]
-            nll += self.backward(self.model, batch.take(rows), 1 / targets)
-        total = [nll, *(p.grad for _, p in trained(self.model) if p.grad is not None)]
+            losses += self.backward(self.model, batch.take(rows), 1 / targets)
+        total = [losses, *(p.grad for _, p in trained(self.model) if p.grad is not None)]
         self.optimizer.zero_grad()
         return total
 

@@ -28,7 +28,7 @@ from plainllama.settings import Settings, ceil_div
 from plainllama.tokens import shards, tokenizer
 from plainllama.tokens.rows import CONTEXT, PAD, FitRows, Rows, to_batch
 from plainllama.training import log, resume
-from plainllama.training.engine import Engine, Outcome
+from plainllama.training.engine import Engine, read_outcome
 from plainllama.weights import adapters, checkpoint, peft
 from plainllama.weights.huggingface import load_weights
 
@@ -93,7 +93,7 @@ class Trial:
         self.x = to_batch(self.rows).ids
         # one row a rank and first weights, whatever the run will start from
         small = replace(config, block_size=T, global_batch_tokens=T * world.size, micro_batch=1,
-                        compile="false")
+                        compile="false", objective="next")
         self.engine = Engine(small, world, manifest["tokenizer"]["bos"])
         self.engine.ready()
         self.one, self.targets = to_batch(self.rows[:1], 0, self.engine.bos_id), T * world.size
@@ -199,7 +199,7 @@ class Trial:
         goal = 0.5 * math.log(self.vocab)
         for updates in range(1, 101):
             stats = self.engine.update(self.one, self.rate, self.targets)
-            loss = Outcome(*stats.tolist()).loss / self.targets
+            loss = read_outcome(stats).loss / self.targets
             if self.partly and updates == 1:  # beside first weights little may be learned at all
                 goal = loss - 1e-3
             seen = f"{loss:.2f} nats after {updates} updates, below {goal:.2f} asked"
@@ -335,12 +335,12 @@ def forecast(config: Settings, manifest: dict, world: World, price: float,
 
     def seconds(rows: int, update: bool) -> float:
         ids = np.random.default_rng(0).integers(config.vocab_size, size=(rows, block + 1))
-        batch = to_batch(ids, 0, engine.bos_id)
+        batch = engine.stand_in(ids)
         began = time.perf_counter()
         if update:
             engine.update(batch, 0.0, targets)[0].item()
         else:
-            engine.gradients(batch, targets).item()
+            engine.gradients(batch, targets)[0].item()
             engine.optimizer.zero_grad()
         return time.perf_counter() - began
 

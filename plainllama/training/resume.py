@@ -11,7 +11,7 @@ from model import ModelConfig
 from plainllama.command import CommandLine
 from plainllama.files import lock_run, newest_run, read_rows, steps_of, write_status
 from plainllama.parallel import World
-from plainllama.settings import Settings, UserError, check_keys, deciding, settle_packing
+from plainllama.settings import Settings, UserError, check_keys, deciding, settle_documents
 from plainllama.text.sources import described
 from plainllama.tokens import tokenizer
 from plainllama.tokens.rows import CONTEXT, PAD, Rows, hash_of_data, ids_of, training_rows
@@ -56,9 +56,17 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
     something else."""
     config = command.config
     said = [keep_recipe(command, manifest)]
-    settle_packing(config)
+    settle_documents(config)
     theirs, inherited = inherit(command)
     said += inherited
+    pairs = config.documents == "preference"
+    if pairs != (config.objective != "next"):
+        raise UserError(f"objective={config.objective} is not for documents={config.documents}; "
+                        + ("say --objective=dpo or orpo" if pairs else
+                           "dpo and orpo want a set of documents=preference"))
+    if config.objective == "dpo" and not config.init_from:
+        raise UserError("objective=dpo compares with the model that it begins with; say "
+                        "--init_from=MODEL")
     config.vocab_size, grown = vocabulary(config, manifest, theirs)
     said.append(grown)
     check_keys(config)

@@ -7,6 +7,7 @@ learn beside the adapters, and those alone.
 """
 
 import fnmatch
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Linear, LLaMA, ModelConfig, generator_of, initial_weight, trained
+from model import Linear, LLaMA, ModelConfig, trained
 from plainllama.settings import Settings, UserError, nearest
 from plainllama.weights.quantised import QUANTISED, Product
 
@@ -298,9 +299,17 @@ def quantised(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
             if isinstance(module, AdaptedLinear) and module.kind)
 
 
-def first_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """initial_weight() of model.py, also for what is added: A is uniform in +-1/sqrt(in), as peft
-    draws it, B is zero, and new rows are those of the whole matrix."""
+def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The first value of parameter `name`, fp32 on the CPU: a function of seed, name and config.
+
+    Each parameter has its own generator, so that one process, meta-device shards and a deeper model
+    begin with the same weights. Matrices are normal with deviation 0.02; those that write to the
+    residual stream are divided by sqrt(2 (layer + 1)), so that it grows slowly with depth; the
+    output matrix is narrow enough that the first loss is ln V. Of an adapter A is uniform in
+    +-1/sqrt(in), as peft draws it, B is zero, and new rows are those of the whole matrix.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
     if name.endswith("lora_A"):
         drawn = torch.empty(shape).uniform_(-1, 1, generator=generator_of(name, seed))
         return drawn / math.sqrt(shape[1])
@@ -309,7 +318,22 @@ def first_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) ->
     if name.endswith("rows"):
         whole = torch.Size((config.vocab_size, config.d_model))
         return initial_weight(name.replace("rows", "weight"), whole, config, seed)[-shape[0]:]
-    return initial_weight(name, shape, config, seed)
+    std = 0.02
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * (int(name.split(".")[2]) + 1))
+    elif name == "lm_head.weight":
+        std = min(std, 0.4 / math.sqrt(config.d_model))
+    elif name == "model.embed_tokens.weight" and config.tie_embeddings:
+        std = min(std, 2 / config.d_model)  # a token's own logit is about std * d_model
+    elif not name.endswith(("embed_tokens.weight", "_proj.weight")):
+        raise ValueError(f"no rule initialises {name}")
+    return torch.empty(shape).normal_(0.0, std, generator=generator_of(name, seed))
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """The generator that a parameter's first value is drawn from."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
 @torch.no_grad()
@@ -321,7 +345,7 @@ def initialise(model: LLaMA, seed: int, piece: Callable[[Tensor], tuple[Tensor, 
     for name, parameter in model.named_parameters():
         if name.endswith(only):
             local, first = piece(parameter.data)
-            value = first_value(name, parameter.shape, model.config, seed)
+            value = initial_weight(name, parameter.shape, model.config, seed)
             local.copy_(value[first:first + local.shape[0]])
 
 

@@ -147,6 +147,19 @@ def weights_sha256(folder: Path) -> str:
     return sha256_bytes("".join(f"{found}  {name}\n" for name, found in hashes).encode())
 
 
+def model_sha256(folder: Path, moved: str = "") -> str:
+    """Hash what a folder's model and tokenizer are, by checksums.json where there is one; of an
+    adapter that does not name its base, that too."""
+    names = ["checksums.json"]  # the hashes of all the others
+    if not (folder / names[0]).is_file():
+        names = (list(FILES) if is_adapter(folder) else
+                 ["config.json", "tokenizer.json", *weight_files(folder)])
+    model = "".join(sha256(folder / name) for name in names if (folder / name).is_file())
+    if is_adapter(folder) and names == list(FILES):
+        model += weights_sha256(base_of(folder, moved)[0])
+    return sha256_bytes(model.encode())
+
+
 def whole_config(folder: Path, moved: str = "") -> ModelConfig:
     """Read the architecture of a model folder; of an adapter's, that of the model it makes."""
     if not is_adapter(folder):

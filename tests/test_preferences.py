@@ -1,0 +1,520 @@
+"""Pairs of answers from their records to the loss: what is kept, what is learned, and what DPO and
+ORPO make of it, beside formulas that share nothing with the program."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import metrics, run_script
+from safetensors.torch import load_file
+from test_prepare import inside
+from test_prepare_chat import BOS, END, ROLES, jsonl, rendered, stored
+
+import train
+from model import LLaMA, ModelConfig
+from plainllama.command import parse
+from plainllama.evaluation.validation import remark_on_chosen
+from plainllama.files import read_json
+from plainllama.parallel import World
+from plainllama.settings import Settings, UserError, check_keys
+from plainllama.text import embedded_preference
+from plainllama.text.dialogs import How
+from plainllama.text.forms import Refused
+from plainllama.text.pairs import paired
+from plainllama.tokens import shards
+from plainllama.tokens.rows import FitRows, to_batch
+from plainllama.training.objectives import LOGGED, OBJECTIVES, log1mexp
+from plainllama.weights.adapters import initialise
+from plainllama.weights.peft import load_model
+
+PAIRS = How(train_on="last", pairs=True)
+
+
+def said(*texts):
+    """Messages of a user and an assistant in turn."""
+    return [{"role": role, "content": text}
+            for role, text in zip(("user", "assistant") * len(texts), texts, strict=False)]
+
+
+# ---- records -> pairs
+
+FORMS = {
+    "texts": {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+    "messages behind a prompt": {"prompt": said("Why?"), "chosen": said("", "So.")[1:],
+                                 "rejected": said("", "No.")[1:]},
+    "whole talks": {"chosen": said("Why?", "So."), "rejected": said("Why?", "No.")},
+    "whole talks and the prompt": {"prompt": "Why?", "chosen": said("Why?", "So."),
+                                   "rejected": said("Why?", "No.")},
+    "conversations": {"conversations": [{"from": "human", "value": "Why?"}],
+                      "chosen": {"from": "gpt", "value": "So."},
+                      "rejected": {"from": "gpt", "value": "No."}},
+    "transcripts": {"chosen": "\n\nHuman: Why?\n\nAssistant: So.",
+                    "rejected": "\n\nHuman: Why?\n\nAssistant: No."},
+    "a transcript as prompt": {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " So.".strip(),
+                               "rejected": "No."},
+    "instruction": {"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."},
+    "JSON text": {"chosen": json.dumps(said("Why?", "So.")),
+                  "rejected": json.dumps(said("Why?", "No."))},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_spelling_of_a_pair(form):
+    made, cut = paired(FORMS[form], PAIRS)
+    assert json.loads(made) == {"messages": said("Why?", "So."),
+                                "rejected": said("", "No.")[1:]} and cut == 0
+
+
+def test_earlier_turns_are_the_prompt_and_not_learned():
+    talk = said("a", "b", "c", "So.")
+    made = json.loads(paired({"chosen": talk, "rejected": [*talk[:3], said("", "No.")[1]],
+                              "system": "Be brief."}, PAIRS)[0])
+    assert [m["role"] for m in made["messages"]] == ["system", "user", "assistant", "user",
+                                                     "assistant"]
+    assert made["messages"][2]["learn"] is False and "learn" not in made["messages"][4]
+
+
+BROKEN = [
+    ({"messages": said("a", "b")}, "no fields chosen and rejected"),
+    ({"messages": said("a", "b"), "label": True}, "KTO"),
+    ({"prompt": "a", "completion": "b", "label": False}, "KTO"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen equals rejected"),
+    ({"chosen": said("a", "b"), "rejected": said("c", "d")}, "different prompts"),
+    ({"chosen": said("a", "b", "c", "d"), "rejected": said("a", "x", "c", "e")}, "different pro"),
+    ({"chosen": said("a", "b", "c", "d"), "rejected": said("a", "b")}, "different prompts"),
+    ({"chosen": "b", "rejected": "c"}, "answer before any question"),
+    ({"prompt": "a", "chosen": "", "rejected": "c"}, "empty answer"),
+    ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty answer"),
+    ({"prompt": "", "chosen": "b", "rejected": "c"}, "answer before any question"),
+    ({"prompt": "a", "chosen": None, "rejected": "c"}, "no known fields"),
+    ({"prompt": "a", "chosen": 3, "rejected": 4}, "a side is not a text"),
+    ({"prompt": 7, "chosen": "b", "rejected": "c"}, "a side is not a text"),
+    ({"prompt": "a", "chosen": {"text": "b"}, "rejected": "c"}, "a side is not a text"),
+    ({"prompt": said("a", "b"), "chosen": "c", "rejected": "d"}, "two answers in a row"),
+    ({"prompt": "a", "chosen": [{"role": "judge", "content": "b"}], "rejected": "c"},
+     "unknown role"),
+    ({"prompt": "a", "chosen": said("x"), "rejected": "c"}, "two questions in a row|no answer"),
+    ({"prompt": "a", "chosen": "b <tool_call>", "rejected": "c"}, "unbalanced marks"),
+]
+
+
+@pytest.mark.parametrize(("record", "says"), BROKEN)
+def test_what_is_no_pair_is_refused_by_name(record, says):
+    with pytest.raises(Refused, match=says):
+        paired(record, PAIRS)
+
+
+def pair_of(rng, words, size=6):
+    """A pair of short random texts with a prompt of one or two turns."""
+    prompt = said(*(" ".join(rng.choice(words, 3)) for _ in range(rng.choice([1, 3]))))
+    chosen, rejected = (" ".join([*rng.choice(words, rng.integers(1, size)), end])
+                        for end in ("yes", "no"))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def many(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [pair_of(rng, ["ab", "c", "def", "Grüße", "你好", "x"]) for _ in range(count)]
+
+
+def test_prepare_writes_two_documents_a_pair_side_by_side(tmp_path, monkeypatch, capsys):
+    rows = many(60)
+    bad = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "x" * 400,
+                                                             "rejected": "b"}]
+    (tmp_path / "p.jsonl").write_bytes(jsonl([*rows[:30], *bad, *rows[30:]]))
+    folder = inside(tmp_path, monkeypatch, documents="preference", block_size=256,
+                    sources="p.jsonl", train_on="last", packing="fit")
+    want = []
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            prompt = [message | {"learn": False} for message in row["prompt"]]
+            want.append(rendered([*prompt, {"role": "assistant", "content": row[side]}]))
+    found = stored(folder)
+    as_pairs = lambda flat: sorted(zip(flat[::2], flat[1::2], strict=True))  # noqa: E731
+    assert as_pairs(found) == as_pairs(want)
+    manifest = shards.read_manifest(folder)
+    assert {rule: entry["count"] for rule, entry in manifest["dropped"].items()} == {
+        "chosen equals rejected": 1, "longer than block_size 256": 1}
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 60
+    assert "62 pairs in" in capsys.readouterr().out
+
+
+def test_a_long_prompt_loses_its_first_turns_for_both_sides(tmp_path, monkeypatch):
+    talk = said("first " * 20, "old " * 10, "second", "b", "third")
+    row = {"system": "S", "prompt": talk, "chosen": "yes", "rejected": "no"}
+    (tmp_path / "p.jsonl").write_bytes(jsonl([row, *many(20)]))
+    keys = {"documents": "preference", "block_size": 128, "sources": "p.jsonl",
+            "train_on": "last", "packing": "fit"}
+    folder = inside(tmp_path, monkeypatch, **keys)
+    kept = [{"role": "system", "content": "S"}, *(m | {"learn": False} for m in talk[2:])]
+    for answer in ("yes", "no"):
+        assert rendered([*kept, {"role": "assistant", "content": answer}]) in stored(folder)
+    note = shards.read_manifest(folder)["cut"]["prompts at their beginning, to block_size 128"]
+    assert note["count"] >= 1 and "p.jsonl:1" in note["first"]
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy("p.jsonl", other)
+    monkeypatch.chdir(other)
+    folder = inside(other, monkeypatch, too_long="drop", max_dropped=0.5, **keys)
+    assert "longer than block_size 128" in shards.read_manifest(folder)["dropped"]
+
+
+def test_the_embedded_pairs_are_pairs_and_held_out_ones_are_others():
+    made = {split: list(embedded_preference.pairs(split, 300)) for split in ("train", "held_out")}
+    for rows in made.values():
+        assert all(paired(row, PAIRS) for row in rows)
+        longer = np.mean([len(row["chosen"]) > len(row["rejected"]) for row in rows])
+        assert 0.1 < longer < 0.9  # length alone does not tell them apart
+    assert not {r["prompt"] for r in made["train"]} & {r["prompt"] for r in made["held_out"]}
+
+
+# ---- a batch -> the loss
+
+CONFIG = ModelConfig(n_layer=2, n_head=2, d_model=32, d_ff=64, vocab_size=263, block_size=128)
+
+
+def model_of(seed=0, scale=4.0):
+    model = LLaMA(CONFIG)
+    initialise(model, seed, World().piece)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p *= scale
+    return model
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """data/pairs, a chat model of the same tokenizer in `base`, and a tiny config."""
+    home = tmp_path_factory.mktemp("pairs")
+    with pytest.MonkeyPatch.context() as patch:
+        (home / "p.jsonl").write_bytes(jsonl(many(90)))
+        patch.chdir(home)
+        folder = inside(home, patch, documents="preference", block_size=128, sources="p.jsonl",
+                        train_on="last", packing="fit", val_fraction=0.2)
+    folder.rename(home / "data/pairs") if folder.name != "pairs" else None
+    from plainllama.weights.huggingface import write_folder
+
+    (home / "base").mkdir()
+    write_folder(home / "base", CONFIG, {n: p.data for n, p in model_of().named_parameters()},
+                 home / "data/pairs/tokenizer.json")
+    (home / "pairs.py").write_text("""
+dataset = 'pairs'
+init_from = 'base'
+block_size = 128
+objective = 'dpo'
+max_steps = 12
+global_batch_tokens = 512
+micro_batch = 2
+learning_rate = 1e-3
+min_lr = 1e-4
+warmup_steps = 2
+weight_decay = 0.0
+device = 'cpu'
+log_interval = 1
+eval_interval = 6
+save_interval = 6
+sample_tokens = 0
+""")
+    return home
+
+
+@pytest.fixture
+def inside_home(home, monkeypatch, tmp_path):
+    """In the folder, with an `out` of its own."""
+    shutil.rmtree(home / "out", ignore_errors=True)
+    monkeypatch.chdir(home)
+    return home
+
+
+def by_hand(model, documents):
+    """Sum of log p over what is learned, and how much that is, of each document alone, in float64
+    and by transformers' LLaMA."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.block_size, tie_word_embeddings=False)).double()
+    theirs.load_state_dict({name: p.double() for name, p in model.state_dict().items()})
+    out = []
+    for ids, mask in documents:
+        ids = torch.tensor(ids)
+        logp = theirs(ids[None]).logits[0, :-1].log_softmax(-1)
+        taken = logp.gather(1, ids[1:, None])[:, 0] * torch.tensor(mask[1:])
+        out.append((taken.sum(), sum(mask)))
+    return theirs, torch.stack([s for s, _ in out]), torch.tensor([n for _, n in out])
+
+
+def formula(name, sums, sizes, reference, beta, nll_weight):
+    """The papers' formulas, a pair at a time."""
+    losses = []
+    for i in range(0, len(sums), 2):
+        c, r = sums[i], sums[i + 1]
+        if name == "dpo":
+            ratio = (c - reference[i]) - (r - reference[i + 1])
+            losses.append(-torch.log(1 / (1 + torch.exp(-beta * ratio)))
+                          - nll_weight * c / sizes[i])
+        else:
+            pc, pr = torch.exp(c / sizes[i]), torch.exp(r / sizes[i + 1])
+            odds = (pc / (1 - pc)) / (pr / (1 - pr))
+            losses.append(-torch.log(pc) - beta * torch.log(1 / (1 + 1 / odds)))
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize(("name", "keys"), [
+    ("dpo", {}), ("dpo", {"preference_beta": 0.5, "nll_weight": 0.3}),
+    ("orpo", {"preference_beta": 0.4})])
+def test_loss_and_gradients_are_the_papers_pair_by_pair(home, name, keys, monkeypatch):
+    rows = FitRows(shards.open_split(home / "data/pairs", "train"), 128, 1)
+    config = Settings(objective=name, **keys)
+    model, draw = model_of(), np.random.default_rng(0)
+    windows = range(4)
+    reference = draw.normal(-20, 5, rows.split.documents).astype(np.float32)
+    numbers = rows.documents_of(windows)
+    batch = to_batch(rows.read_windows(windows), 6, BOS, reference[numbers])
+    found = OBJECTIVES[name].loss(model, batch, torch.device("cpu"), config)
+    found[0].backward()
+    bounds = rows.first
+    documents = [(rows.split.read(a, b).tolist(), rows.split.read_mask(a, b).astype(int).tolist())
+                 for a, b in zip(bounds[numbers], bounds[numbers + 1], strict=True)]
+    theirs, sums, sizes = by_hand(model, documents)
+    right = formula(name, sums, sizes, torch.tensor(reference[numbers]).double(),
+                    config.preference_beta, config.nll_weight)
+    right.backward()
+    assert found[0].item() == pytest.approx(right.item(), rel=1e-5)
+    others = dict(theirs.named_parameters())
+    for pname, parameter in model.named_parameters():
+        other = others.pop(pname)
+        size = other.grad.abs().max()
+        assert (parameter.grad - other.grad).abs().max() <= 1e-5 * max(size, 1), pname
+    assert not others
+    logged = dict(zip(LOGGED, (found[1:] / (len(numbers) // 2)).tolist(), strict=True))
+    assert logged["logps/chosen"] == pytest.approx(sums[::2].mean().item(), rel=1e-5)
+    assert logged["logps/rejected"] == pytest.approx(sums[1::2].mean().item(), rel=1e-5)
+    assert logged["rewards/margins"] == pytest.approx(
+        logged["rewards/chosen"] - logged["rewards/rejected"], abs=1e-5)
+    # in chunks, as where there are many logits, it is the same
+    monkeypatch.setattr("model.LOGITS_BYTES", 4 * 263 * 40)
+    again = model_of()
+    chunked = OBJECTIVES[name].loss(again, batch, torch.device("cpu"), config)
+    chunked[0].backward()
+    assert torch.allclose(chunked, found, rtol=1e-5)
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.allclose(one.grad, two.grad, atol=1e-5 * max(1, one.grad.abs().max()))
+
+
+@pytest.mark.parametrize("x", [0.0, -1e-8, -1e-3, -0.6931, -0.7, -50.0])
+def test_log1mexp_and_its_slope_are_finite_and_right(x):
+    there = torch.tensor(x, requires_grad=True)
+    made = log1mexp(there)
+    made.backward()
+    assert math.isfinite(made.item()) and math.isfinite(there.grad.item())
+    if x < -1e-7:
+        right = math.log(-math.expm1(x)) if x > -1 else math.log1p(-math.exp(x))
+        slope = -1 / math.expm1(-x)
+        assert made.item() == pytest.approx(right, rel=1e-5, abs=1e-30)
+        assert there.grad.item() == pytest.approx(slope, rel=2e-3, abs=1e-30)
+
+
+def test_orpo_of_equal_answers_and_of_certain_ones_is_finite():
+    """Of identical pairs, and where an answer's probability is 1 to fp32."""
+    class Certain(torch.nn.Module):
+        def __init__(self, losses):
+            super().__init__()
+            self.losses = torch.nn.Parameter(losses)
+
+        def forward(self, *_, each):
+            return self.losses
+
+    rows = np.full((1, 9), 5) | (1 << 40)
+    rows[0, [0, 4]] |= 1 << 41
+    rows[0, [2, 3, 6, 7]] &= (1 << 40) - 1
+    batch = to_batch(rows, 0, BOS)
+    for losses in (torch.zeros(256), torch.full((256,), 1e-9), torch.full((256,), 3.0)):
+        model = Certain(losses.clone())
+        found = OBJECTIVES["orpo"].loss(model, batch, torch.device("cpu"), Settings())
+        found[0].backward()
+        assert found.isfinite().all() and model.losses.grad.isfinite().all()
+
+
+def test_a_batch_without_pairs_counts_nothing():
+    batch = to_batch(np.zeros((0, 129), np.int64), 2, BOS)
+    for name in ("dpo", "orpo"):
+        found = OBJECTIVES[name].loss(model_of(), batch, torch.device("cpu"), Settings())
+        found[0].backward()
+        assert not found.any()
+
+
+# ---- the loop
+
+def run(*words):
+    return train.main(parse(["pairs.py", *words], "", train.Flags))
+
+
+def column(folder, name):
+    return [row[name] for row in metrics(folder) if name in row]
+
+
+def test_dpo_begins_at_ln_2_and_learns_what_is_preferred(inside_home, capsys):
+    assert run("--max_steps=40", "--out_dir=out/a") == 0
+    folder = inside_home / "out/a"
+    losses = column(folder, "loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < 0.5
+    assert column(folder, "rewards/accuracies")[-1] > 0.8
+    assert column(folder, "rewards/margins")[-1] > 0.3
+    first = next(row for row in metrics(folder) if "val_loss" in row)
+    assert first["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["val_rewards/accuracies"] == pytest.approx(0.5)
+    rows = FitRows(shards.open_split(inside_home / "data/pairs", "train"), 128, 1337)
+    out = capsys.readouterr().out
+    assert f"{rows.pairs(0, rows.windows)} pairs" in out and "chosen preferred in" in out
+    made = read_json(folder / "reference/made_of.json")
+    assert set(made["files"]) == {"train.npy", "val.npy"}
+    reference = np.load(folder / "reference/train.npy")
+    documents = rows.documents_of(range(2))
+    stored_ids = [(rows.split.read(a, b).tolist(),
+                   rows.split.read_mask(a, b).astype(int).tolist())
+                  for a, b in zip(rows.first[documents], rows.first[documents + 1], strict=True)]
+    _, sums, _ = by_hand(load_model(inside_home / "base"), stored_ids)
+    assert np.allclose(reference[documents], sums.detach().numpy(), rtol=1e-5)
+
+
+def test_dpo_killed_and_resumed_is_equal_to_the_bit(inside_home):
+    assert run("--out_dir=out/whole") == 0
+    assert run("--out_dir=out/half", "--max_minutes=0", "--max_steps=12") == 0
+    shutil.rmtree(inside_home / "out/half/checkpoints/step_12")
+    assert run("--out_dir=out/half") == 0
+    one, two = (load_file(inside_home / f"out/{name}/checkpoints/step_12/model.safetensors")
+                for name in ("whole", "half"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    # the reference is of step 0 and cannot be made later
+    shutil.rmtree(inside_home / "out/half/checkpoints/step_12")
+    (inside_home / "out/half/reference/val.npy").unlink()
+    with pytest.raises(UserError, match="what the model of step 0 thought"):
+        run("--out_dir=out/half")
+
+
+def test_an_interrupted_reference_goes_on_with_what_is_missing(inside_home, monkeypatch):
+    from plainllama.training import reference
+
+    monkeypatch.setattr(reference, "CHUNK", 4)
+    real, calls = reference.think, []
+
+    def counted(*words):
+        calls.append(words[2])
+        if len(calls) == 4:
+            raise OSError("a full disk")
+        return real(*words)
+
+    monkeypatch.setattr(reference, "think", counted)
+    with pytest.raises(OSError):
+        run("--out_dir=out/r")
+    parts = {path.name for path in (inside_home / "out/r/reference/parts").glob("*.npy")}
+    assert len(parts) == 3
+    assert run("--out_dir=out/r") == 0
+    windows = FitRows(shards.open_split(inside_home / "data/pairs", "train"), 128, 1).windows
+    val = FitRows(shards.open_split(inside_home / "data/pairs", "val"), 128, 1).windows
+    assert len(calls) == math.ceil(windows / 4) + math.ceil(val / 4) + 1
+    assert column(inside_home / "out/r", "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("words", [[], ["--objective=orpo"], ["--lora_r=4"],
+                                   ["--lora_r=4", "--frozen_dtype=nf4"]])
+def test_micro_batches_and_checkpointing_change_nothing(inside_home, words):
+    curves = []
+    for i, how in enumerate((["--micro_batch=4"], ["--micro_batch=1"],
+                             ["--activation_checkpointing"], ["--deterministic"])):
+        assert run(f"--out_dir=out/{i}", "--max_steps=5", *words, *how) == 0
+        curves.append(column(inside_home / f"out/{i}", "loss"))
+    if "--objective=orpo" not in words:
+        assert curves[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    for curve in curves[1:]:
+        assert np.allclose(curve, curves[0], rtol=2e-4)
+
+
+def test_two_ranks_are_one(inside_home):
+    for objective in ("dpo", "orpo"):
+        words = ["train.py", "pairs.py", f"--objective={objective}"]
+        words.append("--max_steps=6")
+        assert run(*words[2:], f"--out_dir=out/{objective}1") == 0
+        for mode in ("ddp", "fsdp"):
+            folder = inside_home / f"out/{objective}-{mode}"
+            done = run_script(*words, f"--out_dir={folder}", f"--parallel={mode}",
+                              cwd=inside_home, processes=2)
+            assert done.returncode == 0, done.stderr
+            for name in ("loss", "rewards/margins", "val_loss"):
+                assert np.allclose(column(folder, name), column(
+                    inside_home / f"out/{objective}1", name), rtol=2e-4, atol=1e-6), (mode, name)
+
+
+def test_a_tuned_adapter_is_its_own_reference(inside_home):
+    """Adapters off would be the base, which is not what is tuned (step 0 must be ln 2)."""
+    assert run("--lora_r=4", "--out_dir=out/first", "--learning_rate=1e-2") == 0
+    assert run("--lora_r=4", "--init_from=out/first", "--out_dir=out/second") == 0
+    assert column(inside_home / "out/second", "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    first, second = (np.load(inside_home / f"out/{name}/reference/train.npy")
+                     for name in ("first", "second"))
+    assert np.nanmax(abs(first - second)) > 0.1
+
+
+def test_a_start_off_ln_2_ends_the_run(inside_home, monkeypatch):
+    from plainllama.training import reference
+
+    real = reference.known
+    monkeypatch.setattr(reference, "known", lambda *words: real(*words) * 1.001)
+    with pytest.raises(RuntimeError, match="not ln 2"):
+        run("--out_dir=out/off")
+
+
+def test_falling_chosen_answers_are_said(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(jsonl([{"step": 0, "val_logps/chosen": -50.0}]))
+    assert remark_on_chosen(tmp_path, {"val_logps/chosen": -59.0}) == ""
+    assert "has fallen by 22% (from -50.0 to -61.0)" in remark_on_chosen(
+        tmp_path, {"val_logps/chosen": -61.0})
+    assert remark_on_chosen(tmp_path, {"val_bpb": 1.0}) == ""
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--objective=next", "--init_from=base"], "say --objective=dpo or orpo"),
+    (["--init_from="], "say\n?.*--init_from=MODEL"),
+    (["--lora_r=4", "--lora_dropout=0.1"], "two draws"),
+    (["--objective=orpo", "--nll_weight=1"], "nll_weight=1.0 is for objective=dpo"),
+    (["--preference_beta=0"], "preference_beta"),
+    (["--packing=concat"], "packing=concat is for text"),
+    (["--block_size=64"], "block_size"),
+    (["--objective=kto"], "objective"),
+])
+def test_bad_input_of_training(inside_home, words, says):
+    with pytest.raises(UserError, match=says):
+        run("--out_dir=out/bad", *words)
+    assert not (inside_home / "out/bad").exists()
+
+
+@pytest.mark.parametrize(("keys", "says"), [
+    ({"preference_beta": 0.2}, "no effect on objective=next"),
+    ({"objective": "dpo", "mixture": {"a": 1.0, "b": 1.0}}, "a mixture is for objective=next"),
+    ({"documents": "preference", "min_chars": 5}, "no effect on documents=preference"),
+])
+def test_keys_that_do_not_fit(keys, says):
+    with pytest.raises(UserError, match=says):
+        check_keys(Settings(**keys))
+
+
+def test_dialogs_and_text_are_not_for_dpo(home, monkeypatch, tmp_path):
+    from conftest import write_data_set
+
+    write_data_set(tmp_path / "data/plain", {"train": ["word " * 200], "val": ["word " * 100]})
+    (tmp_path / "x.py").write_text("dataset = 'plain'\nobjective = 'dpo'\nblock_size = 32\n"
+                                   "global_batch_tokens = 64\ndevice = 'cpu'\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="dpo and orpo want a set of documents=preference"):
+        train.main(parse(["x.py"], "", train.Flags))
+
+
+assert END == 262 and ROLES  # as rendered() has them
