@@ -1,5 +1,6 @@
 # make demo    environment, data, training, samples, score, report: some minutes on two cores
 # make chat    a small model to talk with, that calls functions: ten minutes on two cores
+# make preferences   that model learns which answers are preferred: four minutes more
 # make test    some minutes of tests, offline, on the CPU; make test-all: all of them
 # make bench   what can be measured on this machine
 VENV ?= .venv
@@ -10,7 +11,7 @@ RUN = out/quickstart
 # methods as sympy has many, each up to the empty line behind it
 SAMPLES = --prompt '    def _eval_' --stop '["\n\n"]' --temperature 0.5 --num_samples 6
 
-.PHONY: demo chat test test-all bench lint clean
+.PHONY: demo chat preferences test test-all bench lint clean
 
 demo: $(VENV)/.core
 	$(PY) prepare.py $(CONFIG)
@@ -34,6 +35,18 @@ chat: $(VENV)/.core
 	@echo
 	@echo 'Talk      $(PY) sample.py --ckpt out/chat --chat --tools=runs/chat_tools.py'
 
+preferences: $(VENV)/.core out/chat/run.json
+	$(PY) prepare.py config/dpo.py --show=2
+	$(PY) train.py config/dpo.py
+	$(PY) train.py config/orpo.py
+	$(PY) eval.py --ckpt out/chat --tasks= --data=preference
+	$(PY) eval.py --ckpt out/dpo --tasks=
+	$(PY) eval.py --ckpt out/orpo --tasks=
+	$(PY) report.py out/dpo out/orpo
+	@echo
+	@echo 'Look at   out/dpo/report.html'
+	@echo 'Talk      $(PY) sample.py --ckpt out/dpo --chat'
+
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
@@ -42,6 +55,9 @@ test-all: $(VENV)/.test
 
 bench: $(VENV)/.test $(RUN)/report.html
 	$(PY) bench/all.py
+
+out/chat/run.json:
+	$(MAKE) chat
 
 $(RUN)/report.html:
 	$(MAKE) demo

@@ -1,10 +1,10 @@
 """Score a checkpoint: python eval.py [--ckpt X] [--tasks a,b] [--by_position] [--json]
 
-Bits per byte and perplexity of the validation split (or, with --text=FILE, of any text), then
-tasks: tinyMMLU (the default, with its IRT estimates), passkey (a digit told far above: is it found
-again?), any task that lm-eval knows by name, local:FILE.jsonl or dialogs:FILE.jsonl. The scores
-also go to RUN/eval/step_N.json. Exit codes: 0 done; 2 the input, or a named task that could not be
-scored.
+Bits per byte and perplexity of the validation split (or, with --text=FILE, of any text), of a set
+of pairs how often the chosen answer is preferred, then tasks: tinyMMLU (the default, with its IRT
+estimates), passkey (a digit told far above: is it found again?), any task that lm-eval knows by
+name, local:FILE.jsonl or dialogs:FILE.jsonl. The scores also go to RUN/eval/step_N.json. Exit
+codes: 0 done; 2 the input, or a named task that could not be scored.
 
 A local file (also packed: .xz, .gz) holds rows of one kind:
   question, choices, answer   answer: a letter, an index from 0, or the choice itself. Letters are
@@ -79,8 +79,9 @@ from pathlib import Path
 from model import LLaMA
 from plainllama import parallel, results
 from plainllama.evaluation import counting, irt, likelihood, tasks
+from plainllama.evaluation.validation import score_pairs
 from plainllama.results import score_table
-from plainllama.tokens.rows import hash_of_data, ids_of
+from plainllama.tokens.rows import FitRows, hash_of_data, ids_of
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info, sha256_of
 from plainllama.weights import checkpoint, peft
@@ -318,6 +319,13 @@ class Evaluation:
                    likelihood.window_count(windows, self.tokens))
         bos_id = self.tokenizer.bos_id if self.config.doc_mask else None
         how = self.tokens, max(1, rows), self.world, bos_id
+        if isinstance(windows, FitRows) and windows.split.together == 2:
+            pairs = score_pairs(model, windows, *how, self.config, self.run)
+            self.say(score_table(f"validation, {pairs['n']} pairs (shorter: what preferring the "
+                                 "shorter answer gives)", pairs))
+            results.section(result, self.section).update(
+                pairs | self.repeated | {"made_of": self.windows_made_of})
+            return
         found = likelihood.evaluate(model, windows, byte_info(self.home), *how)
         if not math.isfinite(found["val_loss"]):
             raise UserError(likelihood.NOT_FINITE)

@@ -2,6 +2,7 @@
 how often the chosen answer is preferred."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from plainllama.tokens.rows import FitRows, Rows, to_batch
 from plainllama.tokens.tokenizer_json import ByteInfo
 from plainllama.training.engine import Engine
 from plainllama.training.objectives import OBJECTIVES
-from plainllama.training.reference import known
+from plainllama.training.reference import known, stored
 
 FALLEN = 1.2  # times the log-probability that chosen answers began with: a remark is due
 
@@ -54,6 +55,25 @@ def evaluate_pairs(model: nn.Module, rows: FitRows, tokens: int, micro_batch: in
     shorter = (np.sign(lengths[1::2] - lengths[::2]) + 1) / 2
     return scores | {"rewards/accuracies_stderr": math.sqrt(right * (1 - right) / max(1, n - 1)),
                      "shorter": float(shorter.mean()), "n": n}
+
+
+def score_pairs(model: nn.Module, rows: FitRows, tokens: int, micro_batch: int, world: World,
+                bos_id: int | None, config: Settings, run: Path | None) -> dict:
+    """What eval.py says of pairs: evaluate_pairs() by a run's own objective and reference or, where
+    it has none, as if all answers had been equally likely: then their own log-probabilities decide,
+    and the names say logps, not rewards. Collective."""
+    digest = (rows.split.folder / "manifest.sha256").read_text().strip()
+    there = stored(run, "val", digest) if run and config.objective == "dpo" else None
+    own = config.objective == "orpo" or there is not None
+    config = config if own else replace(config, objective="dpo", nll_weight=0.0,
+                                        preference_beta=1.0)
+    found = evaluate_pairs(model, rows, tokens, micro_batch, world, bos_id, config, there)
+    kind = "rewards" if own else "logps"
+    scores = {"val_loss": found["loss"]} if own else {}
+    for name in ("accuracies", "accuracies_stderr", "margins"):
+        scores[f"{kind}/{name}"] = found[f"rewards/{name}"]
+    return scores | {name: found[name] for name in ("logps/chosen", "logps/rejected", "shorter",
+                                                    "n")}
 
 
 def told(scores: dict) -> str:

@@ -155,8 +155,13 @@ def metrics_by_title(evaluation: dict) -> dict[str, dict]:
     shorter = {f"validation in windows of {n}": result for n, result in contexts.items()}
     sections = {"validation": evaluation} | shorter | evaluation.get("texts", {})
     for title, result in sections.items():
-        tables[title] = {"loss, nats per token": result.get("val_loss"),
-                         "bits per byte": result.get("val_bpb")}
+        preferred = {name: result[f"{kind}/accuracies{end}"] for kind in ("rewards", "logps")
+                     for name, end in (("chosen preferred", ""), ("chosen preferred_stderr",
+                                                                 "_stderr"))
+                     if f"{kind}/accuracies{end}" in result}
+        unit = "pair" if preferred else "token"
+        tables[title] = {f"loss, nats per {unit}": result.get("val_loss"),
+                         "bits per byte": result.get("val_bpb"), **preferred}
         whose = f" of {title}".removeprefix(" of validation")
         tables[f"loss by position{whose}, at"] = result.get("by_position", {})
     return tables | evaluation.get("tasks", {})

@@ -238,12 +238,12 @@ def takes(split: Split) -> np.ndarray:
     """Say how often an epoch takes each dialog or pair (units,): once, or as its source's `count`
     or `weight` (a share of all learned tokens) asks, the whole set's times and of a shuffled order
     the first ones once more."""
-    source_of = split.sources()[::split.together]
-    often = np.ones(len(source_of), np.int64)
+    often = np.ones(split.documents // split.together, np.int64)
     sources = split.manifest["recipe"]["sources"]
     if split.split != "train" or not any({"count", "weight"} & source.keys() for source in sources):
         return often
     learned = added(split.learned_counts(), split.together)
+    source_of = split.sources()[::split.together]
     share = learned.sum() / (sum(source.get("weight", 0) for source in sources) or 1)
     for number, source in enumerate(sources):
         own = np.flatnonzero(source_of == number)

@@ -77,6 +77,14 @@ def known(reference: np.ndarray | None, rows: Rows, windows: Iterable[int]) -> n
     return reference[rows.documents_of(windows)]
 
 
+def stored(run: Path, split: str, data_hash: str) -> np.ndarray | None:
+    """Read the reference that a run has of a split of this data, None if it has none."""
+    folder = run / FOLDER
+    note = read_json(folder / NOTE, tolerant=True)
+    there = note.get("made_of", {}).get("data") == data_hash and (folder / f"{split}.npy").is_file()
+    return np.load(folder / f"{split}.npy") if there else None
+
+
 def refuse_other_start(loss: float, dtype: torch.dtype) -> None:
     """End a run whose first loss is not ln 2: the model that learns is not its reference."""
     most = 1e-6 if dtype == torch.float32 else 0.02
