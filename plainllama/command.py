@@ -70,7 +70,7 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
     for layer in (*(values for _, values in layers), overrides):
         vars(config).update(layer)
     config.out_dir = config.out_dir or f"out/{Path(config_file).stem}"
-    check_keys(config)
+    check_keys(config, shape=not config.init_from)  # which train.py may still take over
     base = layers[-2][0] if len(layers) > 1 else ""
     keys_given = frozenset().union(overrides, *(values for _, values in layers))
     return CommandLine(config, chosen, files, config_file, base, layers[-1][1], overrides,

@@ -180,8 +180,9 @@ def settle_documents(config: Settings) -> None:
     config.doc_mask = config.doc_mask or config.packing == "fit"
 
 
-def check_keys(config: Settings) -> None:
-    """Refuse, before anything slow starts, keys that do not fit together."""
+def check_keys(config: Settings, shape: bool = True) -> None:
+    """Refuse, before anything slow starts, keys that do not fit together; `shape`: also those of the
+    model and its rows."""
     c, scaled, llama3 = config, config.rope_scaling != "none", config.rope_scaling == "llama3"
     batch, block = c.global_batch_tokens, c.block_size
     for whole, part, message in (
@@ -190,7 +191,7 @@ def check_keys(config: Settings) -> None:
             (c.n_head, c.n_kv_head or c.n_head, "n_head {} is not a multiple of n_kv_head {}"),
             (batch, block, "global_batch_tokens {} is not a multiple of block_size {}; try "
                            f"{max(1, batch // block) * block}")):
-        if whole % part:
+        if shape and whole % part:
             raise UserError(message.format(whole, part))
     lora = [name for name in ("lora_alpha", "lora_dropout", "lora_targets")
             if getattr(c, name) != getattr(Settings, name)]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import IO
 
-from plainllama.text.embedded_chat import OPENINGS, SEED, WORDS, Maker
+from plainllama.text.embedded_chat import SEED, WORDS, Maker
 
 COUNT = 2000
 RAMBLING = ["Well, that is a question. ", "Let me think about it for a while. ",
@@ -31,8 +31,7 @@ class PairMaker(Maker):
             bad = f"{draw.choice(RUDE)}{right}."
         else:
             bad = f"{draw.choice(POLITE)}{self.name().lower()}."
-        asked = way.format(word)
-        return {"prompt": draw.choice(OPENINGS) + asked, "chosen": good, "rejected": bad}
+        return {"prompt": self.asking(way.format(word)), "chosen": good, "rejected": bad}
 
 
 def pairs(split: str, count: int = COUNT, seed: int = SEED) -> Iterator[dict]:
