@@ -431,7 +431,8 @@ def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):
         run(*words, "--out", out, "--temperature=0.5")
     monkeypatch.setattr(prompt_files.Journal, "add", add)
     folder = checkpoint.find_checkpoint(str(ckpt))
-    done = list(prompt_files.Journal(flags_of(*words, "--out", out), folder).read())
+    flags = flags_of(*words, "--out", out, "--dtype=fp32")
+    done = list(prompt_files.Journal(flags, folder).read())
     assert len(done) == len(made) == 18
     for rank in (1, 0):  # rank 0 gathers, so it comes last here
         two, answers = parallel.World(rank, 2), iter([folder, done])
@@ -459,7 +460,7 @@ def test_a_file_is_complete_only_if_it_was_made_in_this_way(ckpt, tmp_path, monk
     before, checked = Path("G.jsonl").read_bytes(), {"ckpt", "prompts", "out"}
     ways = {"max_new_tokens": 5, "temperature": 0.7, "seed": 8, "stop": "x", "column": "text",
             "num_samples": 2, "top_k": 9, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2,
-            "dtype": "fp32", "embed": "mean", "layers": "0"}
+            "dtype": "bf16", "embed": "mean", "layers": "0"}
     assert {f.name for f in dataclasses.fields(sample.Flags)} == checked | set(ways) | {
         "prompt", "base", "batch", "save", "device", "compile", "chat", "system", "tools"}
     Path("T.jsonl").write_text("".join(json.dumps({"text": "a"} | row) + "\n" for row in rows))
@@ -603,7 +604,8 @@ def test_txt_and_parquet(ckpt, tmp_path, monkeypatch):
     assert run(*words, "--prompts=F.parquet", "--out=G.parquet", "--column=text",
                "--num_samples=2") == 0
     made = pq.read_table("G.parquet")
-    assert made.drop_columns(["completion", "stop"]).equals(table.take([0, 0, 1, 1]))
+    assert made["sample"].to_pylist() == [0, 1, 0, 1]
+    assert made.drop_columns(["sample", "completion", "stop"]).equals(table.take([0, 0, 1, 1]))
     assert made["completion"].to_pylist() == [found[i]["completion"] for i in (0, 0, 2, 2)]
     before = Path("G.parquet").read_bytes()
     assert run(*words, "--prompts=F.parquet", "--out=G.parquet", "--column=text",
