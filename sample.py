@@ -112,7 +112,6 @@ def main(command) -> int:
         idle = set(command.overrides) & (idle if f.prompts else idle | {"column"})
         if idle and world.rank == 0:
             print(f"without effect here: {', '.join(sorted(idle))}", flush=True)
-        f.dtype = parallel.dtype_name(f.dtype, world.device)
         return checkpoint.with_checkpoint(f.ckpt, world, partial(work, f, prompts, schemas, world))
 
 
@@ -156,19 +155,19 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
     tokenizer = Tokenizer.load(peft.tokenizer_folder(folder, f.base))
     if f.prompt and (tokenizer.template or END in tokenizer.special_ids):
         print("(tuned on dialogs: --chat wraps what is said as training did)")
-    talks = prompts.talks(f.column)
+    config, talks = peft.whole_config(folder, f.base), prompts.talks(f.column)
+    generate.layers_of(f.layers, config.n_layer + 1)  # a UserError without them
     chat = chat_of(tokenizer) if any(talks) else None
     chats = [chat if talk else None for talk in talks]
-    ids = [prompt_ids(row, f, tokenizer, chats[i], i, schemas) for i, row in enumerate(rows)]
-    check(f, ids, folder)
-    journal = prompt_files.Journal(f, folder) if f.out else None
+    ids = prompt_ids(f, rows, chats, schemas, tokenizer, config.block_size)
+    dtype = parallel.pick_dtype(f.dtype, world.device)
+    journal = prompt_files.Journal(f, folder, dtype) if f.out else None
     done = world.decide(lambda: list(journal.read()) if journal else [])
     if journal and prompts.complete:
         if world.rank == 0:
             journal.remove()  # there if a kill came just before this line
             print(f"{f.out} is complete, with {len(rows)} rows; move it away to make it anew")
         return 0
-    dtype = parallel.pick_dtype(f.dtype, world.device)
     model = peft.load_model(folder, world.device, dtype, f.base)
     if journal:
         journal.begin(world.rank)
@@ -195,20 +194,29 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
     return 0
 
 
-def prompt_ids(row: dict, f: Any, tokenizer: Tokenizer, chat: Chat | None, i: int,
-               schemas: list[dict]) -> list[int]:
-    """Give the ids of a row's prompt, or of its messages with `chat`, which may call `schemas`
-    where it has no tools of its own. UserError if these are no talk."""
-    if chat is None:
-        return [tokenizer.bos_id, *tokenizer.encode(row[f.column])]
-    try:
-        if f.prompts.lower().endswith(".parquet"):
-            row = without_nulls(row)
-        messages, tools = asked(row, f.system)
-        return chat.prompt(messages, tools or schemas)
-    except Refused as why:
-        where = f"{f.prompts}:{i // f.num_samples + 1}"
-        raise UserError(f"{where}: {why} {why.found}".rstrip()) from None
+def prompt_ids(f: Any, rows: list[dict], chats: list[Chat | None], schemas: list[dict],
+               tokenizer: Tokenizer, block_size: int) -> list[list[int]]:
+    """Give the ids of each row's prompt or, with a chat, of its messages, where the model may call
+    `schemas` if there are no tools of its own. UserError if these are no talk, or for what does not
+    fit into the context, beside a new token if one is drawn."""
+    room, ids = block_size if f.embed != "none" else block_size - 1, []
+    nulls = f.prompts.lower().endswith(".parquet")  # of keys that other rows have
+    for i in range(0, len(rows), f.num_samples):
+        row, chat = rows[i], chats[i]
+        where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
+        try:
+            if chat:
+                messages, tools = asked(without_nulls(row) if nulls else row, f.system)
+                prompt = chat.prompt(messages, tools or schemas)
+            else:
+                prompt = [tokenizer.bos_id, *tokenizer.encode(row[f.column])]
+        except Refused as why:
+            raise UserError(f"{where}{why} {why.found}".rstrip()) from None
+        if len(prompt) > room:
+            raise UserError(f"{where}the prompt has {len(prompt)} tokens, room is for {room} in a "
+                            f"context of {block_size}")
+        ids += [prompt] * f.num_samples
+    return ids
 
 
 def message_of(chat: Chat, text: generate.Completion) -> dict:
@@ -216,19 +224,6 @@ def message_of(chat: Chat, text: generate.Completion) -> dict:
     with contextlib.suppress(ValueError):
         return chat.parse(text.text)
     return {"role": "assistant", "content": text.text}
-
-
-def check(f: Any, ids: list[list[int]], folder: Path) -> None:
-    """Raise UserError if a prompt does not fit into the model's context, beside a new token if one
-    is drawn, or if the model has no such --layers."""
-    config = peft.whole_config(folder, f.base)
-    room = config.block_size - (f.embed == "none")
-    for i, prompt in enumerate(ids):
-        if len(prompt) > room:
-            where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
-            raise UserError(f"{where}the prompt has {len(prompt)} tokens, room is for {room} in a "
-                            f"context of {config.block_size}")
-    generate.layers_of(f.layers, config.n_layer + 1)
 
 
 def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],

@@ -313,7 +313,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-def dtype_name(name: str, device: torch.device) -> str:
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """'auto' is bf16 where the GPU has it (emulation does not count), fp16 on an older one, fp32
     elsewhere. UserError if an older GPU is asked for bf16."""
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
@@ -322,13 +322,7 @@ def dtype_name(name: str, device: torch.device) -> str:
     if name == "bf16" and old:
         raise UserError(f"dtype=bf16: {torch.cuda.get_device_name(device)} only emulates it; use "
                         "dtype=fp16")
-    return name
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Give the torch.dtype of dtype_name()."""
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return kinds[dtype_name(name, device)]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def why_not(error: Exception) -> str:

@@ -431,8 +431,7 @@ def test_a_kill_loses_and_repeats_nothing(ckpt, tmp_path, monkeypatch, capsys):
         run(*words, "--out", out, "--temperature=0.5")
     monkeypatch.setattr(prompt_files.Journal, "add", add)
     folder = checkpoint.find_checkpoint(str(ckpt))
-    flags = flags_of(*words, "--out", out, "--dtype=fp32")
-    done = list(prompt_files.Journal(flags, folder).read())
+    done = list(prompt_files.Journal(flags_of(*words, "--out", out), folder).read())
     assert len(done) == len(made) == 18
     for rank in (1, 0):  # rank 0 gathers, so it comes last here
         two, answers = parallel.World(rank, 2), iter([folder, done])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from plainllama import files
@@ -22,7 +23,6 @@ from plainllama.text.records import naming_damage
 from plainllama.tokens.tokenizer_json import TEMPLATE_FILE
 from plainllama.training.log import git_state, versions
 from plainllama.weights import peft
-from plainllama.weights.huggingface import weight_files
 
 # flags without a say in what is made; the content of the model and of the files has one
 NO_MATTER = {"ckpt", "base", "prompt", "prompts", "out", "batch", "save", "device", "compile",
@@ -135,8 +135,8 @@ def read_prompts(f: Any) -> Prompts:
             raise UserError(f"{path}:{number}: `{min(taken)}` would be overwritten; rename it")
     if not rows:
         raise UserError(f"{path} has no rows")
-    lost = out.is_symlink() and not out.exists()  # it would be replaced by a file
-    if lost or out.is_dir() or not out.absolute().parent.is_dir():
+    other = os.path.lexists(out) and not out.is_file()  # it would be replaced by a file
+    if other or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists")
     try:  # what would fail after hours fails now
         if table is not None and kinds[1] == ".parquet" and copies > 1:
@@ -163,22 +163,22 @@ class Journal:
     """OUT.part-RANK: what this batch is made with, then a line for every row as it is done. All
     parts together, of however many ranks and starts, are what need not be done again."""
 
-    def __init__(self, f: Any, folder: Path):
-        """`recipe`: what decides the texts of a batch. `f`: the flags, `folder`: the model."""
+    def __init__(self, f: Any, folder: Path, dtype: torch.dtype = torch.float32):
+        """`recipe`: what decides the texts of a batch. `f`: the flags, `folder`: the model, `dtype`
+        that of its matmuls."""
         self.out, self.note = Path(f.out), Path(f"{f.out}.made.json")
-        paths = [folder / "checksums.json"]  # the hashes of all the others
-        if not paths[0].is_file():
-            adapter = [folder / name for name in peft.FILES] if peft.is_adapter(folder) else []
-            home = peft.base_of(folder, f.base)[0] if adapter else folder
-            names = ["config.json", "tokenizer.json", TEMPLATE_FILE]
-            paths = [at / name for at in dict.fromkeys((home, folder)) for name in names]
-            paths = [path for path in paths if path.is_file()]
-            paths += [*map(home.joinpath, weight_files(home)), *adapter]
-        model = "".join(map(files.sha256, paths))
+        names, homes, model = ["checksums.json"], [folder], ""  # the hashes of all the others
+        if not (folder / names[0]).is_file():
+            names = [*peft.FILES, "config.json", "tokenizer.json", TEMPLATE_FILE]
+            homes += [peft.base_of(folder, f.base)[0]] if peft.is_adapter(folder) else []
+            model = peft.weights_sha256(homes[-1])
+        there = [home / name for home in homes for name in names if (home / name).is_file()]
+        model += "".join(map(files.sha256, there))
         self.recipe = {"sha256 of the model": files.sha256_bytes(model.encode())[:16],
                        "sha256 of --prompts": files.sha256(Path(f.prompts))[:16],
                        "sha256 of --tools": files.sha256(Path(f.tools))[:16] if f.tools else "",
-                       **{key: value for key, value in vars(f).items() if key not in NO_MATTER}}
+                       **{key: value for key, value in vars(f).items() if key not in NO_MATTER},
+                       "dtype": str(dtype).removeprefix("torch.")}
 
     def other(self, recipe: dict) -> str:
         """Say in what another recipe differs from this one, '' if it does not."""
