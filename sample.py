@@ -78,7 +78,6 @@ from plainllama.generation.talk import talk
 from plainllama.generation.tools import Tools
 from plainllama.progress import Progress
 from plainllama.text.dialogs import Refused, asked
-from plainllama.text.records import without_nulls
 from plainllama.tokens.chat import END, Chat
 from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
@@ -159,7 +158,7 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
     generate.layers_of(f.layers, config.n_layer + 1)  # a UserError without them
     chat = chat_of(tokenizer) if any(talks) else None
     chats = [chat if talk else None for talk in talks]
-    ids = prompt_ids(f, rows, chats, schemas, tokenizer, config.block_size)
+    ids = prompt_ids(f, rows, talks, chat, schemas, tokenizer, config.block_size)
     dtype = parallel.pick_dtype(f.dtype, world.device)
     journal = prompt_files.Journal(f, folder, dtype) if f.out else None
     done = world.decide(lambda: list(journal.read()) if journal else [])
@@ -194,22 +193,21 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
     return 0
 
 
-def prompt_ids(f: Any, rows: list[dict], chats: list[Chat | None], schemas: list[dict],
-               tokenizer: Tokenizer, block_size: int) -> list[list[int]]:
-    """Give the ids of each row's prompt or, with a chat, of its messages, where the model may call
-    `schemas` if there are no tools of its own. UserError if these are no talk, or for what does not
-    fit into the context, beside a new token if one is drawn."""
+def prompt_ids(f: Any, rows: list[dict], talks: list[dict | None], chat: Chat | None,
+               schemas: list[dict], tokenizer: Tokenizer, block_size: int) -> list[list[int]]:
+    """Give the ids of each row's prompt or, by `chat`, of its talk, where the model may call
+    `schemas` if there are no tools of its own. UserError if it is no talk, or for what does not fit
+    into the context, beside a new token if one is drawn."""
     room, ids = block_size if f.embed != "none" else block_size - 1, []
-    nulls = f.prompts.lower().endswith(".parquet")  # of keys that other rows have
     for i in range(0, len(rows), f.num_samples):
-        row, chat = rows[i], chats[i]
+        talk = talks[i]
         where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
         try:
-            if chat:
-                messages, tools = asked(without_nulls(row) if nulls else row, f.system)
+            if chat and talk:
+                messages, tools = asked(talk, f.system)
                 prompt = chat.prompt(messages, tools or schemas)
             else:
-                prompt = [tokenizer.bos_id, *tokenizer.encode(row[f.column])]
+                prompt = [tokenizer.bos_id, *tokenizer.encode(rows[i][f.column])]
         except Refused as why:
             raise UserError(f"{where}{why} {why.found}".rstrip()) from None
         if len(prompt) > room:

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import end_all_below, run_script, start_fork
+from forks import TORCHRUN
 
 import sample
 from model import KVCache, LLaMA, ModelConfig, initial_weight
@@ -25,6 +25,7 @@ from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.generation import generate, prompt_files
 from plainllama.settings import Sampling, Settings, UserError
+from plainllama.tokens.chat import with_roles
 from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint
 from plainllama.weights.huggingface import config_json
@@ -652,42 +653,76 @@ def test_embeddings_are_those_of_transformers(ckpt, tmp_path, pool, layers, whic
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ten_kills_at_random(ckpt, tmp_path, ranks):
-    rng = random.Random(ranks)
-    rows = [{"id": i, "prompt": "word " * rng.randrange(8)} for i in range(500)]
-    (tmp_path / "F.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["sample.py", f"--ckpt={ckpt}", "--prompts=F.jsonl", "--batch=4",
-             "--max_new_tokens=40"]
-    assert run_script(*words, "--out=whole.jsonl", cwd=tmp_path).returncode == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-              str(ranks), "-m"] if ranks > 1 else [sys.executable, "-m"]
-    kills, growth = 0, [0]
-    while not (tmp_path / "G.jsonl").exists():
-        process = subprocess.Popen(
-            [*launch, "sample", *words[1:], "--out=G.jsonl"], cwd=tmp_path, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-        if kills < 10:
+def talk_rows(count: int) -> list[dict]:
+    """Questions and results of calls, whose functions have unlike parameters."""
+    rows = []
+    for i in range(count):
+        name, key = ("f", "a") if i % 2 else ("g", "b")
+        tool = {"name": name, "parameters": {"type": "object", "properties": {
+            key: {"type": "integer"}}}}
+        call = {"role": "assistant", "content": "", "tool_calls": [
+            {"name": name, "arguments": {key: i}}]}
+        asked = [{"role": "user", "content": f"what {i}"}, call, {"role": "tool", "content": "5"}]
+        rows.append({"id": i, "messages": asked[:1 + i % 2 * 2], "tools": [tool]})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    if path.suffix == ".txt":
+        path.write_text("".join(row["prompt"] + "\n" for row in rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(("source", "out", "count", "kills"), [
+    ("F.jsonl", "G.jsonl", 120, 3),
+    *(pytest.param(source, out, 500, 6, marks=pytest.mark.slow) for source, out in (
+        ("F.jsonl", "G.jsonl"), ("F.parquet", "G.parquet"), ("F.txt", "G.jsonl"),
+        ("M.jsonl", "G.jsonl"), ("M.parquet", "G.parquet"), ("M.jsonl", "G.parquet")))])
+def test_kills_at_random_moments(tmp_path, source, out, count, kills):
+    """Every process is killed, at any moment, and as many others or one go on: the file is that of
+    one go, and no row was made twice."""
+    rng = random.Random(f"{source} {out} {count}")
+    words = with_roles(json.loads(make_tokenizer("bytes").json_bytes), "x")[1]
+    folder = write_checkpoint(tmp_path / "model", tiny(block_size=400))
+    (folder / "tokenizer.json").write_bytes(words)
+    rows = [{"id": i, "prompt": "word " * rng.randrange(8)} for i in range(count)]
+    write_rows(tmp_path / source, talk_rows(count) if source[0] == "M" else rows)
+    words = ["--ckpt=model", f"--prompts={source}", "--batch=4", "--max_new_tokens=12"]
+    done = run_script("sample.py", *words, f"--out=whole{out[1:]}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made, starts = 0, 0
+    while not (tmp_path / out).exists():
+        several = [TORCHRUN, "--standalone", "--nproc_per_node=2"] if starts % 3 else []
+        process = start_fork([*several, ROOT / "sample.py", *words, f"--out={out}"], cwd=tmp_path,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+        starts += 1
+        if starts <= kills:
             begun = time.time()
-            while (sum(p.stat().st_size for p in tmp_path.glob("G.jsonl.part*")) <= growth[-1]
-                   and process.poll() is None and time.time() - begun < 600):
-                time.sleep(0.01)
-            time.sleep(rng.random() * 0.15)
-            # torchrun's ranks have groups of their own
-            ranks_of = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            for pid in (process.pid, *map(int, ranks_of)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            growth.append(sum(p.stat().st_size for p in tmp_path.glob("G.jsonl.part*")))
-            kills += 1
+            while (starts > 1 and len(rows_of_parts(tmp_path)) <= made and process.poll() is None
+                   and time.time() - begun < 600):
+                time.sleep(0.005)
+            time.sleep(rng.random() * 0.1)
+            end_all_below(tmp_path)
         _, error = process.communicate(timeout=600)
-        assert kills < 10 or process.returncode in (0, -9), error
-    assert kills == 10 and growth == sorted(growth)
-    assert (tmp_path / "G.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "F.jsonl", "G.jsonl", "G.jsonl.made.json", "whole.jsonl", "whole.jsonl.made.json"]
+        assert starts <= kills or process.returncode == 0, error
+        there = rows_of_parts(tmp_path)
+        assert len(there) == len(set(there)) >= (0 if (tmp_path / out).exists() else made)
+        made = len(there)
+    assert starts > 2
+    assert (tmp_path / out).read_bytes() == (tmp_path / f"whole{out[1:]}").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [source, out, f"{out}.made.json", "model", f"whole{out[1:]}", f"whole{out[1:]}.made.json"])
+
+
+def rows_of_parts(folder: Path) -> list[int]:
+    """The numbers of the rows that stand, whole, in the parts."""
+    lines = [line for part in folder.glob("*.part-*")
+             for line in part.read_bytes().split(b"\n")[1:-1]]
+    return [json.loads(line)["row"] for line in lines]
 
 
 def test_one_text_and_the_end_of_the_context(ckpt, capsys):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plainllama import files
 from plainllama.settings import UserError, install
-from plainllama.text.records import naming_damage
+from plainllama.text.records import naming_damage, without_nulls
 from plainllama.tokens.tokenizer_json import TEMPLATE_FILE
 from plainllama.training.log import git_state, versions
 from plainllama.weights import peft
@@ -65,16 +65,18 @@ def as_line(row: dict) -> bytes:
 
 
 class Prompts(NamedTuple):
-    """The rows to work on; from .parquet to .parquet also as a table, which has their types. And
-    whether there is an --out already."""
+    """The rows to work on; of a .parquet also as a table, which has their types. And whether there
+    is an --out already."""
 
     rows: list[dict]
     table: Any = None
     complete: bool = False
 
-    def talks(self, column: str) -> list[bool]:
-        """Say which rows are messages to be answered, and no text in `column`."""
-        return [not isinstance(row.get(column), str) for row in self.rows]
+    def talks(self, column: str) -> list[dict | None]:
+        """Give the rows that are messages to be answered, without the keys that a table adds, and
+        None for those with a text in `column`."""
+        known = dict if self.table is None else without_nulls
+        return [None if isinstance(row.get(column), str) else known(row) for row in self.rows]
 
     def write_to(self, file: Any, kind: str, made: list[dict]) -> None:
         """Write the rows with what was made of each: as a table, embeddings as lists of fp32 and
@@ -139,7 +141,7 @@ def read_prompts(f: Any) -> Prompts:
     if other or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists")
     try:  # what would fail after hours fails now
-        if table is not None and kinds[1] == ".parquet" and copies > 1:
+        if copies > 1 and table is not None:
             table = table.take([i // copies for i in range(len(rows) * copies)])
             table = table.append_column("sample", [[*range(copies)] * len(rows)])
         if copies > 1:

@@ -60,11 +60,15 @@ def find_template(folder: Path) -> str:
 
 
 def answer_ends(template: str, spec: dict) -> set[str]:
-    """Name the special tokens with which a template ends an answer, none if it is ''; `spec` is the
-    parsed tokenizer.json."""
+    """Name the special tokens with which a template ends an answer, none if it is '' or, which is
+    said, if that cannot be told; `spec` is the parsed tokenizer.json."""
     if template in ("", TEMPLATE):
         return {END} if template else set()
-    return Template(template, spec).ends
+    try:
+        return Template(template, spec).ends
+    except UserError as error:
+        print(f"transformers is not told what ends an answer: {error}", flush=True)
+        return set()
 
 
 # ---- text

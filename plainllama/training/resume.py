@@ -1,7 +1,7 @@
 """Where a run stands: the checkpoint to go on from, what is refused then, and any step's text."""
 
+import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -16,8 +16,8 @@ from plainllama.settings import Settings, UserError, check_keys, deciding, settl
 from plainllama.text.sources import described
 from plainllama.tokens import tokenizer
 from plainllama.tokens.rows import CONTEXT, PAD, Rows, hash_of_data, ids_of, training_rows
-from plainllama.tokens.templates import answer_ends, chat_of, find_template
-from plainllama.tokens.tokenizer_json import read_spec, sha256_of
+from plainllama.tokens.templates import chat_of, find_template
+from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.training import optim
 from plainllama.training.engine import architecture, outline
 from plainllama.training.objectives import Objective
@@ -247,22 +247,13 @@ def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> Non
             return
 
 
-def kept_template(source: Path | None, config: Settings, say: Callable[[str], None]) -> str:
-    """Give the template of dialogs that a model has which goes on with text, '' if there is none;
-    one that its checkpoints could not keep is said."""
-    if not source or config.documents != "text":
-        return ""
-    try:
-        home = peft.tokenizer_folder(source)
-        template = find_template(home)
-    except UserError:  # there is none
-        return ""
-    try:
-        answer_ends(template, read_spec(home)[0])
-        return template
-    except UserError as error:
-        say(f"the checkpoints are without the template of dialogs of {source}: {error}")
-        return ""
+def kept_template(source: Path | None, config: Settings) -> str:
+    """Give the template of dialogs that a model has which goes on with text, '' if there is
+    none."""
+    if source and config.documents == "text":
+        with contextlib.suppress(UserError):  # there is none
+            return find_template(peft.tokenizer_folder(source))
+    return ""
 
 
 def replay(config: Settings, manifest: dict, step: int) -> int:
