@@ -498,6 +498,41 @@ def test_a_file_is_complete_only_if_it_was_made_in_this_way(ckpt, tmp_path, monk
         run(*same, "--temperature=0.7")
 
 
+def test_samples_of_a_row_are_side_by_side(ckpt, tmp_path):
+    """Each with its number and with draws of its own."""
+    source, out = tmp_path / "F.jsonl", tmp_path / "G.jsonl"
+    source.write_text("".join(json.dumps({"id": i, "prompt": "a"}) + "\n" for i in range(3)))
+    words = ["--ckpt", ckpt, "--prompts", source, "--out", out, "--max_new_tokens=12"]
+    assert run(*words, "--num_samples=4", "--temperature=3", "--batch=5") == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["id"], row["sample"]) for row in found] == [(i, n) for i in range(3)
+                                                             for n in range(4)]
+    assert len({row["completion"] for row in found}) == 12
+    recipe = json.loads((tmp_path / "G.jsonl.made.json").read_text())["recipe"]
+    assert recipe["num_samples"] == 4 and recipe["dtype"] == "float32"
+    shutil.copy(out, source)
+    column = ["--column=completion", "--out", tmp_path / "H.jsonl"]
+    with pytest.raises(UserError, match="F.jsonl:1: `completion` would be overwritten"):
+        run(*words, *column)
+    rows = [{"prompt": "a", "sample": "mine"}]
+    source.write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match="F.jsonl:1: `sample` would be overwritten"):
+        run(*words, "--num_samples=2")
+    assert run(*words, "--out", tmp_path / "H.jsonl") == 0  # of one text the column is the user's
+    assert json.loads((tmp_path / "H.jsonl").read_text())["sample"] == "mine"
+
+
+def test_a_template_decides_texts_too(ckpt, tmp_path):
+    """Of a model folder of others, which has no checksums.json that names it."""
+    (tmp_path / "F.jsonl").write_text('{"prompt": "a"}')
+    folder = Path(shutil.copytree(ckpt, tmp_path / "model"))
+    words = ["--ckpt", folder, "--prompts", tmp_path / "F.jsonl", "--out", tmp_path / "G.jsonl"]
+    assert run(*words, "--max_new_tokens=1") == 0
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match="sha256 of the model"):
+        run(*words, "--max_new_tokens=1")
+
+
 @pytest.mark.parametrize("text, stops", [
     (r"\n", ["\n"]), (r"\n\n,\tEND", ["\n\n", "\tEND"]), (r"\r\\n", ["\r\\n"]), ("", []),
     ('["a,b", "\\\\d", "\\n"]', ["a,b", "\\d", "\n"]), ("one. two", ["one. two"]),
