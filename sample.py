@@ -6,7 +6,7 @@
                                    rows {"prompt": ...} -> the same rows in the same order, with
                                    `completion` and `stop` added; rows {"messages": ...}, also with
                                    "tools", get the `message` that answers too (as JSON text in
-                                   a .parquet)
+                                   a .parquet); --system and --tools are for those without their own
   sample.py --prompts=F.jsonl --out=G.parquet --embed=mean
                                    the same rows with `embedding`, the model's states, added
 
@@ -15,7 +15,8 @@
                                    is run, may be called by the model
 
 --prompts also takes .txt (a line is a prompt) and .parquet, --out .parquet. Started again after a
-kill, the same command goes on; torchrun shares the rows among its processes. `stop` says why a text
+kill, the same command goes on; torchrun shares the rows among its processes. --num_samples=N makes
+N rows of each in succession, with `sample`, 0 to N - 1. `stop` says why a text
 ended: eos (the model ended it), stop (a --stop text came; it is cut off) or length (max_new_tokens,
 or the end of the model's context). --stop is a text or several with commas between, in which \\n,
 \\t, \\r and \\\\ are a line break, tab, return and backslash, or a list in Python's form:
@@ -41,7 +42,7 @@ class Flags(Sampling):
     column: str = key("prompt", "where in a row of --prompts the text stands")
     out: str = key("", "the .jsonl or .parquet file to write for --prompts")
     max_new_tokens: int = key(256, "tokens per text, fewer where the context ends", low=1)
-    num_samples: int = key(1, "texts per prompt (with --out: as many rows in succession)", low=1)
+    num_samples: int = key(1, "texts per prompt (with --out: as many rows, with `sample`)", low=1)
     stop: str = key("", "end where this text comes")
     seed: int = key(1337, "seeds the draws, with the number of the text", low=0)
     batch: int = key(16, "texts that are generated side by side", low=1)
@@ -51,8 +52,8 @@ class Flags(Sampling):
     device: str = key("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     dtype: str = key("auto", "matmuls (auto: bf16 where it is native)", ("auto", "fp32", "bf16"))
     chat: bool = key(False, "talk with a model that was tuned on dialogs")
-    system: str = key("", "the system message of the talk (--chat)")
-    tools: str = key("", "a Python file whose functions the model may call (--chat)")
+    system: str = key("", "the system message of the talk (--chat), and of rows of messages")
+    tools: str = key("", "a Python file, which is run: functions for --chat, schemas for rows")
     compile: str = key("auto", "torch.compile (auto: --out on CUDA)", ("auto", "true", "false"))
 
 
@@ -94,13 +95,14 @@ def main(command) -> int:
         raise UserError(f"cannot use {command.files[0]!r}: say --ckpt=MODEL and --prompt=TEXT")
     if f.chat:
         return start_talk(command)
-    if f.system or f.tools:
-        raise UserError("--system and --tools are for --chat; rows of messages have their own")
     if bool(f.prompts) != bool(f.out) or (f.prompts and f.prompt):
         raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
     if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
         raise UserError("--embed writes states, and those to a .parquet (--out), without --save")
     prompts = prompt_files.read_prompts(f)
+    if (f.system or f.tools) and not any(prompts.talks(f.column)):
+        raise UserError("--system and --tools are for --chat; rows of messages take them too")
+    schemas = Tools(f.tools).schemas if f.tools else []
     with contextlib.closing(parallel.start(f.device, "auto")) as world:
         if world.size > 1 and not f.out:
             raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
@@ -109,7 +111,7 @@ def main(command) -> int:
         idle = set(command.overrides) & (idle if f.prompts else idle | {"column"})
         if idle and world.rank == 0:
             print(f"without effect here: {', '.join(sorted(idle))}", flush=True)
-        return checkpoint.with_checkpoint(f.ckpt, world, partial(work, f, prompts, world))
+        return checkpoint.with_checkpoint(f.ckpt, world, partial(work, f, prompts, schemas, world))
 
 
 def start_talk(command) -> int:
@@ -143,7 +145,8 @@ def stops_of(text: str) -> list[str]:
     raise UserError(rf"cannot use --stop={text}: say A,B (with no \ but \n \t \r \\) or ['A', 'B']")
 
 
-def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: Path) -> int:
+def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: parallel.World,
+         folder: Path) -> int:
     """Decode this rank's share of the rows; rank 0 then writes or shows what was made of all."""
     run, rows = run_of(folder), prompts.rows
     if f.save and run is None:
@@ -151,19 +154,19 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
     tokenizer = Tokenizer.load(peft.tokenizer_folder(folder, f.base))
     if f.prompt and (tokenizer.template or END in tokenizer.special_ids):
         print("(tuned on dialogs: --chat wraps what is said as training did)")
-    talks = [not isinstance(row.get(f.column), str) for row in rows]
+    config, talks = peft.whole_config(folder, f.base), prompts.talks(f.column)
+    generate.layers_of(f.layers, config.n_layer + 1)  # a UserError without them
     chat = chat_of(tokenizer) if any(talks) else None
     chats = [chat if talk else None for talk in talks]
-    ids = [prompt_ids(row, f, tokenizer, chats[i], i) for i, row in enumerate(rows)]
-    check(f, ids, folder)
-    journal = prompt_files.Journal(f, folder) if f.out else None
+    ids = prompt_ids(f, rows, talks, chat, schemas, tokenizer, config.block_size)
+    dtype = parallel.pick_dtype(f.dtype, world.device)
+    journal = prompt_files.Journal(f, folder, dtype) if f.out else None
     done = world.decide(lambda: list(journal.read()) if journal else [])
     if journal and prompts.complete:
         if world.rank == 0:
             journal.remove()  # there if a kill came just before this line
             print(f"{f.out} is complete, with {len(rows)} rows; move it away to make it anew")
         return 0
-    dtype = parallel.pick_dtype(f.dtype, world.device)
     model = peft.load_model(folder, world.device, dtype, f.base)
     if journal:
         journal.begin(world.rank)
@@ -190,16 +193,28 @@ def work(f: Any, prompts: prompt_files.Prompts, world: parallel.World, folder: P
     return 0
 
 
-def prompt_ids(row: dict, f: Any, tokenizer: Tokenizer, chat: Chat | None, i: int) -> list[int]:
-    """Give the ids of a row's prompt, or of its messages with `chat`. UserError if these are no
-    talk."""
-    if chat is None:
-        return [tokenizer.bos_id, *tokenizer.encode(row[f.column])]
-    try:
-        return chat.prompt(*asked(row))
-    except Refused as why:
-        where = f"{f.prompts}:{i // f.num_samples + 1}"
-        raise UserError(f"{where}: {why} {why.found}".rstrip()) from None
+def prompt_ids(f: Any, rows: list[dict], talks: list[dict | None], chat: Chat | None,
+               schemas: list[dict], tokenizer: Tokenizer, block_size: int) -> list[list[int]]:
+    """Give the ids of each row's prompt or, by `chat`, of its talk, where the model may call
+    `schemas` if there are no tools of its own. UserError if it is no talk, or for what does not fit
+    into the context, beside a new token if one is drawn."""
+    room, ids = block_size if f.embed != "none" else block_size - 1, []
+    for i in range(0, len(rows), f.num_samples):
+        talk = talks[i]
+        where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
+        try:
+            if chat and talk:
+                messages, tools = asked(talk, f.system)
+                prompt = chat.prompt(messages, tools or schemas)
+            else:
+                prompt = [tokenizer.bos_id, *tokenizer.encode(rows[i][f.column])]
+        except Refused as why:
+            raise UserError(f"{where}{why} {why.found}".rstrip()) from None
+        if len(prompt) > room:
+            raise UserError(f"{where}the prompt has {len(prompt)} tokens, room is for {room} in a "
+                            f"context of {block_size}")
+        ids += [prompt] * f.num_samples
+    return ids
 
 
 def message_of(chat: Chat, text: generate.Completion) -> dict:
@@ -207,19 +222,6 @@ def message_of(chat: Chat, text: generate.Completion) -> dict:
     with contextlib.suppress(ValueError):
         return chat.parse(text.text)
     return {"role": "assistant", "content": text.text}
-
-
-def check(f: Any, ids: list[list[int]], folder: Path) -> None:
-    """Raise UserError if a prompt does not fit into the model's context, beside a new token if one
-    is drawn, or if the model has no such --layers."""
-    config = peft.whole_config(folder, f.base)
-    room = config.block_size - (f.embed == "none")
-    for i, prompt in enumerate(ids):
-        if len(prompt) > room:
-            where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
-            raise UserError(f"{where}the prompt has {len(prompt)} tokens, room is for {room} in a "
-                            f"context of {config.block_size}")
-    generate.layers_of(f.layers, config.n_layer + 1)
 
 
 def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],

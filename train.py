@@ -159,6 +159,7 @@ class Run:
         # last of all, since it makes the run's folder and says there that the run is at work
         self.start = resume.begin(self.folder, config, manifest, self.data_hash,
                                   command.flags.extend, world)
+        self.saver.template = resume.kept_template(self.start.source, config)
         self.step = self.start.step
         if command.flags.extend and not self.start.state:
             say(f"--extend has no effect: {self.folder} holds nothing to go on from")

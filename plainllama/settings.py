@@ -181,8 +181,8 @@ def settle_documents(config: Settings) -> None:
 
 
 def check_keys(config: Settings, shape: bool = True) -> None:
-    """Refuse, before anything slow starts, keys that do not fit together; `shape`: also those of the
-    model and its rows."""
+    """Refuse, before anything slow starts, keys that do not fit together; `shape`: also those of
+    the model and its rows."""
     c, scaled, llama3 = config, config.rope_scaling != "none", config.rope_scaling == "llama3"
     batch, block = c.global_batch_tokens, c.block_size
     for whole, part, message in (

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import end_all_below, run_script, start_fork
+from forks import TORCHRUN
 
 import sample
 from model import KVCache, LLaMA, ModelConfig
@@ -25,6 +25,7 @@ from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.generation import generate, prompt_files
 from plainllama.settings import Sampling, Settings, UserError
+from plainllama.tokens.chat import with_roles
 from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights import checkpoint
 from plainllama.weights.adapters import initial_weight
@@ -460,7 +461,7 @@ def test_a_file_is_complete_only_if_it_was_made_in_this_way(ckpt, tmp_path, monk
     before, checked = Path("G.jsonl").read_bytes(), {"ckpt", "prompts", "out"}
     ways = {"max_new_tokens": 5, "temperature": 0.7, "seed": 8, "stop": "x", "column": "text",
             "num_samples": 2, "top_k": 9, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2,
-            "dtype": "fp32", "embed": "mean", "layers": "0"}
+            "dtype": "bf16", "embed": "mean", "layers": "0"}
     assert {f.name for f in dataclasses.fields(sample.Flags)} == checked | set(ways) | {
         "prompt", "base", "batch", "save", "device", "compile", "chat", "system", "tools"}
     Path("T.jsonl").write_text("".join(json.dumps({"text": "a"} | row) + "\n" for row in rows))
@@ -496,6 +497,41 @@ def test_a_file_is_complete_only_if_it_was_made_in_this_way(ckpt, tmp_path, monk
     Path("G.jsonl.made.json").unlink()
     with pytest.raises(UserError, match="it is other work"):
         run(*same, "--temperature=0.7")
+
+
+def test_samples_of_a_row_are_side_by_side(ckpt, tmp_path):
+    """Each with its number and with draws of its own."""
+    source, out = tmp_path / "F.jsonl", tmp_path / "G.jsonl"
+    source.write_text("".join(json.dumps({"id": i, "prompt": "a"}) + "\n" for i in range(3)))
+    words = ["--ckpt", ckpt, "--prompts", source, "--out", out, "--max_new_tokens=12"]
+    assert run(*words, "--num_samples=4", "--temperature=3", "--batch=5") == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["id"], row["sample"]) for row in found] == [(i, n) for i in range(3)
+                                                             for n in range(4)]
+    assert len({row["completion"] for row in found}) == 12
+    recipe = json.loads((tmp_path / "G.jsonl.made.json").read_text())["recipe"]
+    assert recipe["num_samples"] == 4 and recipe["dtype"] == "float32"
+    shutil.copy(out, source)
+    column = ["--column=completion", "--out", tmp_path / "H.jsonl"]
+    with pytest.raises(UserError, match=r"F\.jsonl:1: `completion` would be overwritten"):
+        run(*words, *column)
+    rows = [{"prompt": "a", "sample": "mine"}]
+    source.write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match=r"F\.jsonl:1: `sample` would be overwritten"):
+        run(*words, "--num_samples=2")
+    assert run(*words, "--out", tmp_path / "H.jsonl") == 0  # of one text the column is the user's
+    assert json.loads((tmp_path / "H.jsonl").read_text())["sample"] == "mine"
+
+
+def test_a_template_decides_texts_too(ckpt, tmp_path):
+    """Of a model folder of others, which has no checksums.json that names it."""
+    (tmp_path / "F.jsonl").write_text('{"prompt": "a"}')
+    folder = Path(shutil.copytree(ckpt, tmp_path / "model"))
+    words = ["--ckpt", folder, "--prompts", tmp_path / "F.jsonl", "--out", tmp_path / "G.jsonl"]
+    assert run(*words, "--max_new_tokens=1") == 0
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match="sha256 of the model"):
+        run(*words, "--max_new_tokens=1")
 
 
 @pytest.mark.parametrize("text, stops", [
@@ -604,7 +640,8 @@ def test_txt_and_parquet(ckpt, tmp_path, monkeypatch):
     assert run(*words, "--prompts=F.parquet", "--out=G.parquet", "--column=text",
                "--num_samples=2") == 0
     made = pq.read_table("G.parquet")
-    assert made.drop_columns(["completion", "stop"]).equals(table.take([0, 0, 1, 1]))
+    assert made["sample"].to_pylist() == [0, 1, 0, 1]
+    assert made.drop_columns(["sample", "completion", "stop"]).equals(table.take([0, 0, 1, 1]))
     assert made["completion"].to_pylist() == [found[i]["completion"] for i in (0, 0, 2, 2)]
     before = Path("G.parquet").read_bytes()
     assert run(*words, "--prompts=F.parquet", "--out=G.parquet", "--column=text",
@@ -652,42 +689,76 @@ def test_embeddings_are_those_of_transformers(ckpt, tmp_path, pool, layers, whic
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ten_kills_at_random(ckpt, tmp_path, ranks):
-    rng = random.Random(ranks)
-    rows = [{"id": i, "prompt": "word " * rng.randrange(8)} for i in range(500)]
-    (tmp_path / "F.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["sample.py", f"--ckpt={ckpt}", "--prompts=F.jsonl", "--batch=4",
-             "--max_new_tokens=40"]
-    assert run_script(*words, "--out=whole.jsonl", cwd=tmp_path).returncode == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-              str(ranks), "-m"] if ranks > 1 else [sys.executable, "-m"]
-    kills, growth = 0, [0]
-    while not (tmp_path / "G.jsonl").exists():
-        process = subprocess.Popen(
-            [*launch, "sample", *words[1:], "--out=G.jsonl"], cwd=tmp_path, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-        if kills < 10:
+def talk_rows(count: int) -> list[dict]:
+    """Questions and results of calls, whose functions have unlike parameters."""
+    rows = []
+    for i in range(count):
+        name, key = ("f", "a") if i % 2 else ("g", "b")
+        tool = {"name": name, "parameters": {"type": "object", "properties": {
+            key: {"type": "integer"}}}}
+        call = {"role": "assistant", "content": "", "tool_calls": [
+            {"name": name, "arguments": {key: i}}]}
+        asked = [{"role": "user", "content": f"what {i}"}, call, {"role": "tool", "content": "5"}]
+        rows.append({"id": i, "messages": asked[:1 + i % 2 * 2], "tools": [tool]})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    if path.suffix == ".txt":
+        path.write_text("".join(row["prompt"] + "\n" for row in rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(("source", "out", "count", "kills"), [
+    ("F.jsonl", "G.jsonl", 120, 3),
+    *(pytest.param(source, out, 500, 6, marks=pytest.mark.slow) for source, out in (
+        ("F.jsonl", "G.jsonl"), ("F.parquet", "G.parquet"), ("F.txt", "G.jsonl"),
+        ("M.jsonl", "G.jsonl"), ("M.parquet", "G.parquet"), ("M.jsonl", "G.parquet")))])
+def test_kills_at_random_moments(tmp_path, source, out, count, kills):
+    """Every process is killed, at any moment, and as many others or one go on: the file is that of
+    one go, and no row was made twice."""
+    rng = random.Random(f"{source} {out} {count}")
+    words = with_roles(json.loads(make_tokenizer("bytes").json_bytes), "x")[1]
+    folder = write_checkpoint(tmp_path / "model", tiny(block_size=400))
+    (folder / "tokenizer.json").write_bytes(words)
+    rows = [{"id": i, "prompt": "word " * rng.randrange(8)} for i in range(count)]
+    write_rows(tmp_path / source, talk_rows(count) if source[0] == "M" else rows)
+    words = ["--ckpt=model", f"--prompts={source}", "--batch=4", "--max_new_tokens=12"]
+    done = run_script("sample.py", *words, f"--out=whole{out[1:]}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made, starts = 0, 0
+    while not (tmp_path / out).exists():
+        several = [TORCHRUN, "--standalone", "--nproc_per_node=2"] if starts % 3 else []
+        process = start_fork([*several, ROOT / "sample.py", *words, f"--out={out}"], cwd=tmp_path,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+        starts += 1
+        if starts <= kills:
             begun = time.time()
-            while (sum(p.stat().st_size for p in tmp_path.glob("G.jsonl.part*")) <= growth[-1]
-                   and process.poll() is None and time.time() - begun < 600):
-                time.sleep(0.01)
-            time.sleep(rng.random() * 0.15)
-            # torchrun's ranks have groups of their own
-            ranks_of = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            for pid in (process.pid, *map(int, ranks_of)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            growth.append(sum(p.stat().st_size for p in tmp_path.glob("G.jsonl.part*")))
-            kills += 1
+            while (starts > 1 and len(rows_of_parts(tmp_path)) <= made and process.poll() is None
+                   and time.time() - begun < 600):
+                time.sleep(0.005)
+            time.sleep(rng.random() * 0.1)
+            end_all_below(tmp_path)
         _, error = process.communicate(timeout=600)
-        assert kills < 10 or process.returncode in (0, -9), error
-    assert kills == 10 and growth == sorted(growth)
-    assert (tmp_path / "G.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "F.jsonl", "G.jsonl", "G.jsonl.made.json", "whole.jsonl", "whole.jsonl.made.json"]
+        assert starts <= kills or process.returncode == 0, error
+        there = rows_of_parts(tmp_path)
+        assert len(there) == len(set(there)) >= (0 if (tmp_path / out).exists() else made)
+        made = len(there)
+    assert starts > 2
+    assert (tmp_path / out).read_bytes() == (tmp_path / f"whole{out[1:]}").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [source, out, f"{out}.made.json", "model", f"whole{out[1:]}", f"whole{out[1:]}.made.json"])
+
+
+def rows_of_parts(folder: Path) -> list[int]:
+    """The numbers of the rows that stand, whole, in the parts."""
+    lines = [line for part in folder.glob("*.part-*")
+             for line in part.read_bytes().split(b"\n")[1:-1]]
+    return [json.loads(line)["row"] for line in lines]
 
 
 def test_one_text_and_the_end_of_the_context(ckpt, capsys):

@@ -5,17 +5,19 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from test_chat import made
+from test_chat import TOOL, made
 from test_sample import tiny, write_checkpoint
 
 import sample
 from plainllama.command import parse
 from plainllama.evaluation import dialogs
+from plainllama.files import read_json, sha256
 from plainllama.generation import generate, prompt_files, talk, tools
 from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.text.dialogs import Refused
 from plainllama.tokens.chat import Chat
+from plainllama.tokens.tokenizer import Tokenizer
 
 FUNCTIONS = '''
 import os, time
@@ -417,10 +419,22 @@ def test_rows_that_a_parquet_cannot_hold_are_refused_at_once(tmp_path):
                           sample.Flags, "files"))
 
 
+def test_columns_of_unlike_objects_are_text_in_a_parquet(tmp_path):
+    """pyarrow gives every object the keys of all: columns would come back as others."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    tool = {"name": "g", "parameters": {"type": "object", "properties": {"b": {"type": "string"}}}}
+    rows = [{"id": 1, "tools": [TOOL], "n": {"x": [1, None]}}, {"id": 2, "tools": [tool]}]
+    with open(tmp_path / "G.parquet", "wb") as file:
+        prompt_files.Prompts(rows).write_to(file, ".parquet", [{}] * 2)
+    found = pq.read_table(tmp_path / "G.parquet").to_pylist()
+    assert [json.loads(row["tools"]) for row in found] == [[TOOL], [tool]]
+    assert [row["n"] for row in found] == [{"x": [1, None]}, None]
+
+
 @pytest.fixture
 def tuned(tmp_path):
     """A model that knows dialogs."""
-    folder = write_checkpoint(tmp_path / "model", tiny())
+    folder = write_checkpoint(tmp_path / "model", tiny(block_size=400))
     made("bytes").save(folder)
     return folder
 
@@ -443,6 +457,67 @@ def test_rows_of_messages_alone_get_a_message(tmp_path, tuned, kind):
         found = prompt_files.read_file(out, "")[0]
         assert "message" not in found[0]
     assert found[1]["message"] and all(row["stop"] for row in found)
+
+
+def batch(tuned, source, out, *words: str) -> list[dict]:
+    """The rows that sample.py makes of a file."""
+    assert sample.main(parse([f"--ckpt={tuned}", f"--prompts={source}", f"--out={out}",
+                              "--max_new_tokens=3", "--device=cpu", *words], "", sample.Flags,
+                             "files")) == 0
+    return prompt_files.read_file(out, "")[0]
+
+
+def test_rows_of_messages_take_a_system_message_and_tools(tmp_path, tuned, monkeypatch):
+    """Where they have none of their own; the functions are offered, and never called."""
+    given, complete = [], generate.complete
+    monkeypatch.setattr(generate, "complete", lambda *args: given.extend(args[2]) or complete(
+        *args))
+    (tmp_path / "f.py").write_text("def add(a: int) -> int:\n    1 / 0\n")
+    ask, own = {"role": "user", "content": "a"}, {"role": "system", "content": "Own."}
+    rows = [{"messages": [ask]}, {"messages": [own, ask]}, {"messages": [ask], "tools": [TOOL]},
+            {"messages": json.dumps([ask]), "system": "Own."}, {"prompt": "plain text"}]
+    source, out = tmp_path / "F.jsonl", tmp_path / "G.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    words = ["--system=Be brief.", f"--tools={tmp_path / 'f.py'}", "--batch=1"]
+    found = batch(tuned, source, out, *words)
+    assert [row | {"completion": "", "stop": "", "message": ""} for row in rows] == [
+        row | {"completion": "", "stop": "", "message": ""} for row in found]
+    chat, brief = Chat(Tokenizer.load(tuned)), {"role": "system", "content": "Be brief."}
+    schemas = tools.Tools(str(tmp_path / "f.py")).schemas
+    wanted = [chat.prompt([brief, ask], schemas), chat.prompt([own, ask], schemas),
+              chat.prompt([brief, ask], [TOOL]), chat.prompt([own, ask], schemas),
+              [chat.tokenizer.bos_id, *b"plain text"]]
+    assert sorted(given) == sorted(wanted)
+    recipe = read_json(tmp_path / "G.jsonl.made.json")["recipe"]
+    assert recipe["system"] == "Be brief." and recipe["sha256 of --tools"] == sha256(
+        tmp_path / "f.py")[:16]
+    for other, says in ((["--system=Own."], "system=Be brief., now it is Own."),
+                        (["--tools="], "sha256 of --tools=.*, now it is ;"),
+                        ([], "sha256 of --tools=.*, now it is [0-9a-f]{16};")):
+        if not other:
+            (tmp_path / "f.py").write_text("def add(a: int, b: int) -> int:\n    1 / 0\n")
+        with pytest.raises(UserError, match=f"not made from this: {says}"):
+            batch(tuned, source, out, *words, *other)
+    source.write_text('{"prompt": "a"}')
+    with pytest.raises(UserError, match="are for --chat; rows of messages take them too"):
+        batch(tuned, source, tmp_path / "H.jsonl", "--system=x")
+
+
+def test_talks_of_a_parquet_are_those_of_a_jsonl(tmp_path, tuned):
+    """Without the keys that other rows have, and from JSON text, as prepare.py reads them."""
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    other = {"name": "g", "parameters": {"type": "object", "properties": {"b": {
+        "type": "string"}}}}
+    rows = [{"messages": [{"role": "user", "content": f"a{i}"}], "tools": [[TOOL, other][i % 2]]}
+            for i in range(4)]
+    (tmp_path / "F.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(arrow.Table.from_pylist(rows), tmp_path / "F.parquet")
+    text = [{name: json.dumps(value) for name, value in row.items()} for row in rows]
+    pq.write_table(arrow.Table.from_pylist(text), tmp_path / "T.parquet")
+    texts = [[row["completion"] for row in batch(tuned, tmp_path / source, tmp_path / out)]
+             for source, out in (("F.jsonl", "A.jsonl"), ("F.parquet", "B.parquet"),
+                                 ("T.parquet", "C.jsonl"), ("F.jsonl", "D.parquet"))]
+    assert texts[0] == texts[1] == texts[2] == texts[3]
 
 
 def test_a_prompt_to_a_model_of_dialogs_is_remarked_on(tuned, capsys):

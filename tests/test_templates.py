@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from datetime import datetime
 
 import numpy as np
@@ -329,14 +330,15 @@ def test_the_own_template_is_known(tmp_path):
     assert type(templates.chat_of(tokenizer.Tokenizer.load(tmp_path))) is chat.Chat
 
 
-def test_what_ends_an_answer(tmp_path):
+def test_what_ends_an_answer(tmp_path, capsys):
     ours = folder_of(tmp_path, {})
     spec = json.loads(ours.json_bytes)
-    assert templates.answer_ends(tmp_path, spec) == set()
+    assert templates.answer_ends("", spec) == set()
     for text, name in ((TURN, "<|im_end|>"), (chat.TEMPLATE, chat.END)):
-        (tmp_path / tokenizer_json.TEMPLATE_FILE).write_text(text)
-        assert templates.answer_ends(tmp_path, spec) == {name}
+        assert templates.answer_ends(text, spec) == {name}
     assert {ours.special_ids["<|im_end|>"], ours.end_id} == ours.stop_ids
+    assert templates.answer_ends("{{ a", spec) == set()
+    assert "not told what ends an answer: the model's template of" in capsys.readouterr().out
 
 
 # ---- a data set, a run and what opens it
@@ -381,6 +383,28 @@ def test_a_run_by_a_models_template(home, capsys):
     folder_of(home / "model", {"chat_template": ENDED + "{# #}"})
     with pytest.raises(UserError, match="file has changed"):
         prepare.main(parse(words, "", prepare.Flags))
+
+
+@pytest.mark.parametrize("kind", ["model", "own"])
+def test_a_model_of_dialogs_that_goes_on_with_text_keeps_its_template(home, kind):
+    """Also resumed where what it began with is gone; a model that begins anew gets none."""
+    assert prepare.main(parse(["talk.py", f"--chat_template={kind}"], "", prepare.Flags)) == 0
+    assert train.main(parse(["talk.py"], "", train.Flags)) == 0
+    chat_step = home / "out/talk/checkpoints/step_1"
+    (home / "more.txt").write_text("\n".join(f"line {n} of a text" for n in range(300)))
+    words = ["talk.py", "--dataset=more", "--sources=more.txt", "--documents=text",
+             "--chat_template=own", "--tokenizer=out/talk"]
+    assert prepare.main(parse(words, "", prepare.Flags)) == 0
+    words = ["talk.py", "--dataset=more", "--init_from=out/talk", "--out_dir=out/more"]
+    assert train.main(parse(words, "", train.Flags)) == 0
+    names = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
+    kept = {name: (chat_step / name).read_text() for name in names}
+    shutil.rmtree(home / "out/talk")
+    assert train.main(parse([*words, "--max_steps=2", "--extend"], "", train.Flags)) == 0
+    for step in (home / "out/more/checkpoints").iterdir():
+        assert {name: (step / name).read_text() for name in names} == kept
+    assert train.main(parse([*words[:2], "--out_dir=out/base"], "", train.Flags)) == 0
+    assert not (home / "out/base/checkpoints/step_1/chat_template.jinja").exists()
 
 
 def test_a_template_needs_its_folder(home):

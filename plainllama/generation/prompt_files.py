@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from plainllama import files
 from plainllama.settings import UserError, install
-from plainllama.text.records import naming_damage
+from plainllama.text.records import naming_damage, without_nulls
+from plainllama.training.log import git_state, versions
 from plainllama.weights import peft
-from plainllama.weights.huggingface import weight_files
 
-# flags without a say in what is made; the content of the model and of --prompts has one
+# flags without a say in what is made; the content of the model and of the files has one
 NO_MATTER = {"ckpt", "base", "prompt", "prompts", "out", "batch", "save", "device", "compile",
-             "chat", "system", "tools"}
+             "chat", "tools"}
 
 
 # ---- read
@@ -63,12 +64,18 @@ def as_line(row: dict) -> bytes:
 
 
 class Prompts(NamedTuple):
-    """The rows to work on; from .parquet to .parquet also as a table, which has their types. And
-    whether there is an --out already."""
+    """The rows to work on; of a .parquet also as a table, which has their types. And whether there
+    is an --out already."""
 
     rows: list[dict]
     table: Any = None
     complete: bool = False
+
+    def talks(self, column: str) -> list[dict | None]:
+        """Give the rows that are messages to be answered, without the keys that a table adds, and
+        None for those with a text in `column`."""
+        known = dict if self.table is None else without_nulls
+        return [None if isinstance(row.get(column), str) else known(row) for row in self.rows]
 
     def write_to(self, file: Any, kind: str, made: list[dict]) -> None:
         """Write the rows with what was made of each: as a table, embeddings as lists of fp32 and
@@ -82,7 +89,8 @@ class Prompts(NamedTuple):
         table = self.table
         if table is None:
             names = dict.fromkeys(name for row in self.rows for name in row)
-            table = pa.table({name: [row.get(name) for row in self.rows] for name in names})
+            table = pa.table({name: column_of([row.get(name) for row in self.rows])
+                              for name in names})
         for name in dict.fromkeys(name for new in made for name in new):
             column: Any = [new.get(name) for new in made]
             if name == "embedding":
@@ -94,13 +102,24 @@ class Prompts(NamedTuple):
         pq.write_table(table, file)
 
 
+def column_of(values: list) -> Any:
+    """Make a column of a table; one of objects that would get each other's keys is JSON text."""
+    import pyarrow as pa
+
+    column = pa.array(values)
+    if pa.types.is_nested(column.type) and column.to_pylist() != values:
+        return [None if value is None else json.dumps(value) for value in values]
+    return column
+
+
 def read_prompts(f: Any) -> Prompts:
-    """Read the rows of --prompts, or make one of --prompt, each --num_samples times. UserError if
-    --out cannot take them with what is added to them."""
+    """Read the rows of --prompts, or make one of --prompt, each --num_samples times, then with its
+    number among them as `sample`. UserError if --out cannot take them with what is added."""
     if not f.prompts:
         return Prompts([{f.column: f.prompt}] * f.num_samples)
     path, out, column, copies = Path(f.prompts), Path(f.out), f.column, f.num_samples
     added = {"completion", "stop", "message"} if f.embed == "none" else {"embedding"}
+    added |= {"sample"} if copies > 1 else set()
     kinds = path.suffix.lower(), out.suffix.lower()
     if kinds[1] not in (".jsonl", ".parquet", ""):
         raise UserError(f"--out takes a .jsonl or .parquet, not a {kinds[1]}")
@@ -110,20 +129,23 @@ def read_prompts(f: Any) -> Prompts:
         raise UserError(f"no file {path}; --prompts takes a .jsonl, .txt or .parquet file")
     rows, table = read_file(path, column)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(column), str) and not isinstance(row.get("messages"), list):
+        if not isinstance(row.get(column), str) and row.get("messages") is None:
             raise UserError(f"{path}:{number} has no text in a column `{column}`; its columns are: "
                             f"{', '.join(row) or 'none'} (--column names another; or `messages`)")
         if taken := added & set(row):
             raise UserError(f"{path}:{number}: `{min(taken)}` would be overwritten; rename it")
     if not rows:
         raise UserError(f"{path} has no rows")
-    lost = out.is_symlink() and not out.exists()  # it would be replaced by a file
-    if lost or out.is_dir() or not out.absolute().parent.is_dir():
+    other = os.path.lexists(out) and not out.is_file()  # it would be replaced by a file
+    if other or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists")
     try:  # what would fail after hours fails now
-        if table is not None and kinds[1] == ".parquet":
+        if copies > 1 and table is not None:
             table = table.take([i // copies for i in range(len(rows) * copies)])
-        prompts = Prompts([row for row in rows for _ in range(copies)], table, out.exists())
+            table = table.append_column("sample", [[*range(copies)] * len(rows)])
+        if copies > 1:
+            rows = [row | {"sample": number} for row in rows for number in range(copies)]
+        prompts = Prompts(rows, table, out.exists())
         with open(os.devnull, "wb") as nowhere:
             prompts.write_to(nowhere, out.suffix, [{}] * len(prompts.rows))
     except (ValueError, TypeError, ArithmeticError, NotImplementedError) as error:
@@ -142,24 +164,20 @@ class Journal:
     """OUT.part-RANK: what this batch is made with, then a line for every row as it is done. All
     parts together, of however many ranks and starts, are what need not be done again."""
 
-    def __init__(self, f: Any, folder: Path):
-        """`recipe`: what decides the texts of a batch. `f`: the flags, `folder`: the model."""
+    def __init__(self, f: Any, folder: Path, dtype: torch.dtype = torch.float32):
+        """`recipe`: what decides the texts of a batch. `f`: the flags, `folder`: the model, `dtype`
+        that of its matmuls."""
         self.out, self.note = Path(f.out), Path(f"{f.out}.made.json")
-        names = ["checksums.json"]  # the hashes of all the others
-        if not (folder / names[0]).is_file():
-            names = (list(peft.FILES) if peft.is_adapter(folder) else
-                     ["config.json", "tokenizer.json", *weight_files(folder)])
-        model = "".join(files.sha256(folder / name) for name in names)
-        if peft.is_adapter(folder) and names == list(peft.FILES):  # which do not name their base
-            model += peft.weights_sha256(peft.base_of(folder, f.base)[0])
-        self.recipe = {"sha256 of the model": files.sha256_bytes(model.encode())[:16],
+        self.recipe = {"sha256 of the model": peft.model_sha256(folder, f.base)[:16],
                        "sha256 of --prompts": files.sha256(Path(f.prompts))[:16],
-                       **{key: value for key, value in vars(f).items() if key not in NO_MATTER}}
+                       "sha256 of --tools": files.sha256(Path(f.tools))[:16] if f.tools else "",
+                       **{key: value for key, value in vars(f).items() if key not in NO_MATTER},
+                       "dtype": str(dtype).removeprefix("torch.")}
 
     def other(self, recipe: dict) -> str:
         """Say in what another recipe differs from this one, '' if it does not."""
-        return next((f"{name}={recipe.get(name)}, now it is {value}"
-                     for name, value in self.recipe.items() if recipe.get(name) != value), "")
+        return next((f"{name}={recipe.get(name, '')}, now it is {value}"
+                     for name, value in self.recipe.items() if recipe.get(name, "") != value), "")
 
     def parts(self) -> list[Path]:
         """List the files there are."""
@@ -207,7 +225,8 @@ class Journal:
         with open(temporary, "wb") as file:
             prompts.write_to(file, self.out.suffix, [made[i] for i in range(len(prompts.rows))])
         files.sync(temporary)
-        files.write_json(self.note, {"file": files.file_entry(temporary), "recipe": self.recipe})
+        files.write_json(self.note, {"file": files.file_entry(temporary), "recipe": self.recipe,
+                                     "versions": versions(), "git": git_state()})
         temporary.replace(self.out)
         self.remove()
         return made

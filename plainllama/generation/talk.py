@@ -51,12 +51,9 @@ class Talk:
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
 
     def ask(self, question: str) -> None:
-        """Ask, and show the answer; calls of functions are made and shown, and answered in turn."""
+        """Ask, and show the answer; calls of functions are made and shown, and answered in turn, in
+        at most ROUNDS rounds."""
         self.messages.append({"role": "user", "content": question})
-        self.respond()
-
-    def respond(self) -> None:
-        """Answer the last question, in at most ROUNDS rounds of calls."""
         for _ in range(ROUNDS):
             text, whole = self.generate()
             message: dict[str, Any] = {"role": "assistant", "content": text}

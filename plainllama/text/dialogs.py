@@ -46,14 +46,7 @@ def converted(record: dict, how: How) -> tuple[str, int]:
     """Give a record's dialog as JSON, and how many messages behind its last answer were left out.
     Refused if it is none."""
     form, record = recognised(record, how)
-    raw = form.messages(record)
-    if record.get("system"):
-        raw = [{"role": "system", "content": record["system"]}, *raw]
-    messages = merged([message_of(message) for message in raw])
-    if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
-        messages = messages[1:]
-    if how.system and messages and messages[0]["role"] != "system":
-        messages = [plain("system", how.system), *messages]
+    messages = messages_of(record, form.messages(record), how.system)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     cut = len(messages) - answers[-1] - 1 if answers else 0
     messages = messages[:len(messages) - cut]
@@ -64,7 +57,7 @@ def converted(record: dict, how: How) -> tuple[str, int]:
     if how.train_on != "all" and not any(messages[i]["learn"] for i in answers):
         raise Refused("nothing of it is learned")
     dialog: dict[str, Any] = {"messages": [canonical(message) for message in messages]}
-    if tools := tools_of(record.get("tools") or record.get("functions")):
+    if tools := tools_of(record):
         dialog["tools"] = tools
     if how.train_on == "all":
         dialog["learn_all"] = True
@@ -87,6 +80,19 @@ def recognised(record: dict, how: How) -> tuple[Form, dict]:
 
 
 # ---- messages
+
+def messages_of(record: dict, raw: list, system: str) -> list[dict]:
+    """Bring a record's messages to ours, with its system message in front or, where it has none,
+    `system`. Refused if that cannot be done."""
+    if record.get("system"):
+        raw = [{"role": "system", "content": record["system"]}, *raw]
+    messages = merged([message_of(message) for message in raw])
+    if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        messages = messages[1:]
+    if system and messages and messages[0]["role"] != "system":
+        messages = [plain("system", system), *messages]
+    return messages
+
 
 def plain(role: str, content: str) -> dict:
     """Make a message with all keys."""
@@ -198,10 +204,12 @@ def call_of(raw: Any) -> dict:
     return {"name": call["name"], "arguments": arguments}
 
 
-def tools_of(raw: Any) -> list[dict]:
-    """Read schemas of functions, {name, ...}, also each inside `function`, also as JSON text."""
+def tools_of(record: dict) -> list[dict]:
+    """Read a record's schemas of functions, {name, ...}, also each inside `function`, also as JSON
+    text."""
     reason = "tools are not a list of schemas"
-    tools = [json_of(tool, reason) for tool in as_list(raw, reason)]
+    given = as_list(record.get("tools") or record.get("functions"), reason)
+    tools = [json_of(tool, reason) for tool in given]
     tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in tools]
     for tool in tools:
         if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
@@ -244,13 +252,14 @@ def merged(messages: list[dict]) -> list[dict]:
     return joined
 
 
-def asked(record: dict) -> tuple[list[dict], list[dict]]:
-    """Give the messages of a talk that is to be answered, and its tools. Refused if it is none."""
+def asked(record: dict, system: str = "") -> tuple[list[dict], list[dict]]:
+    """Give the messages of a talk that is to be answered, and its tools; `system` is put in front
+    where it has no system message. Refused if it is none."""
     given = listed(record.get("messages") or [], "messages are not a list")
-    messages = merged([message_of(raw) for raw in given])
+    messages = messages_of(record, given, system)
     if not messages or messages[-1]["role"] == "assistant":
         raise Refused("the last message is an answer, or there is none")
-    return messages, tools_of(record.get("tools"))
+    return messages, tools_of(record)
 
 
 def check(messages: list[dict]) -> None:

@@ -18,7 +18,7 @@ from plainllama.settings import UserError
 from plainllama.text.dialogs import Refused
 from plainllama.tokens.chat import END, TEMPLATE, Chat, Rendered, as_json, parsed
 from plainllama.tokens.tokenizer import Tokenizer
-from plainllama.tokens.tokenizer_json import TEMPLATE_FILE, boundaries, named_tokens, read_spec
+from plainllama.tokens.tokenizer_json import boundaries, named_tokens, read_spec, read_template
 from plainllama.tokens.vocabulary import valid
 
 PRIVATE = range(0xF0000, 0xFFFFE)  # characters that no standard gives a meaning
@@ -40,9 +40,7 @@ def find_template(folder: Path) -> str:
     names of special tokens that it uses, where they are not the ones that we would give it.
     UserError if there is none."""
     config = read_json(folder / "tokenizer_config.json", tolerant=True)
-    file, found = folder / TEMPLATE_FILE, config.get("chat_template")
-    if file.is_file():
-        found = file.read_text(encoding="utf-8")
+    found = read_template(folder) or config.get("chat_template")
     if isinstance(found, list):  # several, by name
         named = {item.get("name"): str(item.get("template")) for item in found}
         found = named.get("default")
@@ -50,8 +48,8 @@ def find_template(folder: Path) -> str:
             found = f"{KEEP}{named['tool_use']}{{% else %}}{KEEP}{found}{{% endif %}}"
             found = "{% if tools %}" + found
     if not isinstance(found, str):
-        raise UserError(f"{folder} brings no template of dialogs ({TEMPLATE_FILE}, or chat_template"
-                        " in tokenizer_config.json); use chat_template=own")
+        raise UserError(f"{folder} brings no template of dialogs (chat_template.jinja, or "
+                        "chat_template in tokenizer_config.json); use chat_template=own")
     ours, header = named_tokens(read_spec(folder)[0]), ""
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         theirs = config.get(name) or ""
@@ -61,14 +59,16 @@ def find_template(folder: Path) -> str:
     return header + KEEP + found if header else found
 
 
-def answer_ends(folder: Path, spec: dict) -> set[str]:
-    """Name the special tokens with which the template in a folder ends an answer; `spec` is the
-    parsed tokenizer.json. None without a template."""
-    file = folder / TEMPLATE_FILE
-    if not file.is_file():
+def answer_ends(template: str, spec: dict) -> set[str]:
+    """Name the special tokens with which a template ends an answer, none if it is '' or, which is
+    said, if that cannot be told; `spec` is the parsed tokenizer.json."""
+    if template in ("", TEMPLATE):
+        return {END} if template else set()
+    try:
+        return Template(template, spec).ends
+    except UserError as error:
+        print(f"transformers is not told what ends an answer: {error}", flush=True)
         return set()
-    template = file.read_text(encoding="utf-8")
-    return {END} if template == TEMPLATE else Template(template, spec).ends
 
 
 # ---- text

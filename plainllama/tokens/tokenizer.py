@@ -82,8 +82,7 @@ class Tokenizer:
         """Read a tokenizer.json, or the one that a folder holds, and the template beside it."""
         made = cls(*tokenizer_json.read_spec(path), str(path))
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        template = folder / tokenizer_json.TEMPLATE_FILE
-        made.template = template.read_text(encoding="utf-8") if template.is_file() else ""
+        made.template = tokenizer_json.read_template(folder)
         return made
 
     @property

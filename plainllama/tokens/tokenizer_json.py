@@ -205,9 +205,16 @@ def named_tokens(spec: dict) -> dict[str, str]:
     return {name: token for name, token in tokens.items() if token is not None}
 
 
-def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the template of dialogs, where one lies
-    beside `tokenizer_json`, for transformers' AutoTokenizer.
+def read_template(folder: Path) -> str:
+    """Read the template of dialogs that lies in a folder, '' without one."""
+    file = folder / TEMPLATE_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: int,
+                   template: str = "") -> None:
+    """Write tokenizer.json, tokenizer_config.json and the template of dialogs, the one that lies
+    beside `tokenizer_json` or else `template`, for transformers' AutoTokenizer.
 
     PreTrainedTokenizerFast, since other classes rebuild the pipeline and ignore parts of the file.
     """
@@ -215,10 +222,9 @@ def write_hf_files(tokenizer_json: Path | str, folder: Path | str, block_size: i
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
               "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     config |= named_tokens(spec)
-    template = Path(tokenizer_json).parent / TEMPLATE_FILE
-    if template.is_file():  # some readers look into one place, some into the other
-        text = config["chat_template"] = template.read_text(encoding="utf-8")
-        write_text(Path(folder) / template.name, text)
+    if template := read_template(Path(tokenizer_json).parent) or template:
+        config["chat_template"] = template  # some readers look into one place, some into the other
+        write_text(Path(folder) / TEMPLATE_FILE, template)
     (Path(folder) / "tokenizer.json").write_bytes(data)
     write_text(Path(folder) / "tokenizer_config.json",
                json.dumps(config, indent=1, ensure_ascii=False) + "\n")

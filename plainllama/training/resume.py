@@ -1,5 +1,6 @@
 """Where a run stands: the checkpoint to go on from, what is refused then, and any step's text."""
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from plainllama.settings import Settings, UserError, check_keys, deciding, settl
 from plainllama.text.sources import described
 from plainllama.tokens import tokenizer
 from plainllama.tokens.rows import CONTEXT, PAD, Rows, hash_of_data, ids_of, training_rows
-from plainllama.tokens.templates import chat_of
+from plainllama.tokens.templates import chat_of, find_template
 from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.training import optim
 from plainllama.training.engine import architecture, outline
@@ -252,6 +253,15 @@ def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> Non
                 raise UserError(f"{path} is not the tokenizer of the data set; prepare one with "
                                 f"--tokenizer={path}")
             return
+
+
+def kept_template(source: Path | None, config: Settings) -> str:
+    """Give the template of dialogs that a model has which goes on with text, '' if there is
+    none."""
+    if source and config.documents == "text":
+        with contextlib.suppress(UserError):  # there is none
+            return find_template(peft.tokenizer_folder(source))
+    return ""
 
 
 def replay(config: Settings, manifest: dict, step: int) -> int:

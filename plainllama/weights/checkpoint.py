@@ -31,7 +31,7 @@ from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.weights import peft
 from plainllama.weights.adapters import Adapter
-from plainllama.weights.huggingface import write_description, write_folder
+from plainllama.weights.huggingface import write_description, write_weights
 
 FORMAT = 1
 STATE = "training/state.json"
@@ -141,8 +141,11 @@ def no_folder(path: str) -> str:
 class Saver:
     """Writes the checkpoints of a run beside its training, one at a time. Collective.
 
-    `saved`: the last step that was committed; `problem`: why the last save failed, or ''.
+    `saved`: the last step that was committed; `problem`: why the last save failed, or '';
+    `template`: of dialogs, for checkpoints of a data set that has none.
     """
+
+    template = ""
 
     def __init__(self, run: Path, tokenizer_json: Path, world: World,
                  say: Callable[[str], None] = print, keep_last: int = 0, keep_every: int = 0):
@@ -215,11 +218,11 @@ class Saver:
             save_file(slices, written[0], {"places": json.dumps(places)})
         if self.world.rank == 0:
             files.write_json(folder / STATE, state)
+            write_description(folder, config, self.tokenizer_json, template=self.template)
             if adapter:
-                write_description(folder, config, self.tokenizer_json)
                 peft.write_adapter(folder, weights, adapter, config)
             else:
-                write_folder(folder, config, weights, self.tokenizer_json)
+                write_weights(folder, weights)
             written += [folder / STATE, *(path for path in folder.iterdir() if path.is_file())]
         return sealed(folder, written)
 

@@ -19,7 +19,7 @@ from plainllama.files import CHECKOUT, read_json, write_json
 from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.tokens.templates import answer_ends
-from plainllama.tokens.tokenizer_json import boundaries, write_hf_files
+from plainllama.tokens.tokenizer_json import boundaries, read_template, write_hf_files
 from plainllama.weights.adapters import AdaptedLinear, base_weights
 
 # ModelConfig's name -> Hugging Face's, in the order of config.json; the first seven must be there
@@ -48,14 +48,15 @@ def write_folder(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
 
 
 def write_description(folder: Path, config: ModelConfig, tokenizer_json: Path,
-                      dtype=torch.float32) -> None:
-    """Write all files of a model's folder but its weights."""
-    write_hf_files(tokenizer_json, folder, config.block_size)
+                      dtype=torch.float32, template: str = "") -> None:
+    """Write all files of a model's folder but its weights; `template`: of dialogs, where none lies
+    beside the tokenizer."""
+    write_hf_files(tokenizer_json, folder, config.block_size, template)
     spec = read_json(folder / "tokenizer.json")
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     begin, end = boundaries(spec)
     bos, eos = ids.get(begin), ids.get(end or begin)
-    answers = [ids[name] for name in sorted(answer_ends(tokenizer_json.parent, spec))]
+    answers = [ids[name] for name in sorted(answer_ends(read_template(folder), spec))]
     ends = [eos, *(i for i in answers if i != eos)] if answers else eos  # of texts, and of answers
     write_json(folder / "config.json", config_json(config, bos, eos, dtype))
     write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": ends})
@@ -76,7 +77,8 @@ def config_json(config: ModelConfig, bos: int | None, eos: int | None, dtype=tor
             "torch_dtype": kind, "dtype": kind}
 
 
-def write_weights(folder: Path, weights: dict[str, Tensor], dtype, shard_bytes: int) -> None:
+def write_weights(folder: Path, weights: dict[str, Tensor], dtype=torch.float32,
+                  shard_bytes: int = 0) -> None:
     """Write model.safetensors or, if that were larger, shards of `shard_bytes` and their index. A
     single weight may be larger than that."""
     sizes = {name: weight.numel() * dtype.itemsize for name, weight in weights.items()}

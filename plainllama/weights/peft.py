@@ -19,7 +19,7 @@ from model import Linear, LLaMA, ModelConfig
 from plainllama.files import read_json, sha256, sha256_bytes, write_json
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
-from plainllama.tokens.tokenizer_json import byte_info
+from plainllama.tokens.tokenizer_json import TEMPLATE_FILE, byte_info
 from plainllama.weights import adapters
 from plainllama.weights.adapters import ADDED, Adapter, initialise
 from plainllama.weights.huggingface import ENDS, load_weights, read_config, weight_files
@@ -149,15 +149,14 @@ def weights_sha256(folder: Path) -> str:
 
 def model_sha256(folder: Path, moved: str = "") -> str:
     """Hash what a folder's model and tokenizer are, by checksums.json where there is one; of an
-    adapter that does not name its base, that too."""
-    names = ["checksums.json"]  # the hashes of all the others
+    adapter that peft saved, its base too."""
+    names, homes, model = ["checksums.json"], [folder], ""  # the hashes of all the others
     if not (folder / names[0]).is_file():
-        names = (list(FILES) if is_adapter(folder) else
-                 ["config.json", "tokenizer.json", *weight_files(folder)])
-    model = "".join(sha256(folder / name) for name in names if (folder / name).is_file())
-    if is_adapter(folder) and names == list(FILES):
-        model += weights_sha256(base_of(folder, moved)[0])
-    return sha256_bytes(model.encode())
+        names = [*FILES, "config.json", "tokenizer.json", TEMPLATE_FILE]
+        homes += [base_of(folder, moved)[0]] if is_adapter(folder) else []
+        model = weights_sha256(homes[-1])
+    there = [home / name for home in homes for name in names if (home / name).is_file()]
+    return sha256_bytes((model + "".join(map(sha256, there))).encode())
 
 
 def whole_config(folder: Path, moved: str = "") -> ModelConfig:
