@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from plainllama import parallel, watch
+from plainllama.evaluation import generated
 from plainllama.evaluation.likelihood import evaluate
 from plainllama.generation import generate
 from plainllama.parallel import World
@@ -149,7 +150,7 @@ class Run:
         self.validation = val_rows(self.data, manifest, config.block_size)
         self.byte_info = byte_info(self.data)
         say = partial(print, flush=True) if world.rank == 0 else lambda _: None
-        self.samples = self.prompt_of_samples(say)
+        self.drawn = self.what_is_drawn(say)
         self.saver = checkpoint.Saver(self.folder, self.data / "tokenizer.json", world, say,
                                       config.keep_last, config.keep_every)
         # last of all, since it makes the run's folder and says there that the run is at work
@@ -160,20 +161,21 @@ class Run:
             say(f"--extend has no effect: {self.folder} holds nothing to go on from")
         self.saver.saved = self.step if self.start.state else -1
 
-    def prompt_of_samples(self, say: Callable[[str], None]) -> generate.RunSamples | None:
-        """Prepare the samples along the run, None where there are none."""
-        if self.config.sample_tokens == 0:
-            return None
-        why = "a context of one token has no room for them"
-        if self.config.block_size > 1:
+    def what_is_drawn(self, say: Callable[[str], None]) -> list:
+        """Prepare what evaluations generate: a sample, and answers that are scored."""
+        config, rows = self.config, self.validation
+        drawn: list = []
+        if config.sample_tokens and config.block_size == 1:
+            say("no samples along the run: a context of one token has no room for them")
+        elif config.sample_tokens:
             try:
-                rows = self.validation
                 opening = rows.opening() if isinstance(rows, FitRows) else None
-                return generate.RunSamples(self.config, Tokenizer.load(self.data), opening)
+                drawn = [generate.RunSamples(config, Tokenizer.load(self.data), opening)]
             except ImportError as error:  # training itself does not need the libraries
-                why = str(error)
-        say(f"no samples along the run: {why}")
-        return None
+                say(f"no samples along the run: {error}")
+        if config.eval_generate:
+            drawn.append(generated.RunAnswers(config, Tokenizer.load(self.data), self.world))
+        return drawn
 
     def build(self) -> None:
         """Make the model and its optimizer, and announce what is trained."""
@@ -201,9 +203,10 @@ class Run:
         alone = world.size == 1 and world.device.type == "cpu"
         if alone and (remark := crowded(self.command.began, torch.get_num_threads())):
             self.log.say(remark)
-        if self.samples and world.sharded:
-            self.samples = None
-            self.log.say("no samples along the run: the model is sharded")
+        if self.drawn and world.sharded:
+            what = " and no ".join(each.name for each in self.drawn)
+            self.drawn = []
+            self.log.say(f"no {what} along the run: the model is sharded")
         if start.state:
             self.log.say(f"resuming from {start.source}")
         self.begun = time.monotonic()
@@ -332,11 +335,9 @@ class Run:
                       "val_loss": loss, "val_bpb": bpb, "time": time.time()})
         self.log.say(f"step {self.step}: validation loss {loss:.4f} nats/token, "
                      f"{bpb:.4f} bits/byte")
-        if self.samples and self.world.rank == 0:
-            with self.clock.apart("sample_seconds"):
-                text = self.samples.draw(self.model)
-            self.log.line("samples.jsonl", {"step": self.step, **text})
-            self.log.say(f"step {self.step}: sample {text['prompt'] + text['completion']!r:.100}")
+        for each in self.drawn:
+            with self.clock.apart("sample_seconds"), self.world.patient():
+                each.add(self.model, self.step, self.log)
         self.model.train()
 
     def save(self) -> None:

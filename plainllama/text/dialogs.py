@@ -18,6 +18,7 @@ ROLES = {name: role for role, names in {
     "assistant gpt bot model chatgpt", "tool": "tool observation function_response function "
     "tool_response tool_result ipython", "call": "function_call tool_call"}.items()
     for name in names.split()}
+ROWS = "rows"  # in place of a converter: a record stays as it is, but for its fields' names
 THINK, THOUGHT, CALL, CALLED = "<think>", "</think>", "<tool_call>", "</tool_call>"
 
 
@@ -41,6 +42,8 @@ def converted(record: dict, how: How) -> tuple[str, int]:
         lost = next((f"no {theirs}{nearest(theirs, record.keys() - taken)}"
                      for _, theirs in how.fields if theirs not in record), "")
         record = {name: record[name] for name in record if name not in taken} | renamed
+    if how.converter == ROWS:
+        return json_text(record) if not lost else refuse("a field that is named", lost), 0
     form, record = form_of(record, how.converter, lost)
     if isinstance(record.get("label"), bool):
         raise Refused("rows with a label true or false (KTO) are no dialogs to learn")
