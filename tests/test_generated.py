@@ -2,6 +2,7 @@
 generated and kept, the command line, an evaluation along a run, the page."""
 
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -13,7 +14,7 @@ import torch
 from conftest import metrics as metrics_of
 from conftest import run_script
 from test_chat import made
-from test_sample import tiny, uncached, write_checkpoint
+from test_sample import tiny, write_checkpoint
 
 import eval
 from plainllama import results
@@ -23,7 +24,7 @@ from plainllama.evaluation.likelihood import Scorer
 from plainllama.files import read_json, write_json
 from plainllama.generation import generate
 from plainllama.parallel import World
-from plainllama.report import page, runs
+from plainllama.report import page
 from plainllama.report.runs import RunFolder
 from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens import chat
@@ -56,7 +57,8 @@ PAIRS = [  # answers, references of each, sacrebleu's tokenizer
                                                    ["The dog barks."]], "13a"),
     (["Кошка сидела на ковре весь день.", "Собака громко лает там."],
      [["Кошка сидела на ковре весь вечер."], ["Собака тихо лает там."]], "13a"),
-    (["猫今天坐在垫子上面。", "狗在外面叫。"], [["猫昨天坐在垫子上面。"], ["狗在外面大声叫。"]], "zh"),
+    (["猫今天坐在垫子上面。", "狗在外面叫。"], [["猫昨天坐在垫子上面。"],
+                                     ["狗在外面大声叫。"]], "zh"),
     (["one two three four five", "a b c d"],  # not as many references of each
      [["one two three four six", "one two three four five six"], ["a b c e"]], "13a"),
 ]
@@ -235,7 +237,8 @@ BAD = [  # rows, what is said
     ([{"prompt": "a", "reference": " "}], "f.jsonl:1: its reference is no answer, or an empty"),
     ([{"prompt": "a", "reference": {"role": "user", "content": "b"}}], "is no answer, or an empty"),
     ([{"prompt": "a", "reference": {"tool_calls": [{"arguments": {}}]}}], "a call without a name"),
-    ([{"reference": "b", "q": "a"}], "f.jsonl:1: a row has neither prompt and messages: reference, q"),
+    ([{"reference": "b", "q": "a"}],
+     "f.jsonl:1: a row has neither prompt nor messages .--fields names others.: reference, q"),
     ([{"prompt": "a", "messages": [], "reference": "b"}], "f.jsonl:1: a row has both prompt and m"),
     ([{"prompt": 3, "reference": "b"}], "f.jsonl:1: messages are not a list"),
     ([{"messages": [{"role": "king", "content": "a"}], "reference": "b"}], "unknown role: 'king'"),
@@ -295,18 +298,14 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(model, monkeypa
     computed, begun = [], generate.begun
     monkeypatch.setattr(generate, "begun", lambda model, ids: computed.append(ids) or begun(
         model, ids))
-    spelled = WORDS.decode
     for size in (2, 4, 6):
         computed.clear()
         scorer = Scorer(model, WORDS, size * model.config.block_size, World())
         found = generated.generated(rows, how(), scorer)
         assert computed == ([] if size == 6 else [ids])
         for each, new in zip(rows, found, strict=True):
-            expected = uncached(model, each.ids, 8)
-            end = [*(i for i, token in enumerate(expected) if token in WORDS.stop_ids), 8][0]
-            assert new["stop"] == ("eos" if end < 8 else "length")
-            whole = spelled(each.ids + expected[:end])
-            assert new["text"] == whole[len(spelled(each.ids)):]
+            [alone] = generate.complete(model, WORDS, [each.ids], 8, how(), [0], [])
+            assert new == {"text": alone.text, "stop": alone.ended}
 
 
 def test_batches_hold_every_row_once_and_alike_ones_together():
@@ -408,7 +407,7 @@ def test_scores_are_recorded_and_answers_are_not_made_twice(home, monkeypatch, c
     seen = scripted(monkeypatch, {"a": "one two three four", "b": "one two three five"})
     command = ("--ckpt=out/r/checkpoints/step_5",)
     assert score(*command, "--metrics=exact,bleu") == 0
-    assert sorted(sum(seen, [])) == ["a", "b", "c"]
+    assert sorted(itertools.chain(*seen)) == ["a", "b", "c"]
     kept = read_json(home / "out/r/eval/step_5.json")["tasks"]["generate:f.jsonl"]
     assert kept["exact_gen"] == pytest.approx(1 / 3) and kept["empty"] == 1
     assert kept["made_of"]["rows"] and kept["made_of"]["metric bleu"] is True
@@ -447,7 +446,7 @@ def test_what_a_kill_leaves_is_not_generated_again(home, monkeypatch):
     first = list(seen)
     seen.clear()
     assert score(*command) == 0
-    assert len(first) == 1 and sorted(sum(first + seen, [])) == ["a", "b", "c"]
+    assert len(first) == 1 and sorted(itertools.chain(*first, *seen)) == ["a", "b", "c"]
     kept = read_json(home / "out/r/eval/step_5.json")["tasks"]["generate:f.jsonl"]
     assert kept["exact_gen"] == 1 and kept["intervals"]["exact_gen"] == [1, 1]
 
@@ -503,6 +502,43 @@ def test_an_evaluation_answers_a_few_rows(home, monkeypatch):
     assert len(rows) == 1 and "step 40: no answers to eval_generate: what the model" in lines[1]
 
 
+TALES = [{"prompt": text, "reference": f"one two three {text}"} for text in "abcdefg"]
+
+
+def test_a_run_logs_scores_and_two_ranks_score_as_one(data_home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(data_home / "data", tmp_path / "data")
+    shutil.copy(data_home / "toy.py", tmp_path)
+    write(tmp_path / "f.jsonl", *TALES)
+    done = run_script("train.py", "toy.py", "--eval_generate=f.jsonl", "--max_steps=2",
+                      "--eval_interval=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in metrics_of(tmp_path / "out/toy") if "chrf_gen" in row]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert done.stdout.count("7 answers to eval_generate: bleu_gen") == 3
+    words = ["--ckpt=out/toy", "--json", "--data=", "--max_new_tokens=6"]
+    done = run_script("eval.py", "--generate=f.jsonl", "--seed=2", *words, processes=2,
+                      cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert score(*words) == 0
+    found = [json.loads(out.splitlines()[-1])["tasks"]["generate:f.jsonl"]
+             for out in (done.stdout, capsys.readouterr().out)]
+    assert [each.pop("made_of")["seed"] for each in found] == [2, 1337]  # which greedy ones ignore
+    assert found[0] == found[1]
+    assert len(list((tmp_path / "out/toy/eval/generated").iterdir())) == 3  # parts of 2 + 1 ranks
+
+
+@pytest.mark.parametrize(("file", "said"), [
+    ("gone.jsonl", "no file gone.jsonl"), ("f.jsonl", "f.jsonl:1: its reference is no text")])
+def test_what_a_run_cannot_score_is_refused_before_it_begins(data_home, tmp_path, file, said):
+    shutil.copytree(data_home / "data", tmp_path / "data")
+    shutil.copy(data_home / "toy.py", tmp_path)
+    write(tmp_path / "f.jsonl", {"prompt": "a"})
+    done = run_script("train.py", "toy.py", f"--eval_generate={file}", cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the page
 
 def test_the_page_shows_scores_and_examples_escaped(tmp_path):
@@ -511,12 +547,12 @@ def test_the_page_shows_scores_and_examples_escaped(tmp_path):
                 {"row": 3, "score": 0.0, "prompt": "<b>ask</b>", "answer": "<script>x</script>",
                  "reference": "a | b"}]}
     info = {"config": {}, "data": {}, "device": {}, "parameters": {}}
-    run = RunFolder("out/r", info, [{"step": 1}], {}, [],
+    rows = [{"step": 1, "bleu_gen": 10.0}, {"step": 2, "bleu_gen": 30.0}]
+    run = RunFolder("out/r", info, rows, {}, [],
                     [{"step": 5, "tasks": {"generate:f.jsonl": task}}])
     twin = page.write_page([run], tmp_path / "p.html")
     html = (tmp_path / "p.html").read_text()
     body = html[:html.index("<script")]
     assert "31.5000 (20.000 to 40.000)" in body and "nrefs:1|tok:13a" in body
     assert "&lt;script&gt;x&lt;/script&gt;" in body and "<b>ask" not in body
-    assert "a \\| b" in twin.read_text()
-    assert runs.is_number(task["bleu_gen"])
+    assert "a \\| b" in twin.read_text() and "BLEU of answers along the run" in body

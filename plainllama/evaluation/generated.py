@@ -95,8 +95,8 @@ def row_of(record: dict, tokenizer: Tokenizer, talks: bool) -> Row:
     """Read a row; `talks`: a prompt is the question of a dialog. Refused if it is wrong."""
     there = [name for name in ("prompt", "messages") if record.get(name) is not None]
     if len(there) != 1:
-        raise Refused(f"a row has {'both' if there else 'neither'} prompt and messages",
-                      ", ".join(record))
+        raise Refused("a row has both prompt and messages" if there else "a row has neither prompt "
+                      "nor messages (--fields names others)", ", ".join(record))
     prompt, reference = record[there[0]], record.get("reference")
     if isinstance(prompt, str) and not talks:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
