@@ -162,9 +162,10 @@ def test_metrics_are_chosen_by_the_rows():
 
 
 def test_a_library_that_is_not_installed_is_said(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "rouge_score", None)
-    with pytest.raises(UserError, match=r"rouge needs rouge-score .*'\.\[generate\]'"):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name == "numpy" or None)
+    with pytest.raises(UserError, match=r"rouge needs rouge-score: .*'\.\[generate\]'"):
         metrics.chosen("rouge", [says("a")], "13a")
+    assert metrics.tokenizer_for([says("海")]) == "13a"
     assert metrics.chosen("exact", [says("a")], "13a") == ["exact"]
 
 
@@ -491,8 +492,8 @@ def test_an_evaluation_answers_a_few_rows(home, monkeypatch):
     along.add(tiny(), 20, log)
     assert len(along.asked.rows) == generated.FEW
     assert rows[0]["step"] == 20 and rows[0]["bleu_gen"] == pytest.approx(100)
-    assert lines == ["step 20: 16 answers to eval_generate: bleu_gen 100, chrf_gen 100, rouge1_gen"
-                     " 1, rouge2_gen 1, rougeLsum_gen 1, exact_gen 1"]
+    assert lines == ["step 20: 16 answers to eval_generate: bleu_gen 100, chrf_gen 100, "
+                     "exact_gen 1"]
     monkeypatch.undo()
     broken = tiny()
     with torch.no_grad():
@@ -515,7 +516,7 @@ def test_a_run_logs_scores_and_two_ranks_score_as_one(data_home, tmp_path, monke
     rows = [row for row in metrics_of(tmp_path / "out/toy") if "chrf_gen" in row]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert done.stdout.count("7 answers to eval_generate: bleu_gen") == 3
-    words = ["--ckpt=out/toy", "--json", "--data=", "--max_new_tokens=6"]
+    words = ["--ckpt=out/toy", "--json", "--metrics=bleu,exact,bleu_tf", "--max_new_tokens=6"]
     done = run_script("eval.py", "--generate=f.jsonl", "--seed=2", *words, processes=2,
                       cwd=tmp_path)
     assert done.returncode == 0, done.stderr

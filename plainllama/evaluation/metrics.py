@@ -5,6 +5,7 @@ where it calls functions. The libraries count what matches; a score is always wh
 counts of all rows, and its interval what they make of rows that are drawn again, with replacement.
 """
 
+import importlib.util
 import itertools
 import unicodedata
 from collections.abc import Callable
@@ -175,11 +176,9 @@ def chosen(asked: str, references: References, tokenizer: str) -> list[str]:
 def need_library(name: str) -> None:
     """Raise UserError where a metric's library is not there."""
     package = NEEDS.get("bleu" if name == FORCED else name, "numpy")
-    try:
-        __import__(package)
-    except ImportError as error:
-        raise UserError(f"{name} needs {package.replace('_', '-')} ({error}): {install('generate')}"
-                        "; exact and calls need nothing") from None
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{name} needs {package.replace('_', '-')}: {install('generate')}; exact "
+                        "and calls need nothing")
 
 
 def longest(references: References, tokenizer: str) -> int:
@@ -193,10 +192,10 @@ def longest(references: References, tokenizer: str) -> int:
 def tokenizer_for(references: References) -> str:
     """Choose a tokenizer of sacrebleu by the script of most letters: characters are words in
     Chinese (zh), and in other scripts that put no spaces between words (char)."""
-    try:
-        import regex
-    except ImportError:
+    if importlib.util.find_spec("regex") is None:
         return "13a"  # of no metric that needs one
+    import regex
+
     text = "\n".join(reference["content"] for row in references for reference in row)
     unspaced = regex.findall(UNSPACED, text)
     if 2 * len(unspaced) <= len(regex.findall(r"\p{L}", text)):
