@@ -18,6 +18,14 @@ acc is the share of dialogs in which all are right, answers of right answers, ca
 among those that call functions, ended of those that end by themselves.
 --shots=FILE puts five rows of that file in front, solved, of the same subject where rows have one.
 
+--generate=FILE (.jsonl, .json, .parquet, also packed) generates an answer to each row, greedily,
+and compares it with the row's references. A row has `prompt`, or `messages` (also with `tools`),
+and `reference`: a text, a message (also with tool_calls) or a list of these; without it, the last
+of its messages. --metrics are bleu, chrf (sacrebleu, 0 to 100), rouge (rouge-score, 0 to 1), exact
+and calls (shares of rows), of themselves those that the rows are fit for; and bleu_tf, BLEU of the
+tokens that are likeliest behind the true reference. Answers are kept: after a kill, or with other
+metrics, they are not generated again.
+
   --all=RUN            every checkpoint of a run, but those that have these scores already
   --irt=SAMPLES        no model: the estimates from samples_tinyMMLU_*.jsonl, as `lm_eval
                        --log_samples` writes it
@@ -51,6 +59,18 @@ class Flags:
     include_path: str = key("", "a folder with .yaml files of lm-eval tasks")
     irt_file: str = key("", "tinyMMLU's parameters: a copy of tinyBenchmarks.pkl")
     irt: str = key("", "a samples_tinyMMLU_*.jsonl to take the answers from")
+    generate: str = key("", "a file of prompts and references: generate answers and score them")
+    metrics: str = key("", "of --generate: names with commas between (empty: by the rows)")
+    fields: object = key(None, "what its rows call ours: {'prompt': 'en', 'reference': 'de'}")
+    chat: str = key("auto", "ask prompts as questions of a dialog (auto: a model that knows them)",
+                    ("auto", "true", "false"))
+    max_new_tokens: int = key(256, "tokens per answer, fewer where the context ends", low=1)
+    stop: str = key("", "end an answer where this text comes, as for sample.py")
+    temperature: float = key(0.0, "draw answers; 0: always the likeliest token", low=0)
+    top_p: float = key(1.0, "draw from the likeliest tokens of this joint probability", (), 0, 1)
+    seed: int = key(1337, "seeds the draws", low=0)
+    bleu_tokenizer: str = key("auto", "sacrebleu's (auto: by the script of the references)",
+                              ("auto", "13a", "intl", "zh", "char"))
     log_samples: bool = key(False, "keep questions and answers beside the scores")
     contamination: bool = key(False, "look for the questions in the training data")
     text: str = key("", "a text (.txt, .jsonl, ...) for bits per byte, and no data set")
@@ -78,7 +98,7 @@ from pathlib import Path
 
 from model import LLaMA
 from plainllama import parallel, results
-from plainllama.evaluation import counting, irt, likelihood, tasks
+from plainllama.evaluation import counting, generated, irt, likelihood, tasks
 from plainllama.evaluation.validation import score_pairs
 from plainllama.results import score_table
 from plainllama.tokens.rows import FitRows, hash_of_data, ids_of
@@ -87,6 +107,8 @@ from plainllama.tokens.tokenizer_json import byte_info, sha256_of
 from plainllama.weights import checkpoint, peft
 
 BITS = "bits per byte"
+OF_GENERATE = ("metrics", "fields", "chat", "max_new_tokens", "stop", "temperature", "top_p",
+               "seed", "bleu_tokenizer")
 
 
 def main(command) -> int:
@@ -151,10 +173,14 @@ class Evaluation:
             self.say(f"not recorded in {self.run}/eval, because of {' '.join(special)}")
         # RUN/eval holds what all runs can be compared by; rank 0 writes it
         self.keep = None if special or world.rank > 0 else self.run
-        self.open_windows(peft.whole_config(first, flags.base).block_size)
-        asked = list(dict.fromkeys(filter(None, map(str.strip, flags.tasks.split(",")))))
+        whole = peft.whole_config(first, flags.base).block_size
+        self.open_windows(whole)
+        names = "" if flags.generate and "tasks" not in given else flags.tasks
+        asked = list(dict.fromkeys(filter(None, map(str.strip, names.split(",")))))
         self.name_idle(asked)
         self.tasks, self.unavailable = tasks.find_tasks(asked, flags, world)
+        if flags.generate:
+            self.tasks |= generated.make_task(flags, self.tokenizer, whole, self.dtype, world)
         for reason in self.unavailable:
             self.say(reason)
         self.look_through_training_data()
@@ -210,7 +236,9 @@ class Evaluation:
     def name_idle(self, asked: list[str]) -> None:
         """Say which flags have no effect beside the others; `asked`: names of tasks."""
         local = [name for name in asked if name.startswith("local:")]
-        useful = {("shots", "answers"): local, ("limit", "log_samples", "contamination"): asked,
+        generate = self.flags.generate
+        useful = {("shots", "answers"): local, OF_GENERATE: generate,
+                  ("limit", "log_samples", "contamination"): asked or generate,
                   ("include_path",): set(asked) - {*local, "passkey"},
                   ("by_position", "context", "eval_tokens"): self.windows}
         for name in [name for names, use in useful.items() if not use for name in names]:
@@ -296,7 +324,7 @@ class Evaluation:
             seen = state["rows"] * model.config.block_size
             result |= {"step": state["step"], "tokens": state.get("tokens", seen),
                        "weights": results.weights_hash(folder)}
-        parts: dict = {name: partial(self.score_task, name) for name in self.tasks}
+        parts: dict = {name: partial(self.score_task, name, folder) for name in self.tasks}
         if self.windows:
             parts = {BITS: partial(self.score_windows, self.windows, state)} | parts
         failed = []
@@ -309,7 +337,8 @@ class Evaluation:
             results.record(self.keep, result)  # after each: what is finished is kept
         if self.flags.json:
             self.say(json.dumps(result))
-        return not failed or ("tasks" not in self.given and BITS not in failed)
+        named = {"tasks", "generate"} & self.given.keys()
+        return not failed or not (named or BITS in failed)
 
     def score_windows(self, windows: likelihood.Windows, state: dict, model: LLaMA,
                       result: dict) -> None:
@@ -342,9 +371,9 @@ class Evaluation:
                 windows, state["rows"], scores, self.config, self.say)  # type: ignore
         results.section(result, self.section).update(scores)
 
-    def score_task(self, name: str, model: LLaMA, result: dict) -> None:
+    def score_task(self, name: str, folder: Path, model: LLaMA, result: dict) -> None:
         """Score a task, say so, and add the metrics to `result`."""
-        scorer = tasks.Scorer(model, self.tokenizer, self.batch_tokens, self.world)
+        scorer = tasks.Scorer(model, self.tokenizer, self.batch_tokens, self.world, folder)
         for member, metrics in self.tasks[name].score(scorer).items():
             metrics |= {"begin": self.tokenizer.bos_token, "made_of": self.task_made_of(name),
                         **self.contaminated.get(name, {})}

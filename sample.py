@@ -60,9 +60,7 @@ class Flags(Sampling):
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
-import ast
 import contextlib
-import re
 import time
 from datetime import timedelta
 from functools import partial
@@ -84,13 +82,12 @@ from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint, peft
 
 FOR_TEXTS = {*vars(Sampling()), "max_new_tokens", "stop", "seed", "compile"}  # not for states
-ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # of --stop
 
 
 def main(command) -> int:
     """Check what was asked, and do this rank's share of it."""
     f = command.flags
-    f.stop = stops_of(f.stop)
+    f.stop = generate.stops_of(f.stop)
     if command.files:
         raise UserError(f"cannot use {command.files[0]!r}: say --ckpt=MODEL and --prompt=TEXT")
     if f.chat:
@@ -129,20 +126,6 @@ def start_talk(command) -> int:
         dtype = parallel.pick_dtype(f.dtype, world.device)
         model = peft.load_model(folder, world.device, dtype, f.base)
         return talk(model, chat, f, tools)
-
-
-def stops_of(text: str) -> list[str]:
-    """Parse --stop: texts with commas between and with ESCAPES, or a Python list of texts.
-    UserError for anything else."""
-    with contextlib.suppress(SyntaxError, ValueError, KeyError):
-        if text.startswith("["):
-            stops = ast.literal_eval(text)
-        else:
-            parts = text.split(",") if text else []
-            stops = [re.sub(r"\\(.?)", lambda found: ESCAPES[found[1]], part) for part in parts]
-        if all(isinstance(stop, str) and stop for stop in stops):
-            return stops
-    raise UserError(rf"cannot use --stop={text}: say A,B (with no \ but \n \t \r \\) or ['A', 'B']")
 
 
 def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: parallel.World,
@@ -217,11 +200,6 @@ def prompt_ids(f: Any, rows: list[dict], talks: list[dict | None], chat: Chat | 
     return ids
 
 
-def message_of(chat: Chat, text: generate.Completion) -> dict:
-    """Read an answer as a message; one that calls a function in another form is text."""
-    with contextlib.suppress(ValueError):
-        return chat.parse(text.text)
-    return {"role": "assistant", "content": text.text}
 
 
 def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],
@@ -254,8 +232,8 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], min
             seeds = [generate.row_seed(f.seed, i) for i in batch]
             texts = generate.complete(model, tokenizer, prompts, f.max_new_tokens, f, seeds, f.stop,
                                       stream, compiled)
-            new = [{"completion": text.text, "stop": text.ended}
-                   | ({"message": message_of(chat, text)} if (chat := chats[i]) else {})
+            new = [{"completion": text.text, "stop": text.ended} | (
+                {"message": generate.message_of(chat, text.text)} if (chat := chats[i]) else {})
                    for i, text in zip(batch, texts, strict=True)]
             tokens += sum(len(text.ids) for text in texts)
             cut += sum(text.ended == "length" and len(prompt) + len(text.ids) == block_size

@@ -44,12 +44,14 @@ import torch
 from torch import Tensor
 
 from plainllama import parallel, watch
+from plainllama.evaluation import generated
 from plainllama.evaluation.validation import remark_on_chosen, told, validate
 from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.tokens import shards
 from plainllama.tokens.rows import Batch, hash_of_data, to_batch, training_rows, val_rows
+from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, memory, optim, preflight, reference, resume
 from plainllama.training.engine import (
@@ -153,7 +155,9 @@ class Run:
         self.validation = val_rows(self.data, manifest, config.block_size)
         self.byte_info = byte_info(self.data)
         say = partial(print, flush=True) if world.rank == 0 else lambda _: None
-        self.samples = generate.samples_of(config, self.data, self.validation, say)
+        self.drawn: list = generate.samples_of(config, self.data, self.validation, say)
+        if config.eval_generate:
+            self.drawn.append(generated.RunAnswers(config, Tokenizer.load(self.data), world))
         self.saver = checkpoint.Saver(self.folder, self.data / "tokenizer.json", world, say,
                                       config.keep_last, config.keep_every)
         # last of all, since it makes the run's folder and says there that the run is at work
@@ -192,9 +196,10 @@ class Run:
         alone = world.size == 1 and world.device.type == "cpu"
         if alone and (remark := crowded(self.command.began, torch.get_num_threads())):
             self.log.say(remark)
-        if self.samples and world.sharded:
-            self.samples = None
-            self.log.say("no samples along the run: the model is sharded")
+        if self.drawn and world.sharded:
+            what = " and no ".join(each.name for each in self.drawn)
+            self.drawn = []
+            self.log.say(f"no {what} along the run: the model is sharded")
         if start.state:
             self.log.say(f"resuming from {start.source}")
         self.begun = time.monotonic()
@@ -327,11 +332,9 @@ class Run:
         self.log.say(f"step {self.step}: {told(scores)}")
         if remark := remark_on_chosen(self.folder, scores):
             self.log.say(remark)
-        if self.samples and self.world.rank == 0:
-            with self.clock.apart("sample_seconds"):
-                text = self.samples.draw(self.model)
-            self.log.line("samples.jsonl", {"step": self.step, **text})
-            self.log.say(f"step {self.step}: sample {text['prompt'] + text['completion']!r:.100}")
+        for each in self.drawn:
+            with self.clock.apart("sample_seconds"), self.world.patient():
+                each.add(self.model, self.step, self.log)
         self.model.train()
 
     def save(self) -> None:

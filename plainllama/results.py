@@ -9,7 +9,9 @@ from plainllama.files import read_json, sha256_bytes, write_json, write_text
 
 HEADING = {"long_enough": "{} long enough to be told", "shots": "{} shots", "begin": "{} in front",
            "cut": "{} cut where the context ends",
-           "truncated": "{} too long for the context and cut at the left"}
+           "truncated": "{} too long for the context and cut at the left",
+           "too_long": "{} too long for the context and not answered",
+           "empty": "{} answers empty", "unfinished": "{} answers cut at their longest length"}
 DESCRIBES = {*HEADING, "n", "chance", "correct"}  # numbers that are no scores
 GROUPS = {"tasks", "contexts", "texts"}  # of sections; all else in the file is of validation
 
@@ -62,9 +64,12 @@ def score_table(title: str, metrics: dict) -> str:
             line += (f"   95 % {low:.3f} to {high:.3f}; guessing {guess['mean']:.3f} ± "
                      f"{1.96 * guess['deviation']:.3f}, reaches 0.30 in "
                      f"{guess['reaches_0.30']:.0%} of tries")
+        elif score.interval:
+            line += "   95 % {:.4f} to {:.4f}".format(*score.interval)
         elif score.chance:
             line += f"   chance {score.chance:.4f}"
         lines.append(line)
+    lines += [f"  {name:<14}{text}" for name, text in metrics.get("signatures", {}).items()]
     if "letters" in metrics:
         counts = ", ".join(f"{letter} {n}" for letter, n in metrics["letters"].items())
         lines.append(f"  {'predicted':<14}{counts}")
@@ -107,7 +112,11 @@ def are_of(scores: dict, checkpoint: Path) -> bool:
 def joined(kept: dict, new: dict) -> dict:
     """Add to a section's new scores those that were kept, unless they differ in an input."""
     before, now = kept.get("made_of", {}), new.get("made_of", {})
-    return kept | new | {"made_of": before | now} if before | now == now | before else new
+    if before | now != now | before:
+        return new
+    parts = {name: kept[name] | new[name] for name in ("made_of", "intervals", "signatures")
+             if name in kept and name in new}
+    return kept | new | parts
 
 
 def record(run: Path | None, result: dict) -> None:

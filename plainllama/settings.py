@@ -119,6 +119,8 @@ class Settings:
     logger: str = free("none", "also log to this service, over the network", ("none", "wandb"))
     eval_interval: int = free(100, "steps between evaluations", low=1)
     eval_tokens: int = measure(1048576, "validation tokens per evaluation", low=1)
+    eval_generate: str = free("", "a file of prompts and references: an evaluation answers the "
+                              "first 16 and scores the answers")
     sample_tokens: int = free(64, "tokens of the text that an evaluation samples (0: none)", low=0)
     sample_prompt: str = free("", "what that text begins with")
     save_interval: int = free(100, "steps between checkpoints", low=1)
@@ -145,7 +147,7 @@ IDLE = {"text": ("train_on", "too_long", "chat_template", "max_dropped"),  # key
 # Keys and flags of all commands that name a file or a folder: ~ at its beginning is the home.
 PATHS = ("tokenizer", "out_dir", "init_from", "verify", "inspect", "ckpt", "prompts", "out", "all",
          "shots", "text", "data", "include_path", "irt_file", "irt", "to", "compare",
-         "save_reference", "tools", "base")
+         "save_reference", "tools", "base", "generate", "eval_generate")
 
 
 def deciding(*what: str) -> tuple[str, ...]:

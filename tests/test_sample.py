@@ -539,13 +539,13 @@ def test_a_template_decides_texts_too(ckpt, tmp_path):
     ('["a,b", "\\\\d", "\\n"]', ["a,b", "\\d", "\n"]), ("one. two", ["one. two"]),
     ("\n", ["\n"])])
 def test_escapes_of_stop(text, stops):
-    assert sample.stops_of(text) == stops
+    assert generate.stops_of(text) == stops
 
 
 @pytest.mark.parametrize("text", [r"\d", "a\\", "a,,b", ",", "[1]", "['a'", "['']", "[INST]"])
 def test_what_stop_does_not_understand_is_refused(text):
     with pytest.raises(UserError, match="cannot use --stop"):
-        sample.stops_of(text)
+        generate.stops_of(text)
 
 
 def test_stop_at_a_line_break(ckpt, monkeypatch):

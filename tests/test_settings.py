@@ -118,8 +118,8 @@ def test_every_key_says_what_it_decides():
                                    *prepare.RECIPE} == {
         "out_dir", "resume", "micro_batch", "device", "dtype", "compile", "parallel", "attention",
         "activation_checkpointing", "max_minutes", "deterministic", "log_interval", "logger",
-        "eval_interval", "sample_tokens", "sample_prompt", "save_interval", "keep_last",
-        "keep_every"}
+        "eval_interval", "eval_generate", "sample_tokens", "sample_prompt", "save_interval",
+        "keep_last", "keep_every"}
 
 
 def test_what_is_written_otherwise_is_understood(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_home_is_expanded_in_every_key_that_names_a_path(tmp_path, monkeypatch):
     """Every key of text is a choice, a path, or listed here as neither: none is forgotten."""
     monkeypatch.setenv("HOME", str(tmp_path))
     neither = {"dataset", "sample_prompt", "prompt", "column", "stop", "layers", "tasks", "license",
-               "push", "part", "system", "train_only", "lora_targets"}
+               "push", "part", "system", "train_only", "lora_targets", "metrics"}
     kinds = [None, *(module.Flags for module in (
         prepare, train, sample, eval_command, export, report))]
     for flags in kinds:

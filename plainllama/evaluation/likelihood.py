@@ -1,9 +1,8 @@
 """How likely a model finds a text: the loss of a split, by position, and of continuations."""
 
 import math
-import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,6 +183,12 @@ def mean(name: str, right: np.ndarray) -> dict[str, float]:
             f"{name}_stderr": float(right.std() / math.sqrt(max(len(right) - 1, 1)))}
 
 
+def common_length(one: Sequence, other: Sequence) -> int:
+    """Count the first items that two sequences have in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 class Group:
     """Rows whose common beginning is computed once."""
 
@@ -211,11 +216,12 @@ class Scorer:
     continuation encoded together, begin token in front as in training, too long ones cut at the
     left, right padding, fp32 log-softmax. What several rows begin with is computed once, and the
     output matrix is read at the scored positions only. Ranks share the passes and all get all the
-    results."""
+    results. `folder`: the checkpoint, of a model that lies in one."""
 
-    def __init__(self, model: LLaMA, tokenizer: Tokenizer, batch_tokens: int, world: World):
+    def __init__(self, model: LLaMA, tokenizer: Tokenizer, batch_tokens: int, world: World,
+                 folder: Path | None = None):
         self.model, self.tokenizer, self.world = model, tokenizer, world
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.folder = batch_tokens, folder
         self.block_size = model.config.block_size
         self.truncated: set = set()  # hashes of the contexts that were cut
         self.samples: dict[str, list[dict]] = {}  # by task, as lm-eval keeps them
@@ -280,7 +286,7 @@ class Scorer:
         for row in sorted(wanted):
             alone = Group(len(row) - wanted[row], [row])
             last = groups[-1] if groups else Group(0, [()])
-            shared = len(os.path.commonprefix([last.rows[-1], row]))  # noqa: RUF071 of any sequences
+            shared = common_length(last.rows[-1], row)
             common = min(last.common, alone.common, shared)
             joined, members = Group(common, [*last.rows, row]), len(last.rows)
             if (common >= WORTH and members * common >= (members - 1) * last.common

@@ -4,12 +4,14 @@ Text i of a seed is the same alone and in a batch: every row has its own generat
 batch computes what it would compute alone (to rounding).
 """
 
+import ast
 import contextlib
 import hashlib
 import math
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import ANY_SHAPE, KVCache, LLaMA
 from plainllama import parallel
 from plainllama.settings import Sampling, Settings, UserError
+from plainllama.tokens.chat import Chat
 from plainllama.tokens.rows import FitRows, Rows
 from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
@@ -27,6 +30,7 @@ from plainllama.tokens.tokenizer import Tokenizer
 TINY = torch.finfo(torch.float32).tiny  # a smaller number would be 0 there
 HALF = "\ufffd"  # what the bytes of an unfinished character decode to
 NOT_FINITE = "what the model computes is not finite; take an earlier checkpoint or --dtype=fp32"
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # of --stop
 Watch = Callable[[int, int], bool]  # called with (row, new token); True ends the row
 # step() compiled, and the one cache that it is for
 Compiled = tuple[KVCache, Callable[[LLaMA, Tensor, KVCache], Tensor]]
@@ -131,8 +135,9 @@ class Batch:
     A GPU works while the host looks at tokens: they are read `lag` steps late, and nothing else
     goes from device to host or back."""
 
-    def __init__(self, model: LLaMA, rows: list[Row], vocab_size: int, compiled: Compiled | None):
-        """Feed the prompts to the model, padded on the right."""
+    def __init__(self, model: LLaMA, rows: list[Row], vocab_size: int, compiled: Compiled | None,
+                 begin: KVCache | None = None):
+        """Feed the prompts to the model, padded on the right, but for what `begin` holds."""
         config, device = model.config, model.rope_cos.device
         self.model, self.rows, self.fixed = model, rows, bool(compiled)
         self.lag = 1 if device.type == "cuda" else 0
@@ -140,8 +145,10 @@ class Batch:
         self.fed = 0  # tokens of each text that went through the model
         capacity = max(len(row.prompt) + row.room for row in rows)
         self.cache, self.step = compiled or (make_cache(model, len(rows), capacity), step)
-        self.cache.used = 0
-        self.cache.lengths.zero_()
+        shared = self.cache.used = begin.used if begin else 0
+        if begin:
+            self.cache.k[:, :, :, :shared], self.cache.v[:, :, :, :shared] = begin.k, begin.v
+        self.cache.lengths.fill_(shared)
         seen = torch.zeros(len(rows), vocab_size or config.vocab_size, dtype=torch.bool)
         # As many draws as the context is long, however many are used: a longer text begins the same
         draws = torch.zeros(len(rows), config.block_size)
@@ -149,11 +156,11 @@ class Batch:
             seen[i, row.prompt] = True
             draws[i].uniform_(generator=torch.Generator().manual_seed(row.seed))
         self.seen, self.draws = seen.to(device), draws.to(device)
-        ids = pad_sequence([torch.tensor(row.prompt) for row in rows], batch_first=True)
-        last = torch.tensor([len(row.prompt) - 1 for row in rows], device=device)
+        ids = pad_sequence([torch.tensor(row.prompt[shared:]) for row in rows], batch_first=True)
+        last = torch.tensor([len(row.prompt) - shared - 1 for row in rows], device=device)
         states = model.hidden(ids.to(device), self.cache)
         self.logits = model.lm_head(states[torch.arange(len(rows), device=device), last])
-        self.cache.lengths.copy_(last + 1)
+        self.cache.lengths.copy_(last + 1 + shared)
 
     def draw(self, sampling: Sampling, number: int) -> None:
         """Choose the next token of every row, by draw `number`, and send them to the host."""
@@ -200,8 +207,10 @@ class Batch:
 def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              seeds: list[int], stop_ids: Collection[int] = (), vocab_size: int = 0,
              watch: Watch = lambda row, token: False,
-             compiled: Compiled | None = None) -> list[tuple[list[int], str]]:
+             compiled: Compiled | None = None,
+             begin: KVCache | None = None) -> list[tuple[list[int], str]]:
     """Return (new ids, why they ended: eos | stop | length) for every prompt; none is empty.
+    `begin`: what begun() gave for the ids that all prompts begin with, and go on from.
 
     Ids from `vocab_size` on (padding of the embedding) are never drawn; 0: there are none. `watch`
     is called with (row, new id) and ends the row by returning True. A stop id is not in the result.
@@ -210,7 +219,7 @@ def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampli
     rows = [Row(number, prompt, min(max_new_tokens, model.config.block_size - len(prompt)), seed)
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
     idle = compiled[0].k.shape[1] - len(rows) if compiled else 0  # rows that are nobody's
-    batch = Batch(model, rows + [Row(-1, [0], 0, 0)] * idle, vocab_size, compiled)
+    batch = Batch(model, rows + [Row(-1, [0], 0, 0)] * idle, vocab_size, compiled, begin)
     most = max(row.room for row in rows)
     for number in range(most):
         batch.draw(sampling, number)
@@ -227,6 +236,15 @@ def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampli
             break
         batch.advance()
     return [(row.new, row.ended) for row in rows]
+
+
+@torch.no_grad()
+@sdpa_kernel(ANY_SHAPE)
+def begun(model: LLaMA, ids: list[int]) -> KVCache:
+    """Feed the ids that several prompts begin with to the model, once for all of them."""
+    cache = make_cache(model, 1, len(ids))
+    model.hidden(torch.tensor([ids], device=model.rope_cos.device), cache)
+    return cache
 
 
 # ---- ids -> text
@@ -281,13 +299,36 @@ class Completion(NamedTuple):
 
 def complete(model: LLaMA, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
              sampling: Sampling, seeds: list[int], stops: list[str], stream: bool = False,
-             compiled: Compiled | None = None) -> list[Completion]:
-    """Complete every prompt, up to one of the texts `stops`; `stream` prints as tokens come."""
+             compiled: Compiled | None = None, begin: KVCache | None = None) -> list[Completion]:
+    """Complete every prompt, up to one of the texts `stops`; `stream` prints as tokens come;
+    `begin` as for generate()."""
     texts = [TextStream(tokenizer, prompt, stops, stream) for prompt in prompts]
     made = generate(model, prompts, max_new_tokens, sampling, seeds, tokenizer.stop_ids,
-                    tokenizer.vocab_size, lambda row, token: texts[row].push(token), compiled)
+                    tokenizer.vocab_size, lambda row, token: texts[row].push(token), compiled,
+                    begin)
     return [Completion("stop" if text.push() else ended, text.text, new)
             for text, (new, ended) in zip(texts, made, strict=True)]
+
+
+def message_of(chat: Chat, text: str) -> dict:
+    """Read an answer as a message; one that calls a function in another form is text."""
+    with contextlib.suppress(ValueError):
+        return chat.parse(text)
+    return {"role": "assistant", "content": text}
+
+
+def stops_of(text: str) -> list[str]:
+    """Parse --stop: texts with commas between and with ESCAPES, or a Python list of texts.
+    UserError for anything else."""
+    with contextlib.suppress(SyntaxError, ValueError, KeyError):
+        if text.startswith("["):
+            stops = ast.literal_eval(text)
+        else:
+            parts = text.split(",") if text else []
+            stops = [re.sub(r"\\(.?)", lambda found: ESCAPES[found[1]], part) for part in parts]
+        if all(isinstance(stop, str) and stop for stop in stops):
+            return stops
+    raise UserError(rf"cannot use --stop={text}: say A,B (with no \ but \n \t \r \\) or ['A', 'B']")
 
 
 # ---- ids -> states
@@ -327,25 +368,27 @@ def layers_of(text: str, count: int) -> slice:
 # ---- from a model in training
 
 def samples_of(config: Settings, data: Path, rows: Rows,
-               say: Callable[[str], None]) -> "RunSamples | None":
-    """Prepare the samples along a run on the set `data`, whose validation `rows` are; None where
-    there are none, which is said."""
+               say: Callable[[str], None]) -> list:
+    """Prepare the sample along a run on the set `data`, whose validation `rows` are; [] where there
+    is none, which is said."""
     if config.sample_tokens == 0:
-        return None
+        return []
     why = "a context of one token has no room for them"
     if config.block_size > 1:
         try:
             opening = rows.opening() if isinstance(rows, FitRows) else None
-            return RunSamples(config, Tokenizer.load(data), opening)
+            return [RunSamples(config, Tokenizer.load(data), opening)]
         except ImportError as error:  # training itself does not need the libraries
             why = str(error)
     say(f"no samples along the run: {why}")
-    return None
+    return []
 
 
 class RunSamples:
     """The text that a run draws at each evaluation: one prompt, the same draws every time; of
     dialogs the answer to sample_prompt or, without it, what follows `opening`, ids."""
+
+    name = "samples"
 
     def __init__(self, config: Settings, tokenizer: Tokenizer, opening: list[int] | None = None):
         self.config, self.tokenizer, self.shown = config, tokenizer, config.sample_prompt
@@ -359,6 +402,13 @@ class RunSamples:
         if len(self.prompt) >= config.block_size:
             raise UserError(f"sample_prompt has {len(self.prompt)} tokens, and the context of "
                             f"{config.block_size} must hold it and at least one more; shorten it")
+
+    def add(self, model: LLaMA, step: int, log: Any) -> None:
+        """Draw a text on rank 0, write it down and say it."""
+        if log.active:
+            text = self.draw(model)
+            log.line("samples.jsonl", {"step": step, **text})
+            log.say(f"step {step}: sample {text['prompt'] + text['completion']!r:.100}")
 
     def draw(self, model: LLaMA) -> dict:
         """Draw a text: {prompt, completion, stop}. A model that gives nothing to draw from does not

@@ -180,7 +180,26 @@ def interval(score: Score) -> str:
     return f" ± {score.margin:.4f}" if score.error else ""
 
 
-# ---- samples, environment
+# ---- answers, samples, environment
+
+def answers(runs: list[RunFolder], out: Path) -> list[Block]:
+    """Show, of each run's newest scores of a file, the worst answers and the best beside prompt and
+    reference, and what the libraries say of how they counted."""
+    blocks = []
+    for run in runs:
+        newest = {title: (evaluation.get("step"), metrics) for evaluation in run.evals
+                  for title, metrics in evaluation.get("tasks", {}).items()}
+        for title, (step, metrics) in newest.items():
+            if "examples" not in metrics:
+                continue
+            blocks += [heading(f"{run.name}, step {step}, {title}", 3), table_block(
+                ["row", "score", "prompt", "answer", "reference"],
+                [[str(each["row"]), short(each["score"]), each["prompt"], each["answer"],
+                  each["reference"]] for each in metrics["examples"]])]
+            blocks += [paragraph(f"{name}: {signature}")
+                       for name, signature in metrics.get("signatures", {}).items()]
+    return blocks or [paragraph("No answers yet: eval.py --ckpt RUN --generate=FILE scores some.")]
+
 
 def samples(runs: list[RunFolder], out: Path) -> list[Block]:
     """Show the samples of the first, the middle and the last step that has some."""
@@ -215,6 +234,7 @@ PANELS = {
     "What was run": differences,
     "Curves": lambda runs, out: charts(grouped(runs), out),
     "Scores": lambda runs, out: [*growth(runs, out), *baselines(runs), *scores(runs)],
+    "Answers": answers,
     "Samples": samples,
     "Data, tokenizer and environment": environment,
 }

@@ -28,6 +28,7 @@ ROLES = {name: role for role, names in {
     "assistant gpt bot model chatgpt", "tool": "tool observation function_response function "
     "tool_response tool_result ipython", "call": "function_call tool_call"}.items()
     for name in names.split()}
+ROWS = "rows"  # in place of a converter: a record stays as it is, but for its fields' names
 THINK, THOUGHT, CALL, CALLED = "<think>", "</think>", "<tool_call>", "</tool_call>"
 
 
@@ -45,6 +46,9 @@ class How:
 def converted(record: dict, how: How) -> tuple[str, int]:
     """Give a record's dialog as JSON, and how many messages behind its last answer were left out.
     Refused if it is none."""
+    if how.converter == ROWS:
+        record, lost = renamed(record, how)
+        return json_text(record) if not lost else refuse("a field that is named", lost), 0
     form, record = recognised(record, how)
     messages = messages_of(record, form.messages(record), how.system)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -66,17 +70,20 @@ def converted(record: dict, how: How) -> tuple[str, int]:
 
 def recognised(record: dict, how: How) -> tuple[Form, dict]:
     """Give the form of a record, and the record with our names. Refused if it has none."""
-    lost = ""  # a field that is named and not there
-    if how.fields:
-        renamed = {name: record[theirs] for name, theirs in how.fields if theirs in record}
-        taken = {theirs for _, theirs in how.fields}
-        lost = next((f"no {theirs}{nearest(theirs, record.keys() - taken)}"
-                     for _, theirs in how.fields if theirs not in record), "")
-        record = {name: record[name] for name in record if name not in taken} | renamed
+    record, lost = renamed(record, how)
     form, record = form_of(record, how.converter, lost)
     if isinstance(record.get("label"), bool):
         raise Refused("rows with a label true or false (KTO) are neither dialogs nor pairs")
     return form, record
+
+
+def renamed(record: dict, how: How) -> tuple[dict, str]:
+    """Give a record with our names for its fields, and which that is named is not there."""
+    found = {name: record[theirs] for name, theirs in how.fields if theirs in record}
+    taken = {theirs for _, theirs in how.fields}
+    lost = next((f"no {theirs}{nearest(theirs, record.keys() - taken)}"
+                 for _, theirs in how.fields if theirs not in record), "")
+    return {name: record[name] for name in record if name not in taken} | found, lost
 
 
 # ---- messages
