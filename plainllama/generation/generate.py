@@ -25,7 +25,6 @@ from plainllama.tokens.tokenizer import Tokenizer
 TINY = torch.finfo(torch.float32).tiny  # a smaller number would be 0 there
 HALF = "\ufffd"  # what the bytes of an unfinished character decode to
 NOT_FINITE = "what the model computes is not finite; take an earlier checkpoint or --dtype=fp32"
-Watch = Callable[[int, int], bool]  # called with (row, new token); True ends the row
 # step() compiled, and the one cache that it is for
 Compiled = tuple[KVCache, Callable[[LLaMA, Tensor, KVCache], Tensor]]
 
@@ -197,7 +196,7 @@ class Batch:
 @sdpa_kernel(ANY_SHAPE)
 def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              seeds: list[int], stop_ids: Collection[int] = (), vocab_size: int = 0,
-             watch: Watch = lambda row, token: False,
+             watch: Callable[[int, int], bool] = lambda row, token: False,
              compiled: Compiled | None = None) -> list[tuple[list[int], str]]:
     """Return (new ids, why they ended: eos | stop | length) for every prompt; none is empty.
 
