@@ -186,8 +186,7 @@ def write_adapter(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     with torch.device("meta"):
         counts = adapters.parameter_counts(LLaMA(config))[:2]
     write_text(folder / "README.md", card(source, folder, flags, vars(config), counts))
-    learned = sum(tensor.numel() for tensor in load_file(folder / peft.WEIGHTS).values())
-    return learned, ""
+    return sum(tensor.numel() for tensor in load_file(folder / peft.WEIGHTS).values()), ""
 
 
 def compare_with_transformers(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool) -> str:

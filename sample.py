@@ -150,9 +150,9 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
             journal.remove()  # there if a kill came just before this line
             print(f"{f.out} is complete, with {len(rows)} rows; move it away to make it anew")
         return 0
-    model = peft.load_model(folder, world.device, dtype, f.base)
     if journal:
         journal.begin(world.rank)
+    model = peft.load_model(folder, world.device, dtype, f.base)
     if done and world.rank == 0:
         print(f"{len(done)} of {len(rows)} rows were done before", flush=True)
     todo = sorted(set(range(len(rows))).difference(done), key=lambda i: (-len(ids[i]), i))
@@ -182,13 +182,11 @@ def prompt_ids(f: Any, rows: list[dict], talks: list[dict | None], chat: Chat | 
     `schemas` if there are no tools of its own. UserError if it is no talk, or for what does not fit
     into the context, beside a new token if one is drawn."""
     room, ids = block_size if f.embed != "none" else block_size - 1, []
-    for i in range(0, len(rows), f.num_samples):
-        talk = talks[i]
+    for i, dialog in [*enumerate(talks)][::f.num_samples]:
         where = f"{f.prompts}:{i // f.num_samples + 1}: " if f.prompts else ""
         try:
-            if chat and talk:
-                messages, tools = asked(talk, f.system)
-                prompt = chat.prompt(messages, tools or schemas)
+            if chat and dialog:
+                prompt = chat.prompt(*asked(dialog, f.system, schemas))
             else:
                 prompt = [tokenizer.bos_id, *tokenizer.encode(rows[i][f.column])]
         except Refused as why:
@@ -219,14 +217,13 @@ def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], min
     progress = Progress("embedding" if embed else "sampling", sum(map(len, mine)), "rows",
                         not stream and world.rank == 0)
     made: dict[int, dict] = {}
-    new: list[dict]
     keep = journal.add if journal else made.update
     start, tokens, cut = time.perf_counter(), 0, 0
     for batch in mine:
         prompts = [ids[i] for i in batch]
         if embed:
             states = generate.embed(model, prompts, f.embed, f.layers)
-            new = [{"embedding": prompt_files.pack(state)} for state in states]
+            new: list[dict] = [{"embedding": prompt_files.pack(state)} for state in states]
             tokens += sum(map(len, prompts))
         else:
             seeds = [generate.row_seed(f.seed, i) for i in batch]

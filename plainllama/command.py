@@ -178,8 +178,7 @@ def cores(groups: str = "/proc/self/cgroup", mount: str = "/sys/fs/cgroup") -> i
     for line in Path(groups).read_text().splitlines() if os.path.exists(groups) else ():
         _, controllers, group = line.split(":", 2)
         if not controllers or "cpu" in controllers.split(","):
-            home = Path(mount) / ("cpu" if controllers else "")
-            inner = home / group.lstrip("/")
+            inner = Path(mount, "cpu" if controllers else "", group.lstrip("/"))
             found = min(found, *(quota(folder) for folder in (inner, *inner.parents)))
     return max(1, int(found))
 

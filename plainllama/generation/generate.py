@@ -31,7 +31,6 @@ TINY = torch.finfo(torch.float32).tiny  # a smaller number would be 0 there
 HALF = "\ufffd"  # what the bytes of an unfinished character decode to
 NOT_FINITE = "what the model computes is not finite; take an earlier checkpoint or --dtype=fp32"
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # of --stop
-Watch = Callable[[int, int], bool]  # called with (row, new token); True ends the row
 # step() compiled, and the one cache that it is for
 Compiled = tuple[KVCache, Callable[[LLaMA, Tensor, KVCache], Tensor]]
 
@@ -206,7 +205,7 @@ class Batch:
 @sdpa_kernel(ANY_SHAPE)
 def generate(model: LLaMA, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              seeds: list[int], stop_ids: Collection[int] = (), vocab_size: int = 0,
-             watch: Watch = lambda row, token: False,
+             watch: Callable[[int, int], bool] = lambda row, token: False,
              compiled: Compiled | None = None,
              begin: KVCache | None = None) -> list[tuple[list[int], str]]:
     """Return (new ids, why they ended: eos | stop | length) for every prompt; none is empty.

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from plainllama import files
 from plainllama.settings import UserError, install
@@ -113,8 +112,8 @@ def column_of(values: list) -> Any:
 
 
 def read_prompts(f: Any) -> Prompts:
-    """Read the rows of --prompts, or make one of --prompt, each --num_samples times, then with its
-    number among them as `sample`. UserError if --out cannot take them with what is added."""
+    """Read the rows of --prompts, or make one of --prompt, each --num_samples times. UserError if
+    --out cannot take them with what is added to them."""
     if not f.prompts:
         return Prompts([{f.column: f.prompt}] * f.num_samples)
     path, out, column, copies = Path(f.prompts), Path(f.out), f.column, f.num_samples
@@ -140,12 +139,9 @@ def read_prompts(f: Any) -> Prompts:
     if other or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists")
     try:  # what would fail after hours fails now
-        if copies > 1 and table is not None:
+        if table is not None:
             table = table.take([i // copies for i in range(len(rows) * copies)])
-            table = table.append_column("sample", [[*range(copies)] * len(rows)])
-        if copies > 1:
-            rows = [row | {"sample": number} for row in rows for number in range(copies)]
-        prompts = Prompts(rows, table, out.exists())
+        prompts = Prompts([row for row in rows for _ in range(copies)], table, out.exists())
         with open(os.devnull, "wb") as nowhere:
             prompts.write_to(nowhere, out.suffix, [{}] * len(prompts.rows))
     except (ValueError, TypeError, ArithmeticError, NotImplementedError) as error:
@@ -155,7 +151,7 @@ def read_prompts(f: Any) -> Prompts:
 
 # ---- what is done
 
-def pack(state: Tensor) -> str:
+def pack(state: torch.Tensor) -> str:
     """Write a state, fp32 (C,), as a text that JSON can hold, to the bit."""
     return base64.b64encode(state.numpy().astype("<f4").tobytes()).decode()
 
@@ -187,7 +183,7 @@ class Journal:
         """Return {row: what was made of it}, of all parts, and cut off a line that a kill left half
         written. UserError if a part, or an --out that is there, was made in another way."""
         if self.out.exists():
-            note = files.read_json(self.note, tolerant=True)
+            note = {"recipe": {}} | files.read_json(self.note, tolerant=True)
             known = note.get("file") == files.file_entry(self.out)
             how = self.other(note["recipe"]) if known else "it is other work, or changed since"
             if how:
@@ -222,6 +218,8 @@ class Journal:
     def finish(self, prompts: Prompts) -> dict[int, dict]:
         """Write --out, which appears whole, and what made it; {row: what was made of it}."""
         made, temporary = self.read(), Path(f"{self.out}{files.UNFINISHED}")
+        if (copies := self.recipe["num_samples"]) > 1:
+            made = {i: {"sample": i % copies} | new for i, new in made.items()}
         with open(temporary, "wb") as file:
             prompts.write_to(file, self.out.suffix, [made[i] for i in range(len(prompts.rows))])
         files.sync(temporary)

@@ -259,14 +259,15 @@ def merged(messages: list[dict]) -> list[dict]:
     return joined
 
 
-def asked(record: dict, system: str = "") -> tuple[list[dict], list[dict]]:
-    """Give the messages of a talk that is to be answered, and its tools; `system` is put in front
-    where it has no system message. Refused if it is none."""
+def asked(record: dict, system: str = "",
+          tools: list[dict] | None = None) -> tuple[list[dict], list[dict]]:
+    """Give the messages of a talk that is to be answered, and its tools; `system` and `tools` are
+    for one without its own. Refused if it is none."""
     given = listed(record.get("messages") or [], "messages are not a list")
     messages = messages_of(record, given, system)
     if not messages or messages[-1]["role"] == "assistant":
         raise Refused("the last message is an answer, or there is none")
-    return messages, tools_of(record)
+    return messages, tools_of(record) or tools or []
 
 
 def check(messages: list[dict]) -> None:

@@ -87,10 +87,10 @@ def note_beginning(folder: Path, begun: dict, seen: dict, tokenizer: Tokenizer) 
         tokenizer.save(own)
         if tokenizer.template:
             write_text(Path(own) / TEMPLATE_FILE, tokenizer.template)
-            os.replace(Path(own) / TEMPLATE_FILE, folder / TEMPLATE_FILE)
-        for name, home in (("state.json", folder / NOTES), (SEEN, folder),
-                           ("tokenizer.json", folder)):
-            os.replace(Path(own) / name, home / name)
+        # first what says that the folder is ours, and the template before the tokenizer
+        os.replace(Path(own) / "state.json", folder / NOTES / "state.json")
+        for path in sorted(Path(own).iterdir()):
+            os.replace(path, folder / path.name)
 
 
 # ---- a part -> its shards

@@ -25,7 +25,6 @@ from plainllama.weights.adapters import ADDED, Adapter, initialise
 from plainllama.weights.huggingface import ENDS, load_weights, read_config, weight_files
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
-FILES = CONFIG, WEIGHTS  # without base.json where peft made them
 FORMAT = 1
 ROWS = "token_adapter.trainable_tokens_delta"  # peft's name of the rows of new tokens
 # Keys of adapter_config.json that say nothing of what is computed, or that are read here; any other
@@ -163,9 +162,8 @@ def whole_config(folder: Path, moved: str = "") -> ModelConfig:
     """Read the architecture of a model folder; of an adapter's, that of the model it makes."""
     if not is_adapter(folder):
         return read_config(folder)
-    there = (folder / "config.json").is_file()
-    adapter = read_adapter(folder)
-    config = read_config(folder if there else base_of(folder, moved)[0])
+    adapter, whole = read_adapter(folder), (folder / "config.json").is_file()
+    config = read_config(folder if whole else base_of(folder, moved)[0])
     stored = open_weights(folder)
     rows = [stored.get_slice(key).get_shape()[0]
             for key in stored.keys() if key.endswith(ROWS)]  # noqa: SIM118
