@@ -151,7 +151,7 @@ def model_sha256(folder: Path, moved: str = "") -> str:
     adapter that peft saved, its base too."""
     names, homes, model = ["checksums.json"], [folder], ""  # the hashes of all the others
     if not (folder / names[0]).is_file():
-        names = [*FILES, "config.json", "tokenizer.json", TEMPLATE_FILE]
+        names = [CONFIG, WEIGHTS, "config.json", "tokenizer.json", TEMPLATE_FILE]
         homes += [base_of(folder, moved)[0]] if is_adapter(folder) else []
         model = weights_sha256(homes[-1])
     there = [home / name for home in homes for name in names if (home / name).is_file()]
