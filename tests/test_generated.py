@@ -347,6 +347,25 @@ def test_prompts_without_room_are_counted_and_score_nothing(model, monkeypatch, 
     assert {each["row"] for each in found["examples"]} == {1, 2, 3, 4}
 
 
+def test_answers_of_dialogs_are_read_as_messages(model, monkeypatch, tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    talk = [{"role": "user", "content": "1+1?"}]
+    file = write(tmp_path / "f.jsonl", *({"messages": talk, "reference": call} for _ in range(3)),
+                 {"messages": talk, "reference": "two"})
+    texts = [chat.written(call), '<tool_call>\n{"name": "add"', chat.written(CALL | call),
+             "<think>\nhm\n</think>\n\ntwo"]
+    monkeypatch.setattr(generate, "complete", lambda model, tokenizer, prompts, *_, **more: [
+        generate.Completion("eos", text, []) for text in texts[:len(prompts)]])
+    asked = generated.read(how(file, metrics="calls,exact"), TALKS, 4096)
+    scorer = Scorer(model, TALKS, 99 * model.config.block_size, World())
+    scorer.block_size = 4096
+    scorer.batch_tokens = 99 * 4096
+    found = generated.score("t", asked, how(), scorer)["t"]
+    assert found["calls_gen"] == pytest.approx(2 / 3)  # one is half a call
+    assert found["exact_gen"] == 3 / 4  # what is thought is no part of an answer
+    assert found["examples"][0]["answer"].startswith("<tool_call>")
+
+
 def test_the_teacher_forced_twin_has_another_name(model, monkeypatch):
     """The likeliest tokens behind the true beginning of a reference, by a whole forward pass."""
     monkeypatch.setattr(generate, "complete", None)  # nothing is generated for it
@@ -450,6 +469,22 @@ def test_what_a_kill_leaves_is_not_generated_again(home, monkeypatch):
     assert len(first) == 1 and sorted(itertools.chain(*first, *seen)) == ["a", "b", "c"]
     kept = read_json(home / "out/r/eval/step_5.json")["tasks"]["generate:f.jsonl"]
     assert kept["exact_gen"] == 1 and kept["intervals"]["exact_gen"] == [1, 1]
+
+
+def test_all_checkpoints_are_scored_once_and_a_broken_one_says_so(home, monkeypatch, capsys):
+    scripted(monkeypatch, {"a": "x"})
+    monkeypatch.setattr(eval.checkpoint, "damage", lambda *_, **more: "")  # it has no checksums
+    for said in ("generate:f.jsonl, 3 prompts", "step_5 has these scores"):
+        assert score("--all=out/r", "--metrics=exact", "--stop=x,y") == 0
+        assert said in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    broken = tiny()
+    with torch.no_grad():
+        broken.model.norm.weight[3] = math.nan
+    write_checkpoint(home / "broken", broken)
+    assert score("--ckpt=broken", "--metrics=exact") == 2
+    assert "no generate:f.jsonl: what the model computes is not finite" in capsys.readouterr().out
 
 
 def test_bad_input_of_the_command_is_one_line_and_exit_2(home):
