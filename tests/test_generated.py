@@ -180,7 +180,7 @@ def how(file="", **changes) -> SimpleNamespace:
     return SimpleNamespace(**{
         **vars(Sampling(temperature=0)), "generate": str(file), "fields": None, "chat": "auto",
         "limit": 0, "metrics": "exact", "bleu_tokenizer": "auto", "stop": [], "seed": 0,
-        "max_new_tokens": 8, "base": "", "dtype": "fp32", **changes})
+        "max_new_tokens": 8, "base": "", "dtype": torch.float32, **changes})
 
 
 def write(path, *rows):
@@ -197,7 +197,8 @@ def test_rows_of_all_kinds(tmp_path):
     file = write(tmp_path / "f.jsonl", {"prompt": "P", "reference": "R"},
                  {"messages": talk, "reference": ["R", "S"]},
                  {"messages": talk, "tools": [{"name": "add"}], "reference": openai},
-                 {"messages": [*talk, {"role": "assistant", "content": "last"}]})
+                 {"messages": [*talk, {"role": "assistant", "content": "last"}]},
+                 {"system": "S", "messages": talk[1:], "reference": "R"})
     rows = generated.read(how(file), TALKS, 256).rows
     ours = chat.Chat(TALKS)
     assert rows[0].ids == ours.prompt([{"role": "user", "content": "P"}])
@@ -205,7 +206,8 @@ def test_rows_of_all_kinds(tmp_path):
     assert rows[2].ids == ours.prompt(talk, [{"name": "add"}])
     assert [row.references for row in rows] == [
         says("R"), says("R", "S"), [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
-        says("last")]
+        says("last"), says("R")]
+    assert rows[4].ids == rows[1].ids
     plain = write(tmp_path / "g.jsonl", {"prompt": "P", "reference": "R"})
     as_it_is = [TALKS.bos_id, *TALKS.encode("P")]
     assert generated.read(how(plain, chat="false"), TALKS, 256).rows[0].ids == as_it_is
@@ -440,6 +442,7 @@ def test_scores_are_recorded_and_answers_are_not_made_twice(home, monkeypatch, c
     assert score(*command, "--metrics=exact", "--max_new_tokens=9") == 0 and len(seen) == 1
     other = read_json(home / "out/r/eval/step_5.json")["tasks"]["generate:f.jsonl"]
     assert "bleu_gen" not in other  # of other answers
+    assert score(*command, "--metrics=exact", "--dtype=bf16") == 0 and len(seen) == 2  # nor these
     seen.clear()
     write(home / "f.jsonl", {"prompt": "b", "reference": "z"})
     assert score(*command, "--metrics=exact") == 0 and seen == [["b"]]  # another file

@@ -105,7 +105,7 @@ def row_of(record: dict, tokenizer: Tokenizer, talks: bool) -> Row:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if reference is None and isinstance(messages, list) and len(messages) > 1:  # a whole dialog
         *messages, reference = messages
-    messages, tools = asked({"messages": messages, "tools": record.get("tools")})
+    messages, tools = asked(record | {"messages": messages})
     shown = "\n".join(f"{message['role']}: {written(message)}" for message in messages)
     return Row(shown, None, chat_of(tokenizer).prompt(messages, tools), references_of(reference))
 
@@ -202,8 +202,9 @@ def journal_of(how: Any, folder: Path) -> Journal:
     run = run_of(folder)
     kept = (run / "eval" if run else Path()) / "generated"
     kept.mkdir(parents=True, exist_ok=True)
-    decides = {name: getattr(how, name) for name in (*DECIDES, "base", "dtype")}
-    journal = Journal(SimpleNamespace(out="", prompts=how.generate, tools="", **decides), folder)
+    decides = {name: getattr(how, name) for name in (*DECIDES, "base")}
+    journal = Journal(SimpleNamespace(out="", prompts=how.generate, tools="", **decides), folder,
+                      how.dtype)
     recipe = json.dumps(journal.recipe).encode()
     journal.out = kept / f"{folder.name}-{sha256_bytes(recipe)[:12]}"
     return journal
@@ -279,7 +280,7 @@ def make_task(flags: Any, tokenizer: Tokenizer, block_size: int, dtype: torch.dt
               world: World) -> dict[str, Task]:
     """Make --generate a task. UserError, before a model is loaded, for what does not fit.
     Collective."""
-    decides = {"stop": generate.stops_of(flags.stop), "dtype": str(dtype)}
+    decides = {"stop": generate.stops_of(flags.stop), "dtype": dtype}
     how = SimpleNamespace(**vars(Sampling()) | vars(flags) | decides)
     asked = world.decide(lambda: read(how, tokenizer, block_size))
     made_of = {"rows": asked.digest, "bleu_tokenizer": asked.bleu_tokenizer,
