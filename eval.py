@@ -346,7 +346,8 @@ class Evaluation:
         ppl, val_tokens, val_bytes, by_position, baselines, made_of}."""
         rows = min(self.batch_tokens // windows.block_size,
                    likelihood.window_count(windows, self.tokens))
-        bos_id = self.tokenizer.bos_id if self.config.doc_mask else None
+        packed = self.config.doc_mask or isinstance(windows, FitRows)  # several in a row
+        bos_id = self.tokenizer.bos_id if packed else None
         how = self.tokens, max(1, rows), self.world, bos_id
         if isinstance(windows, FitRows) and windows.split.together == 2:
             pairs = score_pairs(model, windows, *how, self.config, self.run)

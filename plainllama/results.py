@@ -53,10 +53,11 @@ def score_table(title: str, metrics: dict) -> str:
     guessing would give."""
     heading = [text.format(metrics[name]) for name, text in HEADING.items() if metrics.get(name)]
     lines = [", ".join([title, *heading])]
+    wide = max(14, *(len(score.name) + 1 for score in measured(metrics)), 0)
     if "correct" in metrics:
-        lines.append(f"  {'correct':<14}{metrics['correct']} of {metrics['n']}")
+        lines.append(f"  {'correct':<{wide}}{metrics['correct']} of {metrics['n']}")
     for score in measured(metrics):
-        line = f"  {score.name:<14}{score.value:9.4f}"
+        line = f"  {score.name:<{wide}}{score.value:9.4f}"
         if score.error:
             line += f" ± {score.margin:.4f}"
         if score.guess and score.interval:
@@ -69,10 +70,10 @@ def score_table(title: str, metrics: dict) -> str:
         elif score.chance:
             line += f"   chance {score.chance:.4f}"
         lines.append(line)
-    lines += [f"  {name:<14}{text}" for name, text in metrics.get("signatures", {}).items()]
+    lines += [f"  {name:<{wide}}{text}" for name, text in metrics.get("signatures", {}).items()]
     if "letters" in metrics:
         counts = ", ".join(f"{letter} {n}" for letter, n in metrics["letters"].items())
-        lines.append(f"  {'predicted':<14}{counts}")
+        lines.append(f"  {'predicted':<{wide}}{counts}")
     if "unavailable" in metrics:
         lines.append(f"  not available: {metrics['unavailable']}")
     return "\n".join(lines)

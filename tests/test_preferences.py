@@ -4,6 +4,7 @@ ORPO make of it, beside formulas that share nothing with the program."""
 import json
 import math
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from test_prepare import inside
 from test_prepare_chat import BOS, END, ROLES, jsonl, rendered, stored
 
+import eval as evaluation
 import train
 from model import LLaMA, ModelConfig
 from plainllama.command import parse
@@ -451,6 +453,38 @@ def test_two_ranks_are_one(inside_home):
             for name in ("loss", "rewards/margins", "val_loss"):
                 assert np.allclose(column(folder, name), column(
                     inside_home / f"out/{objective}1", name), rtol=2e-4, atol=1e-6), (mode, name)
+
+
+def test_eval_scores_pairs_by_the_run_and_by_the_model_alone(inside_home, capsys):
+    assert run("--out_dir=out/a", "--objective=dpo") == 0
+    capsys.readouterr()
+    words = ["--tasks=", "--device=cpu", "--json"]
+    scores = {}
+    for ckpt in ("out/a", "base"):
+        data = [] if ckpt == "out/a" else ["--data=pairs"]
+        assert evaluation.main(parse([f"--ckpt={ckpt}", *data, *words], "", evaluation.Flags,
+                                     "files")) == 0
+        scores[ckpt] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tuned, alone = scores["out/a"], scores["base"]
+    val = shards.open_split(inside_home / "data/pairs", "val")
+    bounds = val.bounds()
+    documents = [(val.read(a, b).tolist(), val.read_mask(a, b).astype(int).tolist())
+                 for a, b in pairwise(bounds)]
+    sizes = val.learned_counts()
+    _, base, _ = by_hand(load_model(inside_home / "base"), documents)
+    _, now, _ = by_hand(load_model(inside_home / "out/a/checkpoints/step_12"), documents)
+    rewards = 0.1 * (now - base)
+    assert tuned["rewards/accuracies"] == pytest.approx(
+        (rewards[::2] > rewards[1::2]).double().mean().item())
+    assert tuned["rewards/margins"] == pytest.approx(
+        (rewards[::2] - rewards[1::2]).mean().item(), rel=1e-4)
+    assert alone["logps/accuracies"] == pytest.approx(
+        (base[::2] > base[1::2]).double().mean().item())
+    shorter = np.mean((np.sign(sizes[1::2] - sizes[::2]) + 1) / 2)
+    assert tuned["shorter"] == alone["shorter"] == pytest.approx(shorter)
+    kept = read_json(inside_home / "out/a/eval/step_12.json")
+    assert kept["rewards/accuracies"] == tuned["rewards/accuracies"]
+    assert column(inside_home / "out/a", "val_loss")[-1] == pytest.approx(kept["val_loss"])
 
 
 def test_a_tuned_adapter_is_its_own_reference(inside_home):
