@@ -44,7 +44,7 @@ preferences: $(VENV)/.core out/chat/run.json
 	$(PY) eval.py --ckpt out/orpo --tasks=
 	$(PY) report.py out/dpo out/orpo
 	@echo
-	@echo 'Look at   out/dpo/report.html'
+	@echo 'Look at   out/dpo/report_with_orpo.html'
 	@echo 'Talk      $(PY) sample.py --ckpt out/dpo --chat'
 
 test: $(VENV)/.test

@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 CHARTS = (
-    Chart("loss, nats per token (pale: training, strong: validation)", ("loss", "val_loss"),
+    Chart("loss, nats per token or pair (pale: training, strong: validation)", ("loss", "val_loss"),
           log=True),
     Chart("validation, bits per byte", ("val_bpb",), log=True),
     Chart("pairs: reward of chosen less rejected (pale: training)",

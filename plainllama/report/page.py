@@ -61,8 +61,8 @@ def outcome(run: RunFolder) -> str:
     said = (f"{run.name}: a LLaMA of {short(size)} parameters, {state} at step {run.last('step')} "
             f"of {steps}, after {tokens} {unit} and {timedelta(seconds=round(seconds))} of "
             f"training on {device.get('count')} x {device.get('name')}: validation loss {loss} ")
-    preferred = short(run.last("val_rewards/accuracies"))
-    said += (f"nats per pair, chosen preferred in a share of {preferred}." if kind == "preference"
+    preferred = run.last("val_rewards/accuracies")
+    said += (f"nats per pair, chosen preferred in {preferred or 0:.1%}." if kind == "preference"
              else f"nats per token, {bits} bits per byte.")
     older = f" Its newest {broken} is not finite; what is said here is older."
     return said + older if broken else said
