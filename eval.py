@@ -351,8 +351,9 @@ class Evaluation:
         how = self.tokens, max(1, rows), self.world, bos_id
         if isinstance(windows, FitRows) and windows.split.together == 2:
             pairs = score_pairs(model, windows, *how, self.config, self.run)
-            self.say(score_table(f"validation, {pairs['n']} pairs (shorter: what preferring the "
-                                 "shorter answer gives)", pairs))
+            self.say(score_table(f"validation, {pairs['n']} pairs (rewards: against the model that "
+                                 "the run began with; logps: by likelihood alone; shorter: what "
+                                 "preferring the shorter answer gives)", pairs))
             results.section(result, self.section).update(
                 pairs | self.repeated | {"made_of": self.windows_made_of})
             return

@@ -75,17 +75,16 @@ from plainllama.text.sources import check_dialogs, described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
 from plainllama.tokens.parts import (
-    ASKED,
     choose_tokenizer,
     for_documents,
     make_shards,
     merged,
     note_beginning,
+    print_sources,
     refuse_many_dropped,
-    rows_in,
     what_is_lacking,
 )
-from plainllama.tokens.rows import added, takes
+from plainllama.tokens.rows import takes
 from plainllama.tokens.shards import SEEN, files_in
 from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
@@ -118,7 +117,9 @@ def main(command: CommandLine) -> int:
     if config.init_from and config.documents != "text":
         from plainllama.training.resume import inherit  # here, since it loads torch
 
-        for remark in inherit(command, ("block_size",))[1]:
+        model, remarks = inherit(command, ("block_size",))
+        lacking = f"note: init_from={config.init_from} holds no model yet"
+        for remark in remarks if model else [lacking]:
             print(remark)
     with held(Path("data") / config.dataset, shared=share != WHOLE) as folder:
         try:
@@ -300,32 +301,6 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
 
 # ---- what there is
 
-def print_sources(folder: Path, manifest: dict) -> None:
-    """Print of each source of dialogs what came of its rows, and its share of what is learned in
-    an epoch."""
-    split = shards.Split(folder, "train", manifest)
-    often, count = takes(split), len(manifest["by_source"])
-    source_of = split.sources()[::split.together]
-    shown = np.bincount(source_of, often * added(split.learned_counts(), split.together), count)
-    dialogs = np.bincount(source_of, often, count).tolist()
-    print(f"{'source':24}{'rows':>10}{'dropped':>10}{'left out':>10}{'kept':>10}{'tokens':>13}"
-          f"{'learned':>12}{'an epoch':>10}{'share':>8}")
-    for number, (source, made) in enumerate(zip(manifest["recipe"]["sources"],
-                                                manifest["by_source"], strict=True)):
-        left = sum(entry["count"] for rule, entry in made["dropped"].items() if rule in ASKED)
-        dropped = sum(entry["count"] for entry in made["dropped"].values()) - left
-        kept, tokens, targets = (sum(counts.get(key, 0) for counts in made["splits"].values())
-                                 for key in ("documents", "tokens", "learned"))
-        taken = dialogs[number] / max(1, made["splits"]["train"]["documents"])
-        remark = f"  each {taken:.1f} times" if taken > 3 else ""
-        remark = f"  {taken:.0%} of it" if taken < 0.5 else remark
-        print(f"{source.get('name', source['path'])[-23:]:24}{rows_in(made):>10,}{dropped:>10,}"
-              f"{left:>10,}{kept:>10,}{tokens:>13,}{targets:>12,}{int(dialogs[number]):>10,}"
-              f"{shown[number] / shown.sum():>8.1%}{remark}")
-    kind = "pairs" if split.together == 2 else "dialogs"
-    print(f"an epoch: {kind} that a pass takes; share: of the learned tokens in it")
-
-
 def show(folder: Path, manifest: dict, count: int) -> None:
     """Print some dialogs of a set, of its sources in turn, from all over each, as tokens, what is
     learned of them coloured."""
@@ -338,7 +313,9 @@ def show(folder: Path, manifest: dict, count: int) -> None:
     for i in [i for turn in zip_longest(*own) for i in turn if i is not None][:count]:
         source = manifest["recipe"]["sources"][source_of[i]]
         print("---", source.get("name", source["path"]))
-        for first, last in pairwise(bounds[i * together:(i + 1) * together + 1].tolist()):
+        sides = pairwise(bounds[i * together:(i + 1) * together + 1].tolist())
+        for side, (first, last) in zip(("chosen: ", "rejected: "), sides, strict=False):
+            print(side if together == 2 else "", end="")
             print(chat.show(split.read(first, last), split.read_mask(first, last), colour))
 
 
@@ -346,13 +323,13 @@ def print_counts(manifest: dict) -> None:
     """Print what came in, what was dropped by which rule, and what there is."""
     dropped, splits = manifest["dropped"], manifest["splits"]
     total = sum(x.get("documents", x.get("count")) for x in (*splits.values(), *dropped.values()))
-    name = "pairs" if manifest["recipe"].get("documents") == "preference" else "documents"
-    print(f"{total:>14,} {name} in")
-    for what in ("dropped", "cut"):
-        for rule, entry in manifest.get(what, {}).items():
-            print(f"{entry['count']:>14,} {what}: {rule} (first: {entry['first']})")
+    what = "pairs" if manifest["recipe"].get("documents") == "preference" else "documents"
+    print(f"{total:>14,} {what} in")
+    for why in ("dropped", "cut"):
+        for rule, entry in manifest.get(why, {}).items():
+            print(f"{entry['count']:>14,} {why}: {rule} (first: {entry['first']})")
     unit, rate = ("learned", "learned") if "by_source" in manifest else ("bytes", "bytes/token")
-    print(f"{'':8}{name:>12}{'tokens':>16}{'MB':>10}{rate:>13}{'longest':>11}")
+    print(f"{'':8}{what:>12}{'tokens':>16}{'MB':>10}{rate:>13}{'longest':>11}")
     for split, n in splits.items():
         print(f"{split:8}{n['documents']:>12,}{n['tokens']:>16,}{n['bytes'] / 1e6:>10,.1f}"
               f"{n.get(unit, 0) / max(n['tokens'], 1):>13.3f}{n['longest']:>11,}")

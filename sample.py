@@ -135,9 +135,11 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
     if f.save and run is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
     tokenizer = Tokenizer.load(peft.tokenizer_folder(folder, f.base))
-    if f.prompt and (tokenizer.template or END in tokenizer.special_ids):
-        print("(tuned on dialogs: --chat wraps what is said as training did)")
     config, talks = peft.whole_config(folder, f.base), prompts.talks(f.column)
+    if not all(talks) and (tokenizer.template or END in tokenizer.special_ids):
+        print("(tuned on dialogs, and given bare text: " + (
+            "write rows of `messages`)" if f.prompts else
+            "--chat wraps what is said as training did)"))
     generate.layers_of(f.layers, config.n_layer + 1)  # a UserError without them
     chat = chat_of(tokenizer) if any(talks) else None
     chats = [chat if talk else None for talk in talks]

@@ -288,7 +288,7 @@ class Run:
         logged = {name: value / targets for name, value in zip(
             self.engine.objective.logged, outcome.logged, strict=True)}
         if step == 1 and self.references:
-            reference.refuse_other_start(logged["preference_loss"], self.engine.dtype)
+            reference.refuse_other_start(logged, config, self.engine.dtype)
         norm = math.sqrt(outcome.square_norm) if outcome.square_norm >= 0 else math.nan
         self.count_skipped(step, math.isfinite(loss) and math.isfinite(norm))
         ends = self.course.first_step + 1, config.max_steps

@@ -19,7 +19,7 @@ block_size = 256
 tie_embeddings = True
 
 global_batch_tokens = 16 * 256
-max_steps = 2000
+max_steps = 1600
 optimizer = "muon"
 learning_rate = 4e-3
 min_lr = 0.0
@@ -27,6 +27,6 @@ schedule = "linear"
 warmup_steps = 50
 
 log_interval = 20
-eval_interval = 250
+eval_interval = 400
 eval_tokens = 64 * 256
 save_interval = 500

@@ -11,7 +11,7 @@ HEADING = {"long_enough": "{} long enough to be told", "shots": "{} shots", "beg
            "cut": "{} cut where the context ends",
            "truncated": "{} too long for the context and cut at the left",
            "too_long": "{} too long for the context and not answered",
-           "empty": "{} answers empty", "unfinished": "{} answers cut at their longest length"}
+           "empty": "{} answers empty", "unfinished": "{} answers ended by --max_new_tokens"}
 DESCRIBES = {*HEADING, "n", "chance", "correct"}  # numbers that are no scores
 GROUPS = {"tasks", "contexts", "texts"}  # of sections; all else in the file is of validation
 

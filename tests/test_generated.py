@@ -233,10 +233,10 @@ def test_kinds_of_files_and_names_of_fields(tmp_path):
 BAD = [  # rows, what is said
     (['{"prompt": "a", "reference": "b"}', "{broken"], r"f.jsonl:2: broken line"),
     (["[1, 2]"], "f.jsonl:1: broken line"),
-    ([{"prompt": "a"}], "f.jsonl:1: its reference is no text, no message and no list.*None"),
-    ([{"prompt": "a", "reference": 7}], "f.jsonl:1: its reference is no text.*7"),
-    ([{"prompt": "a", "reference": []}], "f.jsonl:1: its reference is no text"),
-    ([{"prompt": "a", "reference": ["b", 3]}], "f.jsonl:1: its reference is no text.*3"),
+    ([{"prompt": "a"}], "f.jsonl:1: its `reference` is missing.*None"),
+    ([{"prompt": "a", "reference": 7}], "f.jsonl:1: its `reference` is no text.*7"),
+    ([{"prompt": "a", "reference": []}], "f.jsonl:1: its `reference` is missing"),
+    ([{"prompt": "a", "reference": ["b", 3]}], "f.jsonl:1: its `reference` is no text.*3"),
     ([{"prompt": "a", "reference": " "}], "f.jsonl:1: its reference is no answer, or an empty"),
     ([{"prompt": "a", "reference": {"role": "user", "content": "b"}}], "is no answer, or an empty"),
     ([{"prompt": "a", "reference": {"tool_calls": [{"arguments": {}}]}}], "a call without a name"),
@@ -568,7 +568,7 @@ def test_a_run_logs_scores_and_two_ranks_score_as_one(data_home, tmp_path, monke
 
 
 @pytest.mark.parametrize(("file", "said"), [
-    ("gone.jsonl", "no file gone.jsonl"), ("f.jsonl", "f.jsonl:1: its reference is no text")])
+    ("gone.jsonl", "no file gone.jsonl"), ("f.jsonl", "f.jsonl:1: its `reference` is missing")])
 def test_what_a_run_cannot_score_is_refused_before_it_begins(data_home, tmp_path, file, said):
     shutil.copytree(data_home / "data", tmp_path / "data")
     shutil.copy(data_home / "toy.py", tmp_path)

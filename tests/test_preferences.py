@@ -502,7 +502,7 @@ def test_a_start_off_ln_2_ends_the_run(inside_home, monkeypatch):
 
     real = reference.known
     monkeypatch.setattr(reference, "known", lambda *words: real(*words) * 1.001)
-    with pytest.raises(RuntimeError, match="not ln 2"):
+    with pytest.raises(UserError, match="not ln 2"):
         run("--out_dir=out/off")
 
 
@@ -552,3 +552,59 @@ def test_dialogs_and_text_are_not_for_dpo(home, monkeypatch, tmp_path):
 
 
 assert END == 262 and ROLES  # as rendered() has them
+
+
+# ---- what a review found
+
+def test_all_pairs_of_a_prompt_are_held_out_together(tmp_path, monkeypatch):
+    rng = np.random.default_rng(3)
+    rows = [{"prompt": f"question {i}?", "chosen": f"{rng.integers(1e9)} yes",
+             "rejected": f"{rng.integers(1e9)} no"} for i in range(40) for _ in range(4)]
+    (tmp_path / "p.jsonl").write_bytes(jsonl(rows))
+    folder = inside(tmp_path, monkeypatch, documents="preference", block_size=256,
+                    sources="p.jsonl", train_on="last", packing="fit", val_fraction=0.2)
+    prompts = {}
+    for split in ("train", "val"):
+        there = shards.open_split(folder, split)
+        bounds = there.bounds()
+        prompts[split] = {bytes(i for i in there.read(a, b).tolist() if i < 256).split(b"?")[0]
+                          for a, b in pairwise(bounds)}
+    assert prompts["val"] and not prompts["train"] & prompts["val"]
+
+
+def test_a_pair_that_is_longer_than_a_row_is_refused(inside_home):
+    with pytest.raises(UserError, match="more than block_size 64 has room for"):
+        FitRows(shards.open_split(inside_home / "data/pairs", "train"), 64, 1)
+
+
+def test_another_reference_is_not_taken(inside_home):
+    """A run that was stopped before its first checkpoint may begin again with other settings."""
+    assert run("--out_dir=out/o", "--overfit_rows=2", "--max_steps=1") == 0
+    shutil.rmtree(inside_home / "out/o/checkpoints")
+    assert run("--out_dir=out/o", "--max_steps=3") == 0
+    assert all(map(math.isfinite, column(inside_home / "out/o", "loss")))
+
+
+def test_a_model_that_is_broken_is_no_reference(inside_home, monkeypatch):
+    from plainllama.training import reference
+
+    real = reference.think
+    monkeypatch.setattr(reference, "think", lambda *words: real(*words) * [[1], [math.nan]])
+    with pytest.raises(UserError, match="not finite; take another"):
+        run("--out_dir=out/n")
+
+
+@pytest.mark.parametrize("text", ["[1, 2, 3]", '["a"]', "[]", "[x]"])
+def test_an_answer_may_begin_with_a_bracket(text):
+    made = json.loads(paired({"prompt": "List.", "chosen": text, "rejected": "no"}, PAIRS)[0])
+    assert made["messages"][1]["content"] == text
+
+
+def test_prompts_and_sides_in_unlike_spellings():
+    asked = [{"from": "system", "value": "S"}, {"from": "human", "value": "Why? "}]
+    whole = [{"role": "system", "content": "S"}, {"role": "user", "content": "Why? ", "id": 3}]
+    record = {"prompt": json.dumps(asked),
+              **{name: [*whole, {"role": "assistant", "content": text}]
+                 for name, text in (("chosen", "So."), ("rejected", "No."))}}
+    made = json.loads(paired(record, PAIRS)[0])
+    assert [message["content"] for message in made["messages"]] == ["S", "Why? ", "So."]

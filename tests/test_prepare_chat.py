@@ -292,7 +292,7 @@ def test_dialogs_are_held_out_whole(tmp_path, monkeypatch):
         assert [text for _, text in splits] == texts
         assert {split for split, _ in splits} == {"train", "val"}
     (tmp_path / "b.jsonl").write_bytes(jsonl(ROWS[:1]))
-    with pytest.raises(UserError, match="a single dialog is left"):
+    with pytest.raises(UserError, match="a single dialog or pair is left"):
         inside(tmp_path, monkeypatch, documents="chat", sources="b.jsonl")
 
 
@@ -400,7 +400,7 @@ def test_what_is_taken_often_or_left_is_said(tmp_path, monkeypatch, capsys):
     (a,), (b,), (c,) = ([line for line in out.splitlines() if line.startswith(f"{name}.jsonl")]
                         for name in "abc")
     assert "  each 8." in a and b.endswith(" of it") and c.endswith("%"), out
-    assert "an epoch: dialogs that a pass takes" in out
+    assert "an epoch: dialogs or pairs that a pass takes" in out
 
 
 def test_dialogs_are_cut_to_the_context_of_the_model_that_goes_on(tmp_path, monkeypatch, capsys):
@@ -446,7 +446,7 @@ IDLE = {"documents": "text"}
     ({"path": "a.jsonl", "slice": "0-50"}, {}, "slice of a.jsonl is FROM:TO, not '0-50'"),
     ({"path": "a.jsonl"}, IDLE, "'content'}\"; or say documents=chat"),
     ({"path": "d.parquet"}, IDLE, "}'; or say documents=chat"),
-    ({"path": "c.jsonl"}, {}, "or give a converter; or say documents=text"),
+    ({"path": "c.jsonl"}, {}, "or give a converter"),
     ({"path": "a.jsonl", "convertor": "x"}, {}, "unknown key 'convertor'; did you mean converter?"),
     ({"path": "a.jsonl", "count": 0}, {}, "count of a.jsonl takes a whole number above 0, not 0"),
     ({"path": "a.jsonl", "count": 2.5}, {}, "takes a whole number above 0, not 2.5"),

@@ -523,7 +523,7 @@ def test_talks_of_a_parquet_are_those_of_a_jsonl(tmp_path, tuned):
 def test_a_prompt_to_a_model_of_dialogs_is_remarked_on(tuned, capsys):
     assert sample.main(parse([f"--ckpt={tuned}", "--prompt=a", "--max_new_tokens=2",
                               "--device=cpu"], "", sample.Flags, "files")) == 0
-    assert "(tuned on dialogs: --chat wraps what is said as" in capsys.readouterr().out
+    assert "--chat wraps what is said as" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("row", "says"), [

@@ -115,7 +115,8 @@ def references_of(given: Any) -> list[dict]:
     found = []
     for one in given if isinstance(given, list) else [given]:
         if not isinstance(one, str | dict):
-            raise Refused("its reference is no text, no message and no list of these", repr(one))
+            what = "no text, no message and no list of these" if one is not None else "missing"
+            raise Refused(f"its `reference` is {what} (--fields names another)", repr(one))
         raw = {"role": "assistant", "content": ""} | (one if isinstance(one, dict) else {})
         message = canonical(message_of(raw)) if isinstance(one, dict) else raw | {"content": one}
         says = message["content"].strip() or "tool_calls" in message
@@ -203,6 +204,7 @@ def journal_of(how: Any, folder: Path) -> Journal:
     kept = (run / "eval" if run else Path()) / "generated"
     kept.mkdir(parents=True, exist_ok=True)
     decides = {name: getattr(how, name) for name in (*DECIDES, "base")}
+    decides["as_dialogs"] = decides.pop("chat", None)  # sample.py's --chat decides nothing
     journal = Journal(SimpleNamespace(out="", prompts=how.generate, tools="", **decides), folder,
                       how.dtype)
     recipe = json.dumps(journal.recipe).encode()

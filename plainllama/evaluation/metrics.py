@@ -7,6 +7,7 @@ counts of all rows, and its interval what they make of rows that are drawn again
 
 import importlib.util
 import itertools
+import os
 import unicodedata
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -170,6 +171,8 @@ def chosen(asked: str, references: References, tokenizer: str) -> list[str]:
             raise UserError(f"--metrics={asked}: BLEU counts runs of up to {BLEU_WORDS} words, and "
                             "no reference has as many, so it would be 0; take chrf or exact")
         names.remove("bleu")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"no bleu: no reference has {BLEU_WORDS} words")
     return list(dict.fromkeys(names))
 
 

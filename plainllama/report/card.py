@@ -61,6 +61,9 @@ def training_facts(info: dict, state: dict) -> dict:
         "sources": None if names else sources or None,  # they are of the one that validates
         "started from": config.get("init_from") or None,
         "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
+        "objective": ", ".join(f"{name} {config[name]}" for name in (
+            "objective", "preference_beta", "nll_weight", "lora_r") if config.get(name)
+            and (name != "preference_beta" or config.get("objective") != "next")),
         "steps": state.get("step", 0),
         unit: f"{state.get('tokens', seen):,}",
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,

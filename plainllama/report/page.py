@@ -145,7 +145,7 @@ def scores(runs: list[RunFolder]) -> list[Block]:
             for title, metrics in metrics_by_title(evaluation).items()
             for score in finite_scores(metrics)]
     if not rows:
-        return [paragraph("No scores yet: eval.py --ckpt RUN writes them.")]
+        return [paragraph("No scores yet: eval.py --ckpt RUN --tasks= writes them.")]
     return [table_block(["", "score", "value ± 95 % interval", "chance"], rows)]
 
 

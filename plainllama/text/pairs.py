@@ -5,10 +5,11 @@ answer, and in "rejected" the messages that answer in its place. The prompt is g
 messages or as an instruction, or both sides are whole transcripts that begin alike.
 """
 
+import contextlib
 import json
 import re
 
-from plainllama.text.dialogs import How, converted, json_text, recognised
+from plainllama.text.dialogs import ROLES, How, converted, json_text, recognised
 from plainllama.text.forms import CONVERTERS, Refused, first, instruction_of, listed
 
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")  # in transcripts of one text, as hh-rlhf has them
@@ -26,7 +27,7 @@ def paired(record: dict, how: How) -> tuple[str, int]:
     sides, cuts = [], 0
     for name in ("chosen", "rejected"):
         said = said_in(record[name])
-        whole = said[:len(prompt)] == prompt
+        whole = any(ROLES.get(first(message, "role", "from")) == "user" for message in said)
         text, cut = converted({"messages": said if whole else prompt + said} | about, plain)
         sides.append(json.loads(text))
         cuts += cut
@@ -53,10 +54,8 @@ def prompt_of(record: dict) -> list:
     """Give the messages before the answers, [] where both sides hold them."""
     if record.get("instruction"):
         return instruction_of(record | {"output": ""})[:-1]
-    prompt = first(record, "prompt", "conversations", "messages")
-    if not isinstance(prompt, str) or SPEAKER.match(prompt):
-        return said_in(prompt, "user")
-    return [{"role": "user", "content": prompt}] if prompt else []
+    prompt = first(record, "prompt", "question", "conversations", "messages")
+    return said_in(prompt, "user") if prompt else []
 
 
 def said_in(side: object, role: str = "assistant") -> list:
@@ -64,7 +63,12 @@ def said_in(side: object, role: str = "assistant") -> list:
     Refused if it is none of these."""
     if isinstance(side, dict) and ("role" in side or "from" in side):
         return [side]
-    if isinstance(side, str) and not side.lstrip().startswith("["):
+    messages = []
+    with contextlib.suppress(Refused):  # a text that begins with a bracket
+        messages = listed(side, "a side is not a text, a message or a list of messages")
+    if messages and all(isinstance(message, dict) for message in messages):
+        return messages
+    if isinstance(side, str):
         parts = SPEAKER.split(side)
         if len(parts) == 1 or parts[0].strip():
             return [{"role": role, "content": side}]
@@ -72,9 +76,4 @@ def said_in(side: object, role: str = "assistant") -> list:
                  for who, text in zip(parts[1::2], parts[2::2], strict=True)]
         open_ended = role == "user" and not turns[-1]["content"]  # a prompt that ends "Assistant:"
         return turns[:-1] if open_ended else turns
-    try:
-        return listed(side, "a side is not a text, a message or a list of messages")
-    except Refused:
-        if isinstance(side, str):  # a text that begins with a bracket
-            return [{"role": role, "content": side}]
-        raise
+    raise Refused("a side is not a text, a message or a list of messages", side)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -45,6 +46,15 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+def deciding_part(text: str) -> str:
+    """Give what decides a document's split: of a pair its prompt, so that no other pair tells what
+    was preferred there."""
+    if isinstance(text, Dialog) and "rejected" in (pair := json.loads(text)):
+        last = max(i for i, message in enumerate(pair["messages"]) if message["role"] == "user")
+        return json.dumps([pair["messages"][:last + 1], pair.get("tools")])
+    return text
+
+
 def said(text: str) -> str:
     """Give what a document says of its own: of a dialog all turns, without the form of its JSON."""
     return spoken(text, system=False) if isinstance(text, Dialog) else text
@@ -60,26 +70,28 @@ def choose_hold_out(parts: list[Part], fraction: float, dialogs: bool = False) -
     held, squares, longest = 0, 0, 0  # characters below the bound; of sizes; characters
     dropped = Tally()
     for text in documents(parts, dropped):
-        number = text_hash(text)
+        number = text_hash(deciding_part(text))
         smallest, largest = min(smallest, number), max(largest, number)
         size, count, held = size + len(text), count + 1, held + len(text) * (number < bound)
         squares, longest = squares + len(text) ** 2, max(longest, len(text))
         settled = not bound or smallest < bound <= largest  # both splits have a document
         if size > SCAN and dropped.records > 1 and settled:
             break
+    reasons = [f"{entry['count']} {rule} (first {entry['first']})"
+               for rule, entry in dropped.items()]
     if count == 0:
-        reasons = [f"{entry['count']} {rule} (first {entry['first']})"
-                   for rule, entry in dropped.items()]
         if any(rule.startswith("no column") for rule in dropped):
             reasons.append("name another: --sources=\"{'path': 'my.jsonl', 'column': 'content'}\"; "
                            "or say documents=chat")
         if any(rule.startswith("no known fields") for rule in dropped):
-            reasons.append("say which they are, as fields={'prompt': ..., 'response': ...}, or "
-                           "give a converter; or say documents=text")
+            reasons.append("say which they are, as fields={'prompt': 'YOURS', ...}, or give a "
+                           "converter")
         why = f"; dropped: {'; '.join(reasons)}" if reasons else ": there is no record in them"
         raise UserError(f"sources: no document is left{why}")
     if dialogs and smallest == largest:
-        raise UserError("sources: a single dialog is left, and validation needs another; give more")
+        lost = f"; dropped: {'; '.join(reasons)}" if reasons else ""
+        raise UserError("sources: a single dialog or pair is left, and validation needs another; "
+                        f"give more{lost}")
     if bound and dropped.records == 1 < count and not dialogs:
         return HoldOut(start=int(size * (1 - fraction)))
     if bound and smallest == largest:
@@ -102,7 +114,8 @@ def placed(texts: Iterable[str], hold_out: HoldOut) -> Iterator[tuple[str, str]]
         elif len(text) >= hold_out.long:
             end = int(len(text) * (1 - hold_out.fraction))
         else:
-            yield "val" if text_hash(text) < hold_out.bound else "train", text
+            held = text_hash(deciding_part(text)) < hold_out.bound
+            yield "val" if held else "train", text
             continue
         start += len(text)
         if end < len(text):  # cut at the end of a line or word, if one is near

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from plainllama.files import file_entry, read_json, sha256, write_json, write_text
 from plainllama.settings import Settings, UserError
 from plainllama.text.dialogs import Refused
@@ -23,7 +25,8 @@ from plainllama.text.selection import HoldOut, placed
 from plainllama.text.sources import described
 from plainllama.text.workers import COUNTS, NOTES, Worker, own_folder, run_workers, worker_count
 from plainllama.tokens.chat import TEMPLATE, Rendered, with_roles
-from plainllama.tokens.shards import SEEN, ShardWriter
+from plainllama.tokens.rows import added, takes
+from plainllama.tokens.shards import SEEN, ShardWriter, Split
 from plainllama.tokens.templates import chat_of, find_template
 from plainllama.tokens.tokenizer import CUT, Tokenizer, compared, make_tokenizer
 from plainllama.tokens.tokenizer_json import TEMPLATE_FILE
@@ -328,3 +331,28 @@ def rows_in(made: dict) -> int:
     """Count the rows that a source had."""
     return (sum(counts["documents"] for counts in made["splits"].values())
             + sum(entry["count"] for entry in made["dropped"].values()))
+
+
+def print_sources(folder: Path, manifest: dict) -> None:
+    """Print of each source of dialogs what came of its rows, and its share of what is learned in
+    an epoch."""
+    split = Split(folder, "train", manifest)
+    often, count = takes(split), len(manifest["by_source"])
+    source_of = split.sources()[::split.together]
+    shown = np.bincount(source_of, often * added(split.learned_counts(), split.together), count)
+    dialogs = np.bincount(source_of, often, count).tolist()
+    print(f"{'source':24}{'rows':>10}{'dropped':>10}{'left out':>10}{'kept':>10}{'tokens':>13}"
+          f"{'learned':>12}{'an epoch':>10}{'share':>8}")
+    for number, (source, made) in enumerate(zip(manifest["recipe"]["sources"],
+                                                manifest["by_source"], strict=True)):
+        left = sum(entry["count"] for rule, entry in made["dropped"].items() if rule in ASKED)
+        dropped = sum(entry["count"] for entry in made["dropped"].values()) - left
+        kept, tokens, targets = (sum(counts.get(key, 0) for counts in made["splits"].values())
+                                 for key in ("documents", "tokens", "learned"))
+        taken = dialogs[number] / max(1, made["splits"]["train"]["documents"])
+        remark = f"  each {taken:.1f} times" if taken > 3 else ""
+        remark = f"  {taken:.0%} of it" if taken < 0.5 else remark
+        print(f"{source.get('name', source['path'])[-23:]:24}{rows_in(made):>10,}{dropped:>10,}"
+              f"{left:>10,}{kept:>10,}{tokens:>13,}{targets:>12,}{int(dialogs[number]):>10,}"
+              f"{shown[number] / shown.sum():>8.1%}{remark}")
+    print("an epoch: dialogs or pairs that a pass takes; share: of the learned tokens in it")

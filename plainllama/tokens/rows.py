@@ -162,7 +162,9 @@ class FitRows(DocumentRows):
         starts, sizes = self.spans(np.arange(self.windows))
         units, learned = np.arange(self.windows), sizes - 1
         if split.masked:
-            if self.windows > split.documents:
+            if block_size < split.manifest["block_size"] and (
+                    self.windows > split.documents
+                    or added(sizes, split.together).max() > block_size + 1):
                 raise UserError(f"data set {split.folder}: its dialogs were cut to "
                                 f"{split.manifest['block_size']} tokens, more than block_size "
                                 f"{block_size} has room for; prepare it with that block_size")
@@ -390,7 +392,7 @@ class Batch(NamedTuple):
     targets: "Tensor"  # (R, T) int64: the id that follows, IGNORE where nothing is learned
     starts: "Tensor | None"  # (R, T) bool: a document begins; None if tokens look across documents
     sparse: bool = False  # there is much that is not learned: places() are worth it
-    beside: "Tensor | None" = None  # (R, T) fp32: what is known of each document, where it starts
+    beside: "Tensor | None" = None  # (R, T) fp64: what is known of each document, where it starts
 
     def take(self, rows) -> "Batch":
         """Give some of the rows: a slice or a list of their numbers."""
@@ -452,6 +454,6 @@ def to_batch(rows: np.ndarray, fill: int = 0, bos_id: int | None = None,
     y.masked_fill_((y == PAD) | (y >= CONTEXT), IGNORE)
     known = None
     if beside is not None and starts is not None:
-        known = torch.zeros(starts.shape)
-        known[starts] = torch.from_numpy(beside).float()
+        known = torch.zeros(starts.shape, dtype=torch.float64)
+        known[starts] = torch.from_numpy(beside).double()
     return Batch(x.masked_fill_(x == PAD, 0) & (CONTEXT - 1), y, starts, sparse, known)

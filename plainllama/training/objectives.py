@@ -1,7 +1,7 @@
 """What training makes small: functions of a model and a batch.
 
 To add one: a function, an entry in OBJECTIVES, a choice in settings, and tests in
-tests/test_engine.py.
+tests/test_engine.py or tests/test_preferences.py.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from plainllama.tokens.rows import Batch, Rows
 # What is logged of preferences beside the loss, means over pairs; a tie is half an accuracy. logps
 # are sums over an answer.
 LOGGED = ("preference_loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
-          "rewards/accuracies", "logps/chosen", "logps/rejected")
+          "rewards/accuracies", "logps/chosen", "logps/rejected", "logps/accuracies")
 CLOSEST = -1e-7  # a log-probability for log1mexp: nearer to 0, its slope is no number in fp32
 
 
@@ -48,9 +48,11 @@ def log_probabilities(model: nn.Module, batch: Batch, device: torch.device) -> t
     where = torch.full((len(losses),), count)  # what fills up belongs to none
     where[:len(owners)] = owners
     sizes = torch.bincount(owners, minlength=count).to(device)
-    sums = losses.new_zeros(count + 1).index_add(0, where.to(device), -losses)[:count]
+    exact = torch.float32 if device.type == "mps" else torch.float64  # a sum of many tokens
+    sums = torch.zeros(count + 1, device=device, dtype=exact).index_add(
+        0, where.to(device), -losses.to(exact))[:count]
     known = torch.zeros(count) if batch.beside is None else batch.beside[batch.starts]
-    return sums, sizes, known.to(device)
+    return sums, sizes, known.to(device, exact)
 
 
 def dpo(model: nn.Module, batch: Batch, device: torch.device, config: Settings) -> Tensor:
@@ -88,7 +90,8 @@ def sums_of(losses: Tensor, preference: Tensor, rewards: Tensor, logps: Tensor) 
     with torch.no_grad():
         margins = rewards[::2] - rewards[1::2]
         logged = torch.stack([preference, rewards[::2], rewards[1::2], margins,
-                              (margins.sign() + 1) / 2, logps[::2], logps[1::2]]).sum(1)
+                              (margins.sign() + 1) / 2, logps[::2], logps[1::2],
+                              ((logps[::2] - logps[1::2]).sign() + 1) / 2]).sum(1)
     return torch.cat([losses.sum()[None], logged.detach()])
 
 

@@ -1,7 +1,7 @@
 """The log-probabilities that the model of step 0 gives each document of a set of pairs, for DPO:
 computed once and kept in the run's folder, so that no second model is in memory.
 
-RUN/reference/ holds train.npy and val.npy, fp32 (documents,): log-probabilities summed over what is
+RUN/reference/ holds train.npy and val.npy, fp64 (documents,): log-probabilities summed over what is
 learned, NaN for a document that no row shows; and made_of.json, which says of what model and data,
 and is written last. Until then parts/ holds what is done.
 """
@@ -17,7 +17,7 @@ import torch
 
 from plainllama.files import UNFINISHED, file_entry, read_json, sync, write_json
 from plainllama.progress import Progress
-from plainllama.settings import UserError, ceil_div
+from plainllama.settings import Settings, UserError, ceil_div, deciding
 from plainllama.tokens.rows import FitRows, Rows, to_batch
 from plainllama.training.engine import Engine
 from plainllama.training.objectives import log_probabilities
@@ -39,7 +39,8 @@ def of_run(run: Path, engine: Engine, train: Rows, val: Rows, data_hash: str,
     made_of = {"data": data_hash, "block_size": engine.config.block_size}
     if begins:
         source = start.source or Path(engine.config.init_from)
-        made_of |= {"model": world.decide(lambda: peft.model_sha256(source)),
+        fixed = {key: getattr(engine.config, key) for key in deciding("fixed")}
+        made_of |= {"model": world.decide(lambda: peft.model_sha256(source)), **fixed,
                     "dtype": str(engine.dtype)[6:], "seed": engine.config.seed}
 
     def look() -> bool:
@@ -77,20 +78,25 @@ def known(reference: np.ndarray | None, rows: Rows, windows: Iterable[int]) -> n
     return reference[rows.documents_of(windows)]
 
 
-def stored(run: Path, split: str, data_hash: str) -> np.ndarray | None:
-    """Read the reference that a run has of a split of this data, None if it has none."""
+def stored(run: Path, split: str, data_hash: str, dtype: torch.dtype) -> np.ndarray | None:
+    """Read the reference that a run has of a split of this data, by matmuls of `dtype`; None if it
+    has none."""
     folder = run / FOLDER
-    note = read_json(folder / NOTE, tolerant=True)
-    there = note.get("made_of", {}).get("data") == data_hash and (folder / f"{split}.npy").is_file()
-    return np.load(folder / f"{split}.npy") if there else None
+    made_of = read_json(folder / NOTE, tolerant=True).get("made_of", {})
+    there = made_of.get("data") == data_hash and made_of.get("dtype") == str(dtype)[6:]
+    whole = there and (folder / f"{split}.npy").is_file()
+    return np.load(folder / f"{split}.npy") if whole else None
 
 
-def refuse_other_start(loss: float, dtype: torch.dtype) -> None:
-    """End a run whose first loss is not ln 2: the model that learns is not its reference."""
-    most = 1e-6 if dtype == torch.float32 else 0.02
-    if abs(loss - math.log(2)) > most:
-        raise RuntimeError(f"the first loss of dpo is {loss:.7f}, not ln 2 = {math.log(2):.7f}: "
-                           "the reference was computed with another model")
+def refuse_other_start(logged: dict[str, float], config: Settings, dtype: torch.dtype) -> None:
+    """End a run whose first loss is not ln 2: the model that learns is not its reference. Beside
+    other rows a pair's log-probabilities are rounded otherwise, by about 1e-7 of them in fp32."""
+    loss, size = logged["preference_loss"], abs(logged["logps/chosen"] + logged["logps/rejected"])
+    most = 1e-6 + 1e-7 * config.preference_beta * size if dtype == torch.float32 else 0.02
+    if not abs(loss - math.log(2)) <= most:  # or it is no number
+        raise UserError(f"the first loss of dpo is {loss:.7f}, not ln 2 = {math.log(2):.7f}: the "
+                        "model is not its own reference; remove the run's reference/ and start "
+                        "again")
 
 
 def compute(folder: Path, split: str, engine: Engine, rows: FitRows) -> None:
@@ -110,6 +116,7 @@ def compute(folder: Path, split: str, engine: Engine, rows: FitRows) -> None:
                 temporary = path.with_name(path.name + UNFINISHED)
                 with open(temporary, "wb") as file:
                     np.save(file, np.concatenate(made, 1))
+                sync(temporary)
                 temporary.replace(path)
         progress.add(len(windows))
     progress.close()
@@ -134,10 +141,13 @@ def think(engine: Engine, rows: FitRows, windows: range, most: int) -> np.ndarra
 def finish(folder: Path, splits: dict[str, FitRows], made_of: dict) -> None:
     """Join the parts, and then say that they are whole."""
     for split, rows in splits.items():
-        values = np.full(rows.split.documents, np.nan, np.float32)
+        values = np.full(rows.split.documents, np.nan)
         for path in folder.glob(f"parts/{split}-*.npy"):
             numbers, logps = np.load(path)
             values[numbers.astype(np.int64)] = logps
+        if not np.isfinite(values[rows.documents_of(range(rows.windows))]).all():
+            raise UserError("dpo: the model of init_from gives log-probabilities that are not "
+                            "finite; take another")
         np.save(folder / f"{split}.npy", values)
         sync(folder / f"{split}.npy")
     entries = {f"{split}.npy": file_entry(folder / f"{split}.npy") for split in splits}
