@@ -107,8 +107,6 @@ from plainllama.tokens.tokenizer_json import byte_info, sha256_of
 from plainllama.weights import checkpoint, peft
 
 BITS = "bits per byte"
-OF_GENERATE = ("metrics", "fields", "chat", "max_new_tokens", "stop", "temperature", "top_p",
-               "seed", "bleu_tokenizer")
 
 
 def main(command) -> int:
@@ -210,6 +208,9 @@ class Evaluation:
             self.windows = likelihood.validation_rows(data, self.home, length)
             digest = (data / "manifest.sha256").read_text().strip()
             self.windows_made_of |= {"data": digest, "tokens": self.tokens}
+            if self.of_pairs() and self.run:
+                note = read_json(self.run / "reference/made_of.json", tolerant=True)
+                self.windows_made_of["reference"] = note.get("files", {}).get("val.npy", {})
             if self.run and not flags.data:
                 self.compare_data(data)
         elif flags.data:
@@ -222,6 +223,10 @@ class Evaluation:
         if flags.baselines and not (of_run and whole):
             raise UserError("--baselines counts in the rows of a run of one data set that is here, "
                             "with packing=concat; name one, without --data, --context and --text")
+
+    def of_pairs(self) -> bool:
+        """Whether the windows hold pairs of answers."""
+        return isinstance(self.windows, FitRows) and self.windows.split.together == 2
 
     def compare_data(self, data: Path) -> None:
         """Say so if the run's data sets are not what it was trained on."""
@@ -237,10 +242,12 @@ class Evaluation:
         """Say which flags have no effect beside the others; `asked`: names of tasks."""
         local = [name for name in asked if name.startswith("local:")]
         generate = self.flags.generate
-        useful = {("shots", "answers"): local, OF_GENERATE: generate,
+        useful = {("shots", "answers"): local,
+                  (*generated.DECIDES, "metrics", "bleu_tokenizer"): generate,
                   ("limit", "log_samples", "contamination"): asked or generate,
                   ("include_path",): set(asked) - {*local, "passkey"},
-                  ("by_position", "context", "eval_tokens"): self.windows}
+                  ("context", "eval_tokens"): self.windows,
+                  ("by_position",): self.windows and not self.of_pairs()}
         for name in [name for names, use in useful.items() if not use for name in names]:
             if name in self.given:
                 self.say(f"note: --{name} has no effect here")
@@ -346,14 +353,13 @@ class Evaluation:
         ppl, val_tokens, val_bytes, by_position, baselines, made_of}."""
         rows = min(self.batch_tokens // windows.block_size,
                    likelihood.window_count(windows, self.tokens))
-        packed = self.config.doc_mask or isinstance(windows, FitRows)  # several in a row
+        packed = self.config.doc_mask or isinstance(windows, FitRows)
         bos_id = self.tokenizer.bos_id if packed else None
         how = self.tokens, max(1, rows), self.world, bos_id
-        if isinstance(windows, FitRows) and windows.split.together == 2:
-            pairs = score_pairs(model, windows, *how, self.config, self.run)
-            self.say(score_table(f"validation, {pairs['n']} pairs (rewards: against the model that "
-                                 "the run began with; logps: by likelihood alone; shorter: what "
-                                 "preferring the shorter answer gives)", pairs))
+        if self.of_pairs():
+            pairs = score_pairs(model, windows, *how, self.config, self.run)  # type: ignore
+            self.say(score_table(f"validation, {pairs['n']} pairs (rewards: against the run's first "
+                                 "model; logps: by likelihood; shorter: if that is taken)", pairs))
             results.section(result, self.section).update(
                 pairs | self.repeated | {"made_of": self.windows_made_of})
             return
