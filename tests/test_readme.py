@@ -64,6 +64,9 @@ def place(folder: Path) -> dict:
     chat = folder / "config/chat.py"
     chat.write_text(chat.read_text() + "block_size = 512\nglobal_batch_tokens = 4 * 512\n"
                     "sources = [{'path': 'embedded:chat', 'slice': ':200'}]\n")
+    pairs = folder / "config/dpo.py"
+    pairs.write_text(pairs.read_text() + "block_size = 512\nglobal_batch_tokens = 2 * 512\n"
+                     "sources = [{'path': 'embedded:preference', 'slice': ':100'}]\n")
     large = folder / "config/llama100m.py"
     large.write_text(large.read_text() + "tokenizer = 'bpe:400'\nval_fraction = 0.1\n")
     adapted = folder / "config/lora_8b.py"
