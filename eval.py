@@ -358,8 +358,8 @@ class Evaluation:
         how = self.tokens, max(1, rows), self.world, bos_id
         if self.of_pairs():
             pairs = score_pairs(model, windows, *how, self.config, self.run)  # type: ignore
-            self.say(score_table(f"validation, {pairs['n']} pairs (rewards: against step 0; logps: by "
-                                 "likelihood; shorter: if the shorter one is taken)", pairs))
+            self.say(score_table(f"validation, {pairs['n']} pairs (rewards: against step 0; logps: "
+                                 "by likelihood; shorter: if the shorter one is taken)", pairs))
             results.section(result, self.section).update(
                 pairs | self.repeated | {"made_of": self.windows_made_of})
             return
