@@ -1,6 +1,6 @@
 # make demo    environment, data, training, samples, score, report: some minutes on two cores
 # make chat    a small model to talk with, that calls functions: ten minutes on two cores
-# make preferences   that model learns which answers are preferred: four minutes more
+# make preferences   that model learns which answers are preferred: two minutes more
 # make test    some minutes of tests, offline, on the CPU; make test-all: all of them
 # make bench   what can be measured on this machine
 VENV ?= .venv

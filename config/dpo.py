@@ -1,4 +1,4 @@
-"""Minutes on two CPU cores: the model of config/chat.py learns which answers are preferred (DPO).
+"""A minute on two CPU cores: the model of config/chat.py learns which answers are preferred (DPO).
 
 The pairs are made by a seed (embedded:preference). For your own give sources, e.g. 'my.jsonl' with
 rows of prompt, chosen and rejected, and init_from, a model that was tuned on dialogs.
