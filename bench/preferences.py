@@ -46,7 +46,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import numpy as np
 import torch
-from sft import BOS, RATE, ROWS, VOCAB, T, dialog
+from sft import BOS, RATE, ROWS, VOCAB, T, dialog, seconds_of_steps
 
 from model import trained
 from plainllama.parallel import World
@@ -264,23 +264,6 @@ def compare_memory(rows: FitRows) -> int:
 
 def compare_speeds(rows: FitRows, folder: Path, pairs: list[Pair], flags: Any) -> int:
     """Print pairs a second of both arms, the reference counted for an epoch, and their ratio."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        """Seconds of every step but a turn's first."""
-
-        def __init__(self):
-            self.seconds: list[float] = []
-            self.since = 0.0
-
-        def on_step_end(self, *_, **__):
-            now = time.perf_counter()
-            self.seconds.append(now - self.since)
-            self.since = now
-
-        def on_train_begin(self, *_, **__):
-            self.since = time.perf_counter()
-
     each = round(ROWS * T / np.mean([sum(map(len, (p, p, c, r))) for p, c, r in pairs]))
     engine = our_engine("dpo")
     begin = time.perf_counter()
@@ -299,7 +282,7 @@ def compare_speeds(rows: FitRows, folder: Path, pairs: list[Pair], flags: Any) -
         if turn:  # the first one also loads the libraries
             per_pair["DPOTrainer"] = min(per_pair.get("DPOTrainer", 1e9),
                                          (time.perf_counter() - begin) / len(subset))
-        model, watch = made.model, Watch()
+        model, watch = made.model, seconds_of_steps()
         made.add_callback(watch)
         made.train()
         found["DPOTrainer"] += [seconds / each for seconds in watch.seconds][1:]

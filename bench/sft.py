@@ -172,13 +172,12 @@ def compare_curves(engine: Engine, rows: FitRows, folder: Path) -> int:
     return int(apart > 1e-4)
 
 
-def compare_speeds(engine: Engine, rows: FitRows, folder: Path, dialogs: list[Dialog],
-                   flags: Any) -> int:
-    """Print learned tokens a second of all arms, and their ratios."""
+def seconds_of_steps() -> Any:
+    """A callback of a trainer that keeps the `seconds` of every step."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        """Seconds of every step but a turn's first."""
+        """Seconds of every step."""
 
         def __init__(self):
             self.seconds: list[float] = []
@@ -192,6 +191,12 @@ def compare_speeds(engine: Engine, rows: FitRows, folder: Path, dialogs: list[Di
         def on_train_begin(self, *_, **__):
             self.since = time.perf_counter()
 
+    return Watch()
+
+
+def compare_speeds(engine: Engine, rows: FitRows, folder: Path, dialogs: list[Dialog],
+                   flags: Any) -> int:
+    """Print learned tokens a second of all arms, and their ratios."""
     share = np.mean([learned.mean() for _, learned in dialogs])
     each = round(ROWS * T / np.mean([len(ids) for ids, _ in dialogs]))  # dialogs of as many tokens
     arms = {"SFTTrainer, packed": (ROWS, {"packing": True, "packing_strategy": "bfd"}),
@@ -206,7 +211,7 @@ def compare_speeds(engine: Engine, rows: FitRows, folder: Path, dialogs: list[Di
             step += 1
         for name, (batch, how) in arms.items():
             made = trainer(folder, dialogs, batch, flags.steps, models.get(name), **how)
-            models[name], watch = made.model, Watch()
+            models[name], watch = made.model, seconds_of_steps()
             learned: list[int] = []
             collate = made.data_collator
 
