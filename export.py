@@ -2,6 +2,7 @@
 
   export.py --ckpt=out/RUN --to=DIR [--dtype=bf16] [--code] [--push=user/name]
   export.py --ckpt=out/ADAPTER --to=DIR [--merge [--original] | --adapter] [--base=FOLDER]
+  export.py --ckpt=out/EXPANDED --to=DIR [--merge_back]
 
 The folder gets config.json, generation_config.json, the weights (in shards above 5 GB), the
 tokenizer and a model card. Before it gets its name, the weights in it are compared with the
@@ -12,6 +13,9 @@ Hugging Face hub, once everything here is done.
 
 A run that trained an adapter becomes a plain model, its adapter added to the base as that was held
 in training (with --original: to the base as it is), or with --adapter the folder that peft opens.
+A run that expanded a model becomes a plain one: copies behind their blocks are blocks of their own;
+copies beside them are another kind of model, until --merge_back interpolates the weights of both,
+which changes what it says.
 """
 
 from dataclasses import dataclass
@@ -33,6 +37,7 @@ class Flags:
     original: bool = key(False, "merge into the base's own weights, not those held in few bits")
     adapter: bool = key(False, "the adapter alone, for the package peft")
     base: str = key("", "the folder of an adapter's base, where that has moved")
+    merge_back: bool = key(False, "of copied blocks and the copies beside them one block each")
     license: str = key("", "for the model card, such as apache-2.0")
     push: str = key("", "user/name on the hub to upload to (after `hf auth login`)")
 
@@ -56,11 +61,12 @@ from safetensors.torch import load_file
 
 from model import LLaMA
 from plainllama.evaluation.likelihood import evaluate, validation_rows
+from plainllama.evaluation.validation import ValSet
 from plainllama.parallel import World, pick_dtype
 from plainllama.report.card import card
 from plainllama.tokens.tokenizer import SAMPLE, Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
-from plainllama.weights import adapters, checkpoint, peft
+from plainllama.weights import adapters, checkpoint, expansion, peft
 from plainllama.weights.huggingface import load_weights, write_code, write_folder
 from plainllama.weights.peft import load_model
 
@@ -130,6 +136,7 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     said = [name for name in ("merge", "original", "adapter") if getattr(flags, name)]
     if said and not peft.is_adapter(source):
         raise UserError(f"--{said[0]} is for a run that trained an adapter; {source} is a model")
+    refuse_expansion(flags, source)
     held = peft.read_adapter(source).frozen_dtype if peft.is_adapter(source) else "fp32"
     if flags.original and held == "fp32":
         raise UserError(f"--original has no effect: the base of {source} was held as it is")
@@ -139,6 +146,8 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     if held != "fp32":
         adapters.merge(model)
         compare_merges(flags, source, model, held)
+    if model.config.expand_blocks:
+        model = without_copies(flags, source, model)
     home = peft.tokenizer_folder(source, flags.base)
     tokenizer = Tokenizer.load(home)
     dtype = pick_dtype(flags.dtype, torch.device("cpu"))
@@ -155,26 +164,67 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     return counts[0], compare_with_transformers(model, tokenizer, folder, flags.code)
 
 
-def compare_merges(flags: Flags, source: Path, model: LLaMA, held: str) -> None:
-    """Say what the run's validation split thinks of an adapter merged onto the base as it was held
-    and onto the base as it is, of which `model` is one."""
+def held_out(flags: Flags, source: Path, block_size: int) -> ValSet | None:
+    """Open the validation split of the run that made a checkpoint; None, and a line on the screen,
+    where it is not here."""
     run = run_of(source)
     config = read_json(run / "run.json")["config"] if run else {}
     data = Path("data", config.get("dataset") or "of no run")
     try:
         if not (data / "manifest.json").is_file():
             raise UserError(f"{data} is not here")
-        rows = validation_rows(data, peft.tokenizer_folder(source, flags.base),
-                               model.config.block_size)
+        rows = validation_rows(data, peft.tokenizer_folder(source, flags.base), block_size)
     except UserError as error:
-        print(f"the two ways to merge are not compared: {error}")
+        print(f"what is merged is not compared on held-out text: {error}")
+        return None
+    bos = Tokenizer.load(data).bos_id if config["doc_mask"] else None
+    return ValSet(rows, byte_info(data), bos)
+
+
+def loss_of(model: LLaMA, held: ValSet) -> float:
+    """The loss of a model on held-out text, nats per token."""
+    return evaluate(model, held.rows, held.info, HELD_OUT, 4, World(), held.bos_id)["val_loss"]
+
+
+def compare_merges(flags: Flags, source: Path, model: LLaMA, frozen_dtype: str) -> None:
+    """Say what the run's validation split thinks of an adapter merged onto the base as it was held
+    and onto the base as it is, of which `model` is one."""
+    held = held_out(flags, source, model.config.block_size)
+    if not held:
         return
     other = adapters.merge(load_model(source, base=flags.base, original=not flags.original))
-    bos = Tokenizer.load(data).bos_id if config["doc_mask"] else None
-    losses = [evaluate(it, rows, byte_info(data), HELD_OUT, 4, World(), bos)["val_loss"]
-              for it in ((other, model) if flags.original else (model, other))]
-    print(f"validation loss, merged onto the base as it was held, in {held}: {losses[0]:.4f} nats; "
-          f"onto the base's own weights (--original): {losses[1]:.4f}")
+    losses = [loss_of(it, held) for it in ((other, model) if flags.original else (model, other))]
+    print(f"validation loss, merged onto the base as it was held, in {frozen_dtype}: "
+          f"{losses[0]:.4f} nats; onto the base's own weights (--original): {losses[1]:.4f}")
+
+
+def refuse_expansion(flags: Flags, source: Path) -> None:
+    """Refuse a plain model of copies beside their blocks, unless they are to be merged."""
+    kind = peft.whole_config(source, flags.base).expand
+    if flags.merge_back and kind in ("none", "stack"):
+        has = "no copies of blocks" if kind == "none" else "copies behind their blocks alone"
+        raise UserError(f"--merge_back has no effect: {source} has {has}")
+    if kind in ("concat", "hybrid") and not flags.merge_back:
+        raise UserError(f"{source} has copies beside its blocks (expand={kind}), which no other "
+                        "program knows; --merge_back interpolates the weights of both into a plain "
+                        "model, and says what that costs")
+
+
+def without_copies(flags: Flags, source: Path, model: LLaMA) -> LLaMA:
+    """Make a plain model of an expanded one; where weights are interpolated, say what the run's
+    validation split thinks of that. A share that differs from token to token counts by its mean
+    there, or where there is none by its bias."""
+    merging = expansion.merging(model)
+    shares = {layer: block.expansion.mix_bias.sigmoid().item() for layer, block in merging.items()}
+    held = held_out(flags, source, model.config.block_size) if merging else None
+    if held:
+        seen = expansion.look(model, expansion.first_tokens(held.rows, held.bos_id))
+        shares = {layer: found["expansion_share"] for layer, found in seen.items()}
+    made = expansion.plain(model, shares)
+    if held:
+        print(f"validation loss, expanded: {loss_of(model, held):.4f} nats; merged back: "
+              f"{loss_of(made, held):.4f}")
+    return made
 
 
 def write_adapter(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:

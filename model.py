@@ -46,6 +46,16 @@ class ModelConfig:
     tie_embeddings: bool = False
     attention: str = "sdpa"
     activation_checkpointing: bool = False  # keep the input of each block, compute the rest twice
+    # a model that grew (weights/expansion.py): some of its blocks have a second one
+    expand: str = "none"
+    expand_blocks: int = 0
+    expand_merge: str = "lerp"
+    first_row: int = 0  # entries of the vocabulary from here on learn, those before are frozen
+
+    @property
+    def blocks(self) -> int:
+        """All blocks, second ones too: each has a place of its own in a cache."""
+        return self.n_layer + self.expand_blocks
 
     @property
     def kv_heads(self) -> int:
@@ -130,14 +140,14 @@ class Normalise(torch.autograd.Function):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, preallocated: (n_layer, B, K, capacity, D) each.
+    """Keys and values of the tokens so far, preallocated: (blocks, B, K, capacity, D) each.
 
     `lengths` (B,) counts each row's tokens. A row's tokens beyond its length (right padding of a
     batch of prompts) are never seen: the next tokens are written over them.
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device, dtype):
-        shape = (config.n_layer, batch, config.kv_heads, capacity, config.head_dim)
+        shape = (config.blocks, batch, config.kv_heads, capacity, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.used = 0  # the longest row, as a Python number: how much of the cache to look at
@@ -481,10 +491,10 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     """Floating-point operations to train on one token, forward and backward.
 
     6 per parameter that is multiplied with the token (the embedding is a look-up, the output matrix
-    is not), and 12 n_layer d_model context for attention, without halving it for causality:
+    is not), and 12 d_model context a block for attention, without halving it for causality:
     PaLM's count (https://arxiv.org/abs/2204.02311, appendix B).
     """
     c = config
     block = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim + 3 * c.d_ff)
-    matmul = c.n_layer * block + c.d_model * c.vocab_size
-    return 6 * matmul + 12 * c.n_layer * c.d_model * context
+    matmul = c.blocks * block + c.d_model * c.vocab_size
+    return 6 * matmul + 12 * c.blocks * c.d_model * context

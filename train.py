@@ -44,14 +44,11 @@ import torch
 from torch import Tensor
 
 from plainllama import parallel, watch
-from plainllama.evaluation import generated
-from plainllama.evaluation.validation import remark_on_chosen, told, validate
-from plainllama.generation import generate
+from plainllama.evaluation.validation import along, open_sets, remark_on_chosen, told, validate
 from plainllama.parallel import World
 from plainllama.progress import duration
 from plainllama.tokens import shards
 from plainllama.tokens.rows import Batch, hash_of_data, to_batch, training_rows, val_rows
-from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, memory, optim, preflight, reference, resume
 from plainllama.training.engine import (
@@ -94,9 +91,8 @@ def main(command: CommandLine) -> int:
         if flags.check:
             memory.foresee(config, world)
         refuse_too_large(config, world)
-        if config.lora_r and not config.init_from:
-            raise UserError("lora_r trains beside a model that is there; say --init_from=MODEL")
         outline(config)  # which refuses names that are none, before a folder is made
+        open_sets(config, manifest)
         if flags.check:
             return preflight.run_checks(config, manifest, world, flags.price)
         return train(command, manifest, world)
@@ -153,11 +149,10 @@ class Run:
         self.rows = training_rows(self.data, manifest, config)
         self.data_hash = hash_of_data(self.data, config)
         self.validation = val_rows(self.data, manifest, config.block_size)
+        self.sets = open_sets(config, manifest)
         self.byte_info = byte_info(self.data)
         say = partial(print, flush=True) if world.rank == 0 else lambda _: None
-        self.drawn: list = generate.samples_of(config, self.data, self.validation, say)
-        if config.eval_generate:
-            self.drawn.append(generated.RunAnswers(config, Tokenizer.load(self.data), world))
+        self.drawn = along(config, self.data, self.validation, world, say)
         self.saver = checkpoint.Saver(self.folder, self.data / "tokenizer.json", world, say,
                                       config.keep_last, config.keep_every)
         # last of all, since it makes the run's folder and says there that the run is at work
@@ -286,7 +281,7 @@ class Run:
         outcome, targets = read_outcome(stats), self.course.targets_of(step - 1)
         loss, config = outcome.loss / targets, self.config
         logged = {name: value / targets for name, value in zip(
-            self.engine.objective.logged, outcome.logged, strict=True)}
+            self.engine.logged, outcome.logged, strict=True)}
         if step == 1 and self.references:
             reference.refuse_other_start(logged, config, self.engine.dtype)
         norm = math.sqrt(outcome.square_norm) if outcome.square_norm >= 0 else math.nan
@@ -323,7 +318,7 @@ class Run:
         self.model.eval()
         with self.clock.apart("eval_seconds"), self.world.patient():
             scores = validate(self.engine, self.validation, self.byte_info,
-                              self.references.get("val"))
+                              self.references.get("val"), self.sets)
             self.world.reshard(self.model)
             gc.collect()
         self.evaluated_at, self.val_loss = self.step, scores["val_loss"]

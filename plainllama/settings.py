@@ -1,6 +1,7 @@
 """Every config key with its type, range and reason, and the rules between keys."""
 
 import difflib
+import re
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -84,6 +85,16 @@ class Settings:
                               "parts of names")
     frozen_dtype: str = fixed("fp32", "how frozen matrices are held",
                               ("fp32", "bf16", "int8", "nf4"))
+    expand: str = fixed("none", "freeze the model and learn copies of some blocks: beside them "
+                        "(concat), behind them (stack), or in turns (hybrid: stack first)",
+                        ("none", "concat", "stack", "hybrid"))
+    expand_blocks: int = fixed(0, "how many blocks have a copy: every n_layer // expand_blocks-th",
+                               low=0)
+    expand_merge: str = fixed("lerp", "how much a copy beside its block counts: one number a block "
+                              "(lerp), or one a token (dlerp)", ("lerp", "dlerp"))
+    divergence: str = fixed("mse", "how far a copy's states are from its block's",
+                            ("mse", "cosine"))
+    divergence_weight: float = fixed(0.0, "times the divergence is added to the loss", low=0)
     # training
     objective: str = fixed("next", "next token, or preferences: dpo, orpo",
                            ("next", "dpo", "orpo"))
@@ -119,6 +130,7 @@ class Settings:
     logger: str = free("none", "also log to this service, over the network", ("none", "wandb"))
     eval_interval: int = free(100, "steps between evaluations", low=1)
     eval_tokens: int = measure(1048576, "validation tokens per evaluation", low=1)
+    eval_sets: object = measure(None, "more validation sets: {'old': 'data/a', 'new': 'data/b'}")
     eval_generate: str = free("", "a file of prompts and references: an evaluation answers the "
                               "first 16 and scores the answers")
     sample_tokens: int = free(64, "tokens of the text that an evaluation samples (0: none)", low=0)
@@ -153,6 +165,13 @@ PATHS = ("tokenizer", "out_dir", "init_from", "verify", "inspect", "ckpt", "prom
 def deciding(*what: str) -> tuple[str, ...]:
     """Name the keys of Settings that decide one of these: 'recipe', 'fixed', ..."""
     return tuple(item.name for item in fields(Settings) if item.metadata["decides"] in what)
+
+
+def all_named(sets) -> bool:
+    """Whether this is {'NAME': 'FOLDER', ...}, and not empty."""
+    return isinstance(sets, dict) and bool(sets) and all(
+        isinstance(name, str) and isinstance(folder, str)
+        and re.fullmatch(r"[\w-]+", name, re.ASCII) for name, folder in sets.items())
 
 
 def ceil_div(a, b):
@@ -200,6 +219,9 @@ def check_keys(config: Settings, shape: bool = True) -> None:
     lora = [name for name in ("lora_alpha", "lora_dropout", "lora_targets")
             if getattr(c, name) != getattr(Settings, name)]
     mixed = c.mixture if isinstance(c.mixture, dict) else {}
+    beside = c.expand in ("concat", "hybrid")
+    for_copies = [name for name in ("expand_merge", "divergence", "divergence_weight")
+                  if getattr(c, name) != getattr(Settings, name)]
     sound = mixed and all(isinstance(name, str) and type(weight) in (int, float)
                           and 0 < weight < float("inf") for name, weight in mixed.items())
     for wrong, message in (
@@ -215,19 +237,33 @@ def check_keys(config: Settings, shape: bool = True) -> None:
             (c.lora_r and c.train_only, "lora_r trains adapters alone; train_only has no place"),
             (c.lora_r and c.optimizer == "muon", "muon makes whole matrices orthogonal, which "
              "adapters' thin ones are not for; with lora_r say --optimizer=adamw"),
-            (c.frozen_dtype != "fp32" and not (c.lora_r or c.train_only),
+            (c.frozen_dtype != "fp32" and not (c.lora_r or c.train_only or c.expand_blocks),
              f"frozen_dtype={c.frozen_dtype} has no effect where nothing is frozen; say lora_r"),
             (c.frozen_dtype in ("int8", "nf4") and not c.lora_r,
-             f"frozen_dtype={c.frozen_dtype} is for lora_r: a checkpoint of train_only is a whole "
-             "model, whose frozen matrices must come back as they were"),
+             f"frozen_dtype={c.frozen_dtype} is for lora_r: any other checkpoint is a whole model, "
+             "whose frozen matrices must come back as they were"),
             (c.frozen_dtype in ("int8", "nf4") and c.parallel in ("fsdp", "hsdp"),
              f"frozen_dtype={c.frozen_dtype} is not sharded; say --parallel=ddp, or bf16"),
+            ((c.expand != "none") != (c.expand_blocks > 0),
+             f"expand={c.expand} with expand_blocks={c.expand_blocks}: say both, or neither"),
+            (c.expand == "hybrid" and c.expand_blocks < 2, "expand=hybrid takes turns between stack"
+             " and concat; say --expand_blocks=2 or more, or one of them"),
+            (shape and c.expand_blocks > c.n_layer,
+             f"expand_blocks {c.expand_blocks} is above the {c.n_layer} blocks of the model"),
+            (for_copies and not beside, f"{', '.join(for_copies)}: no effect without expand=concat "
+             "or hybrid"),
+            (c.expand != "none" and (c.lora_r or c.train_only), f"expand={c.expand} learns copies "
+             f"of blocks alone; {'lora_r' if c.lora_r else 'train_only'} has no place (of a model "
+             "that has copies make a plain one first: export.py)"),
             (c.lora_dropout and c.deterministic, "lora_dropout draws other numbers on other ranks; "
              "it does not go with deterministic"),
             (c.sample_prompt and not c.sample_tokens,
              "sample_prompt has no effect without sample_tokens"),
             (c.mixture is not None and not sound,
              f"mixture {c.mixture!r} is not {{'NAME': weight above 0, ...}} of data sets"),
+            (c.eval_sets is not None and not all_named(c.eval_sets),
+             f"eval_sets {c.eval_sets!r} is not {{'NAME': 'data/SET', ...}}, names of letters, "
+             "digits, - and _"),
             (c.preference_beta != 0.1 and c.objective == "next",
              f"preference_beta={c.preference_beta} has no effect on objective=next"),
             (c.nll_weight and c.objective != "dpo",

@@ -2,29 +2,55 @@
 how often the chosen answer is preferred."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from plainllama.evaluation.generated import RunAnswers
 from plainllama.evaluation.likelihood import NOT_FINITE, evaluate, passes, window_count
 from plainllama.files import read_rows
+from plainllama.generation import generate
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
-from plainllama.tokens.rows import FitRows, Rows, to_batch
-from plainllama.tokens.tokenizer_json import ByteInfo
+from plainllama.tokens.rows import FitRows, Rows, to_batch, val_rows
+from plainllama.tokens.shards import read_manifest
+from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.tokens.tokenizer_json import ByteInfo, byte_info
 from plainllama.training.engine import Engine
 from plainllama.training.objectives import OBJECTIVES
 from plainllama.training.reference import known, stored
+from plainllama.weights import expansion
 
 FALLEN = 1.2  # times the log-probability that chosen answers began with: a remark is due
 
 
-def validate(engine: Engine, rows: Rows, info: ByteInfo, reference: np.ndarray | None) -> dict:
-    """Measure the first eval_tokens of a run's validation split: what is logged, val_loss first.
-    Collective."""
+class ValSet(NamedTuple):
+    """A validation split, open."""
+
+    rows: Rows
+    info: ByteInfo
+    bos_id: int | None  # begins a document, if tokens see their own document only
+
+
+def validate(engine: Engine, rows: Rows, info: ByteInfo, reference: np.ndarray | None,
+             sets: dict[str, ValSet]) -> dict:
+    """Measure the first eval_tokens of a run's validation split: what is logged, val_loss first;
+    and of each of `sets` val_loss/NAME and val_bpb/NAME. Collective."""
+    scores = own_split(engine, rows, info, reference)
+    for name, one in sets.items():
+        seen = evaluate(engine.module, one.rows, one.info, engine.config.eval_tokens, engine.micro,
+                        engine.world, one.bos_id)
+        scores |= {f"{what}/{name}": seen[what] for what in ("val_loss", "val_bpb")}
+    return scores
+
+
+def own_split(engine: Engine, rows: Rows, info: ByteInfo, reference: np.ndarray | None) -> dict:
+    """Measure a run's own validation split by its objective."""
     how = engine.micro, engine.world, engine.bos_id
     tokens = engine.config.eval_tokens
     if isinstance(rows, FitRows) and engine.objective.logged:
@@ -80,11 +106,45 @@ def score_pairs(model: nn.Module, rows: FitRows, tokens: int, micro_batch: int, 
         "shorter", "n")}
 
 
+def along(config: Settings, data: Path, rows: Rows, world: World,
+          say: Callable[[str], None]) -> list:
+    """Choose what an evaluation does beside its scores: samples, answers, a look at the expanded
+    blocks. Each has a `name` and add(model, step, log)."""
+    found: list = generate.samples_of(config, data, rows, say)
+    if config.eval_generate:
+        found.append(RunAnswers(config, Tokenizer.load(data), world))
+    if config.expand in ("concat", "hybrid"):
+        bos = Tokenizer.load(data).bos_id if config.doc_mask else None
+        found.append(expansion.Probe(rows, bos))
+    return found
+
+
+def open_sets(config: Settings, manifest: dict) -> dict[str, ValSet]:
+    """Open the validation splits that eval_sets names, for a run on the data of `manifest`.
+    UserError for one that is not there or has other tokens."""
+    ours, found = manifest["tokenizer"], {}
+    named = config.eval_sets if isinstance(config.eval_sets, dict) else {}
+    for name, folder in named.items():
+        theirs = read_manifest(Path(folder))
+        if theirs["tokenizer"]["sha256"] not in (ours["sha256"], ours.get("base")):
+            raise UserError(f"eval_sets: {name}, {folder}, has another tokenizer than "
+                            f"data/{config.dataset}; prepare it with "
+                            f"--tokenizer=data/{config.dataset}/tokenizer.json")
+        dialogs = theirs["recipe"].get("documents", "text") != "text"
+        masked = dialogs or (config.doc_mask and config.packing != "fit")
+        found[name] = ValSet(val_rows(Path(folder), theirs, config.block_size),
+                             byte_info(Path(folder)),
+                             theirs["tokenizer"]["bos"] if masked else None)
+    return found
+
+
 def told(scores: dict) -> str:
-    """Say in a line what validate() found."""
+    """Say in a line what was found."""
     if "val_bpb" in scores:
+        sets = [f"; {name.removeprefix('val_loss/')} {loss:.4f}" for name, loss in scores.items()
+                if name.startswith("val_loss/")]
         return (f"validation loss {scores['val_loss']:.4f} nats/token, {scores['val_bpb']:.4f} "
-                "bits/byte")
+                f"bits/byte{''.join(sets)}")
     return (f"validation loss {scores['val_loss']:.4f} nats/pair, chosen preferred in "
             f"{scores['val_rewards/accuracies']:.1%} of {scores['val_pairs']}, margin "
             f"{scores['val_rewards/margins']:.4f}")

@@ -14,10 +14,11 @@ class Chart(NamedTuple):
     """What is drawn in one chart. Its picture is named after the first metric."""
 
     title: str
-    metrics: tuple[str, ...]  # one, or a pale and a strong one
+    metrics: tuple[str, ...]  # one, or a pale and a strong one, or NAME/: all that begin so
     factor: float = 1
     log: bool = False
     axis: str = "step"  # what lies from left to right
+    left: float = 0  # where that begins
 
 
 class Point(NamedTuple):
@@ -47,6 +48,10 @@ CHARTS = (
           ("rewards/accuracies", "val_rewards/accuracies")),
     Chart("pairs: log-probability of chosen (strong) and rejected, validation",
           ("val_logps/rejected", "val_logps/chosen")),
+    Chart("validation by set, nats per token", ("val_loss/",), log=True),
+    Chart("expansion: share of the copies, by block", ("expansion_share/",)),
+    Chart("expansion: cosine of block and copy, by block", ("expansion_cosine/",)),
+    Chart("expansion: divergence of block and copy", ("divergence",)),
     Chart("BLEU of answers along the run", ("bleu_gen",)),
     Chart("chrF of answers along the run", ("chrf_gen",)),
     Chart("answers whose calls are right, along the run", ("calls_gen",)),
@@ -65,10 +70,11 @@ def charts(groups: list[list[RunFolder]], out: Path,
            which: tuple[Chart, ...] = CHARTS) -> list[Block]:
     """Draw a chart of everything in `which` that was measured, with a curve for every group of
     runs. Pictures go beside `out`."""
-    labels = [group[0].name if len(group) == 1 else
-              f"{group[0].name} and {len(group) - 1} other seeds (mean, range)" for group in groups]
-    blocks = []
+    labels, blocks = [label_of(group) for group in groups], []
     for chart in which:
+        if chart.metrics[0].endswith("/"):
+            blocks += several(chart, groups, labels, out)
+            continue
         looks = {metric: "pale" for metric in chart.metrics[:-1]}
         lines = [Line(number, looks.get(metric, "strong"), curve(group, metric, chart.factor))
                  for metric in chart.metrics for number, group in enumerate(groups)]
@@ -76,6 +82,52 @@ def charts(groups: list[list[RunFolder]], out: Path,
         if lines:
             blocks.append(chart_block(chart, labels, lines, out))
     return blocks
+
+
+def several(chart: Chart, groups: list[list[RunFolder]], labels: list[str],
+            out: Path) -> list[Block]:
+    """Draw all metrics that begin with the chart's in one chart, each with a label of its own."""
+    prefix = chart.metrics[0]
+    names: list[str] = []
+    lines: list[Line] = []
+    for group, label in zip(groups, labels, strict=True):
+        for metric in of_prefix(group, prefix):
+            lines.append(Line(len(names), "strong", curve(group, metric, chart.factor)))
+            names.append(f"{metric.removeprefix(prefix)}: {label}")
+    return [chart_block(chart, names, lines, out)] if lines else []
+
+
+def of_prefix(group: list[RunFolder], prefix: str) -> list[str]:
+    """Name the metrics of runs that begin so, in the order in which they were written."""
+    return list(dict.fromkeys(name for run in group for row in run.metrics for name in row
+                              if name.startswith(prefix) and is_number(row[name])))
+
+
+def trade_offs(groups: list[list[RunFolder]], out: Path) -> list[Block]:
+    """Draw, where runs have the same eval_sets, the loss on the first set against that on each
+    other one: a curve goes from right to left as the other set is learned, and up as the first is
+    forgotten."""
+    sets = [of_prefix(group, "val_loss/") for group in groups]
+    blocks = []
+    for number, other in enumerate(sets[0][1:] if all(found == sets[0] for found in sets) else ()):
+        lines = []
+        for place, group in enumerate(groups):
+            across, up = (curve(group, name) for name in (other, sets[0][0]))
+            lines.append(Line(place, "strong", [Point(a.mean, u.mean, u.mean, u.mean)
+                                                for a, u in zip(across, up, strict=True)]))
+        first, second = (name.removeprefix("val_loss/") for name in (sets[0][0], other))
+        least = min(point.step for line in lines for point in line.points)
+        chart = Chart(f"trade-off: loss on {first} against loss on {second}, nats per token",
+                      (f"trade_off_{number}",), log=True, axis=f"loss on {second}",
+                      left=0.98 * least)
+        blocks.append(chart_block(chart, [label_of(group) for group in groups], lines, out))
+    return blocks
+
+
+def label_of(group: list[RunFolder]) -> str:
+    """Name a group of runs."""
+    others = f" and {len(group) - 1} other seeds (mean, range)" if len(group) > 1 else ""
+    return f"{group[0].name}{others}"
 
 
 def curve(group: list[RunFolder], metric: str, factor: float = 1) -> list[Point]:
@@ -100,14 +152,14 @@ def draw(chart: Chart, labels: list[str], lines: list[Line]) -> str:
     """Return a chart as SVG, a label for every color."""
     points = [point for line in lines for point in line.points]
     low, high = min(point.low for point in points), max(point.high for point in points)
-    final = max(1, *(point.step for point in points))
+    final = max(*(point.step for point in points), chart.left + (chart.axis in ("step", "tokens")))
     top = 36 + 20 * len(labels)
     bottom = top + HEIGHT
     log = chart.log and low > 0
     low, high = (low / 1.02, high * 1.02) if log else (min(low, 0), max(high * 1.05, 0) or 1)
 
     def across(step: float) -> float:
-        return LEFT + (RIGHT - LEFT) * step / final
+        return LEFT + (RIGHT - LEFT) * (step - chart.left) / (final - chart.left)
 
     def down(value: float) -> float:
         share = math.log(value / low, high / low) if log else (value - low) / (high - low)
@@ -122,7 +174,7 @@ def draw(chart: Chart, labels: list[str], lines: list[Line]) -> str:
     for y in ticks(low, high, log):
         parts.append(f'<path class="rule" d="M{LEFT} {down(y):.1f}H{RIGHT}"/>'
                      f'<text class="y" x="{LEFT - 6}" y="{down(y) + 5:.1f}">{short(y)}</text>')
-    for x in ticks(0, final):
+    for x in ticks(chart.left, final):
         parts.append(f'<text class="x" x="{across(x):.1f}" y="{bottom + 20}">{short(x)}</text>')
     parts.append(f'<text class="y" x="{RIGHT}" y="{bottom + 38}">{chart.axis}</text>')
     parts += [draw_line(line, across, down) for line in lines]

@@ -11,7 +11,7 @@ from string import Template
 
 from plainllama.command import read_config
 from plainllama.report.blocks import Block, heading, paragraph, short, side_by_side, table_block
-from plainllama.report.charts import STYLE, Chart, Line, Point, chart_block, charts
+from plainllama.report.charts import STYLE, Chart, Line, Point, chart_block, charts, trade_offs
 from plainllama.report.runs import RunFolder, grouped, is_number
 from plainllama.results import Score, measured
 from plainllama.settings import Settings, UserError
@@ -232,7 +232,7 @@ def environment(runs: list[RunFolder], out: Path) -> list[Block]:
 # pictures are written. To add a panel: an entry here, its function, a test.
 PANELS = {
     "What was run": differences,
-    "Curves": lambda runs, out: charts(grouped(runs), out),
+    "Curves": lambda runs, out: [*charts(grouped(runs), out), *trade_offs(grouped(runs), out)],
     "Scores": lambda runs, out: [*growth(runs, out), *baselines(runs), *scores(runs)],
     "Answers": answers,
     "Samples": samples,

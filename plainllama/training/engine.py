@@ -7,6 +7,7 @@ never the mathematics.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from plainllama.settings import Settings, UserError, ceil_div
 from plainllama.tokens.rows import BEGINS, CONTEXT, Batch, to_batch
 from plainllama.training import optim
 from plainllama.training.objectives import OBJECTIVES, Objective
-from plainllama.weights import adapters, checkpoint, peft
+from plainllama.weights import adapters, checkpoint, expansion, peft
 from plainllama.weights.adapters import Adapter
 
 GPU_SHARE = 0.9  # share of a GPU's memory that a micro-batch which was not asked for may take
@@ -64,6 +65,9 @@ class Engine:
         self.build_model(source)
         self.build_optimizer(source, state or {})
         self.split_batch(state or {})
+        # what is logged beside the loss
+        self.diverges = bool(expansion.merging(self.model))
+        self.logged = (*self.objective.logged, *(["divergence"] if self.diverges else ()))
         self.module = self.model if config.deterministic else world.wrap(self.model)
         self.compiled = False
 
@@ -179,8 +183,12 @@ class Engine:
         return to_batch(ids, 0, self.bos_id)
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Compute the objective of a micro-batch, (1 + L,): its summed loss comes first."""
-        return self.objective.loss(module, batch, self.world.device, self.config)
+        """Compute the objective of a micro-batch, (1 + L,): its summed loss comes first, then what
+        is `logged`."""
+        losses = self.objective.loss(module, batch, self.world.device, self.config)
+        if self.diverges:
+            losses = expansion.with_divergence(losses, self.model, batch, self.config)
+        return losses
 
     def pick_micro_batch(self, share: int) -> int:
         """Choose the rows of a forward pass: on a GPU as many as fit and pay, elsewhere enough to
@@ -279,7 +287,7 @@ class Engine:
 
     def no_loss(self) -> Tensor:
         """Make the sums (1 + L,) of no rows."""
-        return torch.zeros(1 + len(self.objective.logged), device=self.world.device)
+        return torch.zeros(1 + len(self.logged), device=self.world.device)
 
     def accumulated(self, batch: Batch, targets: int) -> Tensor:
         """Make forward and backward of each micro-batch; give the summed losses."""
@@ -318,13 +326,18 @@ class Engine:
 
 
 def outline(config: Settings, source: Path | None = None) -> tuple[LLaMA, Adapter | None]:
-    """Make a run's model on the meta device, frozen where the config says so and with an adapter,
-    if it has one; that adapter belongs to `source`, or is that of `source`."""
+    """Make a run's model on the meta device, frozen where the config says so, with copies of blocks
+    or an adapter, if it has these; that adapter belongs to `source`, or is that of `source`."""
+    shape = architecture(config)
+    if shape.expand_blocks:
+        shape = replace(shape, first_row=expansion.new_rows(shape, source))
     with torch.device("meta"):
-        model = LLaMA(architecture(config))
+        model = expansion.outline(shape)
     adapter = peft.adapter_for(model, config, source)
     if adapter:
         adapters.attach(model, adapter)
+    elif shape.expand_blocks:
+        expansion.freeze(model, config)
     else:
         adapters.freeze(model, config)
     return model, adapter
@@ -335,9 +348,9 @@ def refuse_too_large(config: Settings, world: World) -> None:
     gradients and two moments; where most are frozen, for weights alone."""
     c = architecture(config)
     block = c.d_model * (2 * c.d_model + 2 * c.kv_heads * c.head_dim + 3 * c.d_ff)
-    frozen = config.lora_r or config.train_only
+    frozen = config.lora_r or config.train_only or config.expand_blocks
     each = {"fp32": 4, "bf16": 2, "int8": 1, "nf4": 0.5}[config.frozen_dtype] if frozen else 16
-    need = each * (c.n_layer * block + c.vocab_size * c.d_model)
+    need = each * (c.blocks * block + c.vocab_size * c.d_model)
     if need > world.room * world.size:
         what = "weights" if frozen else "weights, gradients and moments"
         raise UserError(f"{what} need {need / 1e9:.4g} GB, {world.size} x "

@@ -85,7 +85,7 @@ class Trial:
     def __init__(self, config: Settings, manifest: dict, world: World):
         self.config, self.world, self.manifest = config, world, manifest
         self.data, self.length = Path("data") / config.dataset, min(TOKENS, config.block_size)
-        self.partly = config.lora_r or config.train_only
+        self.partly = config.lora_r or config.train_only or config.expand_blocks
         self.rate = 3e-3 * min(1.0, 256 / config.d_model)  # learns a row by heart at this width
         T = self.length
         self.split = shards.Split(self.data, "train", manifest)

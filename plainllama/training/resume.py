@@ -22,7 +22,7 @@ from plainllama.training import optim
 from plainllama.training.engine import architecture, outline
 from plainllama.training.objectives import Objective
 from plainllama.weights import checkpoint, peft
-from plainllama.weights.huggingface import other_keys
+from plainllama.weights.huggingface import GROWN, other_keys
 
 # On resume these must be as they were, or the run would be another one ...
 FIXED = deciding("identity", "fixed")
@@ -30,7 +30,8 @@ FIXED = deciding("identity", "fixed")
 COURSE = deciding("course")
 # What a run takes over from the model that it begins with, where its config says nothing.
 INHERITED = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "block_size", "rope_theta",
-             "rope_scaling", "rope_factor", "rope_original", "norm_eps", "tie_embeddings")
+             "rope_scaling", "rope_factor", "rope_original", "norm_eps", "tie_embeddings",
+             *GROWN[:3])
 
 
 # ---- may this run go on, or start from there?
@@ -68,6 +69,9 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
     if config.objective == "dpo" and not config.init_from:
         raise UserError("objective=dpo compares with the model that it begins with; say "
                         "--init_from=MODEL")
+    if (config.lora_r or config.expand_blocks) and not config.init_from:
+        what = "lora_r" if config.lora_r else "expand"
+        raise UserError(f"{what} trains beside a model that is there; say --init_from=MODEL")
     config.vocab_size, grown = vocabulary(config, manifest, theirs)
     said.append(grown)
     check_keys(config)
@@ -125,6 +129,8 @@ def inherit(command: CommandLine, names=INHERITED) -> tuple[ModelConfig | None, 
     theirs, said = peft.whole_config(source), []
     for name in names:
         ours, given = getattr(command.config, name), getattr(theirs, name)
+        if name in GROWN and not theirs.expand_blocks:
+            continue  # it may grow now
         if name == "n_kv_head" and given == theirs.n_head:
             given = 0
         if ours != given and name in command.given:
@@ -189,7 +195,7 @@ def source_of(config: Settings, manifest: dict, world: World) -> Path:
 
 def refuse_other_part(source: Path, config: Settings) -> None:
     """Refuse an adapter that is another than the config's, and new tokens that could not learn."""
-    model = outline(config, source if peft.is_adapter(source) else None)[0]
+    model = outline(config, source if peft.is_adapter(source) or config.expand_blocks else None)[0]
     ends = model.model.embed_tokens.weight, model.lm_head.weight
     grows = peft.whole_config(source).vocab_size < config.vocab_size
     if grows and config.train_only and not all(end.requires_grad for end in ends):

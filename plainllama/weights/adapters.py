@@ -20,7 +20,8 @@ from model import Linear, LLaMA, ModelConfig, trained
 from plainllama.settings import Settings, UserError, nearest
 from plainllama.weights.quantised import QUANTISED, Product
 
-ADDED = ("lora_A", "lora_B", "rows")  # parameters that a plain LLaMA has not
+# parameters that a plain LLaMA has not: how their names end, and a part of those of copied blocks
+ADDED, COPIES = ("lora_A", "lora_B", "rows"), ".expansion."
 SHORT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj",
          "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -233,12 +234,18 @@ def attach(model: LLaMA, adapter: Adapter) -> None:
         for block in model.model.layers:
             block.random = True  # type: ignore[assignment]
     if adapter.first_row:
-        ends: tuple[tuple[nn.Module, type], ...] = ((model.model.embed_tokens, GrownEmbedding),
-                                                    (model.lm_head, GrownLinear))
-        for end, grown in ends:
-            end.__class__ = grown  # the same weights, another forward
-            end.grow(adapter.first_row)  # type: ignore[operator]
+        grow(model, adapter.first_row)
     shrink(model, adapter.frozen_dtype)
+
+
+def grow(model: LLaMA, first_row: int) -> None:
+    """Let the entries of the vocabulary from `first_row` on learn beside the frozen others."""
+    ends: tuple[tuple[nn.Module, type], ...] = ((model.model.embed_tokens, GrownEmbedding),
+                                                (model.lm_head, GrownLinear))
+    for end, grown in ends:
+        end.__class__ = grown  # the same weights, another forward
+        end.grow(first_row)  # type: ignore[operator]
+    model.tie()
 
 
 def shrink(model: LLaMA, frozen_dtype: str) -> None:
@@ -286,10 +293,11 @@ def merge(model: LLaMA, dtype: torch.dtype = torch.float32) -> LLaMA:
 
 # ---- its weights
 
-def base_weights(model: LLaMA) -> dict[str, nn.Parameter | AdaptedLinear]:
+def base_weights(model: LLaMA, copies: bool = False) -> dict[str, nn.Parameter | AdaptedLinear]:
     """What a plain LLaMA of this architecture has, by its names: parameters, and the maps that hold
-    a matrix in few bits."""
-    found: dict = {name: p for name, p in model.named_parameters() if not name.endswith(ADDED)}
+    a matrix in few bits. `copies`: also those of blocks."""
+    found: dict = {name: p for name, p in model.named_parameters()
+                   if not name.endswith(ADDED) and (copies or COPIES not in name)}
     return found | {f"{name}.weight": module for name, module in quantised(model)}
 
 
@@ -310,6 +318,8 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int)
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    if COPIES in name:
+        return torch.zeros(shape)  # until it is made what its block is
     if name.endswith("lora_A"):
         drawn = torch.empty(shape).uniform_(-1, 1, generator=generator_of(name, seed))
         return drawn / math.sqrt(shape[1])
@@ -376,6 +386,11 @@ def summary(model: LLaMA, adapter: Adapter | None, frozen_dtype: str) -> str:
         count = model.config.vocab_size - adapter.first_row
         new = f" and {count} new tokens" if adapter.first_row else ""
         what = f"adapters beside {len(adapter.targets)} matrices ({', '.join(last)}){new}"
+    elif model.config.expand_blocks:
+        layers = dict.fromkeys(name.split(".")[2] for name, _ in trained(model) if COPIES in name)
+        what = f"copies of the blocks {', '.join(layers)} ({model.config.expand})"
+        if model.config.first_row:
+            what += f" and {model.config.vocab_size - model.config.first_row} new tokens"
     else:
         names = [name for name, _ in trained(model)]
         what = f"{len(names)} parameters, from {names[0]} to {names[-1]}"

@@ -256,6 +256,10 @@ def gather_weights(parameters: dict[str, nn.Parameter], world: World) -> dict[st
         whole = world.whole(parameter.data)
         if world.rank == 0:
             weights[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
+    for name in [name for name in weights if name.endswith(".rows")]:
+        if (matrix := name.replace("rows", "weight")) in weights:  # of a model that is saved whole
+            rows = weights.pop(name)
+            weights[matrix][-len(rows):] = rows
     return weights
 
 

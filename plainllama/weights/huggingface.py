@@ -32,6 +32,8 @@ REQUIRED = ("n_layer", "n_head", "d_model", "d_ff", "vocab_size", "norm_eps", "b
 ROPE = {"none": {}, "linear": {"rope_factor": "factor"}, "llama3": {
     "rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
     "rope_original": "original_max_position_embeddings"}}
+# of ModelConfig: what a model has that grew
+GROWN = ("expand", "expand_blocks", "expand_merge", "first_row")
 ROPE_KEYS = {"rope_type", "type", "rope_theta", *ROPE["linear"].values(), *ROPE["llama3"].values()}
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each entry of the vocabulary
 INDEX = "model.safetensors.index.json"  # which file of several holds which weight
@@ -68,8 +70,11 @@ def config_json(config: ModelConfig, bos: int | None, eos: int | None, dtype=tor
     kind = str(dtype).removeprefix("torch.")
     stretch = {theirs: getattr(config, ours) for ours, theirs in ROPE[config.rope_scaling].items()}
     rope = {"rope_type": config.rope_scaling if stretch else "default", **stretch}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
-            **{theirs: getattr(config, ours) for ours, theirs in NAMES.items()},
+    names: dict = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if config.expand_blocks:  # which transformers must not take for what it knows
+        names = {"architectures": ["PlainLlamaExpanded"], "model_type": "plainllama",
+                 "plainllama": {name: getattr(config, name) for name in GROWN}}
+    return {**names, **{theirs: getattr(config, ours) for ours, theirs in NAMES.items()},
             "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
             "rope_theta": config.rope_theta, "rope_scaling": rope if stretch else None,
             "rope_parameters": rope | {"rope_theta": config.rope_theta},
@@ -132,6 +137,8 @@ def read_config(folder: Path) -> ModelConfig:
             **{ours: hf[NAMES[ours]] for ours in REQUIRED}, n_kv_head=heads or 0,
             tie_embeddings=hf.get("tie_word_embeddings", False), rope_theta=rope["rope_theta"],
             rope_scaling="none" if kind == "default" else kind,
+            **{name: value for name, value in (hf.get("plainllama") or {}).items()
+               if name in GROWN},
             **{ours: rope[theirs] for ours, theirs in ROPE.get(kind, {}).items()})
         for name, field in ModelConfig.__dataclass_fields__.items():
             value = getattr(config, name)
@@ -185,6 +192,8 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
     turns = (theirs.rope_low, theirs.rope_high)
     if theirs.rope_scaling == "llama3" and turns != (ours.rope_low, ours.rope_high):
         raise UserError(f"low_freq_factor, high_freq_factor of {turns} cannot be trained on")
+    if theirs.expand_blocks:
+        names += GROWN[:3]
     keys = [f"--{name}={getattr(theirs, name)}" for name in names
             if getattr(theirs, name) != getattr(ours, name)]
     return " ".join(keys).replace("kv_heads", "n_kv_head")
@@ -207,7 +216,7 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
               for name in shard.keys() if "rotary_emb" not in name}  # noqa: SIM118
     if model.config.tie_embeddings:
         stored.pop("lm_head.weight", None)
-    wanted = base_weights(model)
+    wanted = base_weights(model, copies=read_config(folder).expand_blocks > 0)
     for what, names in (("missing", wanted.keys() - stored), ("unknown", stored.keys() - wanted)):
         if names:
             raise UserError(f"{folder}: {len(names)} {what} weights, the first is {min(names)}")
@@ -229,6 +238,11 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
         last = min(first + local.shape[0], entries)
         if first < last:
             local[:last - first].copy_(stored[name][first:last])
+    for name, place in () if grows else model.named_parameters():
+        if name.endswith(".rows"):  # a checkpoint has them in their matrix
+            matrix, (local, first) = stored[name.replace("rows", "weight")], world.piece(place.data)
+            first += matrix.get_shape()[0] - len(place)
+            local.copy_(matrix[first:first + len(local)])
 
 
 def refuse_rounding(folder: Path, name: str, weight: Tensor) -> None:

@@ -20,7 +20,7 @@ from plainllama.files import read_json, sha256, sha256_bytes, write_json
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
 from plainllama.tokens.tokenizer_json import TEMPLATE_FILE, byte_info
-from plainllama.weights import adapters
+from plainllama.weights import adapters, expansion
 from plainllama.weights.adapters import ADDED, Adapter, initialise
 from plainllama.weights.huggingface import ENDS, load_weights, read_config, weight_files
 
@@ -229,7 +229,7 @@ def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32, b
     if kept:
         kept.clear()  # one base at a time
     with torch.device("meta"):
-        model = LLaMA(config)
+        model = expansion.outline(config)
     if adapter:
         adapter = replace(adapter, frozen_dtype="fp32") if original else adapter
         adapters.attach(model, adapter)
@@ -304,10 +304,14 @@ def load_start(model: LLaMA, config: Settings, source: Path | None, adapter: Ada
     if not base:
         initialise(model, config.seed, world.piece)
         adapters.hold_first_weights(model, config.seed)
+        expansion.begin(model)
         return
-    grows = read_config(base).vocab_size < model.config.vocab_size
+    theirs = read_config(base)
+    grows = theirs.vocab_size < model.config.vocab_size
     initialise(model, config.seed, world.piece, (*ADDED, *(ENDS if grows else ())))
     # a checkpoint holds the frozen weights too, where there is no adapter to save alone
     load_weights(base, model, world, grows, exact=not adapter)
+    if not theirs.expand_blocks:
+        expansion.begin(model)
     if source and is_adapter(source):
         load_adapter(source, model, world)
