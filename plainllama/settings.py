@@ -204,8 +204,8 @@ def settle_documents(config: Settings) -> None:
 
 
 def check_keys(config: Settings, shape: bool = True) -> None:
-    """Refuse, before anything slow starts, keys that do not fit together; `shape`: also those of
-    the model and its rows."""
+    """Refuse, before anything slow starts, keys that do not fit together; `shape`: also those
+    that a model which is there may settle."""
     c, scaled, llama3 = config, config.rope_scaling != "none", config.rope_scaling == "llama3"
     batch, block = c.global_batch_tokens, c.block_size
     for whole, part, message in (
@@ -237,20 +237,21 @@ def check_keys(config: Settings, shape: bool = True) -> None:
             (c.lora_r and c.train_only, "lora_r trains adapters alone; train_only has no place"),
             (c.lora_r and c.optimizer == "muon", "muon makes whole matrices orthogonal, which "
              "adapters' thin ones are not for; with lora_r say --optimizer=adamw"),
-            (c.frozen_dtype != "fp32" and not (c.lora_r or c.train_only or c.expand_blocks),
+            (shape and c.frozen_dtype != "fp32"
+             and not (c.lora_r or c.train_only or c.expand_blocks),
              f"frozen_dtype={c.frozen_dtype} has no effect where nothing is frozen; say lora_r"),
             (c.frozen_dtype in ("int8", "nf4") and not c.lora_r,
              f"frozen_dtype={c.frozen_dtype} is for lora_r: any other checkpoint is a whole model, "
              "whose frozen matrices must come back as they were"),
             (c.frozen_dtype in ("int8", "nf4") and c.parallel in ("fsdp", "hsdp"),
              f"frozen_dtype={c.frozen_dtype} is not sharded; say --parallel=ddp, or bf16"),
-            ((c.expand != "none") != (c.expand_blocks > 0),
+            (shape and (c.expand != "none") != (c.expand_blocks > 0),
              f"expand={c.expand} with expand_blocks={c.expand_blocks}: say both, or neither"),
-            (c.expand == "hybrid" and c.expand_blocks < 2, "expand=hybrid takes turns between stack"
+            (shape and c.expand == "hybrid" and c.expand_blocks < 2, "expand=hybrid takes turns between stack"
              " and concat; say --expand_blocks=2 or more, or one of them"),
             (shape and c.expand_blocks > c.n_layer,
              f"expand_blocks {c.expand_blocks} is above the {c.n_layer} blocks of the model"),
-            (for_copies and not beside, f"{', '.join(for_copies)}: no effect without expand=concat "
+            (shape and for_copies and not beside, f"{', '.join(for_copies)}: no effect without expand=concat "
              "or hybrid"),
             (c.expand != "none" and (c.lora_r or c.train_only), f"expand={c.expand} learns copies "
              f"of blocks alone; {'lora_r' if c.lora_r else 'train_only'} has no place (of a model "

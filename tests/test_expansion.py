@@ -1,0 +1,509 @@
+"""Expanded models: the start is the base, what is frozen stays, formulas by hand, plain models."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import documents, metrics, run_script, write_data_set
+from safetensors.torch import load_file
+
+import export
+import prepare
+import train
+from model import KVCache, LLaMA, ModelConfig, trained
+from plainllama.command import parse
+from plainllama.files import read_json, sha256
+from plainllama.generation.generate import generate
+from plainllama.parallel import World
+from plainllama.settings import Sampling, Settings, UserError
+from plainllama.tokens.rows import to_batch
+from plainllama.training.engine import Engine
+from plainllama.weights import checkpoint, expansion
+from plainllama.weights.huggingface import read_config
+from plainllama.weights.peft import load_model
+
+CONFIG = """
+dataset = 'toy'
+n_layer = 4
+n_head = 4
+n_kv_head = 2
+d_model = 32
+d_ff = 48
+block_size = 32
+max_steps = 8
+global_batch_tokens = 256
+micro_batch = 4
+learning_rate = 1e-2
+min_lr = 1e-3
+warmup_steps = 2
+device = 'cpu'
+log_interval = 1
+eval_interval = 8
+save_interval = 4
+sample_tokens = 0
+"""
+KINDS = {"concat": ("--expand=concat",), "stack": ("--expand=stack",),
+         "hybrid": ("--expand=hybrid",), "dlerp": ("--expand=concat", "--expand_merge=dlerp")}
+GROW = ("--init_from=out/base", "--expand_blocks=2")
+
+
+@pytest.fixture(scope="module")
+def trained_base(tmp_path_factory):
+    """A folder with data/toy, data/other and out/base, a run of eight steps."""
+    home = tmp_path_factory.mktemp("base")
+    write_data_set(home / "data/toy", {"train": documents(60), "val": documents(6)})
+    write_data_set(home / "data/other", {"train": documents(20), "val": ["0123456789 " * 40] * 4})
+    (home / "toy.py").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert run("--out_dir=out/base") == 0
+    return home
+
+
+@pytest.fixture
+def home(trained_base, tmp_path, monkeypatch):
+    for name in ("data", "toy.py"):
+        (tmp_path / name).symlink_to(trained_base / name)
+    (tmp_path / "out").mkdir()
+    shutil.copytree(trained_base / "out/base", tmp_path / "out/base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: str) -> int:
+    """train.py in this process."""
+    return train.main(parse(["toy.py", *words], "", train.Flags))
+
+
+def newest(run: str) -> Path:
+    return checkpoint.find_checkpoint(run)
+
+
+def rows_of(run: str, name: str) -> list[float]:
+    return [row[name] for row in metrics(Path(run)) if name in row]
+
+
+def some_ids(vocab: int = 256) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(3).integers(vocab, size=(2, 24)))
+
+
+def grown(kind: str, seed: int = 0, **keys) -> LLaMA:
+    """A small expanded model whose copies have gone their own way."""
+    torch.manual_seed(seed)
+    merge = "dlerp" if kind == "dlerp" else "lerp"
+    shape = {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 32, "d_ff": 48,
+             "vocab_size": 64, "block_size": 48} | keys
+    model = expansion.outline(ModelConfig(**shape, expand=kind.replace("dlerp", "concat"),
+                                          expand_blocks=2, expand_merge=merge))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_step_is_the_base(home, kind):
+    """To the bit, and with a cache too; the first loss is the base's."""
+    base = load_model(newest("out/base"))
+    assert run(*GROW, *KINDS[kind], "--out_dir=out/a", "--learning_rate=0", "--min_lr=0",
+               "--max_steps=1") == 0
+    model = load_model(newest("out/a"))
+    assert len(expansion.expanded(model)) == 2
+    assert torch.equal(model(some_ids()), base(some_ids()))
+    prompts = [[1, 5, 9, 4], [7, 8]]
+    assert list(generate(model, prompts, 9, Sampling(temperature=0), [0, 0])) == list(
+        generate(base, prompts, 9, Sampling(temperature=0), [0, 0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_learns_its_copies_alone_and_resumes_to_the_bit(home, kind, capsys):
+    keys = *GROW, *KINDS[kind]
+    weight = () if kind == "stack" else ("--divergence_weight=0.3",)
+    assert run(*keys, *weight, "--out_dir=out/whole") == 0
+    said = capsys.readouterr().out
+    assert "learns: " in said and "copies of the blocks 1, 3" in said
+    assert run(*keys, *weight, "--out_dir=out/parts", "--max_minutes=1e-9") == 75
+    while run(*keys, *weight, "--out_dir=out/parts") != 0:
+        pass
+    a, b = (load_file(newest(f"out/{name}") / "model.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    base = load_file(newest("out/base") / "model.safetensors")
+    assert base.keys() < a.keys()
+    assert all(torch.equal(base[name], a[name]) for name in base)  # to the bit
+    model = load_model(newest("out/whole"))
+    for block in expansion.expanded(model).values():
+        for name, copy in block.expansion.named_parameters():
+            if name.startswith("mix_"):
+                assert copy.any(), name
+            else:
+                assert not torch.equal(copy, block.get_parameter(name)), name
+    moments = load_file(newest("out/whole") / "training/optimizer-00000.safetensors")
+    assert all(".expansion." in name for name in moments)
+    assert rows_of("out/whole", "loss")[-1] < rows_of("out/whole", "loss")[0]
+    if kind == "stack":
+        assert not rows_of("out/whole", "divergence")
+    else:
+        found = rows_of("out/whole", "divergence")
+        assert found[0] == 0 and found[-1] > 0
+        layer = 3
+        shares = rows_of("out/whole", f"expansion_share/{layer}")
+        assert shares[0] == 0.5 and 0 < shares[-1] < 1 and shares[-1] != 0.5
+        assert rows_of("out/whole", f"expansion_cosine/{layer}")[0] == pytest.approx(1, abs=1e-5)
+
+
+def by_hand(model: LLaMA, layer: int, x: np.ndarray) -> np.ndarray:
+    """One expanded block that merges by dlerp, in float64 by numpy: (T, C) -> (T, C)."""
+    config, names = model.config, dict(model.model.layers[layer].named_parameters())
+    weights = {name: p.detach().double().numpy() for name, p in names.items()}
+    T, D = len(x), config.head_dim
+    place, pair = np.arange(T)[:, None], np.arange(D // 2)[None]
+    turn = np.exp(1j * place * config.rope_theta ** (-2.0 * pair / D))[:, None]
+
+    def norm(h, gain):
+        return h / np.sqrt((h**2).mean(-1, keepdims=True) + config.norm_eps) * gain
+
+    def turned(h):
+        z = (h[..., :D // 2] + 1j * h[..., D // 2:]) * turn
+        return np.concatenate([z.real, z.imag], -1)
+
+    def block(at):
+        w = {name.removeprefix(at): value for name, value in weights.items()
+             if name.startswith(at) and ".expansion." not in f".{name.removeprefix(at)}"}
+        h = norm(x, w["input_layernorm.weight"])
+        q, k, v = ((h @ w[f"self_attn.{one}_proj.weight"].T).reshape(T, -1, D) for one in "qkv")
+        group = config.n_head // config.kv_heads
+        k, v = np.repeat(turned(k), group, 1), np.repeat(v, group, 1)
+        scores = np.einsum("qhd,khd->hqk", turned(q), k) / np.sqrt(D)
+        scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+        chances = np.exp(scores - scores.max(-1, keepdims=True))
+        chances /= chances.sum(-1, keepdims=True)
+        y = x + np.einsum("hqk,khd->qhd", chances, v).reshape(T, -1) @ w["self_attn.o_proj.weight"].T
+        h = norm(y, w["post_attention_layernorm.weight"])
+        gate, up = (h @ w[f"mlp.{one}_proj.weight"].T for one in ("gate", "up"))
+        return y + (gate / (1 + np.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T
+
+    base, copy = block(""), block("expansion.")
+    score = np.concatenate([base, copy], -1) @ weights["expansion.mix_weight"]
+    share = 1 / (1 + np.exp(-(score + weights["expansion.mix_bias"])))
+    return (1 - share[:, None]) * base + share[:, None] * copy
+
+
+def test_a_block_that_merges_by_dlerp_is_what_numpy_says():
+    model = grown("dlerp")
+    x = torch.randn(1, 11, 32)
+    rope = model.rope_cos[:11], model.rope_sin[:11]
+    ours = model.model.layers[3](x, rope, None, None, None, None)[0].detach()
+    theirs = by_hand(model, 3, x[0].double().numpy())
+    assert np.abs(ours.numpy() - theirs).max() / np.abs(theirs).max() < 1e-6
+
+
+def test_divergences_by_hand():
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    for row in range(2):
+        for token in range(3):
+            u, v = a[row, token].tolist(), b[row, token].tolist()
+            squares = sum((p - q) ** 2 for p, q in zip(u, v, strict=True)) / 4
+            dot = sum(p * q for p, q in zip(u, v, strict=True))
+            size = sum(p * p for p in u) ** 0.5 * sum(q * q for q in v) ** 0.5
+            apart = max(0.0, 1 - dot / size)
+            smooth = 0.5 * apart**2 if apart < 1 else apart - 0.5
+            assert expansion.mse(a, b)[row, token].item() == pytest.approx(squares, rel=1e-5)
+            assert expansion.cosine(a, b)[row, token].item() == pytest.approx(smooth, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_gives_the_same_logits(kind):
+    """Block and copy have a place of their own in it."""
+    model, ids = grown(kind), some_ids(64)
+    whole = model(ids)
+    cache = KVCache(model.config, 2, 40, "cpu", torch.float32)
+    parts = []
+    for piece in ids.split(5, 1):
+        parts.append(model(piece, cache=cache))
+        cache.lengths += piece.shape[1]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_copies_behind_their_blocks_are_a_deeper_llama(tied):
+    model = grown("stack", tie_embeddings=tied)
+    made = expansion.plain(model, {})
+    assert type(made) is LLaMA and made.config.n_layer == 6 and made.config.expand == "none"
+    assert torch.allclose(made(some_ids(64)), model(some_ids(64)), atol=1e-5)
+
+
+def test_merging_back_an_untouched_expansion_gives_the_base_to_the_bit():
+    base = grown("concat")
+    expansion.begin(base)
+    plain = LLaMA(expansion.plain(base, {1: 0.3, 3: 0.9}).config)
+    kept = {name: p for name, p in base.named_parameters() if ".expansion." not in name}
+    merged = dict(expansion.plain(base, {1: 0.3, 3: 0.9}).named_parameters())
+    assert merged.keys() == dict(plain.named_parameters()).keys() == kept.keys()
+    assert all(torch.equal(merged[name], kept[name]) for name in kept)
+
+
+def engine(**keys) -> Engine:
+    """An engine on a model whose copies differ from their blocks."""
+    config = Settings(**{"n_layer": 4, "n_head": 4, "d_model": 32, "d_ff": 48, "vocab_size": 64,
+                         "block_size": 16, "global_batch_tokens": 128, "compile": "false",
+                         "expand": "concat", "expand_blocks": 2, "divergence_weight": 0.7} | keys)
+    made = Engine(config, World(), 1)
+    torch.manual_seed(5)
+    for name, parameter in trained(made.model):
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return made
+
+
+def batch(seed: int = 0):
+    rows = np.random.default_rng(seed).integers(2, 64, size=(8, 17))
+    return to_batch(rows)
+
+
+@pytest.mark.parametrize("keys", [{}, {"divergence": "cosine"}, {"expand_merge": "dlerp"}])
+def test_the_gradient_is_that_of_the_loss_and_the_divergence(keys):
+    """By autograd over a loss that is written out; the loss that is told has no divergence in
+    it."""
+    one = engine(**keys)
+    ids, targets = batch().ids, batch().targets
+    told = one.gradients(batch(), targets.numel())
+    states: list = []
+    x = one.model.hidden(ids, watch=states.append)
+    rope = one.model.rope_cos[:16], one.model.rope_sin[:16]
+    apart = []
+    for layer, block in expansion.merging(one.model).items():
+        pair = block.both(states[layer], rope, None, None, None, None)
+        apart.append(expansion.DIVERGENCES[one.config.divergence](*pair).mean())
+    logits = one.model.lm_head(x).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
+    divergence = torch.stack(apart).mean()
+    learned = dict(trained(one.model))
+    theirs = torch.autograd.grad(loss + 0.7 * divergence, list(learned.values()))
+    for (name, parameter), grad in zip(learned.items(), theirs, strict=True):
+        assert torch.allclose(parameter.grad, grad, atol=1e-6, rtol=1e-4), name
+    assert told[0].item() / 128 == pytest.approx(loss.item(), rel=1e-5)
+    assert told[1].item() / 128 == pytest.approx(divergence.item(), rel=1e-5)
+    assert one.logged == ("divergence",) and divergence.item() > 1e-4
+
+
+@pytest.mark.parametrize("keys", [
+    {"micro_batch": 2}, {"micro_batch": 3}, {"activation_checkpointing": True},
+    {"activation_checkpointing": True, "micro_batch": 2}, {"deterministic": True}])
+def test_one_gradient_however_it_is_computed(keys):
+    """Micro-batches, also those that are filled up, and activation checkpointing, which must not
+    count the divergence twice."""
+    threads = torch.get_num_threads()
+    first, other = engine(micro_batch=8), engine(**keys)
+    a, b = (one.gradients(to_batch(np.random.default_rng(0).integers(2, 64, size=(8, 17)),
+                                   one.accumulate * one.micro), 128) for one in (first, other))
+    torch.set_num_threads(threads)
+    assert torch.allclose(a, b, rtol=1e-5)
+    for (name, p), (_, q) in zip(trained(first.model), trained(other.model), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6, rtol=1e-4), name
+    frozen = [p for p in other.model.parameters() if not p.requires_grad]
+    assert frozen and all(p.grad is None for p in frozen)
+
+
+def test_compiled_blocks_have_no_break_and_the_same_gradient():
+    first, other = engine(micro_batch=8), engine(micro_batch=8)
+    told = first.gradients(batch(), 128)
+    seen: list[int] = []
+
+    def backend(graph, inputs):
+        seen.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    other.model.compile(backend=backend, fullgraph=True, dynamic=False)
+    again = other.gradients(batch(), 128)
+    assert len(seen) == 1
+    assert torch.allclose(told, again, rtol=1e-5)
+    for (name, p), (_, q) in zip(trained(first.model), trained(other.model), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6, rtol=1e-4), name
+
+
+def test_stack_exports_as_a_plain_llama_and_concat_by_merge_back_alone(home, capsys):
+    for kind in ("stack", "concat", "hybrid"):
+        assert run(*GROW, f"--expand={kind}", f"--out_dir=out/{kind}") == 0
+    capsys.readouterr()
+
+    def exported(*words: str) -> int:
+        return export.main(parse(list(words), "", export.Flags, takes="files"))
+
+    assert exported("--ckpt=out/stack", "--to=plain_stack") == 0
+    assert "largest difference of logits" in capsys.readouterr().out
+    assert read_json(Path("plain_stack/config.json"))["num_hidden_layers"] == 6
+    stack, plain = load_model(newest("out/stack")), load_model(Path("plain_stack"))
+    assert torch.allclose(stack(some_ids()), plain(some_ids()), atol=1e-5)
+    for kind, depth in (("concat", 4), ("hybrid", 5)):
+        with pytest.raises(UserError, match="--merge_back"):
+            exported(f"--ckpt=out/{kind}", f"--to=plain_{kind}")
+        assert not Path(f"plain_{kind}").exists()
+        assert exported(f"--ckpt=out/{kind}", f"--to=plain_{kind}", "--merge_back") == 0
+        said = capsys.readouterr().out
+        assert "expanded: " in said and "merged back: " in said
+        assert read_config(Path(f"plain_{kind}")).n_layer == depth
+    for ckpt in ("out/stack", "out/base"):
+        with pytest.raises(UserError, match="--merge_back has no effect"):
+            exported(f"--ckpt={ckpt}", "--to=other", "--merge_back")
+
+
+def test_transformers_does_not_take_an_expanded_checkpoint_for_a_llama(home):
+    transformers = pytest.importorskip("transformers")
+    assert run(*GROW, "--expand=concat", "--out_dir=out/a") == 0
+    with pytest.raises((ValueError, KeyError)):
+        transformers.AutoModelForCausalLM.from_pretrained(newest("out/a"))
+
+
+def test_an_expanded_run_begins_another(home, capsys):
+    """It is taken over as it is, copies included, and they alone learn on."""
+    assert run(*GROW, "--expand=hybrid", "--out_dir=out/a") == 0
+    assert run("--init_from=out/a", "--out_dir=out/b", "--divergence_weight=1") == 0
+    assert "expand = hybrid (inherited from" in capsys.readouterr().out
+    a, b = (load_file(newest(f"out/{name}") / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]) == (".expansion." not in name), name
+    assert rows_of("out/b", "loss")[0] < rows_of("out/a", "loss")[0]
+
+
+def test_several_validation_sets_are_measured_and_drawn(home, capsys):
+    sets = "{'toy': 'data/toy', 'digits': 'data/other'}"
+    for arm, keys in (("a", ("--expand=stack", *GROW)), ("b", ("--init_from=out/base",))):
+        assert run(*keys, f"--eval_sets={sets}", f"--out_dir=out/{arm}") == 0
+    said = capsys.readouterr().out
+    assert "; toy " in said and "; digits " in said
+    toy, own = rows_of("out/a", "val_loss/toy"), rows_of("out/a", "val_loss")
+    assert toy == own and len(toy) == 2  # at step 0 and at the end
+    assert rows_of("out/a", "val_loss/digits")[0] > toy[0]
+    done = run_script("report.py", "out/a", "out/b", "--out=both.html", cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    page = Path("both.html").read_text()
+    assert "trade-off: loss on toy against loss on digits" in page
+    assert "validation by set" in page and "digits: out/a" in page
+
+
+CONCAT = (*GROW, "--expand=concat", "--divergence_weight=1")
+
+
+@pytest.mark.parametrize("keys", [CONCAT, (*GROW, "--expand=hybrid", "--expand_merge=dlerp")])
+@pytest.mark.parametrize("other", [
+    ("--micro_batch=1",), ("--micro_batch=8", "--activation_checkpointing"), ("--deterministic",),
+    pytest.param(("--compile=true",), marks=pytest.mark.slow),
+    pytest.param(("--compile=true", "--activation_checkpointing"), marks=pytest.mark.slow)])
+def test_one_curve(home, keys, other):
+    assert run(*keys, "--out_dir=out/one") == 0
+    assert run(*keys, *other, "--out_dir=out/other") == 0
+    for name in ("loss", "divergence"):
+        assert rows_of("out/one", name) == pytest.approx(rows_of("out/other", name), abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_holds_for_an_expanded_model(home, kind, capsys):
+    assert run(*GROW, *KINDS[kind], "--check", "--out_dir=out/x",
+               "--eval_sets={'a': 'data/other'}") == 0
+    assert "copies of the blocks 1, 3" in capsys.readouterr().out
+    assert not Path("out/x").exists()
+
+
+def dialogs(folder: Path, documents: str, rows: list[dict]) -> None:
+    """A set of dialogs or pairs whose tokenizer has five tokens more than the base's."""
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert prepare.main(parse(["toy.py", f"--dataset={folder.name}", f"--documents={documents}",
+                               "--sources=rows.jsonl", "--tokenizer=data/toy/tokenizer.json",
+                               "--val_fraction=0.2"], "", prepare.Flags)) == 0
+
+
+def test_an_expanded_model_learns_dialogs_and_their_tokens(home, capsys):
+    """The rows of new tokens learn beside the copies, those of the others stay to the bit; the run
+    resumes, and its model is whole."""
+    Path("moved").mkdir()
+    for part in Path("data").resolve().iterdir():
+        shutil.copytree(part, f"moved/{part.name}")
+    Path("data").unlink()
+    Path("moved").rename("data")
+    dialogs(Path("data/talks"), "chat", [{"messages": [
+        {"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]}
+        for n in range(40)])
+    keys = *CONCAT, "--dataset=talks", "--eval_sets={'old': 'data/toy', 'new': 'data/talks'}"
+    assert run(*keys, "--out_dir=out/whole") == 0
+    said = capsys.readouterr().out
+    assert "and 5 new tokens" in said
+    assert run(*keys, "--out_dir=out/parts", "--max_minutes=1e-9") == 75
+    while run(*keys, "--out_dir=out/parts") != 0:
+        pass
+    a, b, base = (load_file(newest(f"out/{name}") / "model.safetensors")
+                  for name in ("whole", "parts", "base"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    old = len(base["lm_head.weight"])
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert len(a[name]) == old + 5 and torch.equal(a[name][:old], base[name])
+    moments = load_file(newest("out/whole") / "training/optimizer-00000.safetensors")
+    assert "lm_head.rows/exp_avg" in moments
+    assert rows_of("out/whole", "val_loss/new")[-1] < rows_of("out/whole", "val_loss/new")[0]
+    assert rows_of("out/whole", "val_loss/new") == rows_of("out/whole", "val_loss")
+    # it goes on, as it is, with other dialogs
+    assert run("--init_from=out/whole", "--dataset=talks", "--out_dir=out/on") == 0
+    on = load_file(newest("out/on") / "model.safetensors")
+    assert torch.equal(on["lm_head.weight"][:old], base["lm_head.weight"])
+    assert not torch.equal(on["lm_head.weight"][old:], a["lm_head.weight"][old:])
+    assert rows_of("out/on", "loss")[0] < rows_of("out/whole", "loss")[0]
+
+
+def test_an_expanded_model_learns_preferences(home):
+    Path("moved").mkdir()
+    for part in Path("data").resolve().iterdir():
+        shutil.copytree(part, f"moved/{part.name}")
+    Path("data").unlink()
+    Path("moved").rename("data")
+    dialogs(Path("data/pairs"), "preference", [
+        {"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": "no no"} for n in range(40)])
+    keys = *CONCAT, "--dataset=pairs", "--objective=dpo"
+    assert run(*keys, "--out_dir=out/whole") == 0
+    first = rows_of("out/whole", "loss")[0]
+    assert first == pytest.approx(math.log(2), abs=1e-6)
+    assert rows_of("out/whole", "divergence")[-1] > 0
+    assert run(*keys, "--out_dir=out/small", "--micro_batch=1") == 0
+    for name in ("loss", "divergence", "rewards/margins"):
+        assert rows_of("out/small", name) == pytest.approx(rows_of("out/whole", name), abs=2e-5)
+
+
+@pytest.mark.parametrize(("words", "what"), [
+    (("--expand=concat",), "expand_blocks=0: say both"),
+    (("--expand_blocks=2",), "say both, or neither"),
+    (("--expand=hybrid", "--expand_blocks=1"), "takes turns"),
+    (("--expand=concat", "--expand_blocks=5"), "above the 4 blocks"),
+    (("--expand=stack", "--expand_blocks=2", "--expand_merge=dlerp"), "no effect without"),
+    (("--expand=stack", "--expand_blocks=2", "--divergence_weight=1"), "no effect without"),
+    (("--divergence=cosine",), "no effect without"),
+    (("--expand=concat", "--expand_blocks=2", "--lora_r=2"), "lora_r has no place"),
+    (("--expand=concat", "--expand_blocks=2", "--train_only=last:1"), "train_only has no place"),
+    (("--expand=concat", "--expand_blocks=2", "--frozen_dtype=nf4"), "is for lora_r"),
+    (("--expand=concat", "--expand_blocks=2", "--init_from="), "say --init_from"),
+    (("--init_from=out/grown", "--expand=stack", "--expand_blocks=2"), "--expand=concat"),
+    (("--init_from=out/grown", "--expand_blocks=4"), "--expand_blocks=2"),
+    (("--init_from=out/grown", "--lora_r=2"), "lora_r has no place"),
+    (("--eval_sets=data/toy",), "is not {'NAME'"),
+    (("--eval_sets={}",), "is not {'NAME'"),
+    (("--eval_sets={'a/b': 'data/toy'}",), "is not {'NAME'"),
+    (("--eval_sets={'a': 'data/none'}",), "data/none"),
+    (("--eval_sets={'a': 'data/foreign'}",), "another tokenizer"),
+])
+def test_what_does_not_go_together_is_refused_at_once(home, words, what):
+    if "out/grown" in "".join(words):
+        assert run(*GROW, "--expand=concat", "--out_dir=out/grown", "--max_steps=1") == 0
+    if "foreign" in "".join(words):
+        shutil.copytree(Path("data").resolve(), "moved")
+        Path("data").unlink()
+        Path("moved").rename("data")
+        shutil.copytree("data/toy", "data/foreign")
+        manifest = Path("data/foreign/manifest.json")
+        told = read_json(manifest)["tokenizer"]["sha256"]
+        manifest.write_text(manifest.read_text().replace(told, "0" * 64))
+        manifest.with_suffix(".sha256").write_text(sha256(manifest) + "\n")
+    with pytest.raises(UserError, match=what.replace("{", r"\{")) as seen:
+        run(*(() if "init_from" in "".join(words) else ("--init_from=out/base",)), *words,
+            "--out_dir=out/x")
+    assert "\n" not in str(seen.value) and not Path("out/x").exists()
