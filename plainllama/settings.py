@@ -247,12 +247,12 @@ def check_keys(config: Settings, shape: bool = True) -> None:
              f"frozen_dtype={c.frozen_dtype} is not sharded; say --parallel=ddp, or bf16"),
             (shape and (c.expand != "none") != (c.expand_blocks > 0),
              f"expand={c.expand} with expand_blocks={c.expand_blocks}: say both, or neither"),
-            (shape and c.expand == "hybrid" and c.expand_blocks < 2, "expand=hybrid takes turns between stack"
-             " and concat; say --expand_blocks=2 or more, or one of them"),
+            (shape and c.expand == "hybrid" and c.expand_blocks < 2, "expand=hybrid takes turns "
+             "between stack and concat; say --expand_blocks=2 or more, or one of them"),
             (shape and c.expand_blocks > c.n_layer,
              f"expand_blocks {c.expand_blocks} is above the {c.n_layer} blocks of the model"),
-            (shape and for_copies and not beside, f"{', '.join(for_copies)}: no effect without expand=concat "
-             "or hybrid"),
+            (shape and for_copies and not beside, f"{', '.join(for_copies)}: no effect without "
+             "expand=concat or hybrid"),
             (c.expand != "none" and (c.lora_r or c.train_only), f"expand={c.expand} learns copies "
              f"of blocks alone; {'lora_r' if c.lora_r else 'train_only'} has no place (of a model "
              "that has copies make a plain one first: export.py)"),

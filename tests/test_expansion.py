@@ -180,7 +180,8 @@ def by_hand(model: LLaMA, layer: int, x: np.ndarray) -> np.ndarray:
         scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
         chances = np.exp(scores - scores.max(-1, keepdims=True))
         chances /= chances.sum(-1, keepdims=True)
-        y = x + np.einsum("hqk,khd->qhd", chances, v).reshape(T, -1) @ w["self_attn.o_proj.weight"].T
+        heads = np.einsum("hqk,khd->qhd", chances, v).reshape(T, -1)
+        y = x + heads @ w["self_attn.o_proj.weight"].T
         h = norm(y, w["post_attention_layernorm.weight"])
         gate, up = (h @ w[f"mlp.{one}_proj.weight"].T for one in ("gate", "up"))
         return y + (gate / (1 + np.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T
@@ -252,7 +253,7 @@ def engine(**keys) -> Engine:
                          "expand": "concat", "expand_blocks": 2, "divergence_weight": 0.7} | keys)
     made = Engine(config, World(), 1)
     torch.manual_seed(5)
-    for name, parameter in trained(made.model):
+    for _, parameter in trained(made.model):
         parameter.data += 0.05 * torch.randn_like(parameter)
     return made
 

@@ -60,7 +60,8 @@ CHARTS = (
     Chart("tokens per second", ("tokens_per_second",)),
     Chart("peak memory, GiB", ("peak_memory_bytes",), factor=2**-30),
 )
-COLORS = ("#3b7dd8", "#e07020", "#1f9d6b", "#b355c0", "#a58300", "#e0455f")  # on white and on black
+COLORS = ("#3b7dd8", "#e07020", "#1f9d6b", "#b355c0", "#a58300", "#e0455f",  # on white and on black
+          "#6f7f8f", "#00a5b5", "#c06a8f", "#7a6ff0", "#6f9a2a", "#a5673f")
 LEFT, RIGHT, HEIGHT = 70, 458, 200  # of the box in a chart in which the curves lie
 # of charts, here and in the page; the rest of the page's style is in page.html
 STYLE = Path(__file__).with_name("style.css").read_text("utf-8")
@@ -144,8 +145,13 @@ def chart_block(chart: Chart, labels: list[str], lines: list[Line], out: Path) -
     """Draw a chart; it is also written as a picture beside `out`, with its style."""
     svg = draw(chart, labels, lines)
     picture = out.with_name(f"{out.stem}_{chart.metrics[0].replace('/', '_')}.svg")
-    picture.write_text(svg.replace(">", f"><style>\n{STYLE}</style>", 1), "utf-8", "replace")
+    picture.write_text(alone(svg), "utf-8", "replace")
     return Block(svg, f"![{as_markdown(chart.title)}]({picture.name})")
+
+
+def alone(svg: str) -> str:
+    """A chart as a picture of its own, with its style."""
+    return svg.replace(">", f"><style>\n{STYLE}</style>", 1)
 
 
 def draw(chart: Chart, labels: list[str], lines: list[Line]) -> str:
@@ -169,8 +175,9 @@ def draw(chart: Chart, labels: list[str], lines: list[Line]) -> str:
              f'role="img" aria-label="{escape(chart.title)}"><rect width="100%" height="100%"/>'
              f'<text y="16">{escape(chart.title)}</text>']
     for number, label in enumerate(labels):
-        parts.append(f'<text y="{36 + 20 * number}"><tspan style="fill: {COLORS[number % 6]}">●'
-                     f"</tspan> {escape(label[-60:])}</text>")
+        color = COLORS[number % len(COLORS)]
+        parts.append(f'<text y="{36 + 20 * number}"><tspan style="fill: {color}">●</tspan> '
+                     f"{escape(label[-60:])}</text>")
     for y in ticks(low, high, log):
         parts.append(f'<path class="rule" d="M{LEFT} {down(y):.1f}H{RIGHT}"/>'
                      f'<text class="y" x="{LEFT - 6}" y="{down(y) + 5:.1f}">{short(y)}</text>')
@@ -189,7 +196,7 @@ def draw_line(line: Line, across, down) -> str:
 
     mean, low, high = corners("mean"), corners("low"), corners("high")
     band = f'<polygon points="{" ".join(high + low[::-1])}"/>' if low != high else ""
-    return (f'<g class="curve {line.look}" style="color: {COLORS[line.number % 6]}">'
+    return (f'<g class="curve {line.look}" style="color: {COLORS[line.number % len(COLORS)]}">'
             f'<path d="M{" ".join(mean)}h0"/>{band}</g>')
 
 
