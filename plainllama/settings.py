@@ -110,6 +110,7 @@ class Settings:
     dtype: str = free("auto", "of matmuls; weights stay fp32", ("auto", "fp32", "bf16", "fp16"))
     compile: str = free("auto", "torch.compile", ("auto", "true", "false"))
     parallel: str = free("auto", "how ranks share the work", ("auto", "ddp", "fsdp", "hsdp"))
+    offload: bool = free(False, "fsdp, hsdp: weights, gradients and moments lie in host memory")
     activation_checkpointing: bool = free(False, "compute blocks twice to save memory")
     overfit_rows: int = fixed(0, "train on this many rows again and again (a sanity check)", low=0)
     max_minutes: float = free(0.0, "stop with a checkpoint after this long (0: never)", low=0)
@@ -222,6 +223,11 @@ def check_keys(config: Settings, shape: bool = True) -> None:
              "model, whose frozen matrices must come back as they were"),
             (c.frozen_dtype in ("int8", "nf4") and c.parallel in ("fsdp", "hsdp"),
              f"frozen_dtype={c.frozen_dtype} is not sharded; say --parallel=ddp, or bf16"),
+            (c.offload and c.parallel not in ("fsdp", "hsdp"),
+             f"offload has no effect on parallel={c.parallel}; say --parallel=fsdp, which one GPU "
+             "can do too: torchrun --nproc_per_node=1"),
+            (c.offload and c.optimizer == "muon", "muon would make matrices orthogonal on the CPU; "
+             "with offload say --optimizer=adamw"),
             (c.lora_dropout and c.deterministic, "lora_dropout draws other numbers on other ranks; "
              "it does not go with deterministic"),
             (c.sample_prompt and not c.sample_tokens,
