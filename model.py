@@ -417,7 +417,9 @@ class LLaMA(nn.Module):
         if 4 * len(targets) * len(weight) <= room:
             return self.losses(x, targets, "none" if each else "sum")
         if not each:
-            return ChunkedLoss.apply(x, weight, learned, targets, size, torch.is_grad_enabled())
+            # detached: where all rows learn, compiled code wants no tensor twice
+            return ChunkedLoss.apply(x, weight.detach(), learned, targets, size,
+                                     torch.is_grad_enabled())
         return torch.cat([checkpoint(self.losses, *rows, "none", use_reentrant=False)
                           for rows in zip(x.split(size), targets.split(size), strict=True)])
 

@@ -86,7 +86,7 @@ def main(command: CommandLine) -> int:
         return resume.replay(config, manifest, flags.replay)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and read_status(run) == "stopped":
         return STOPPED  # --max-restarts took the first 75 for a failure
-    world = parallel.start(config.device, config.parallel)
+    world = parallel.start(config.device, config.parallel, config.offload)
     try:
         if flags.check:
             memory.foresee(config, world)

@@ -5,7 +5,7 @@ transformers' model with peft's LoRA, fp32, 30 M parameters: the arms take turns
 warms up; medians and ratios. Then the memory of a process that trains 113 M parameters, all of them
 and LoRA: what is resident at most, less what is once torch is loaded, beside what `train.py
 --check` reckons. On a GPU: speed and memory of the shapes of ARMS, first weights, bf16, each beside
-what is reckoned; --out keeps the rows.
+what is reckoned, also what offload keeps in host memory; --out keeps the rows.
 """
 
 import sys
@@ -25,6 +25,7 @@ class Flags:
 
     rounds: int = key(5, "turns of each arm", low=1)
     device: str = key("cpu", "where to measure", ("cpu", "cuda"))
+    only: str = key("", "of a GPU's arms, those whose name holds this")
     out: str = key("", "a .jsonl file for the rows of a GPU")
     memory_of: str = key("", "one measured process: the arm's number")
 
@@ -35,6 +36,7 @@ if __name__ == "__main__":
 import gc
 import importlib
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -45,6 +47,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from plainllama import parallel
 from plainllama.parallel import World
 from plainllama.tokens.rows import to_batch
 from plainllama.training import log, memory
@@ -71,6 +74,11 @@ ARMS: dict[str, Keys] = {f"113 M, {name}{', compiled' if compiled == 'true' else
 ARMS |= {f"8 B, LoRA r 16, {kind}, {rows} rows":
          LARGE | {"frozen_dtype": kind, "micro_batch": rows, "compile": "false"}
          for rows in (1, 8) for kind in ("nf4", "int8", "bf16")}
+LARGER: Keys = {"n_layer": 16, "n_head": 32, "n_kv_head": 8, "d_model": 2048, "d_ff": 8192,
+                "vocab_size": 32000, "micro_batch": 8, "compile": "false"}  # config/llama_1b.py
+ARMS |= {"1.1 B, all weights": LARGER,
+         "1.1 B, all weights, offload": LARGER | {"parallel": "fsdp", "offload": True}}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
 
 
 def main(command: CommandLine) -> int:
@@ -175,10 +183,15 @@ def on_gpu(flags: Flags) -> None:
 
     adapters.initial_weight = drawn  # type: ignore[assignment]
     for name, keys in ARMS.items():
-        config = Settings(**keys)
+        if flags.only not in name:
+            continue
+        config, world = Settings(**keys), World(0, 1, "cuda")
         rows, block = config.micro_batch, config.block_size
         config.global_batch_tokens, config.dtype = rows * block, "bf16"
-        engine = Engine(config, World(0, 1, "cuda"), 0)
+        if config.offload:
+            os.environ |= ALONE  # as torchrun --nproc_per_node=1 says it
+            world = parallel.start("cuda", config.parallel, config.offload)
+        engine = Engine(config, world, 0)
         engine.ready()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -201,6 +214,7 @@ def on_gpu(flags: Flags) -> None:
                 file.write(json.dumps(row) + "\n")
         del engine
         gc.collect()
+        world.close()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 torchrun starts W processes (ranks). ddp keeps the whole model on each and adds up gradients; fsdp
 (FSDP2) shards parameters, gradients and optimizer state by rows over the ranks, block by block;
-hsdp shards over the ranks of a machine and keeps a copy on each machine.
+hsdp shards over the ranks of a machine and keeps a copy on each machine. With `offload` shards lie
+in host memory, where they are updated, and pass through the GPU block by block.
 """
 
 import contextlib
@@ -27,15 +28,17 @@ class World:
     """This process among the ranks of the run. Without arguments: one process on the CPU.
 
     `group`: the ranks, None for all that torchrun started. `hosts`: a second group of the same
-    ranks, in host memory, for a thread beside training.
+    ranks, in host memory, for a thread beside training. `offload`: shards lie in host memory.
     """
 
     why = ""  # the reason for what parallel=auto took
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu", mode: str = "one",
-                 group=None, hosts=None):
+                 group=None, hosts=None, offload: bool = False):
         self.rank, self.size, self.group, self.hosts = rank, size, group, hosts
         self.device, self.timeout = torch.device(device), watch.PATIENT
+        self.offload = offload
+        self.home = torch.device("cpu" if offload else device)  # of weights, gradients, moments
         self.store: dist.Store | None = None  # of this attempt, if there are other ranks
         self.share(mode)
 
@@ -77,8 +80,8 @@ class World:
 
     @property
     def room(self) -> int:
-        """Bytes of memory that this rank has in all, used or not."""
-        if self.device.type == "cuda":
+        """Bytes of memory that this rank has in all for weights and optimizer, used or not."""
+        if self.home.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size(self.size)
 
@@ -88,18 +91,21 @@ class World:
         return self.rank < self.shards
 
     def place(self, model: LLaMA, dtype: torch.dtype) -> None:
-        """Shard a model built on the meta device, if this mode shards, and allocate it on this
-        rank's device."""
+        """Shard a model built on the meta device, if this mode shards, and allocate it where
+        weights live; what is no weight is on this rank's device."""
         if self.mode == "auto":
             self.choose(model)
         if self.sharded:
-            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+            from torch.distributed import fsdp
 
             # inputs are not cast: the rotary tables stay fp32
-            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+            policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+            # pinned memory is copied while the GPU works; without a GPU there is none
+            away = fsdp.CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            where = away if self.offload else fsdp.OffloadPolicy()
             for module in (*model.model.layers, model):
-                fully_shard(module, mesh=self.mesh, mp_policy=policy)
-        model.to_empty(device=self.device)
+                fsdp.fully_shard(module, mesh=self.mesh, mp_policy=policy, offload_policy=where)
+        model.to_empty(device=self.home)
         model.reset_derived(self.device)
         model.compute_dtype = dtype
 
@@ -132,9 +138,10 @@ class World:
 
     @contextlib.contextmanager
     def accumulating(self, module: nn.Module, last: bool):
-        """Around forward and backward of a micro-batch: gradients are exchanged in the last."""
+        """Around forward and backward of a micro-batch: gradients are exchanged in the last. With
+        offload in each, or the GPU would hold the whole model's until then."""
         if self.sharded:
-            module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            module.set_requires_gradient_sync(last or self.offload)  # type: ignore[operator]
         ddp = hasattr(module, "no_sync")
         with module.no_sync() if ddp and not last else contextlib.nullcontext():  # type: ignore
             yield
@@ -152,15 +159,18 @@ class World:
         return tensor.to_local(), min(self.shard * rows, tensor.shape[0])
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """All rows of a tensor; collective if it is sharded."""
-        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        """All rows of a tensor; collective if it is sharded, and then on this rank's device, whose
+        network is the fast one."""
+        if not hasattr(tensor, "full_tensor"):
+            return tensor
+        return tensor.to(self.device).full_tensor()  # type: ignore[attr-defined]
 
     def square_norm(self, model: nn.Module) -> Tensor:
         """This rank's share of the squared gradient norm, fp32 (): the shares add up to the norm
         of the whole model, squared."""
         grads = [self.piece(p.grad)[0] for _, p in trained(model) if p.grad is not None]
         norms = torch._foreach_norm([g for g in grads if g.numel()])
-        return torch.stack(norms).square().sum() / self.replicas
+        return (torch.stack(norms).square().sum() / self.replicas).to(self.device)
 
     def add_in_tree(self, part: list[Tensor]) -> list[Tensor]:
         """Tensors added up over the ranks, a power of two of them, in an order that more ranks
@@ -267,9 +277,12 @@ def held_bytes(model: nn.Module) -> int:
             + 12 * sum(p.numel() for _, p in trained(model)))
 
 
-def start(device: str, mode: str) -> World:
-    """Join the ranks that torchrun started, or be alone. `device`, `mode` as in the config."""
+def start(device: str, mode: str, offload: bool = False) -> World:
+    """Join the ranks that torchrun started, or be alone. `device`, `mode`, `offload` as in the
+    config."""
     device = pick_device(device)
+    if offload and device != "cuda":
+        raise UserError(f"offload has no effect on device={device}: its weights lie in host memory")
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0",
                 "LOCAL_WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}
     given = {name: os.environ.get(name, default) for name, default in defaults.items()}
@@ -292,7 +305,7 @@ def start(device: str, mode: str) -> World:
         torch.cuda.set_device(device)
     store = watch.join(backend, device)
     hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # a slow disk is no error
-    world = World(rank, size, device, mode, hosts=hosts)
+    world = World(rank, size, device, mode, hosts=hosts, offload=offload)
     world.store = store
     return world
 

@@ -121,6 +121,7 @@ class Settings:
     dtype: str = free("auto", "of matmuls; weights stay fp32", ("auto", "fp32", "bf16", "fp16"))
     compile: str = free("auto", "torch.compile", ("auto", "true", "false"))
     parallel: str = free("auto", "how ranks share the work", ("auto", "ddp", "fsdp", "hsdp"))
+    offload: bool = free(False, "fsdp, hsdp: weights, gradients and moments lie in host memory")
     activation_checkpointing: bool = free(False, "compute blocks twice to save memory")
     overfit_rows: int = fixed(0, "train on this many rows again and again (a sanity check)", low=0)
     max_minutes: float = free(0.0, "stop with a checkpoint after this long (0: never)", low=0)
@@ -256,6 +257,11 @@ def check_keys(config: Settings, shape: bool = True) -> None:
             (c.expand != "none" and (c.lora_r or c.train_only), f"expand={c.expand} learns copies "
              f"of blocks alone; {'lora_r' if c.lora_r else 'train_only'} has no place (of a model "
              "that has copies make a plain one first: export.py)"),
+            (c.offload and c.parallel not in ("fsdp", "hsdp"),
+             f"offload has no effect on parallel={c.parallel}; say --parallel=fsdp, which one GPU "
+             "can do too: torchrun --nproc_per_node=1"),
+            (c.offload and c.optimizer == "muon", "muon would make matrices orthogonal on the CPU; "
+             "with offload say --optimizer=adamw"),
             (c.lora_dropout and c.deterministic, "lora_dropout draws other numbers on other ranks; "
              "it does not go with deterministic"),
             (c.sample_prompt and not c.sample_tokens,

@@ -118,13 +118,14 @@ class Trial:
         self.base_steps, self.steps = self.size.pop("base_steps"), self.size.pop("steps")
         self.common = [f"--{what}={value}" for what, value in self.size.items()
                        if what != "eval_interval"]
-        self.base = self.out / "base"
+        self.base = Path(f"out/{self.old}_base_{self.base_steps}")  # of several pairs
         self.arms = arms_of(flags, (self.old, self.new), self.size["n_layer"])
 
     def prepare(self) -> None:
         """Make both data sets and the base."""
-        for name, source in ((self.old, self.flags.old), (self.new, {
-                "path": self.flags.new, "column": self.flags.column})):
+        column = {} if self.flags.new == "embedded" else {"column": self.flags.column}
+        for name, source in ((self.old, self.flags.old),
+                             (self.new, {"path": self.flags.new, **column})):
             self.call("prepare.py", f"--dataset={name}", f"--sources={source}",
                       f"--tokenizer={self.tokenizer}", "--val_fraction=0.02")
         if read_status(self.base) != "done":
@@ -133,7 +134,7 @@ class Trial:
                       "--learning_rate=2e-3", "--min_lr=2e-4", "--schedule=linear",
                       f"--warmup_steps={warm}", f"--max_steps={self.base_steps}",
                       "--eval_interval=1000000", "--save_interval=1000000", "--sample_tokens=0",
-                      f"--out_dir={self.base}")
+                      "--keep_last=1", f"--out_dir={self.base}")
 
     def folder(self, arm: Arm, rate: float, seed: int) -> Path:
         """Where a run lies."""
@@ -151,7 +152,7 @@ class Trial:
                   f"--eval_sets={sets}", f"--learning_rate={rate}", f"--min_lr={rate}",
                   "--warmup_steps=10", f"--max_steps={self.steps}", f"--seed={seed}",
                   f"--eval_interval={self.size['eval_interval']}", "--save_interval=1000000",
-                  "--sample_tokens=0", "--compile=false", f"--out_dir={run}", *arm.options)
+                  "--sample_tokens=0", "--keep_last=1", "--compile=false", f"--out_dir={run}", *arm.options)
         print(f"{arm.name}, rate {rate:g}, seed {seed}: old and new, from and to: "
               f"{say(curve(run)[0])} {say(curve(run)[-1])}", flush=True)
 
@@ -262,19 +263,21 @@ def table(flags: Flags, base: tuple[float, float], best: float, levels: list[flo
     place = LEVELS.index(LEVEL)
     plain = min(full, key=lambda row: interval(row["old"][place]))
     centre, half = interval(plain["old"][place])
-    verdicts: dict[str, list[str]] = {"less": [], "more": [], "about as much": []}
+    verdicts: dict[str, list[str]] = {"forgets less": [], "forgets more": [],
+                                      "forgets about as much": [], "does not come so far": []}
     for row in rows:
         other, width = interval(row["old"][place])
         if row is plain:
             continue
         apart = half + width if math.isfinite(half + width) else 0.0
-        which = ("less" if other + apart < centre else "more" if other - apart > centre else
-                 "about as much")
+        which = ("does not come so far" if math.isinf(other) else
+                 "forgets less" if other + apart < centre else
+                 "forgets more" if other - apart > centre else "forgets about as much")
         verdicts[which].append(row["arm"])
     lines += ["", f"At {LEVEL:.0%} of the way, beside the best plain full tuning ({plain['arm']}: "
               f"{centre:.3f}), by intervals that do not meet" + (
                   " (one seed: by the means)" if len(plain["final"]) == 1 else "") + ": "
-              + "; ".join(f"forgets {what}: {', '.join(names) or 'none'}"
+              + ". ".join(f"{what[0].upper()}{what[1:]}: {'; '.join(names) or 'none'}"
                           for what, names in verdicts.items()) + "."]
     return "\n".join(lines)
 

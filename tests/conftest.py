@@ -52,6 +52,18 @@ def documents(n: int = 60) -> list[str]:
             for i in range(n)]
 
 
+# planted before train.py: offload, which needs a GPU, on a CPU; its numbers are the same
+OFFLOAD = """
+from plainllama import parallel
+real = parallel.start
+def start(device, mode, offload):
+    world = real(device, mode)
+    world.offload = offload
+    return world
+parallel.start = start
+"""
+
+
 @pytest.fixture(scope="session")
 def data_home(tmp_path_factory) -> Path:
     """A folder with data/toy (258 byte-level entries) and a tiny config."""

@@ -110,6 +110,7 @@ def rank_main(rank: int, folder: Path, cases: list[dict]) -> None:
     for case in cases:
         name, size, mode, keys = case["name"], case["size"], case["mode"], case["keys"]
         if rank < size:
+            worlds[mode, size].offload = case.get("offload", False)
             micro = 1 if case["accumulate"] else ROWS
             made = build(worlds[mode, size], micro_batch=micro, **keys)
             found[name] = train(made, range(2))
@@ -136,6 +137,15 @@ def rank_main(rank: int, folder: Path, cases: list[dict]) -> None:
             made = build(worlds[mode, 3], middle)
             train(made, range(2, 4))
             found[name] = [whole, fingerprint(save(made, folder / name / "again", 4))]
+        dist.barrier()
+
+    for offload in (False, True):
+        if rank < 3:
+            worlds["fsdp", 3].offload = offload
+            made = build(worlds["fsdp", 3], micro_batch=ROWS)
+            train(made, range(3))
+            name = f"offload {offload}"
+            found[name] = fingerprint(save(made, folder / name, 3))
         dist.barrier()
 
     for way in ([1, 1, 1, 1], [2, 4, 1, 2], [4, 2, 4, 4]):  # ranks of one step after another

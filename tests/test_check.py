@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import documents, metrics, run_script, write_data_set
+from conftest import OFFLOAD, documents, metrics, run_script, write_data_set
 
 import model
 import prepare
@@ -199,6 +199,13 @@ def test_check_on_two_ranks_that_share_the_model(home):
     done = run_script("train.py", "toy.py", "--check", "--parallel=fsdp", cwd=home, processes=2)
     assert done.returncode == 0 and done.stdout.count("ok    ") == 8, done.stdout + done.stderr
     assert "2 x cpu" in done.stdout
+
+
+def test_check_with_offload(home):
+    done = run_script("train.py", "toy.py", "--check", "--parallel=fsdp", "--offload", cwd=home,
+                      processes=2, code=OFFLOAD)
+    assert done.returncode == 0 and done.stdout.count("ok    ") == 8, done.stdout + done.stderr
+    assert "all but activations in host memory" in done.stdout
 
 
 def test_replay_shows_the_rows_of_any_step(home, capsys):

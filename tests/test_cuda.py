@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY, run_script, write_data_set
+from conftest import TOY, metrics, run_script, write_data_set
 from conftest import documents as some_documents
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -236,6 +236,33 @@ def test_a_deterministic_run_gives_the_same_bits(tmp_path):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+def test_offload_takes_weights_and_moments_off_the_gpu(tmp_path):
+    """One process with offload trains as one without, in less than half of the GPU's memory. The
+    processes are fresh: each has a peak of its own."""
+    texts = some_documents(60)
+    write_data_set(tmp_path / "data" / "toy", {"train": texts, "val": texts[5:9]})
+    (tmp_path / "toy.py").write_text(TOY)
+    # a block is a sixth of the weights; two micro-batches a step
+    words = ("train.py", "toy.py", "--device=cuda", "--dtype=fp32", "--compile=false",
+             "--n_layer=6", "--n_head=12", "--n_kv_head=4", "--d_model=768", "--d_ff=2048",
+             "--max_steps=6", "--learning_rate=1e-3")
+    for name, how in (("plain", ()), ("offload", ("--parallel=fsdp", "--offload"))):
+        done = run_script(*words, *how, f"--out_dir=out/{name}", cwd=tmp_path, fresh=True,
+                          processes=len(how[:1]))
+        assert done.returncode == 0, done.stderr
+    runs = [tmp_path / "out" / name for name in ("plain", "offload")]
+    plain, offload = ([row for row in metrics(run) if "loss" in row] for run in runs)
+    for a, b in zip(plain, offload, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), a["step"]
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3), a["step"]
+    whole, parts = (load_file(run / "checkpoints/step_6/model.safetensors") for run in runs)
+    for name, value in whole.items():
+        assert (parts[name] - value).norm() <= 1e-3 * value.norm(), name
+    total = sum(value.numel() for value in whole.values())
+    assert plain[-1]["peak_memory_bytes"] >= 16 * total  # weights, gradients, two moments
+    assert offload[-1]["peak_memory_bytes"] < 8 * total
+
+
 # ---- the engine
 
 def made(**keys) -> Engine:
@@ -256,7 +283,10 @@ def pinned(documents: bool = False) -> Batch:
 
 @pytest.mark.parametrize("keys", [{}, {"optimizer": "muon"}, {"dtype": "fp16"},
                                   {"activation_checkpointing": True},
-                                  {"attention": "varlen", "doc_mask": True}, {"doc_mask": True}])
+                                  {"attention": "varlen", "doc_mask": True}, {"doc_mask": True},
+                                  {"expand": "concat", "expand_blocks": 2},
+                                  {"expand": "hybrid", "expand_blocks": 2,
+                                   "expand_merge": "dlerp", "divergence_weight": 1.0}])
 def test_an_update_never_waits_for_the_host(keys):
     """Copies are asynchronous, and nothing on the device is read."""
     engine, batch = made(**keys), pinned("doc_mask" in keys)

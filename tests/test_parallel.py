@@ -9,14 +9,16 @@ import ranks
 import torch
 from conftest import run_script
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from model import LLaMA, ModelConfig
 from model import trained as trained_in
 from plainllama import parallel
 from plainllama.parallel import World
-from plainllama.settings import Settings, UserError
+from plainllama.settings import Settings, UserError, ceil_div
 from plainllama.tokens import tokenizer
-from plainllama.training import optim
+from plainllama.training import engine, memory, optim
 from plainllama.weights import checkpoint, peft
 from plainllama.weights.huggingface import write_folder
 
@@ -75,6 +77,13 @@ def trained(request, tmp_path_factory):
                   (1, "ddp", 2, True), (1, "ddp", 4, False),
                   (2, "fsdp", 2, False), (2, "ddp", 3, True), (3, "ddp", 3, True),
                   (3, "fsdp", 2, False), (3, "hsdp", 4, True), (4, "fsdp", 3, True))]
+    cases += [{"name": f"{mode}{size}-offload{number}", "mode": mode, "size": size,
+               "accumulate": many, "keys": keys, "offload": True}
+              for number, (mode, size, many, keys) in enumerate((
+                  ("fsdp", 2, True, {"tie_embeddings": False}),
+                  ("fsdp", 4, False, {"tie_embeddings": True}),
+                  ("hsdp", 4, True, {"tie_embeddings": False}),
+                  ("fsdp", 3, True, adapted[0]), ("fsdp", 2, True, adapted[2])))]
     (home / "cases.json").write_text(json.dumps(cases))
     done = run_script("tests/ranks.py", cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -122,10 +131,12 @@ def test_every_mode_and_size_is_one_process(trained):
 
 def test_gradients_are_exchanged_once_a_step(trained):
     """ddp: one bucket; fsdp: two blocks (one, where one is frozen) and the rest; hsdp: these, and
-    again between copies. And loss and norm of the step."""
+    again between copies; with offload once a micro-batch. And loss and norm of the step."""
     for case in trained[1]:
         count = trained[2].get(case["name"] + " reductions")
         parts = 2 if {"half", "lora_r", "expand"} & case["keys"].keys() else 3
+        if case.get("offload") and case["accumulate"]:
+            parts *= ceil_div(ranks.ROWS, case["size"])
         expected = {"ddp": 1 + 1, "fsdp": parts + 1, "hsdp": 2 * parts + 1}
         assert count in (None, expected[case["mode"]]), case["name"]
 
@@ -134,6 +145,46 @@ def test_resume_is_exact_on_three_ranks(trained):
     for mode in ("ddp", "fsdp"):
         whole, resumed = trained[2][f"exact {mode}"]
         assert whole == resumed, mode
+
+
+def test_offload_has_the_same_bits(trained):
+    """Where a step is one micro-batch: more are added up in another order."""
+    assert trained[2]["offload True"] == trained[2]["offload False"]
+
+
+def test_with_offload_weights_lie_on_the_host_and_all_else_on_the_device(monkeypatch, capsys):
+    """Here meta stands for a GPU."""
+    policies = []
+    monkeypatch.setattr(World, "mesh", None)
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard",
+                        lambda module, **keys: policies.append(keys["offload_policy"]))
+    for device, offload in (("cpu", False), ("cpu", True), ("meta", True)):
+        world, model = World(0, 1, device, "fsdp", offload=offload), meta()
+        world.place(model, torch.float32)
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        assert {p.device.type for p in model.buffers()} == {device}
+        assert {isinstance(p, CPUOffloadPolicy) for p in policies} == {offload}
+        assert not any(getattr(p, "pin_memory", False) for p in policies)
+        optimizer = optim.make(model, Settings(), world)
+        for p, state in optimizer.state.items():
+            assert {t.device.type for t in state.values()} == {"cpu"}
+            p.grad = torch.ones_like(p)
+        assert world.square_norm(model).device.type == device
+        policies.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # where numbers leave meta
+        model = torch.nn.Linear(2, 3)
+        optimizer = optim.make(model, Settings())
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optim.step(optimizer, 1e-3, torch.ones((), device="meta"), 1.0)
+        assert optimizer.adamw.grad_scale.device.type == "cpu"
+        assert optimizer.adamw.found_inf.device.type == "cpu"
+    config = Settings(n_layer=2, n_head=2, d_model=32, d_ff=64, vocab_size=99, block_size=16)
+    memory.foresee(config, world)
+    assert "on one device, of which all but activations in host memory" in capsys.readouterr().out
+    monkeypatch.setattr(parallel.os, "sysconf", lambda name: 300)
+    with pytest.raises(UserError, match="1 x 9e-05 are in host memory"):
+        engine.refuse_too_large(config, World(0, 1, "cuda", "fsdp", offload=True))
 
 
 def test_deterministic_has_the_same_bits_on_any_number_of_ranks(trained):

@@ -116,7 +116,8 @@ def test_every_key_says_what_it_decides():
         *resume.FIXED, *resume.COURSE, "eval_tokens"} - {"dataset", "seed"}
     assert set(compare.ELSEWHERE) - {"dataset", "seed", "workers", "max_dropped",
                                    *prepare.RECIPE} == {
-        "out_dir", "resume", "micro_batch", "device", "dtype", "compile", "parallel", "attention",
+        "out_dir", "resume", "micro_batch", "device", "dtype", "compile", "parallel", "offload",
+        "attention",
         "activation_checkpointing", "max_minutes", "deterministic", "log_interval", "logger",
         "eval_interval", "eval_generate", "sample_tokens", "sample_prompt", "save_interval",
         "keep_last", "keep_every"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, metrics, run_script
+from conftest import OFFLOAD, ROOT, metrics, run_script
 from safetensors.torch import load_file
 
 import train
@@ -85,6 +85,22 @@ def test_a_new_run_has_a_checkpoint_soon(home, monkeypatch):
     shutil.rmtree(home / "out/toy/checkpoints/step_6")
     assert run(*words) == 0 and digest(home / "out/toy", 6) == whole
     assert len(list((home / "out/toy/checkpoints").iterdir())) == 2  # none more after a resume
+
+
+def test_one_process_with_offload_trains_and_resumes_as_without(home):
+    words = "toy.py", "--micro_batch=2", "--max_steps=12", "--eval_interval=6"
+    assert run(*words, "--out_dir=out/one") == 0
+    for minutes in ("1e-9", "0"):
+        done = run_script("train.py", *words, "--out_dir=out/two", "--parallel=fsdp", "--offload",
+                          f"--max_minutes={minutes}", cwd=home, processes=1, code=OFFLOAD)
+        assert "no samples along the run: the model is sharded" in done.stdout, done.stderr
+    assert "resuming from" in done.stdout and done.returncode == 0, done.stderr
+    one, two = ([row for row in metrics(home / "out" / name) if "val_loss" in row]
+                for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-5), a["step"]
+    for name, value in weights(home / "out/one", 12).items():
+        assert (weights(home / "out/two", 12)[name] - value).abs().max() < 1e-4, name
 
 
 @pytest.mark.slow  # test_parallel.py compares all modes within one launch
@@ -237,6 +253,10 @@ BAD = [
     (["--learning_rate=-1"], "must be at least 0"),
     (["--max_steps=many"], "not a whole number"),
     (["--parallel=fsdp"], "torchrun"),
+    (["--offload"], "no effect on parallel=auto; say --parallel=fsdp"),
+    (["--parallel=ddp", "--offload"], "no effect on parallel=ddp"),
+    (["--parallel=hsdp", "--offload", "--optimizer=muon"], "say --optimizer=adamw"),
+    (["--parallel=fsdp", "--offload"], "offload has no effect on device=cpu"),
     (["--beta1=1"], "must both be below 1"), (["--beta2=1.0"], "must both be below 1"),
     (["--learning_rate=inf"], "must be a finite number"), (["--d_ff=1e12"], "more ranks"),
     (["--n_layer=1e15"], "more ranks"), ([f"--vocab_size={2**63 - 1}"], "more ranks"),

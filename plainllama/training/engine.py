@@ -353,8 +353,9 @@ def refuse_too_large(config: Settings, world: World) -> None:
     need = each * (c.blocks * block + c.vocab_size * c.d_model)
     if need > world.room * world.size:
         what = "weights" if frozen else "weights, gradients and moments"
-        raise UserError(f"{what} need {need / 1e9:.4g} GB, {world.size} x "
-                        f"{world.room / 1e9:.4g} are there: take a smaller model or more ranks")
+        where = "in host memory" if world.offload else "there"
+        raise UserError(f"{what} need {need / 1e9:.4g} GB, {world.size} x {world.room / 1e9:.4g} "
+                        f"are {where}: take a smaller model or more ranks")
 
 
 def architecture(config: Settings) -> ModelConfig:

@@ -31,10 +31,11 @@ def foresee(config: Settings, world: World) -> None:
     rows, dtype = config.micro_batch or 1, pick_dtype(config.dtype, world.device)
     parts = reckon(config, rows, dtype)
     total = sum(parts.values())
+    away = ", of which all but activations in host memory" if world.offload else ""
     unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
     said = ", ".join(f"{what} {size / unit:.2f}" for what, size in parts.items())
     print(f"memory reckoned for {rows} rows of {config.block_size} in {str(dtype)[6:]}: "
-        f"{total / unit:.2f} {name} ({said}), the whole model on one device")
+        f"{total / unit:.2f} {name} ({said}), the whole model on one device{away}")
 
 
 class Allocator(TorchDispatchMode):

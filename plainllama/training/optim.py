@@ -205,7 +205,7 @@ def step(optimizer: Optimizer, rate: float, norm: Tensor, clip: float) -> Tensor
     `norm` is the gradient norm over all ranks, loss scale divided out, (). If it is
     not finite nothing changes, neither weights nor moments. AdamW does both inside its fused kernel
     (it divides gradients by `grad_scale` and does nothing where `found_inf` is 1), so the host
-    never waits for the device.
+    never waits for the device, unless it makes the update itself (offload).
     Returns whether the update was skipped, 0. or 1., ().
     """
     skipped = ~norm.isfinite()
@@ -213,8 +213,10 @@ def step(optimizer: Optimizer, rate: float, norm: Tensor, clip: float) -> Tensor
     if optimizer.loss_scale:
         scale = scale * optimizer.loss_scale.value
         optimizer.loss_scale.adjust(skipped)
-    adamw = optimizer.adamw
-    adamw.grad_scale, adamw.found_inf = scale, skipped.float()  # type: ignore[attr-defined]
+    adamw, home = optimizer.adamw, next(iter(optimizer.state)).device
+    # with offload the weights' home is the host, which waits here: torch's own copy would not
+    adamw.grad_scale, adamw.found_inf = (  # type: ignore[attr-defined]
+        scale.to(home), skipped.float().to(home))
     for group in adamw.param_groups:
         group["lr"] = rate
     adamw.step()
