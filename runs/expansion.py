@@ -34,7 +34,7 @@ class Flags:
     column: str = key("text", "of the new domain's rows")
     size: str = key("small", "0.8 M parameters and bytes, or 113 M", ("small", "113m"))
     tokenizer: str = key("", "of both domains (default: by the size)")
-    arms: str = key("", "only those arms that begin with one of these words, by commas")
+    arms: str = key("", "only those arms that begin with one of these words: 'full; LoRA'")
     seeds: int = key(3, "seeds of the best learning rate", low=1)
     base_steps: int = key(0, "updates of the base (0: by the size)", low=0)
     steps: int = key(0, "updates of every arm (0: by the size)", low=0)
@@ -92,7 +92,7 @@ def arms_of(flags: Flags, sets: tuple[str, str], layers: int) -> list[Arm]:
                    *((f"--divergence_weight={weight}",) if weight else ())), SLOW)
                for weight in (0, 0.3, 3)),
              Arm("hybrid", ("--expand=hybrid", copies, "--divergence_weight=0.3"), SLOW)]
-    words = [word.strip() for word in flags.arms.split(",") if word.strip()]
+    words = [word.strip() for word in flags.arms.split(";") if word.strip()]
     chosen = [arm for arm in there if not words or arm.name.startswith(tuple(words))]
     if not chosen:
         raise UserError(f"--arms={flags.arms} begins no arm; there are "

@@ -108,12 +108,13 @@ def test_every_key_says_what_it_decides():
         "vocab_size", "rope_theta", "rope_scaling", "rope_factor", "rope_original", "norm_eps",
         "tie_embeddings", "overfit_rows", "optimizer", "doc_mask", "packing", "mixture",
         "init_from", "train_only", "lora_r", "lora_alpha", "lora_dropout", "lora_targets",
-        "frozen_dtype", "objective", "preference_beta", "nll_weight"}
+        "frozen_dtype", "objective", "preference_beta", "nll_weight", "expand", "expand_blocks",
+        "expand_merge", "divergence", "divergence_weight"}
     assert set(resume.COURSE) == {
         "global_batch_tokens", "max_steps", "learning_rate", "min_lr", "schedule", "warmup_steps",
         "weight_decay", "beta1", "beta2", "grad_clip", "epochs"}
     assert kinds.keys() - compare.ELSEWHERE == {
-        *resume.FIXED, *resume.COURSE, "eval_tokens"} - {"dataset", "seed"}
+        *resume.FIXED, *resume.COURSE, "eval_tokens", "eval_sets"} - {"dataset", "seed"}
     assert set(compare.ELSEWHERE) - {"dataset", "seed", "workers", "max_dropped",
                                    *prepare.RECIPE} == {
         "out_dir", "resume", "micro_batch", "device", "dtype", "compile", "parallel", "offload",
