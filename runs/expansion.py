@@ -108,10 +108,10 @@ class Trial:
             raise UserError("name a text of another domain with --new=FILE")
         self.flags, self.size = flags, dict(SIZES[flags.size])
         name = flags.name or Path(flags.new).name.split(".")[0]
-        name = re.sub(r"\W", "_", f"{name}_{flags.size}")
-        self.out = Path(flags.out or f"out/expansion_{name}")
-        old = "" if flags.old == "embedded" else f"_{Path(flags.old).name.split('.')[0]}"
-        self.old, self.new = f"expansion_old{old}_{flags.size}", f"expansion_{name}"
+        old = Path(flags.old).name.split(".")[0]
+        self.old, self.new = (re.sub(r"\W+", "_", f"expansion_{which}_{flags.size}")
+                              for which in (f"old_{old}", name))
+        self.out = Path(flags.out or f"out/{self.new}")
         for what in ("tokenizer", "base_steps", "steps"):
             self.size[what] = getattr(flags, what) or self.size[what]
         self.tokenizer = self.size.pop("tokenizer")
