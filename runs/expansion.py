@@ -152,7 +152,8 @@ class Trial:
                   f"--eval_sets={sets}", f"--learning_rate={rate}", f"--min_lr={rate}",
                   "--warmup_steps=10", f"--max_steps={self.steps}", f"--seed={seed}",
                   f"--eval_interval={self.size['eval_interval']}", "--save_interval=1000000",
-                  "--sample_tokens=0", "--keep_last=1", "--compile=false", f"--out_dir={run}", *arm.options)
+                  "--sample_tokens=0", "--keep_last=1", "--compile=false", f"--out_dir={run}",
+                  *arm.options)
         print(f"{arm.name}, rate {rate:g}, seed {seed}: old and new, from and to: "
               f"{say(curve(run)[0])} {say(curve(run)[-1])}", flush=True)
 
