@@ -64,10 +64,10 @@ class Engine:
         self.dtype = parallel.pick_dtype(config.dtype, world.device)
         self.build_model(source)
         self.build_optimizer(source, state or {})
-        self.split_batch(state or {})
-        # what is logged beside the loss
         self.diverges = bool(expansion.merging(self.model))
+        # beside the loss
         self.logged = (*self.objective.logged, *(["divergence"] if self.diverges else ()))
+        self.split_batch(state or {})
         self.module = self.model if config.deterministic else world.wrap(self.model)
         self.compiled = False
 
