@@ -62,8 +62,8 @@ LEVEL, LEVELS = 0.8, (0.5, 0.7, 0.8, 0.9, 0.95)
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
 SIZES: dict[str, dict] = {
     "small": {"n_layer": 4, "n_head": 4, "d_model": 128, "d_ff": 344, "block_size": 256,
-              "global_batch_tokens": 4096, "tokenizer": "bytes", "base_steps": 1500, "steps": 300,
-              "eval_interval": 15, "eval_tokens": 16384},
+              "global_batch_tokens": 2048, "tokenizer": "bytes", "base_steps": 1500, "steps": 200,
+              "eval_interval": 10, "eval_tokens": 8192},
     "113m": {"n_layer": 16, "n_head": 12, "d_model": 768, "d_ff": 2048, "block_size": 256,
              "global_batch_tokens": 32768, "tokenizer": "mistral", "base_steps": 1500, "steps": 100,
              "eval_interval": 10, "eval_tokens": 65536}}

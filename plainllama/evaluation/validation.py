@@ -42,9 +42,12 @@ def validate(engine: Engine, rows: Rows, info: ByteInfo, reference: np.ndarray |
     """Measure the first eval_tokens of a run's validation split: what is logged, val_loss first;
     and of each of `sets` val_loss/NAME and val_bpb/NAME. Collective."""
     scores = own_split(engine, rows, info, reference)
+    own = {name: scores.get(name) for name in ("val_loss", "val_bpb")}
     for name, one in sets.items():
-        seen = evaluate(engine.module, one.rows, one.info, engine.config.eval_tokens, engine.micro,
-                        engine.world, one.bos_id)
+        same = one.rows.split.folder == rows.split.folder and own["val_bpb"]
+        seen = own if same else evaluate(
+            engine.module, one.rows, one.info, engine.config.eval_tokens, engine.micro,
+            engine.world, one.bos_id)
         scores |= {f"{what}/{name}": seen[what] for what in ("val_loss", "val_bpb")}
     return scores
 
