@@ -55,3 +55,20 @@ def test_zero_rows_and_constant_matrices_come_back():
         for matrix in (torch.zeros(3, 64), torch.full((2, 128), 0.5)):
             again = back(to(matrix), matrix.shape, torch.float32)
             assert torch.allclose(again, matrix, atol=1e-6), kind
+
+
+def test_int8_errs_as_torchao_does():
+    """Weight-only int8 with a scale a row: the same relative error, within a hundredth."""
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    for weight in (torch.randn(96, 344) * 0.02,
+                   torch.randn(64, 128) * torch.randn(64, 1).exp()):
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight.data = weight.clone()
+        holder = torch.nn.Sequential(linear)
+        quantization.quantize_(holder, quantization.Int8WeightOnlyConfig())
+        theirs = holder[0].weight.dequantize()
+        quantise, restore = QUANTISED["int8"]
+        ours = restore(quantise(weight), weight.shape, torch.float32)
+        errors = [((one - weight).norm() / weight.norm()).item() for one in (ours, theirs)]
+        assert errors[0] <= 1.01 * errors[1]
