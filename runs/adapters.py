@@ -5,7 +5,7 @@ embedded:chat, a domain that it has not seen and five tokens that it does not ha
 weights, the last half of its blocks, LoRA of rank 2, 8 and 32, and LoRA of rank 8 beside matrices
 held in 4 bits. Each arm is tried at every rate below with one seed; the rate with the lowest
 validation loss makes three runs with seeds of their own. The table has the loss on held-out answers
-beside what learns and what a checkpoint of it takes. About half an hour on two cores; a second use
+beside what learns and what a checkpoint of it takes. About an hour on two cores; a second use
 goes on where the first was stopped.
 """
 
