@@ -358,6 +358,26 @@ def test_transformers_does_not_take_an_expanded_checkpoint_for_a_llama(home):
         transformers.AutoModelForCausalLM.from_pretrained(newest("out/a"))
 
 
+@pytest.mark.parametrize("wrong", [
+    {"expand": "foo"}, {"expand": "none"}, {"expand": ["concat"]}, {"expand_blocks": 99},
+    {"expand_blocks": -1}, {"expand_blocks": "2"}, {"expand_blocks": 0}, {"expand_merge": "slerp"},
+    {"first_row": 10**9}, {"first_row": None}, {"newer": 1}])
+def test_a_config_of_no_expansion_is_refused_in_one_line(tmp_path, wrong):
+    from plainllama.weights.huggingface import config_json
+
+    there = config_json(grown("concat").config, 0, 1)
+    assert read_config_of(tmp_path, there).expand_blocks == 2
+    there["plainllama"] |= wrong
+    with pytest.raises(UserError) as seen:
+        read_config_of(tmp_path, there)
+    assert "\n" not in str(seen.value) and "config.json" in str(seen.value)
+
+
+def read_config_of(folder: Path, config: dict) -> ModelConfig:
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_config(folder)
+
+
 def test_an_expanded_run_begins_another(home, capsys):
     """It is taken over as it is, copies included, and they alone learn on."""
     assert run(*GROW, "--expand=hybrid", "--out_dir=out/a") == 0

@@ -170,6 +170,12 @@ def refusals(hf: dict, rope: dict, config: ModelConfig) -> list[str]:
     if any(form.get(name, value) != value for name, value in rope.items()
            for form in (hf, hf.get("rope_scaling") or {})):
         found.append("rope_scaling and rope_theta say something else than rope_parameters")
+    grown = {name: getattr(config, name) for name in GROWN}
+    sound = (config.expand in ("concat", "stack", "hybrid") and config.first_row < config.vocab_size
+             and config.expand_merge in ("lerp", "dlerp")
+             and 0 < config.expand_blocks <= config.n_layer)
+    if not sound and grown != {name: getattr(ModelConfig, name) for name in GROWN}:
+        found.append(f"its expansion is {grown}")
     heads, kv, width = config.n_head, config.kv_heads, config.d_model
     if config.head_dim % 2 or width % heads or heads % kv:
         found.append(f"{heads} heads, {kv} of keys and values, do not fit a width of {width}")
