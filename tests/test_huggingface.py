@@ -177,7 +177,8 @@ def test_every_field_of_the_architecture_is_written_and_read(tmp_path):
     full = {"n_layer": 3, "n_head": 4, "d_model": 64, "d_ff": 80, "vocab_size": 300,
             "block_size": 32, "n_kv_head": 2, "rope_theta": 5e5, "rope_scaling": "llama3",
             "rope_factor": 8.0, "rope_original": 16, "rope_low": 2.0, "rope_high": 5.0,
-            "norm_eps": 1e-6, "tie_embeddings": True}
+            "norm_eps": 1e-6, "tie_embeddings": True, "expand": "concat", "expand_blocks": 2,
+            "expand_merge": "dlerp", "first_row": 290}
     assert {field.name for field in fields(ModelConfig)} == full.keys() | here.keys()
     assert set(huggingface.NAMES) - set(full) == {"kv_heads", "head_dim"}  # derived from others
     config = ModelConfig(**full, **here)

@@ -208,11 +208,12 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
 # ---- the weights, read
 
 def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
-                 exact: bool = False) -> None:
+                 exact: bool = False, expands: bool = False) -> None:
     """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
     mapped from a file may be unaligned, and alignment changes the bits of a matmul. If the model
     `grows`, it may have more entries in its vocabulary, whose rows stay as they are. `exact`: it is
-    an error to hold a weight in bf16 that has other bits."""
+    an error to hold a weight in bf16 that has other bits. `expands`: its copies of blocks stay as
+    they are, the folder has none."""
     try:
         shards = [safe_open(folder / name, "pt") for name in weight_files(folder)]
     except (OSError, ValueError, SafetensorError) as error:
@@ -222,7 +223,7 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
               for name in shard.keys() if "rotary_emb" not in name}  # noqa: SIM118
     if model.config.tie_embeddings:
         stored.pop("lm_head.weight", None)
-    wanted = base_weights(model, copies=read_config(folder).expand_blocks > 0)
+    wanted = base_weights(model, copies=not expands)
     for what, names in (("missing", wanted.keys() - stored), ("unknown", stored.keys() - wanted)):
         if names:
             raise UserError(f"{folder}: {len(names)} {what} weights, the first is {min(names)}")

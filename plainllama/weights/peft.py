@@ -310,8 +310,9 @@ def load_start(model: LLaMA, config: Settings, source: Path | None, adapter: Ada
     grows = theirs.vocab_size < model.config.vocab_size
     initialise(model, config.seed, world.piece, (*ADDED, *(ENDS if grows else ())))
     # a checkpoint holds the frozen weights too, where there is no adapter to save alone
-    load_weights(base, model, world, grows, exact=not adapter)
-    if not theirs.expand_blocks:
+    expands = not theirs.expand_blocks
+    load_weights(base, model, world, grows, exact=not adapter, expands=expands)
+    if expands:
         expansion.begin(model)
     if source and is_adapter(source):
         load_adapter(source, model, world)
