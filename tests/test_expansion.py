@@ -378,6 +378,12 @@ def read_config_of(folder: Path, config: dict) -> ModelConfig:
     return read_config(folder)
 
 
+def test_a_base_that_bf16_would_round_is_refused(home):
+    with pytest.raises(UserError, match=r"would round .* that is no adapter's") as seen:
+        run(*GROW, "--expand=stack", "--frozen_dtype=bf16", "--out_dir=out/a")
+    assert "\n" not in str(seen.value)
+
+
 def test_an_expanded_run_begins_another(home, capsys):
     """It is taken over as it is, copies included, and they alone learn on."""
     assert run(*GROW, "--expand=hybrid", "--out_dir=out/a") == 0
