@@ -151,7 +151,8 @@ def test_a_run_learns_its_copies_alone_and_resumes_to_the_bit(home, kind, capsys
         layer = 3
         shares = rows_of("out/whole", f"expansion_share/{layer}")
         assert shares[0] == 0.5 and 0 < shares[-1] < 1 and shares[-1] != 0.5
-        assert rows_of("out/whole", f"expansion_cosine/{layer}")[0] == pytest.approx(1, abs=1e-5)
+        alike = rows_of("out/whole", f"expansion_cosine/{layer}")
+        assert alike[0] == pytest.approx(1, abs=1e-5) and alike[-1] < 0.999
 
 
 def by_hand(model: LLaMA, layer: int, x: np.ndarray) -> np.ndarray:
@@ -228,6 +229,13 @@ def test_a_cache_gives_the_same_logits(kind):
     assert torch.allclose(torch.cat(parts, 1), whole, atol=2e-5)
 
 
+@pytest.mark.parametrize(("kind", "beside"), [("concat", [1, 3]), ("stack", []), ("hybrid", [3])])
+def test_which_blocks_are_expanded(kind, beside):
+    """hybrid: behind first."""
+    model = grown(kind)
+    assert list(expansion.expanded(model)) == [1, 3] and list(expansion.merging(model)) == beside
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_copies_behind_their_blocks_are_a_deeper_llama(tied):
     model = grown("stack", tie_embeddings=tied)
@@ -244,6 +252,19 @@ def test_merging_back_an_untouched_expansion_gives_the_base_to_the_bit():
     merged = dict(expansion.plain(base, {1: 0.3, 3: 0.9}).named_parameters())
     assert merged.keys() == dict(plain.named_parameters()).keys() == kept.keys()
     assert all(torch.equal(merged[name], kept[name]) for name in kept)
+
+
+def test_merging_back_goes_from_block_to_copy():
+    """A share of 0 is the block, 1 the copy; a quarter lies nearer to the block."""
+    model = grown("concat")
+    for share in (0, 0.25, 1):
+        made = expansion.plain(model, {1: share, 3: 0}).model.layers
+        for name, weight in made[1].named_parameters():
+            block = model.model.layers[1].get_parameter(name)
+            copy = model.model.layers[1].get_parameter(f"expansion.{name}")
+            assert torch.allclose(weight, (1 - share) * block + share * copy, atol=1e-6), name
+            assert torch.equal(made[3].get_parameter(name), model.model.layers[3].get_parameter(
+                name))
 
 
 def engine(**keys) -> Engine:
@@ -287,6 +308,22 @@ def test_the_gradient_is_that_of_the_loss_and_the_divergence(keys):
     assert told[0].item() / 128 == pytest.approx(loss.item(), rel=1e-5)
     assert told[1].item() / 128 == pytest.approx(divergence.item(), rel=1e-5)
     assert one.logged == ("divergence",) and divergence.item() > 1e-4
+
+
+def test_of_pairs_the_divergence_is_the_mean_of_both_answers():
+    """However long they are. In a row of 16 targets the first of each answer is context."""
+    one = engine(objective="orpo", doc_mask=True)
+    pairs = one.stand_in(np.random.default_rng(0).integers(2, 64, size=(8, 17)))
+    told = one.gradients(pairs, 8)
+    ids, _, documents, _ = pairs.to(torch.device("cpu"))
+    states: list = []
+    one.model.hidden(ids, documents=documents, watch=states.append)
+    rope = one.model.rope_cos[:16], one.model.rope_sin[:16]
+    apart = torch.stack([
+        expansion.mse(*block.both(states[layer], rope, None, None, None, documents))
+        for layer, block in expansion.merging(one.model).items()]).mean(0)
+    wanted = (apart[:, :7].mean(1) + apart[:, 8:].mean(1)).sum() / 2
+    assert wanted > 1e-4 and told[-1].item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("keys", [
@@ -376,6 +413,12 @@ def test_a_config_of_no_expansion_is_refused_in_one_line(tmp_path, wrong):
 def read_config_of(folder: Path, config: dict) -> ModelConfig:
     (folder / "config.json").write_text(json.dumps(config))
     return read_config(folder)
+
+
+def test_a_base_that_bf16_would_round_is_refused(home):
+    with pytest.raises(UserError, match=r"would round .* that is no adapter's") as seen:
+        run(*GROW, "--expand=stack", "--frozen_dtype=bf16", "--out_dir=out/a")
+    assert "\n" not in str(seen.value)
 
 
 def test_an_expanded_run_begins_another(home, capsys):

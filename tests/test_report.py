@@ -271,6 +271,24 @@ def test_a_group_ends_where_its_shortest_run_ends(tmp_path):
     assert [row[0] for row in curve(runs, "loss")] == [10, 20, 30, 40]
 
 
+def test_validation_sets_that_were_not_measured_at_the_same_steps(tmp_path):
+    """One came later, has once no finite loss, or was never measured at a step that all seeds
+    have."""
+    one, two = make_run(tmp_path / "one", seed=1), make_run(tmp_path / "two", seed=2)
+    rows = [{"step": 0, "val_loss/old": 3.0}, {"step": 50, "val_loss/old": 3.1,
+            "val_loss/new": 5.0}, {"step": 60, "val_loss/old": 3.2, "val_loss/new": None},
+            {"step": 70, "val_loss/old": None, "val_loss/new": 4.0}]
+    for folder, last in ((one, 80), (two, 90)):
+        more = [*rows, {"step": last, "val_loss/late": 2.0}]
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in more)
+    page, _, _ = build(one)
+    assert page.count("trade-off: loss on old against loss on new, nats per token</text>") == 1
+    assert "against loss on late" not in page and "late: " in page
+    both, _, _ = build(one, two)
+    assert "trade-off: loss on old against loss on new" in both and "late: " not in both
+
+
 def test_runs_that_differ_are_drawn_apart(tmp_path):
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", global_batch_tokens=1024)
     page, data, _ = build(one, two, out=str(tmp_path / "new" / "both.html"))

@@ -93,8 +93,9 @@ def several(chart: Chart, groups: list[list[RunFolder]], labels: list[str],
     lines: list[Line] = []
     for group, label in zip(groups, labels, strict=True):
         for metric in of_prefix(group, prefix):
-            lines.append(Line(len(names), "strong", curve(group, metric, chart.factor)))
-            names.append(f"{metric.removeprefix(prefix)}: {label}")
+            if points := curve(group, metric, chart.factor):
+                lines.append(Line(len(names), "strong", points))
+                names.append(f"{metric.removeprefix(prefix)}: {label}")
     return [chart_block(chart, names, lines, out)] if lines else []
 
 
@@ -113,9 +114,14 @@ def trade_offs(groups: list[list[RunFolder]], out: Path) -> list[Block]:
     for number, other in enumerate(sets[0][1:] if all(found == sets[0] for found in sets) else ()):
         lines = []
         for place, group in enumerate(groups):
-            across, up = (curve(group, name) for name in (other, sets[0][0]))
-            lines.append(Line(place, "strong", [Point(a.mean, u.mean, u.mean, u.mean)
-                                                for a, u in zip(across, up, strict=True)]))
+            # a set may have come later than another, or once have had no finite loss
+            up = {point.step: point.mean for point in curve(group, sets[0][0])}
+            points = [Point(point.mean, up[point.step], up[point.step], up[point.step])
+                      for point in curve(group, other) if point.step in up]
+            if points:
+                lines.append(Line(place, "strong", points))
+        if not lines:
+            continue
         first, second = (name.removeprefix("val_loss/") for name in (sets[0][0], other))
         least = min(point.step for line in lines for point in line.points)
         chart = Chart(f"trade-off: loss on {first} against loss on {second}, nats per token",

@@ -255,8 +255,8 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
 def refuse_rounding(folder: Path, name: str, weight: Tensor) -> None:
     """Refuse to hold a weight in bf16 that has other bits."""
     if not torch.equal(weight, weight.bfloat16().to(weight.dtype)):
-        raise UserError(f"frozen_dtype=bf16 would round {name} of {folder}, and the checkpoint of "
-                        "train_only holds what is frozen; say frozen_dtype=fp32")
+        raise UserError(f"frozen_dtype=bf16 would round {name} of {folder}, and a checkpoint "
+                        "that is no adapter's holds what is frozen; say frozen_dtype=fp32")
 
 
 def weight_files(folder: Path) -> list[str]:
