@@ -67,7 +67,7 @@ from plainllama.report.card import card
 from plainllama.tokens.tokenizer import SAMPLE, Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.weights import adapters, checkpoint, expansion, peft
-from plainllama.weights.huggingface import load_weights, write_code, write_folder
+from plainllama.weights.huggingface import described, load_weights, write_code, write_folder
 from plainllama.weights.peft import load_model
 
 HELD_OUT = 1 << 16  # tokens of the validation split that two ways to merge are compared by
@@ -160,7 +160,7 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     if flags.code:
         write_code(folder, model.config)
     counts = adapters.parameter_counts(model)[:2]
-    write_text(folder / "README.md", card(source, folder, flags, vars(model.config), counts))
+    write_text(folder / "README.md", card(source, folder, flags, described(model.config), counts))
     return counts[0], compare_with_transformers(model, tokenizer, folder, flags.code)
 
 
@@ -235,7 +235,7 @@ def write_adapter(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     config = peft.whole_config(source, flags.base)
     with torch.device("meta"):
         counts = adapters.parameter_counts(LLaMA(config))[:2]
-    write_text(folder / "README.md", card(source, folder, flags, vars(config), counts))
+    write_text(folder / "README.md", card(source, folder, flags, described(config), counts))
     return sum(tensor.numel() for tensor in load_file(folder / peft.WEIGHTS).values()), ""
 
 

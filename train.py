@@ -92,8 +92,8 @@ def main(command: CommandLine) -> int:
             memory.foresee(config, world)
         refuse_too_large(config, world)
         outline(config)  # which refuses names that are none, before a folder is made
-        open_sets(config, manifest)
         if flags.check:
+            open_sets(config, manifest)
             return preflight.run_checks(config, manifest, world, flags.price)
         return train(command, manifest, world)
     finally:

@@ -57,9 +57,9 @@ from typing import NamedTuple
 
 from plainllama.files import read_json, read_rows, read_status, write_json, write_text
 from plainllama.report import charts
+from plainllama.report.compare import T_95
 
 LEVEL, LEVELS = 0.8, (0.5, 0.7, 0.8, 0.9, 0.95)
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
 SIZES: dict[str, dict] = {
     "small": {"n_layer": 4, "n_head": 4, "d_model": 128, "d_ff": 344, "block_size": 256,
               "global_batch_tokens": 2048, "tokenizer": "bytes", "base_steps": 1500, "steps": 200,
@@ -239,7 +239,8 @@ def interval(values: list[float]) -> tuple[float, float]:
         return math.inf, 0.0
     if len(values) == 1:
         return values[0], math.inf
-    return mean(values), T_95[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+    t = T_95[min(len(values), len(T_95)) - 1]
+    return mean(values), t * stdev(values) / math.sqrt(len(values))
 
 
 def table(flags: Flags, base: tuple[float, float], best: float, levels: list[float],

@@ -94,6 +94,28 @@ save_interval = 10
 keep_last = 10
 """
 
+# a base of a moment, and what goes on from it
+TUNED = """
+dataset = 'toy'
+n_layer = 2
+n_head = 4
+n_kv_head = 2
+d_model = 32
+d_ff = 48
+block_size = 32
+max_steps = 8
+global_batch_tokens = 256
+micro_batch = 4
+learning_rate = 1e-2
+min_lr = 1e-3
+warmup_steps = 2
+device = 'cpu'
+log_interval = 1
+eval_interval = 8
+save_interval = 4
+sample_tokens = 0
+"""
+
 
 @pytest.fixture
 def home(data_home, tmp_path, monkeypatch) -> Path:

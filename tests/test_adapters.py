@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import documents, metrics, write_data_set
+from conftest import TUNED, documents, metrics, write_data_set
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -21,26 +21,7 @@ from plainllama.weights import adapters, checkpoint, peft
 from plainllama.weights.huggingface import load_weights, write_folder
 from plainllama.weights.peft import load_model
 
-CONFIG = """
-dataset = 'toy'
-n_layer = 2
-n_head = 4
-n_kv_head = 2
-d_model = 32
-d_ff = 48
-block_size = 32
-max_steps = 8
-global_batch_tokens = 256
-micro_batch = 4
-learning_rate = 1e-2
-min_lr = 1e-3
-warmup_steps = 2
-device = 'cpu'
-log_interval = 1
-eval_interval = 8
-save_interval = 4
-sample_tokens = 0
-"""
+CONFIG = TUNED
 LORA = ("--init_from=out/base", "--lora_r=4")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import documents, metrics, run_script, write_data_set
+from conftest import TUNED, documents, metrics, run_script, write_data_set
 from safetensors.torch import load_file
 
 import export
@@ -26,26 +26,7 @@ from plainllama.weights import checkpoint, expansion
 from plainllama.weights.huggingface import read_config
 from plainllama.weights.peft import load_model
 
-CONFIG = """
-dataset = 'toy'
-n_layer = 4
-n_head = 4
-n_kv_head = 2
-d_model = 32
-d_ff = 48
-block_size = 32
-max_steps = 8
-global_batch_tokens = 256
-micro_batch = 4
-learning_rate = 1e-2
-min_lr = 1e-3
-warmup_steps = 2
-device = 'cpu'
-log_interval = 1
-eval_interval = 8
-save_interval = 4
-sample_tokens = 0
-"""
+CONFIG = TUNED + "n_layer = 4\n"
 KINDS = {"concat": ("--expand=concat",), "stack": ("--expand=stack",),
          "hybrid": ("--expand=hybrid",), "dlerp": ("--expand=concat", "--expand_merge=dlerp")}
 GROW = ("--init_from=out/base", "--expand_blocks=2")

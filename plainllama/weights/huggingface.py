@@ -106,6 +106,12 @@ def write_weights(folder: Path, weights: dict[str, Tensor], dtype=torch.float32,
                                     "weight_map": file_of})
 
 
+def described(config: ModelConfig) -> dict:
+    """An architecture by ModelConfig's names; of a plain LLaMA without what only others have."""
+    return {name: value for name, value in vars(config).items()
+            if config.expand_blocks or name not in GROWN}
+
+
 def write_code(folder: Path, config: ModelConfig) -> None:
     """Put our own model beside the weights and say in config.json that it is there."""
     for name in ("model.py", "plainllama/weights/modeling_plainllama.py"):
@@ -113,7 +119,7 @@ def write_code(folder: Path, config: ModelConfig) -> None:
     code = "modeling_plainllama.PlainLlama"
     write_json(folder / "config.json", read_json(folder / "config.json") | {
         "model_type": "plainllama", "architectures": ["PlainLlamaForCausalLM"],
-        "plainllama": vars(config),
+        "plainllama": described(config),
         "auto_map": {"AutoConfig": f"{code}Config", "AutoModelForCausalLM": f"{code}ForCausalLM"}})
 
 
