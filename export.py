@@ -142,12 +142,14 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
         raise UserError(f"--original has no effect: the base of {source} was held as it is")
     if flags.adapter:
         return write_adapter(flags, folder, source)
-    model = load_model(source, base=flags.base, original=flags.original)
+    model, merged = load_model(source, base=flags.base, original=flags.original), ""
     if held != "fp32":
         adapters.merge(model)
-        compare_merges(flags, source, model, held)
+        merged = compare_merges(flags, source, model, held)
     if model.config.expand_blocks:
-        model = without_copies(flags, source, model)
+        model, merged = without_copies(flags, source, model)
+    if merged:
+        print(merged)
     home = peft.tokenizer_folder(source, flags.base)
     tokenizer = Tokenizer.load(home)
     dtype = pick_dtype(flags.dtype, torch.device("cpu"))
@@ -160,7 +162,8 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     if flags.code:
         write_code(folder, model.config)
     counts = adapters.parameter_counts(model)[:2]
-    write_text(folder / "README.md", card(source, folder, flags, described(model.config), counts))
+    about = source, folder, flags, described(model.config), counts, merged
+    write_text(folder / "README.md", card(*about))
     return counts[0], compare_with_transformers(model, tokenizer, folder, flags.code)
 
 
@@ -186,16 +189,18 @@ def loss_of(model: LLaMA, held: ValSet) -> float:
     return evaluate(model, held.rows, held.info, HELD_OUT, 4, World(), held.bos_id)["val_loss"]
 
 
-def compare_merges(flags: Flags, source: Path, model: LLaMA, frozen_dtype: str) -> None:
+def compare_merges(flags: Flags, source: Path, model: LLaMA, frozen_dtype: str) -> str:
     """Say what the run's validation split thinks of an adapter merged onto the base as it was held
     and onto the base as it is, of which `model` is one."""
     held = held_out(flags, source, model.config.block_size)
     if not held:
-        return
+        return f"onto the {'original base' if flags.original else f'base in {frozen_dtype}'}"
     other = adapters.merge(load_model(source, base=flags.base, original=not flags.original))
     losses = [loss_of(it, held) for it in ((other, model) if flags.original else (model, other))]
-    print(f"validation loss, merged onto the base as it was held, in {frozen_dtype}: "
-          f"{losses[0]:.4f} nats; onto the base's own weights (--original): {losses[1]:.4f}")
+    here = "--original" if flags.original else "the base as it was held"
+    return (f"validation loss, merged onto the base as it was held, in {frozen_dtype}: "
+            f"{losses[0]:.4f} nats; onto the base's own weights (--original): {losses[1]:.4f}; "
+            f"this is {here}")
 
 
 def refuse_expansion(flags: Flags, source: Path) -> None:
@@ -210,10 +215,10 @@ def refuse_expansion(flags: Flags, source: Path) -> None:
                         "model, and says what that costs")
 
 
-def without_copies(flags: Flags, source: Path, model: LLaMA) -> LLaMA:
-    """Make a plain model of an expanded one; where weights are interpolated, say what the run's
-    validation split thinks of that. A share that differs from token to token counts by its mean
-    there, or where there is none by its bias."""
+def without_copies(flags: Flags, source: Path, model: LLaMA) -> tuple[LLaMA, str]:
+    """Make a plain model of an expanded one; where weights are interpolated, also say what the
+    run's validation split thinks of that. A share that differs from token to token counts by its
+    mean there, or where there is none by its bias."""
     merging = expansion.merging(model)
     shares = {layer: block.expansion.mix_bias.sigmoid().item() for layer, block in merging.items()}
     held = held_out(flags, source, model.config.block_size) if merging else None
@@ -221,10 +226,10 @@ def without_copies(flags: Flags, source: Path, model: LLaMA) -> LLaMA:
         seen = expansion.look(model, expansion.first_tokens(held.rows, held.bos_id))
         shares = {layer: found["expansion_share"] for layer, found in seen.items()}
     made = expansion.plain(model, shares)
-    if held:
-        print(f"validation loss, expanded: {loss_of(model, held):.4f} nats; merged back: "
-              f"{loss_of(made, held):.4f}")
-    return made
+    if not held:
+        return made, "copies were interpolated with their blocks" if merging else ""
+    return made, (f"validation loss, expanded: {loss_of(model, held):.4f} nats; merged back: "
+                  f"{loss_of(made, held):.4f}")
 
 
 def write_adapter(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
@@ -233,10 +238,11 @@ def write_adapter(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
         if path.is_file() and path.name != "checksums.json":
             shutil.copyfile(path, folder / path.name)
     config = peft.whole_config(source, flags.base)
-    with torch.device("meta"):
-        counts = adapters.parameter_counts(LLaMA(config))[:2]
+    learned = {name: tensor.numel() for name, tensor in load_file(folder / peft.WEIGHTS).items()}
+    total = sum(learned.values())
+    counts = total, sum(size for name, size in learned.items() if ".layers." in name)
     write_text(folder / "README.md", card(source, folder, flags, described(config), counts))
-    return sum(tensor.numel() for tensor in load_file(folder / peft.WEIGHTS).values()), ""
+    return total, ""
 
 
 def compare_with_transformers(model: LLaMA, tokenizer: Tokenizer, folder: Path, code: bool) -> str:

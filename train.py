@@ -51,13 +51,7 @@ from plainllama.tokens import shards
 from plainllama.tokens.rows import Batch, hash_of_data, to_batch, training_rows, val_rows
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.training import log, memory, optim, preflight, reference, resume
-from plainllama.training.engine import (
-    Engine,
-    Outcome,
-    outline,
-    read_outcome,
-    refuse_too_large,
-)
+from plainllama.training.engine import Engine, Outcome, outline, read_outcome, refuse_too_large
 from plainllama.weights import checkpoint
 
 STOPPED = 75  # EX_TEMPFAIL: start me again

@@ -331,6 +331,12 @@ def test_an_adapter_is_sampled_scored_and_exported(home, capsys):
     assert (held - load_model(newest("out/a"))(ids)).abs().max() < 1e-5
     assert (held - own).abs().max() > 1e-4
     assert (load_model(home / "hub/peft")(ids) - held).abs().max() < 1e-5
+    cards = {name: (home / "hub" / name / "README.md").read_text() for name in ("held", "own",
+                                                                                "peft")}
+    assert "this is --original" in cards["own"] and "this is the base as it" in cards["held"]
+    assert "AutoPeftModelForCausalLM.from_pretrained" in cards["peft"]
+    learned = sum(t.numel() for t in load_file(newest("out/a") / peft.WEIGHTS).values())
+    assert f"adapter beside a LLaMA of {learned:,}" in cards["peft"]
 
 
 def test_a_base_that_moved_or_changed(home):

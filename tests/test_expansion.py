@@ -363,6 +363,8 @@ def test_stack_exports_as_a_plain_llama_and_concat_by_merge_back_alone(home, cap
         assert exported(f"--ckpt=out/{kind}", f"--to=plain_{kind}", "--merge_back") == 0
         said = capsys.readouterr().out
         assert "expanded: " in said and "merged back: " in said
+        told = next(line for line in said.splitlines() if "merged back: " in line)
+        assert told in Path(f"plain_{kind}/README.md").read_text()  # not the run's loss alone
         assert read_config(Path(f"plain_{kind}")).n_layer == depth
     for ckpt in ("out/stack", "out/base"):
         with pytest.raises(UserError, match="--merge_back has no effect"):

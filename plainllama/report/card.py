@@ -18,16 +18,22 @@ DIALOG = """tokenizer.apply_chat_template(
     return_tensors="pt")"""
 
 
-def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tuple[int, int]) -> str:
+def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tuple[int, int],
+         merged: str = "") -> str:
     """Write README.md: what the model is, how it was trained and what it scored, from its run's
-    files. `flags`: export.py's; `counts`: all parameters, those without embeddings. The curve
-    becomes a picture in `folder`."""
+    files. `flags`: export.py's; `counts`: all parameters, those without embeddings; `merged`: what
+    merging has changed since the run scored it. The curve becomes a picture in `folder`."""
     chat = (folder / "chat_template.jinja").is_file()
     text = Path(__file__).with_name("card.md").read_text("utf-8").format(
         license=flags.license or "not stated", name=flags.push or Path(flags.to).name,
         license_line=f"license: {flags.license}\n" if flags.license else "", dtype=flags.dtype,
         total=counts[0], inner=counts[1], trust=", trust_remote_code=True" if flags.code else "",
-        documents="dialogs" if chat else "text", asked=DIALOG if chat else TEXT, skips=not chat)
+        documents="dialogs" if chat else "text", asked=DIALOG if chat else TEXT, skips=not chat,
+        library="peft" if flags.adapter else "transformers",
+        model=f"Auto{'Peft' if flags.adapter else ''}ModelForCausalLM",
+        what="An adapter beside a LLaMA" if flags.adapter else "A LLaMA")
+    if merged:
+        text += f"\nMerged after training; loss and scores below are from before: {merged}.\n"
     text += section("Architecture", architecture)
     if run := run_of(checkpoint):
         state = read_json(checkpoint / "training" / "state.json")
