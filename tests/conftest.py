@@ -1,6 +1,7 @@
 """Shared by the tests: everything runs offline, on the CPU, in temporary folders."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -124,6 +125,14 @@ def home(data_home, tmp_path, monkeypatch) -> Path:
     (tmp_path / "toy.py").write_text(TOY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def little_to_collect():
+    """What is there is left out of collections: a run makes three, and among all that transformers
+    defines each takes longer than the run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -319,8 +319,6 @@ def test_an_adapter_is_sampled_scored_and_exported(home, capsys):
         assert scoring.main(parse(["--ckpt=out/a,out/b"], "", scoring.Flags, takes="files")) == 0
     assert len(loads) == 1  # the base, once for both
     assert capsys.readouterr().out.count("val_loss") == 2
-
-
     for name, flags in (("held", ()), ("own", ("--original",)), ("peft", ("--adapter",))):
         assert export.main(parse(["--ckpt=out/a", f"--to=hub/{name}", *flags], "", export.Flags,
                                  takes="files")) == 0
@@ -434,20 +432,21 @@ def test_partial_tuning_keeps_the_rest_to_the_bit(home, patterns, blocks):
 @pytest.mark.parametrize("keys", [
     LORA, (*LORA, "--frozen_dtype=nf4"), (*LORA, "--frozen_dtype=bf16"),
     ("--init_from=out/base", "--train_only=last:1,lm_head")])
-@pytest.mark.parametrize("other", [
-    ("--micro_batch=1",), ("--micro_batch=8", "--activation_checkpointing"), ("--deterministic",),
-    pytest.param(("--compile=true",), marks=pytest.mark.slow),
-    pytest.param(("--compile=true", "--activation_checkpointing"), marks=pytest.mark.slow)])
-def test_one_curve(home, keys, other):
-    if not (home / "out/one").exists():
-        assert run(*keys, "--out_dir=out/one") == 0
-    assert run(*keys, *other, "--out_dir=out/other") == 0
-    assert losses("out/one") == pytest.approx(losses("out/other"), abs=2e-5)
+@pytest.mark.parametrize("others", [
+    [("--micro_batch=1",), ("--micro_batch=8", "--activation_checkpointing"), ("--deterministic",)],
+    pytest.param([("--compile=true",), ("--compile=true", "--activation_checkpointing")],
+                 marks=pytest.mark.slow)])
+def test_one_curve(home, keys, others):
+    assert run(*keys, "--out_dir=out/one") == 0
+    for number, other in enumerate(others):
+        assert run(*keys, *other, f"--out_dir=out/{number}") == 0
+        assert losses("out/one") == pytest.approx(losses(f"out/{number}"), abs=2e-5), other
 
 
-def test_a_full_rank_adapter_starts_where_its_merged_model_starts(home):
+def test_a_full_rank_adapter_starts_where_its_merged_model_starts(home, monkeypatch):
     """Training goes on from the adapter's folder and from its export with the same first loss."""
     assert run(*LORA, "--max_steps=4", "--out_dir=out/a", "--lora_r=32") == 0
+    monkeypatch.setattr(export, "compare_with_transformers", lambda *_: "")
     assert export.main(parse(["--ckpt=out/a", "--to=merged"], "", export.Flags, takes="files")) == 0
     shutil.copy(newest("out/base") / "tokenizer.json", home / "merged")
     words = ("--max_steps=1", "--warmup_steps=0")
