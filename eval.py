@@ -119,11 +119,7 @@ def main(command) -> int:
     if flags.irt:
         if idle := sorted(given.keys() - {"irt", "irt_file", "json"}):
             raise UserError(f"--irt scores a file without a model; leave out --{idle[0]}")
-        metrics = irt.score_samples(flags.irt, flags.irt_file)
-        print(score_table(f"{flags.irt}, {metrics['n']} prompts", metrics))
-        if flags.json:
-            print(json.dumps(metrics))
-        return 0
+        return irt.score_samples(flags.irt, flags.irt_file, flags.json)
     with closing(parallel.start(flags.device, "auto")) as world:
         one = os.path.exists(flags.ckpt) or "," not in flags.ckpt
         paths = [flags.ckpt] if one else [*map(str.strip, flags.ckpt.split(","))]
@@ -323,6 +319,8 @@ class Evaluation:
     def score_checkpoint(self, folder: Path) -> bool:
         """Score one checkpoint: its windows, then every task; each score is recorded as soon as it
         is there. Whether all could be scored that was named."""
+        if self.kept is not None and not self.flags.all:
+            self.say(f"\nscores of {folder}")
         model = peft.load_model(folder, self.world.device, self.dtype, self.flags.base,
                                 kept=self.kept)
         state = checkpoint.read_state(folder) if self.run else {}

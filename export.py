@@ -135,11 +135,13 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     what is wrong, or ''."""
     said = [name for name in ("merge", "original", "adapter") if getattr(flags, name)]
     if said and not peft.is_adapter(source):
-        raise UserError(f"--{said[0]} is for a run that trained an adapter; {source} is a model")
+        raise UserError(f"--{said[0]} is for a run that trained an adapter, {source} is a whole "
+                        f"model; leave --{said[0]} away")
     refuse_expansion(flags, source)
     held = peft.read_adapter(source).frozen_dtype if peft.is_adapter(source) else "fp32"
     if flags.original and held == "fp32":
-        raise UserError(f"--original has no effect: the base of {source} was held as it is")
+        raise UserError(f"--original has no effect: the base of {source} was held as it is; leave "
+                        "it away")
     if flags.adapter:
         return write_adapter(flags, folder, source)
     model, merged = load_model(source, base=flags.base, original=flags.original), ""
@@ -208,7 +210,7 @@ def refuse_expansion(flags: Flags, source: Path) -> None:
     kind = peft.whole_config(source, flags.base).expand
     if flags.merge_back and kind in ("none", "stack"):
         has = "no copies of blocks" if kind == "none" else "copies behind their blocks alone"
-        raise UserError(f"--merge_back has no effect: {source} has {has}")
+        raise UserError(f"--merge_back has no effect: {source} has {has}; leave it away")
     if kind in ("concat", "hybrid") and not flags.merge_back:
         raise UserError(f"{source} has copies beside its blocks (expand={kind}), which no other "
                         "program knows; --merge_back interpolates the weights of both into a plain "

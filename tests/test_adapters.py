@@ -249,6 +249,18 @@ def test_gradients_and_a_curve_are_those_of_peft(home):
         optimizer.zero_grad()
 
 
+def test_a_pattern_is_a_part_of_a_name_and_its_numbers_are_whole():
+    with torch.device("meta"):
+        model = LLaMA(ModelConfig(12, 4, 32, 48, 64, 32, 2))
+    first = adapters.targets_of(model, "layers.1")
+    assert len(first) == 7 and all(name.startswith("model.layers.1.") for name in first)
+    assert len(adapters.targets_of(model, "1.mlp")) == 3
+    assert len(adapters.targets_of(model, "layers.1?.mlp.up")) == 2
+    assert len(adapters.targets_of(model, "all")) == 7 * 12
+    assert len(adapters.named(model, "layers.1")) == 9
+    assert len(adapters.named(model, "norm")) == 2 * 12 + 1
+
+
 # ---- a vocabulary that grows
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -318,7 +330,9 @@ def test_an_adapter_is_sampled_scored_and_exported(home, capsys):
         loads.clear()
         assert scoring.main(parse(["--ckpt=out/a,out/b"], "", scoring.Flags, takes="files")) == 0
     assert len(loads) == 1  # the base, once for both
-    assert capsys.readouterr().out.count("val_loss") == 2
+    said = capsys.readouterr().out
+    assert said.count("val_loss") == 2
+    assert said.index("scores of out/a") < said.index("val_loss") < said.index("scores of out/b")
     for name, flags in (("held", ()), ("own", ("--original",)), ("peft", ("--adapter",))):
         assert export.main(parse(["--ckpt=out/a", f"--to=hub/{name}", *flags], "", export.Flags,
                                  takes="files")) == 0
@@ -344,7 +358,11 @@ def test_a_base_that_moved_or_changed(home):
     with pytest.raises(UserError, match="is not there; say where it is with --base"):
         load_model(folder)
     moved = newest("elsewhere")
-    assert load_model(folder, base=str(moved)).config.n_layer == 2
+    for place in (moved, "elsewhere", "."):  # a run, and a folder of runs
+        assert load_model(folder, base=str(place)).config.n_layer == 2
+    (home / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no model, and no checkpoint step_8"):
+        load_model(folder, base="empty")
     weights = load_file(moved / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, moved / "model.safetensors", {"format": "pt"})
@@ -383,6 +401,8 @@ def test_keys_of_an_adapter_must_be_the_models(home, change):
     (("--lora_r=2", "--lora_dropout=0.5", "--deterministic"), "lora_dropout"),
     (("--lora_r=2", "--lora_targets=query"), "'query' means no matrix of a block"),
     (("--lora_r=2", "--lora_targets=q,"), "'' means no matrix"),
+    (("--lora_r=2", "--lora_targets=q,w"), "'w' means no matrix"),
+    (("--lora_r=2", "--n_layer=30000", "--d_model=8192"), "say --n_layer=2 --d_model=32"),
     (("--lora_r=2", "--lora_targets=lm_head"), "means no matrix of a block"),
     (("--lora_r=-1",), "lora_r"),
     (("--lora_r=2", "--lora_alpha=0"), "lora_alpha"),
@@ -477,7 +497,7 @@ def test_check_holds_for_what_is_partly_frozen(home, keys, capsys):
     assert run(*keys, "--check", "--out_dir=out/x") == 0
     said = capsys.readouterr().out
     assert "learns: " in said and "memory reckoned for 4 rows" in said
-    assert ("model.layers.1.self_attn.q_proj\n" in said) == ("--lora_r=4" in keys)
+    assert ("  q_proj of all blocks\n" in said) == ("--lora_r=4" in keys)
     assert not (home / "out/x").exists()
 
 

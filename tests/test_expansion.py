@@ -459,24 +459,25 @@ def test_check_holds_for_an_expanded_model(home, kind, capsys):
 
 
 def dialogs(folder: Path, documents: str, rows: list[dict]) -> None:
-    """A set of dialogs or pairs whose tokenizer has five tokens more than the base's."""
+    """A set of dialogs or pairs whose tokenizer has five tokens more than the base's, in a data/ of
+    the test's own."""
+    shutil.copytree(Path("data").resolve(), "moved")
+    Path("data").unlink()
+    Path("moved").rename("data")
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert prepare.main(parse(["toy.py", f"--dataset={folder.name}", f"--documents={documents}",
                                "--sources=rows.jsonl", "--tokenizer=data/toy/tokenizer.json",
                                "--val_fraction=0.2"], "", prepare.Flags)) == 0
 
 
+TALKS = [{"messages": [{"role": "user", "content": f"say {n}"},
+                       {"role": "assistant", "content": f"{n} it is"}]} for n in range(40)]
+
+
 def test_an_expanded_model_learns_dialogs_and_their_tokens(home, capsys):
     """The rows of new tokens learn beside the copies, those of the others stay to the bit; the run
     resumes, and its model is whole."""
-    Path("moved").mkdir()
-    for part in Path("data").resolve().iterdir():
-        shutil.copytree(part, f"moved/{part.name}")
-    Path("data").unlink()
-    Path("moved").rename("data")
-    dialogs(Path("data/talks"), "chat", [{"messages": [
-        {"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]}
-        for n in range(40)])
+    dialogs(Path("data/talks"), "chat", TALKS)
     keys = *CONCAT, "--dataset=talks", "--eval_sets={'old': 'data/toy', 'new': 'data/talks'}"
     assert run(*keys, "--out_dir=out/whole") == 0
     said = capsys.readouterr().out
@@ -502,12 +503,37 @@ def test_an_expanded_model_learns_dialogs_and_their_tokens(home, capsys):
     assert rows_of("out/on", "loss")[0] < rows_of("out/whole", "loss")[0]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_learn_whose_rows_a_wide_embedding_had_already(home, tied):
+    """A base whose embedding is larger than its tokenizer: what dialogs add lies among its rows."""
+    tie = f"--tie_embeddings={tied}"
+    assert run("--vocab_size=300", tie, "--out_dir=out/wide") == 0
+    dialogs(Path("data/talks"), "chat", TALKS)
+    base = load_file(newest("out/wide") / "model.safetensors")
+    old = read_json(Path("data/toy/manifest.json"))["tokenizer"]["vocab_size"]
+    for keys in (["--lora_r=2"], ["--expand=concat", "--expand_blocks=2"]):
+        words = "--init_from=out/wide", "--dataset=talks", tie, *keys
+        assert run(*words, "--out_dir=out/x") == 0
+        model = load_model(newest("out/x"))
+        after = {"lm_head.weight": model.lm_head.weight,
+                 "model.embed_tokens.weight": model.model.embed_tokens.weight}
+        for name, matrix in after.items():
+            before = base.get(name, base["model.embed_tokens.weight"])
+            assert torch.equal(matrix[:old], before[:old]), name
+            assert not torch.equal(matrix[old:old + 5], before[old:old + 5]), name
+            assert (matrix[old:] - before[old:]).abs().max() < 0.2, name  # it began with the base's
+        assert run("--init_from=out/x", "--dataset=talks", tie, *keys[:1] * ("lora_r" in keys[0]),
+                   "--out_dir=out/on", "--max_steps=1") == 0  # whose rows are not new again
+        for name in ("x", "on"):
+            shutil.rmtree(f"out/{name}")
+    with pytest.raises(UserError, match="freezes the rows of new tokens"):
+        run(*words[:3], "--train_only=last:1", "--out_dir=out/x")
+    assert run("--init_from=out/wide", tie, "--lora_r=2", "--out_dir=out/a") == 0
+    with pytest.raises(UserError, match="the data set has more"):
+        run("--init_from=out/a", "--dataset=talks", tie, "--lora_r=2", "--out_dir=out/x")
+
+
 def test_an_expanded_model_learns_preferences(home):
-    Path("moved").mkdir()
-    for part in Path("data").resolve().iterdir():
-        shutil.copytree(part, f"moved/{part.name}")
-    Path("data").unlink()
-    Path("moved").rename("data")
     dialogs(Path("data/pairs"), "preference", [
         {"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": "no no"} for n in range(40)])
     keys = *CONCAT, "--dataset=pairs", "--objective=dpo"

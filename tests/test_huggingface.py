@@ -287,10 +287,9 @@ def test_a_tokenizer_that_transformers_wrote(tmp_path):
     (folder / "config.json").write_text(json.dumps(huggingface.config_json(
         ModelConfig(2, 4, 32, 64, words.vocab_size - 1, 64), 0, 1)))
     hashed = tokenizer.make_tokenizer(str(folder)).sha256
-    model = huggingface.read_config(folder)
-    resume.refuse_other_model(folder, model, {"tokenizer": {"sha256": hashed}})
+    resume.refuse_other_tokenizer(folder, {"tokenizer": {"sha256": hashed}})
     with pytest.raises(UserError, match="not the tokenizer of the data set; prepare one with"):
-        resume.refuse_other_model(folder, model, {"tokenizer": {"sha256": words.sha256[::-1]}})
+        resume.refuse_other_tokenizer(folder, {"tokenizer": {"sha256": words.sha256[::-1]}})
     with pytest.raises(UserError, match="entries, the model's embedding only"):
         load_model(folder)
 
@@ -305,9 +304,9 @@ def test_a_sentencepiece_model_beside_the_weights(tmp_path):
     model = ModelConfig(2, 4, 32, 64, 330, 64)
     (tmp_path / "config.json").write_text(json.dumps(huggingface.config_json(model, 1, 2)))
     hashed = tokenizer.make_tokenizer(str(tmp_path)).sha256
-    resume.refuse_other_model(tmp_path, model, {"tokenizer": {"sha256": hashed}})
+    resume.refuse_other_tokenizer(tmp_path, {"tokenizer": {"sha256": hashed}})
     with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer of the data set"):
-        resume.refuse_other_model(tmp_path, model, {"tokenizer": {"sha256": hashed[::-1]}})
+        resume.refuse_other_tokenizer(tmp_path, {"tokenizer": {"sha256": hashed[::-1]}})
 
 
 # ---- transformers 4.57

@@ -412,7 +412,7 @@ def test_dialogs_are_cut_to_the_context_of_the_model_that_goes_on(tmp_path, monk
                                    "tokenizer = 'bytes'\ninit_from = 'mine'\nworkers = 1\n")
     monkeypatch.chdir(tmp_path)
     for words, size, says in ((["a.py"], 32, "block_size = 32 (inherited from mine)"),
-                              (["a.py", "--dataset=e", "--block_size=64"], 64, "(overridden: m")):
+                              (["a.py", "--dataset=e", "--block_size=64"], 64, "(as you say; m")):
         assert prepare.main(parse(words, "", prepare.Flags)) == 0
         out = capsys.readouterr().out
         assert says in out and "n_layer" not in out

@@ -30,6 +30,7 @@ import numpy as np
 
 from plainllama import settings
 from plainllama.files import sha256_bytes
+from plainllama.results import score_table
 from plainllama.settings import UserError
 
 URL = ("https://raw.githubusercontent.com/felipemaiapolo/tinyBenchmarks/main/tinyBenchmarks/"
@@ -216,14 +217,19 @@ def read_samples(file: str) -> tuple[np.ndarray, dict]:
     return answers(samples, file)
 
 
-def score_samples(file: str, parameters_file: str) -> dict:
-    """Score tinyMMLU from the samples in a file; `parameters_file`: as for load()."""
+def score_samples(file: str, parameters_file: str, as_json: bool) -> int:
+    """Score tinyMMLU from the samples in a file and print that; `parameters_file`: as for load().
+    The exit code."""
     right, told = read_samples(file)
     known = load(parameters_file)
     if known.parameters and len(right) != (n := len(known.parameters.anchors)):
         raise UserError(f"{file} holds {len(right)} answers, tinyMMLU has {n} questions")
-    metrics = {"acc": float(right.mean()), "chance": 1 / 4, "n": len(right)}
-    return metrics | told | scores(right, known)
+    metrics: dict = {"acc": float(right.mean()), "chance": 1 / 4, "n": len(right)}
+    metrics |= told | scores(right, known)
+    print(score_table(f"{file}, {len(right)} prompts", metrics))
+    if as_json:
+        print(json.dumps(metrics))
+    return 0
 
 
 # ---- the parameters

@@ -330,7 +330,7 @@ def outline(config: Settings, source: Path | None = None) -> tuple[LLaMA, Adapte
     or an adapter, if it has these; that adapter belongs to `source`, or is that of `source`."""
     shape = architecture(config)
     if shape.expand_blocks:
-        shape = replace(shape, first_row=expansion.new_rows(shape, source))
+        shape = replace(shape, first_row=expansion.new_rows(config, source))
     with torch.device("meta"):
         model = expansion.outline(shape)
     adapter = peft.adapter_for(model, config, source)

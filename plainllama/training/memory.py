@@ -25,8 +25,11 @@ def foresee(config: Settings, world: World) -> None:
         return
     model, adapter = outline(config)
     learns = adapters.summary(model, adapter, config.frozen_dtype)
-    for name in adapter.targets if adapter else ():
-        print(f"  {name}")
+    targets = [name.split(".") for name in adapter.targets] if adapter else []
+    for last in dict.fromkeys(parts[-1] for parts in targets):
+        blocks = [parts[2] for parts in targets if parts[-1] == last]
+        all_of_them = len(blocks) == model.config.n_layer
+        print(f"  {last} of {'all blocks' if all_of_them else 'blocks ' + ', '.join(blocks)}")
     print(learns or "learns: all weights")
     rows, dtype = config.micro_batch or 1, pick_dtype(config.dtype, world.device)
     parts = reckon(config, rows, dtype)

@@ -134,7 +134,7 @@ class Trial:
 
     @torch.no_grad()
     def first_loss(self) -> str:
-        """The loss before the first step is ln V."""
+        """First weights have a loss of ln V."""
         batch, right = to_batch(self.rows), math.log(self.vocab)
         loss = self.model(*batch.to(self.world.device)).item() / batch.targets.numel()
         self.world.reshard(self.model)

@@ -21,7 +21,7 @@ from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.training import optim
 from plainllama.training.engine import architecture, outline
 from plainllama.training.objectives import Objective
-from plainllama.weights import checkpoint, peft
+from plainllama.weights import checkpoint, expansion, peft
 from plainllama.weights.huggingface import GROWN, other_keys
 
 # On resume these must be as they were, or the run would be another one ...
@@ -75,6 +75,8 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
     config.vocab_size, grown = vocabulary(config, manifest, theirs)
     said.append(grown)
     check_keys(config)
+    if theirs and not steps_of(Path(config.out_dir)):
+        refuse_other_model(Path(config.init_from), theirs, architecture(config), manifest)
     if config.epochs:
         if "max_steps" in command.overrides:
             raise UserError("max_steps has no effect beside epochs; say one of them")
@@ -134,7 +136,7 @@ def inherit(command: CommandLine, names=INHERITED) -> tuple[ModelConfig | None, 
         if name == "n_kv_head" and given == theirs.n_head:
             given = 0
         if ours != given and name in command.given:
-            said.append(f"{name} = {ours} (overridden: {source} has {given})")
+            said.append(f"{name} = {ours} (as you say; {source} has {given})")
         elif ours != given:
             setattr(command.config, name, given)
             said.append(f"{name} = {given} (inherited from {source})")
@@ -188,7 +190,7 @@ def source_of(config: Settings, manifest: dict, world: World) -> Path:
     """Choose the checkpoint that init_from means, on rank 0 for all. UserError if it does not fit
     the config or the data set."""
     source = world.decide(lambda: checkpoint.find_checkpoint(config.init_from))
-    world.decide(lambda: refuse_other_model(source, architecture(config), manifest))
+    world.decide(lambda: refuse_other_tokenizer(source, manifest))
     world.decide(lambda: refuse_other_part(source, config))
     return source
 
@@ -197,7 +199,8 @@ def refuse_other_part(source: Path, config: Settings) -> None:
     """Refuse an adapter that is another than the config's, and new tokens that could not learn."""
     model = outline(config, source if peft.is_adapter(source) or config.expand_blocks else None)[0]
     ends = model.model.embed_tokens.weight, model.lm_head.weight
-    grows = peft.whole_config(source).vocab_size < config.vocab_size
+    entries, home = peft.whole_config(source).vocab_size, peft.tokenizer_folder(source)
+    grows = expansion.first_new(home, entries, config)
     if grows and config.train_only and not all(end.requires_grad for end in ends):
         raise UserError("train_only freezes the rows of new tokens; add embed_tokens,lm_head to "
                         "it, or train an adapter (lora_r)")
@@ -239,17 +242,21 @@ def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool
                         "out_dir")
 
 
-def refuse_other_model(source: Path, config: ModelConfig, manifest: dict) -> None:
-    """Refuse to start from a model that computes something else, or whose token ids mean something
-    else than the data set's. Context and RoPE scaling may differ: that is how context grows; so may
-    the vocabulary of a data set that added the roles of a dialog to the model's tokenizer."""
-    theirs = peft.whole_config(source)
-    known = {manifest["tokenizer"]["sha256"], manifest["tokenizer"].get("base")}
-    if theirs.vocab_size < config.vocab_size and None not in known:
+def refuse_other_model(source: Path, theirs: ModelConfig, config: ModelConfig,
+                       manifest: dict) -> None:
+    """Refuse to start from a model that computes something else. Context and RoPE scaling may
+    differ: that is how context grows; so may the vocabulary of a data set that added the roles of a
+    dialog to the model's tokenizer."""
+    if theirs.vocab_size < config.vocab_size and manifest["tokenizer"].get("base"):
         theirs = replace(theirs, vocab_size=config.vocab_size)
     if keys := other_keys(theirs, config):
         raise UserError(f"init_from: {source} is another model than the config's; to go on from it "
                         f"say {keys}")
+
+
+def refuse_other_tokenizer(source: Path, manifest: dict) -> None:
+    """Refuse to start from a model whose token ids mean something else than the data set's."""
+    known = {manifest["tokenizer"]["sha256"], manifest["tokenizer"].get("base")}
     home = peft.tokenizer_folder(source)
     for path in (home / "tokenizer.json", home / "tokenizer.model"):
         if path.is_file():  # the second is converted first, as prepare.py does

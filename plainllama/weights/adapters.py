@@ -181,8 +181,8 @@ def named(model: LLaMA, pattern: str) -> set[str]:
     names, blocks = [name for name, _ in model.named_parameters()], model.config.n_layer
     kind, colon, count = pattern.partition(":")
     if not colon:
-        found = {name for name in names if fnmatch.fnmatchcase(name, f"*{pattern}*")}
-        if not pattern or not found:
+        found = parts_of(names, pattern)
+        if not found:
             raise UserError(f"train_only: {pattern!r} is part of no parameter's name; there are "
                             f"first:N, last:N, every:N, {', '.join(sorted(plain(names)))}")
         return found
@@ -194,6 +194,14 @@ def named(model: LLaMA, pattern: str) -> set[str]:
                         f"to {blocks} blocks")
     starts = tuple(f"model.layers.{block}." for block in chosen)
     return {name for name in names if name.startswith(starts)}
+
+
+def parts_of(names: list[str], pattern: str) -> set[str]:
+    """Those of `names` that a pattern is a part of: of a letter or more, numbers as a whole."""
+    before = ("", "*[!0-9]") if pattern[:1].isdigit() else ("*",)
+    behind = ("", "[!0-9]*") if pattern[-1:].isdigit() else ("*",)
+    wholes = [f"{a}{pattern}{b}" for a in before for b in behind if len(pattern) > 1]
+    return {name for name in names if any(fnmatch.fnmatchcase(name, each) for each in wholes)}
 
 
 def plain(names: list[str]) -> set[str]:
@@ -208,8 +216,7 @@ def targets_of(model: LLaMA, wanted: str) -> tuple[str, ...]:
              if isinstance(module, Linear) and name.startswith("model.layers.")]
     chosen: set[str] = set()
     for item in (part.strip() for part in wanted.split(",")):
-        pattern = "*" if item == "all" else f"*.{SHORT[item]}" if item in SHORT else f"*{item}*"
-        found = set(fnmatch.filter(there, pattern)) if item else set()
+        found = {*there} if item == "all" else parts_of(there, SHORT.get(item, item))
         if not found:
             hint = nearest(item, [*SHORT, *SHORT.values()])
             raise UserError(f"lora_targets: {item!r} means no matrix of a block{hint}; there are "

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Block, LLaMA, ModelConfig
+from plainllama.files import read_json
 from plainllama.settings import Settings, UserError
 from plainllama.tokens.rows import Batch, Rows, to_batch
+from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.weights import adapters
 from plainllama.weights.huggingface import read_config
 
@@ -111,19 +113,29 @@ def merging(model: LLaMA) -> dict[int, ExpandedBlock]:
     return {layer: block for layer, block in expanded(model).items() if block.beside}
 
 
-def new_rows(config: ModelConfig, source: Path | None) -> int:
+def first_new(tokenizer: Path, entries: int, config: Settings) -> int:
+    """Say from which entry on a run's vocabulary is new to a model of so many `entries`, whose
+    tokenizer lies in a folder; 0: none is. An embedding may be larger than its tokenizer."""
+    data = read_json(Path("data", config.dataset, "manifest.json"), tolerant=True)
+    named = data.get("tokenizer", {})
+    if named.get("base") and (tokenizer / "tokenizer.json").is_file():
+        known = len(byte_info(tokenizer).lengths)
+        if known < named["vocab_size"]:
+            return known
+    return entries if entries < config.vocab_size else 0
+
+
+def new_rows(config: Settings, source: Path | None) -> int:
     """Say from which entry on a vocabulary is new to the model in `source`, and learns beside the
     frozen rest; 0: none is. UserError if a part of it is new for the second time."""
     if not source:
         return 0
     theirs = read_config(source)
-    if theirs.vocab_size == config.vocab_size:
-        return theirs.first_row
-    if theirs.first_row:
-        raise UserError(f"{source} grew its vocabulary of {theirs.vocab_size} entries beside a "
-                        f"frozen one, and cannot grow it again, to {config.vocab_size}; make a "
-                        "plain model of it first: export.py")
-    return theirs.vocab_size
+    first = first_new(source, theirs.vocab_size, config)
+    if first and theirs.first_row:
+        raise UserError(f"{source} grew its vocabulary to {first} entries beside a frozen one, and "
+                        "cannot grow it again; make a plain model of it first: export.py")
+    return first or theirs.first_row
 
 
 def freeze(model: LLaMA, config: Settings) -> None:

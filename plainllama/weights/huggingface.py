@@ -251,11 +251,12 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
         last = min(first + local.shape[0], entries)
         if first < last:
             local[:last - first].copy_(stored[name][first:last])
-    for name, place in () if grows else model.named_parameters():
-        if name.endswith(".rows"):  # a checkpoint has them in their matrix
+    for name, place in model.named_parameters():
+        if name.endswith(".rows"):  # a folder has them in their matrix, as many as it has
             matrix, (local, first) = stored[name.replace("rows", "weight")], world.piece(place.data)
-            first += matrix.get_shape()[0] - len(place)
-            local.copy_(matrix[first:first + len(local)])
+            before = model.config.vocab_size - len(place)
+            found = matrix[before + first:before + first + len(local)]
+            local[:len(found)].copy_(found)
 
 
 def refuse_rounding(folder: Path, name: str, weight: Tensor) -> None:

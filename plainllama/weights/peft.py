@@ -127,15 +127,25 @@ def base_of(folder: Path, moved: str = "") -> tuple[Path, Adapter]:
     """Find the base that an adapter's folder belongs to, at the place that it names or at `moved`.
     UserError if it is not there, or has other weights."""
     adapter = read_adapter(folder)
-    base = Path(moved or adapter.base)
-    if not (base / "config.json").is_file() or is_adapter(base):
-        raise UserError(f"{folder} is an adapter of the model {moved or adapter.base or '(none)'}, "
-                        "which is not there; say where it is with --base=FOLDER, or in train.py "
-                        f"put it there (base_model_name_or_path of {CONFIG})")
+    named, name = moved or adapter.base, Path(adapter.base).name
+    base = found_in(Path(named), name) if named else None
+    if not base:
+        there = moved and Path(moved).exists()
+        lacks = f"holds no model, and no checkpoint {name}" if there else "is not there"
+        raise UserError(f"{folder} is an adapter of the model {adapter.base or '(none)'}; "
+                        f"{named or '(none)'} {lacks}; say where it is with --base=FOLDER, or in "
+                        f"train.py put it there (base_model_name_or_path of {CONFIG})")
     if adapter.sha256 and weights_sha256(base) != adapter.sha256:
         raise UserError(f"{folder} is an adapter of other weights than those in {base}; say where "
                         "its base is with --base=FOLDER")
     return base, adapter
+
+
+def found_in(home: Path, name: str) -> Path | None:
+    """Find a whole model in a folder, or as the checkpoint `name` in a run or a folder of runs."""
+    places = (home, home / "checkpoints" / name, *home.glob(f"*/checkpoints/{name}"))
+    return next((place for place in places
+                 if (place / "config.json").is_file() and not is_adapter(place)), None)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -263,9 +273,9 @@ def adapter_for(model: LLaMA, config: Settings, source: Path | None) -> Adapter 
     if not source:
         return wanted
     if not is_adapter(source):
-        old = read_config(source).vocab_size
+        first = expansion.first_new(source, read_config(source).vocab_size, config)
         return replace(wanted, base=str(source.resolve()), sha256=weights_sha256(source),
-                       first_row=old if old < config.vocab_size else 0)
+                       first_row=first)
     found = read_adapter(source)
     keys = {"lora_r": "r", "lora_alpha": "alpha", "frozen_dtype": "frozen_dtype"}
     other = [f"--{key}={getattr(found, name)}" for key, name in keys.items()
@@ -274,11 +284,11 @@ def adapter_for(model: LLaMA, config: Settings, source: Path | None) -> Adapter 
         names = ",".join(short_targets(found, model.config))
         raise UserError(f"{source} is another adapter than the config's; to go on with it say "
                         f"{' '.join(other) or f'--lora_targets={names}'}")
-    theirs = whole_config(source).vocab_size
-    if theirs < config.vocab_size:
-        raise UserError(f"{source} is an adapter of a vocabulary of {theirs} entries, the data set "
-                        f"has {config.vocab_size}; make a model of it first: python export.py "
-                        f"--ckpt {source} --merge --to DIR")
+    if first := expansion.first_new(tokenizer_folder(source), whole_config(source).vocab_size,
+                                    config):
+        raise UserError(f"{source} is an adapter of a vocabulary of {first} entries, the data set "
+                        "has more; make a model of it first: python export.py --ckpt "
+                        f"{source} --merge --to DIR")
     base, _ = base_of(source, moved_base(found, config))
     return replace(found, dropout=wanted.dropout, targets=wanted.targets,
                    base=str(base.resolve()), sha256=found.sha256 or weights_sha256(base))
@@ -287,13 +297,9 @@ def adapter_for(model: LLaMA, config: Settings, source: Path | None) -> Adapter 
 def moved_base(adapter: Adapter, config: Settings) -> str:
     """Where the run's own config has an adapter's base, if it is not where the adapter says; the
     hash guards it."""
-    home, name = Path(config.init_from), Path(adapter.base).name
     if Path(adapter.base, "config.json").is_file():
         return ""
-    places = (home, home / "checkpoints" / name, *home.glob(f"*/checkpoints/{name}"))
-    there = [place for place in places
-             if (place / "config.json").is_file() and not is_adapter(place)]
-    return str(there[0]) if there else ""
+    return str(found_in(Path(config.init_from), Path(adapter.base).name) or "")
 
 
 def load_start(model: LLaMA, config: Settings, source: Path | None, adapter: Adapter | None,
