@@ -240,7 +240,8 @@ def check_keys(config: Settings, shape: bool = True) -> None:
              "adapters' thin ones are not for; with lora_r say --optimizer=adamw"),
             (shape and c.frozen_dtype != "fp32"
              and not (c.lora_r or c.train_only or c.expand_blocks),
-             f"frozen_dtype={c.frozen_dtype} has no effect where nothing is frozen; say lora_r"),
+             f"frozen_dtype={c.frozen_dtype} has no effect where nothing is frozen; say lora_r, "
+             "train_only or expand"),
             (c.frozen_dtype in ("int8", "nf4") and not c.lora_r,
              f"frozen_dtype={c.frozen_dtype} is for lora_r: any other checkpoint is a whole model, "
              "whose frozen matrices must come back as they were"),

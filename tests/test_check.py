@@ -127,7 +127,7 @@ def full_disk(monkeypatch):
     (no_rope, "RoPE, attention"),
     (wrong_heads, "RoPE, attention"),
     (zero_head, "Every parameter has a gradient and moves: none reaches 20 of 21"),
-    (wide_head, "The loss before the first step is ln V"),
+    (wide_head, "First weights have a loss of ln V"),
     (no_learning, "One row is learned by heart"),
     (lossy_checkpoint, "comes back equal: what was read is not what was written"),
     (full_disk, "A checkpoint fits on the disk"),

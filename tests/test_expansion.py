@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TUNED, documents, metrics, run_script, write_data_set
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import export
 import prepare
@@ -402,7 +402,17 @@ def read_config_of(folder: Path, config: dict) -> ModelConfig:
 def test_a_base_that_bf16_would_round_is_refused(home):
     with pytest.raises(UserError, match=r"would round .* that is no adapter's") as seen:
         run(*GROW, "--expand=stack", "--frozen_dtype=bf16", "--out_dir=out/a")
-    assert "\n" not in str(seen.value)
+    assert "\n" not in str(seen.value) and not Path("out/a").exists()
+    even = Path("even")  # weights that bf16 holds as they are
+    shutil.copytree(newest("out/base"), even)
+    (even / "checksums.json").unlink()
+    base = {name: p.bfloat16().float() for name, p in
+            load_file(even / "model.safetensors").items()}
+    save_file(base, even / "model.safetensors", {"format": "pt"})
+    assert run("--init_from=even", *GROW[1:], "--expand=concat", "--frozen_dtype=bf16",
+               "--out_dir=out/a") == 0
+    after = load_file(newest("out/a") / "model.safetensors")
+    assert all(torch.equal(after[name], base[name]) for name in base)
 
 
 def test_an_expanded_run_begins_another(home, capsys):
@@ -429,8 +439,21 @@ def test_several_validation_sets_are_measured_and_drawn(home, capsys):
     done = run_script("report.py", "out/a", "out/b", "--out=both.html", cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
     page = Path("both.html").read_text()
+    assert Path("both_val_loss.svg").is_file()
     assert "trade-off: loss on toy against loss on digits" in page
     assert "validation by set" in page and "digits: out/a" in page
+
+
+def test_a_set_sees_documents_as_the_run_does(home):
+    """The run's own split under another name, with doc_mask: the same loss, and without another."""
+    shutil.copytree("data/toy", "twin")
+    for name, keys in (("mask", ["--doc_mask"]), ("whole", [])):
+        assert run("--eval_sets={'twin': 'twin'}", "--max_steps=1", *keys, f"--out_dir=out/{name}"
+                   ) == 0
+        assert rows_of(f"out/{name}", "val_loss/twin") == rows_of(f"out/{name}", "val_loss")
+    assert rows_of("out/mask", "val_loss/twin") != rows_of("out/whole", "val_loss/twin")
+    with pytest.raises(UserError, match="other names '', no data set; name the folder of one"):
+        run("--eval_sets={'other': ''}", "--out_dir=out/x")
 
 
 CONCAT = (*GROW, "--expand=concat", "--divergence_weight=1")
@@ -481,7 +504,7 @@ def test_an_expanded_model_learns_dialogs_and_their_tokens(home, capsys):
     keys = *CONCAT, "--dataset=talks", "--eval_sets={'old': 'data/toy', 'new': 'data/talks'}"
     assert run(*keys, "--out_dir=out/whole") == 0
     said = capsys.readouterr().out
-    assert "and 5 new tokens" in said
+    assert "and 5 new entries" in said
     assert run(*keys, "--out_dir=out/parts", "--max_minutes=1e-9") == 75
     while run(*keys, "--out_dir=out/parts") != 0:
         pass
@@ -526,11 +549,16 @@ def test_tokens_learn_whose_rows_a_wide_embedding_had_already(home, tied):
                    "--out_dir=out/on", "--max_steps=1") == 0  # whose rows are not new again
         for name in ("x", "on"):
             shutil.rmtree(f"out/{name}")
+    done = run_script("train.py", "toy.py", *words, "--out_dir=out/x", "--parallel=fsdp",
+                      cwd=Path.cwd(), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert run(*words, "--out_dir=out/on") == 0
+    assert rows_of("out/x", "loss") == pytest.approx(rows_of("out/on", "loss"), abs=2e-5)
     with pytest.raises(UserError, match="freezes the rows of new tokens"):
-        run(*words[:3], "--train_only=last:1", "--out_dir=out/x")
+        run(*words[:3], "--train_only=last:1", "--out_dir=out/y")
     assert run("--init_from=out/wide", tie, "--lora_r=2", "--out_dir=out/a") == 0
     with pytest.raises(UserError, match="the data set has more"):
-        run("--init_from=out/a", "--dataset=talks", tie, "--lora_r=2", "--out_dir=out/x")
+        run("--init_from=out/a", "--dataset=talks", tie, "--lora_r=2", "--out_dir=out/y")
 
 
 def test_an_expanded_model_learns_preferences(home):

@@ -327,20 +327,20 @@ def test_pictures_stand_alone(tmp_path):
 
 def test_a_curve_is_drawn_where_the_numbers_are():
     points = [Point(step, value, value, value) for step, value in ((0, 0), (60, 5), (100, 10))]
-    svg = draw(Chart("t", ("lr",)), [], [Line(0, "lr", points)])
+    svg = draw(Chart("t", ("lr",)), ["x"], [Line(0, "lr", points)])
     path = re.search(r'<path d="M([0-9., ]*)h0"', svg)
     assert path
     at = np.array([[float(v) for v in point.split(",")] for point in path[1].split()])
     assert re.findall(r'x="([0-9.]*)" y="[0-9]*">(?:0|60|100)<', svg) == [
         f"{x:.1f}" for x in at[:, 0]]  # the labels below them
     assert at[0, 0] == LEFT and at[2, 0] == RIGHT
-    np.testing.assert_allclose(at[:, 1], 36 + HEIGHT * (1 - np.array([0, 5, 10]) / 10.5),
+    np.testing.assert_allclose(at[:, 1], 56 + HEIGHT * (1 - np.array([0, 5, 10]) / 10.5),
                                atol=0.05)
 
 
 def test_a_logarithmic_curve_is_drawn_where_the_numbers_are():
     points = [Point(step, value, value, value) for step, value in ((0, 1.0), (1, 10.0), (2, 100.0))]
-    svg = draw(Chart("t", ("loss",), log=True), [], [Line(0, "loss", points)])
+    svg = draw(Chart("t", ("loss",), log=True), ["x"], [Line(0, "loss", points)])
     heights = [float(y) for y in re.findall(r",([0-9.]+)", svg.split('<path d="M')[1])]
     grid = [float(y) for y in re.findall(rf'class="rule" d="M{LEFT} ([0-9.]+)H', svg)]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)

@@ -128,6 +128,9 @@ def open_sets(config: Settings, manifest: dict) -> dict[str, ValSet]:
     ours, found = manifest["tokenizer"], {}
     named = config.eval_sets if isinstance(config.eval_sets, dict) else {}
     for name, folder in named.items():
+        if not Path(folder, "manifest.json").is_file():
+            raise UserError(f"eval_sets: {name} names {folder!r}, no data set; name the folder of "
+                            f"one, such as data/{config.dataset}")
         theirs = read_manifest(Path(folder))
         if theirs["tokenizer"]["sha256"] not in (ours["sha256"], ours.get("base")):
             raise UserError(f"eval_sets: {name}, {folder}, has another tokenizer than "
@@ -143,14 +146,14 @@ def open_sets(config: Settings, manifest: dict) -> dict[str, ValSet]:
 
 def told(scores: dict) -> str:
     """Say in a line what was found."""
+    sets = "".join(f"; {name.removeprefix('val_loss/')} {loss:.4f}" for name, loss in scores.items()
+                   if name.startswith("val_loss/"))
     if "val_bpb" in scores:
-        sets = [f"; {name.removeprefix('val_loss/')} {loss:.4f}" for name, loss in scores.items()
-                if name.startswith("val_loss/")]
         return (f"validation loss {scores['val_loss']:.4f} nats/token, {scores['val_bpb']:.4f} "
-                f"bits/byte{''.join(sets)}")
+                f"bits/byte{sets}")
     return (f"validation loss {scores['val_loss']:.4f} nats/pair, chosen preferred in "
             f"{scores['val_rewards/accuracies']:.1%} of {scores['val_pairs']}, margin "
-            f"{scores['val_rewards/margins']:.4f}")
+            f"{scores['val_rewards/margins']:.4f}{sets}")
 
 
 def remark_on_chosen(run: Path, scores: dict) -> str:

@@ -150,7 +150,8 @@ def curve(group: list[RunFolder], metric: str, factor: float = 1) -> list[Point]
 def chart_block(chart: Chart, labels: list[str], lines: list[Line], out: Path) -> Block:
     """Draw a chart; it is also written as a picture beside `out`, with its style."""
     svg = draw(chart, labels, lines)
-    picture = out.with_name(f"{out.stem}_{chart.metrics[0].replace('/', '_')}.svg")
+    name = chart.metrics[0].strip("/").replace("/", "_")
+    picture = out.with_name(f"{out.stem}_{name}.svg")
     picture.write_text(alone(svg), "utf-8", "replace")
     return Block(svg, f"![{as_markdown(chart.title)}]({picture.name})")
 
@@ -161,11 +162,12 @@ def alone(svg: str) -> str:
 
 
 def draw(chart: Chart, labels: list[str], lines: list[Line]) -> str:
-    """Return a chart as SVG, a label for every color."""
+    """Return a chart as SVG, a label for every color that is in it."""
     points = [point for line in lines for point in line.points]
     low, high = min(point.low for point in points), max(point.high for point in points)
     final = max(*(point.step for point in points), chart.left + (chart.axis in ("step", "tokens")))
-    top = 36 + 20 * len(labels)
+    drawn = sorted({line.number for line in lines})
+    top = 36 + 20 * len(drawn)
     bottom = top + HEIGHT
     log = chart.log and low > 0
     low, high = (low / 1.02, high * 1.02) if log else (min(low, 0), max(high * 1.05, 0) or 1)
@@ -180,10 +182,10 @@ def draw(chart: Chart, labels: list[str], lines: list[Line]) -> str:
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 {bottom + 46}" '
              f'role="img" aria-label="{escape(chart.title)}"><rect width="100%" height="100%"/>'
              f'<text y="16">{escape(chart.title)}</text>']
-    for number, label in enumerate(labels):
+    for place, number in enumerate(drawn):
         color = COLORS[number % len(COLORS)]
-        parts.append(f'<text y="{36 + 20 * number}"><tspan style="fill: {color}">●</tspan> '
-                     f"{escape(label[-60:])}</text>")
+        parts.append(f'<text y="{36 + 20 * place}"><tspan style="fill: {color}">●</tspan> '
+                     f"{escape(labels[number][-60:])}</text>")
     for y in ticks(low, high, log):
         parts.append(f'<path class="rule" d="M{LEFT} {down(y):.1f}H{RIGHT}"/>'
                      f'<text class="y" x="{LEFT - 6}" y="{down(y) + 5:.1f}">{short(y)}</text>')

@@ -22,7 +22,7 @@ from plainllama.training import optim
 from plainllama.training.engine import architecture, outline
 from plainllama.training.objectives import Objective
 from plainllama.weights import checkpoint, expansion, peft
-from plainllama.weights.huggingface import GROWN, other_keys
+from plainllama.weights.huggingface import GROWN, other_keys, refuse_rounding
 
 # On resume these must be as they were, or the run would be another one ...
 FIXED = deciding("identity", "fixed")
@@ -74,9 +74,9 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
         raise UserError(f"{what} trains beside a model that is there; say --init_from=MODEL")
     config.vocab_size, grown = vocabulary(config, manifest, theirs)
     said.append(grown)
-    check_keys(config)
     if theirs and not steps_of(Path(config.out_dir)):
         refuse_other_model(Path(config.init_from), theirs, architecture(config), manifest)
+    check_keys(config)
     if config.epochs:
         if "max_steps" in command.overrides:
             raise UserError("max_steps has no effect beside epochs; say one of them")
@@ -196,7 +196,8 @@ def source_of(config: Settings, manifest: dict, world: World) -> Path:
 
 
 def refuse_other_part(source: Path, config: Settings) -> None:
-    """Refuse an adapter that is another than the config's, and new tokens that could not learn."""
+    """Refuse an adapter that is another than the config's, new tokens that could not learn, and to
+    round what is frozen where a checkpoint holds it too."""
     model = outline(config, source if peft.is_adapter(source) or config.expand_blocks else None)[0]
     ends = model.model.embed_tokens.weight, model.lm_head.weight
     entries, home = peft.whole_config(source).vocab_size, peft.tokenizer_folder(source)
@@ -204,6 +205,8 @@ def refuse_other_part(source: Path, config: Settings) -> None:
     if grows and config.train_only and not all(end.requires_grad for end in ends):
         raise UserError("train_only freezes the rows of new tokens; add embed_tokens,lm_head to "
                         "it, or train an adapter (lora_r)")
+    if config.frozen_dtype == "bf16" and not config.lora_r:
+        refuse_rounding(source, model)
 
 
 def starting_point(run: Path, config: Settings, data_hash: str,

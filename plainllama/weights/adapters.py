@@ -391,13 +391,13 @@ def summary(model: LLaMA, adapter: Adapter | None, frozen_dtype: str) -> str:
     if adapter:
         last = sorted({name.rpartition(".")[2] for name in adapter.targets})
         count = model.config.vocab_size - adapter.first_row
-        new = f" and {count} new tokens" if adapter.first_row else ""
+        new = f" and {count} new entries" if adapter.first_row else ""
         what = f"adapters beside {len(adapter.targets)} matrices ({', '.join(last)}){new}"
     elif model.config.expand_blocks:
         layers = dict.fromkeys(name.split(".")[2] for name, _ in trained(model) if COPIES in name)
         what = f"copies of the blocks {', '.join(layers)} ({model.config.expand})"
         if model.config.first_row:
-            what += f" and {model.config.vocab_size - model.config.first_row} new tokens"
+            what += f" and {model.config.vocab_size - model.config.first_row} new entries"
     else:
         names = [name for name, _ in trained(model)]
         what = f"{len(names)} parameters, from {names[0]} to {names[-1]}"

@@ -214,19 +214,12 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
 # ---- the weights, read
 
 def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
-                 exact: bool = False, expands: bool = False) -> None:
+                 expands: bool = False) -> None:
     """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
     mapped from a file may be unaligned, and alignment changes the bits of a matmul. If the model
-    `grows`, it may have more entries in its vocabulary, whose rows stay as they are. `exact`: it is
-    an error to hold a weight in bf16 that has other bits. `expands`: its copies of blocks stay as
-    they are, the folder has none."""
-    try:
-        shards = [safe_open(folder / name, "pt") for name in weight_files(folder)]
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: its weights cannot be read: {error}; copy it again") from None
-    # slices of the files, of which rows are read later; old folders hold rotary tables, too
-    stored = {name: shard.get_slice(name) for shard in shards
-              for name in shard.keys() if "rotary_emb" not in name}  # noqa: SIM118
+    `grows`, it may have more entries in its vocabulary, whose rows stay as they are. `expands`: its
+    copies of blocks stay as they are, the folder has none."""
+    stored = open_weights(folder)
     if model.config.tie_embeddings:
         stored.pop("lm_head.weight", None)
     wanted = base_weights(model, copies=not expands)
@@ -246,8 +239,6 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
             place.hold(stored[name][:].to(world.device))
             continue
         local, first = world.piece(place.data)
-        if exact and place.dtype == torch.bfloat16:
-            refuse_rounding(folder, name, stored[name][:])
         last = min(first + local.shape[0], entries)
         if first < last:
             local[:last - first].copy_(stored[name][first:last])
@@ -259,11 +250,27 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
             local[:len(found)].copy_(found)
 
 
-def refuse_rounding(folder: Path, name: str, weight: Tensor) -> None:
-    """Refuse to hold a weight in bf16 that has other bits."""
-    if not torch.equal(weight, weight.bfloat16().to(weight.dtype)):
-        raise UserError(f"frozen_dtype=bf16 would round {name} of {folder}, and a checkpoint "
-                        "that is no adapter's holds what is frozen; say frozen_dtype=fp32")
+def open_weights(folder: Path) -> dict:
+    """Open a model folder's weights by name, as slices of the files, of which rows are read later;
+    without the rotary tables of old folders."""
+    try:
+        shards = [safe_open(folder / name, "pt") for name in weight_files(folder)]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: its weights cannot be read: {error}; copy it again") from None
+    return {name: shard.get_slice(name) for shard in shards
+            for name in shard.keys() if "rotary_emb" not in name}  # noqa: SIM118
+
+
+def refuse_rounding(folder: Path, model: LLaMA) -> None:
+    """Refuse a folder of weights that have other bits in bf16 where `model` holds them so."""
+    stored = open_weights(folder)
+    for name, place in model.named_parameters():
+        if place.dtype == torch.bfloat16 and name in stored:
+            weight = stored[name][:]
+            if not torch.equal(weight, weight.bfloat16().to(weight.dtype)):
+                raise UserError(f"frozen_dtype=bf16 would round {name} of {folder}, and a "
+                                "checkpoint that is no adapter's holds what is frozen; say "
+                                "frozen_dtype=fp32")
 
 
 def weight_files(folder: Path) -> list[str]:

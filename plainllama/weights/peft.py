@@ -315,9 +315,8 @@ def load_start(model: LLaMA, config: Settings, source: Path | None, adapter: Ada
     theirs = read_config(base)
     grows = theirs.vocab_size < model.config.vocab_size
     initialise(model, config.seed, world.piece, (*ADDED, *(ENDS if grows else ())))
-    # a checkpoint holds the frozen weights too, where there is no adapter to save alone
     expands = not theirs.expand_blocks
-    load_weights(base, model, world, grows, exact=not adapter, expands=expands)
+    load_weights(base, model, world, grows, expands)
     if expands:
         expansion.begin(model)
     if source and is_adapter(source):
