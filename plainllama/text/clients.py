@@ -62,8 +62,8 @@ class Origin:
 
 def clients_pieces(source: dict, record: dict, files: list[tuple[str, Path]],
                    settings: dict) -> list[Piece]:
-    """Plan the pieces of a source, without the paths that group() gives them; `record`: what the manifest says of it. UserError for files that
-    are no tables."""
+    """Plan the pieces of a source, without the paths that group() gives them; `record`: what the
+    manifest says of it. UserError for files that are no tables."""
     for _, path in files:
         if kind_of(path.name, FILES) not in FILES:
             raise UserError(f"{path}: a table is a .csv (also packed) or a .parquet")
@@ -132,9 +132,8 @@ def parquet_rows(origin: Origin, path: str) -> Iterator[Row]:
         found = f"one value in {single[0]!r}" if single else f"an array in {origin.id!r}"
         raise UserError(f"{path}: a row has an array in {lists[0]!r} and {found}; it is a client "
                         "with an id and arrays, or it is a transaction")
-    if not lists and not origin.time:
-        raise UserError(f"sources: {origin.path} has no 'time': say which column orders the "
-                        "transactions of a client")
+    if not lists:
+        need_time(origin)
     number = 0
     for batch in table.iter_batches(256 if lists else 1 << 14, columns=origin.read):
         values = [batch.column(name).to_pylist() for name in origin.read]
@@ -170,9 +169,8 @@ def transactions(origin: Origin) -> Iterator[tuple[str, list]]:
     first = 2 if origin.time else 1  # of the values
     for label, path in origin.files:
         packed = kind_of(path, FILES) == ".parquet"
-        if not (packed or origin.time):
-            raise UserError(f"sources: {origin.path} has no 'time': say which column orders the "
-                            "transactions of a client")
+        if not packed:
+            need_time(origin)
         with naming_damage(path):
             for number, cells in (parquet_rows if packed else csv_rows)(origin, path):
                 at = cells if isinstance(cells, str) or not origin.time else (
@@ -188,6 +186,13 @@ def transactions(origin: Origin) -> Iterator[tuple[str, list]]:
                     yield code_of(cells[0]), [at if origin.time else 0, cells[first:]]
                     continue
                 yield "", [rule, f"{label}{' row ' if packed else ':'}{number}"]
+
+
+def need_time(origin: Origin) -> None:
+    """Raise UserError if nothing orders rows that may come in any order."""
+    if not origin.time:
+        raise UserError(f"sources: {origin.path} has no 'time': say which column orders the "
+                        "transactions of a client")
 
 
 def moment(value: Any, form: str) -> float | None:

@@ -189,8 +189,7 @@ def files_of(path: str, known: dict, documents: str) -> tuple[dict, list[tuple[s
     if path.startswith("hf:"):
         return hub_files(path, known)
     if path in SPOOLS:
-        spool = tempfile.NamedTemporaryFile(prefix="plainllama-", suffix=".csv")  # noqa: SIM115
-        SPOOLED.append(spool)
+        SPOOLED.append(tempfile.NamedTemporaryFile(suffix=".csv"))  # noqa: SIM115
         SPOOLS[path](SPOOLED[-1])
         SPOOLED[-1].flush()
         return {}, [(path, Path(SPOOLED[-1].name))]
