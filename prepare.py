@@ -24,6 +24,11 @@ form by its name, or FILE.py:function of your own, which is run: it takes a reco
 such a form, or its messages, or None), 'fields' ({'prompt': 'question'}), 'system', 'train_on',
 'max_tokens', 'name' and 'count' of dialogs an epoch or 'weight' by learned tokens.
 
+With --documents=table a document is a client with its transactions; a source is then a dict {'path':
+.csv or .parquet, 'id': COLUMN, 'time': COLUMN, 'columns': [COLUMN or {'column': COLUMN, 'name': NAME
+or several, 'unit': 'EUR', 'decimals': 2, 'words': {code: word} or a file}], 'format': 'plain', yaml,
+json, html, markdown, sql, grouped, or several}, 'group', 'shuffle', 'seed', 'time_format' (README).
+
 A document is held out for validation by the hash of its text. If none is, the one with the smallest
 hash is; a single document, or each of a few long ones, gives its end. A document over 16 MB becomes
 several, cut before a space. Off unless asked: --min_chars and --max_chars; --dedup=exact keeps the
@@ -46,7 +51,7 @@ class Flags:
     part: str = key("", "i/n: only the i-th of n shares of the work, i from 1 to n")
     verify: str = key("", "check every byte of the data set in this folder")
     inspect: str = key("", "show what the data set in this folder holds")
-    show: int = key(0, "print so many dialogs of the set as tokens, what is learned marked", low=0)
+    show: int = key(0, "print so many dialogs or clients of the set, what is learned marked", low=0)
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before anything slow is loaded

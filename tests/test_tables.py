@@ -32,7 +32,7 @@ from plainllama.tokens.tokenizer import Tokenizer
 HOSTILE = ["NaN", "nan", "NULL", "null", "", " ", "007", "-5", "1e5", "12", "1.50", "a, b",
            "a|b", "# x", "### y", '"', 'say "no"', "it's", "<td>&amp;</td>", "a\nb", "\r", "\t",
            "\\", "\0", "\x85", "\u2028", "\ufeff", "Привет", "日本", "😀", "yes", "No", "~", "true",
-           "- x", "a: b", "a #b", "1970-01-01", "1969-12-31", "{}", "[1]", "&lt;", "x,", ",", "=", "<<", "0x1F",
+           "- x", "a: b", "a #b", "1970-01-01", "1969-12-31", "{}", "[1]", "&lt;", "x,", ",", "0x1F",
            "1:30", "1_000", ".5", "-", "'", "''", "--", "/*", "\x7f", "</table>", "y", "Ω is"]
 NUMBERS = [0, -1, 5, 10**12, -(10**17), 2**62, 1e-9, -1e-9, 1e12, 1.5, 0.1, -2.5e-300, 1e300,
            5e-324, 12345678.125, 1e16, 3.0, -0.0]
@@ -548,8 +548,8 @@ def test_workers_and_shares_give_the_same_bytes(tmp_path):
 
     def files(name, *words):
         done = run_script("prepare.py", f"--dataset={name}", "--documents=table",
-                          "--tokenizer=bytes", f"--sources={source(format=['plain', 'json'])}", "--val_fraction=0.1",
-                          "--block_size=256", *words, cwd=tmp_path, code=code)
+                          "--tokenizer=bytes", f"--sources={source(format=['plain', 'json'])}",
+                          "--val_fraction=0.1", "--block_size=256", *words, cwd=tmp_path, code=code)
         assert done.returncode == 0, done.stderr
         return {path.name: path.read_bytes() for path in (tmp_path / "data" / name).iterdir()
                 if path.name not in ("sources.json", "work.tmp")}
