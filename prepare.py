@@ -24,10 +24,11 @@ form by its name, or FILE.py:function of your own, which is run: it takes a reco
 such a form, or its messages, or None), 'fields' ({'prompt': 'question'}), 'system', 'train_on',
 'max_tokens', 'name' and 'count' of dialogs an epoch or 'weight' by learned tokens.
 
-With --documents=table a document is a client with its transactions; a source is then a dict {'path':
-.csv or .parquet, 'id': COLUMN, 'time': COLUMN, 'columns': [COLUMN or {'column': COLUMN, 'name': NAME
-or several, 'unit': 'EUR', 'decimals': 2, 'words': {code: word} or a file}], 'format': 'plain', yaml,
-json, html, markdown, sql, grouped, or several}, 'group', 'shuffle', 'seed', 'time_format' (README).
+With --documents=table a document is a client with its transactions; a source is then a dict
+{'path': .csv or .parquet, 'id': COLUMN, 'time': COLUMN, 'columns': [COLUMN or {'column': COLUMN,
+'name': NAME or several, 'unit': 'EUR', 'decimals': 2, 'words': {code: word} or a file}], 'format':
+'plain', 'yaml', 'json', 'html', 'markdown', 'sql', 'grouped' or several}, also with 'group',
+'shuffle', 'seed' and 'time_format'.
 
 A document is held out for validation by the hash of its text. If none is, the one with the smallest
 hash is; a single document, or each of a few long ones, gives its end. A document over 16 MB becomes
