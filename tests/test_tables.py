@@ -272,6 +272,9 @@ def test_cells_of_a_csv_are_what_they_were(tmp_path, monkeypatch):
         "5,1970-01-06,x,12345678901234567890\r\n5,1970-01-07,\"x,\"\"NaN\"\",y\",+1\r\n"
     ).encode())
     [client] = clients(source())
+    with open("ids.csv", "w") as file:  # no numbers: none is another's
+        file.write("who,day,what,sum\n1e5,1,a,1\n100000,1,a,1\n0012,1,a,1\n12,1,a,1\n")
+    assert [own.id for own in clients(source(path="ids.csv"))] == ["1e5", "100000", "0012", "12"]
     assert client.id == "5" and client.columns["day"] == sorted(client.columns["day"])
     assert client.columns["what"] == [None, "NaN", 'say "NULL", <b>', "a\nb", "Ёж", None, "null",
                                       "x", 'x,"NaN",y']
@@ -390,6 +393,7 @@ def test_words_come_from_files_too(tmp_path, monkeypatch):
 
 REFUSED = [
     ({"id": ""}, "no 'id'"), ({"columns": []}, "no 'columns'"), ({"time": ""}, "no 'time'"),
+    ({"time": "", "time_format": "%Y"}, "no effect without 'time'"),
     ({"format": "jsn"}, "did you mean json"), ({"format": ["plain", "xml"]}, "'xml'"),
     ({"format": []}, "or a list"), ({"format": 3}, "or a list"),
     ({"id": "wo"}, "did you mean who"), ({"time": "days"}, "did you mean day"),
@@ -571,7 +575,7 @@ def test_one_transaction_that_is_too_long_drops_its_client(tmp_path, monkeypatch
     found = texts_of(folder, "train") | texts_of(folder, "val")
     assert "long" not in found and found["last"] == "day|what|sum\n2, b, 1"
     assert shards.read_manifest(folder)["dropped"] == {
-        "a transaction alone longer than block_size 64": {"count": 1, "first": "t.csv: long"}}
+        "a transaction alone longer than block_size 64": {"count": 1, "first": "t.csv: client long"}}
 
 
 def test_a_run_on_tables_is_one_of_whole_texts(tmp_path):

@@ -99,10 +99,12 @@ def csv_rows(origin: Origin, path: str) -> Iterator[Row]:
         reader = csv.reader(lines, delimiter=delimiter(head))
         try:
             header = next(reader, [])
-            chosen = columns_in(origin, path, header)
+            who, *chosen = columns_in(origin, path, header)
             for cells in reader:
                 if len(cells) == len(header):
-                    yield reader.line_num, [cell(cells[i]) for i in chosen]
+                    client = None if cells[who] in MISSING else (
+                        cells[who].removeprefix(MARK).removesuffix(".0"))
+                    yield reader.line_num, [client, *(cell(cells[i]) for i in chosen)]
                 elif cells:
                     yield reader.line_num, "a row with more or fewer cells than the first line"
         except csv.Error as error:
@@ -276,7 +278,7 @@ def clients_in(origin: Origin, path: str, note: Callable) -> Iterator[Client]:
         lost[client] += keep_newest(rows)
         if lost[client]:
             note(f"transactions before a client's newest {NEWEST:,}",
-                 partial("{}: {}".format, origin.path, client), lost[client])
+                 partial("{}: client {}".format, origin.path, client), lost[client])
         columns = map(list, zip(*map(itemgetter(1), rows), strict=True))
         yield Client(client, dict(zip(names, columns, strict=True)))
 

@@ -125,7 +125,7 @@ def tables_of(piece: Piece, dropped: Tally,
     for client in clients_in(piece.table, piece.path, cut.note):
         text = Table(renderer.text(client))
         text.client, text.renderer, text.kept = client, renderer, text
-        text.where = partial("{}: {}".format, piece.label, client.id)
+        text.where = partial("{}: client {}".format, piece.label, client.id)
         for column, count in renderer.unknown(client).items():
             if count:
                 cut.note(f"words: codes of {column} that have none", text.where, count)

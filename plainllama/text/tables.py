@@ -222,6 +222,8 @@ def settings_of(source: dict) -> dict:
     for name in ("id", "columns"):
         if not source.get(name):
             raise UserError(f"sources: {path} has no {name!r}; a table is {EXAMPLE}")
+    if "time_format" in source and not source.get("time"):
+        raise UserError(f"sources: time_format of {path} has no effect without 'time'")
     formats = source.get("format", "plain")
     formats = [formats] if isinstance(formats, str) else formats
     if not (isinstance(formats, list) and formats):
