@@ -12,6 +12,7 @@ import math
 import random
 import re
 import sqlite3
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -360,8 +361,17 @@ def test_rows_of_clients_are_read_as_their_transactions(tmp_path, monkeypatch):
             [*clients(source(**keys) | wrong)]
 
 
-def test_times_are_ordered_as_times(tmp_path, monkeypatch):
+@pytest.fixture
+def own_zone():
+    """The zone of this machine again, afterwards."""
+    yield
+    time.tzset()
+
+
+def test_times_are_ordered_as_times(own_zone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # where this runs does not matter
+    time.tzset()
     (tmp_path / "t.csv").write_text("who,day,what,sum\n1,02JAN70:10,a,2\n1,31DEC69:23,b,1\n"
                                     "1,01FEB70:00,c,3\n")
     with pytest.raises(UserError, match="say time_format"):
@@ -575,7 +585,8 @@ def test_one_transaction_that_is_too_long_drops_its_client(tmp_path, monkeypatch
     found = texts_of(folder, "train") | texts_of(folder, "val")
     assert "long" not in found and found["last"] == "day|what|sum\n2, b, 1"
     assert shards.read_manifest(folder)["dropped"] == {
-        "a transaction alone longer than block_size 64": {"count": 1, "first": "t.csv: client long"}}
+        "a transaction alone longer than block_size 64": {
+            "count": 1, "first": "t.csv: client long"}}
 
 
 def test_a_run_on_tables_is_one_of_whole_texts(tmp_path):
