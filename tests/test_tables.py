@@ -28,6 +28,7 @@ from plainllama.text import embedded_table, tables
 from plainllama.text.sources import clients, described
 from plainllama.text.tables import FORMATS, Client, Renderer, hash_of, settings_of
 from plainllama.tokens import shards
+from plainllama.tokens.rows import FitRows, val_rows
 from plainllama.tokens.tokenizer import Tokenizer
 
 HOSTILE = ["NaN", "nan", "NULL", "null", "", " ", "007", "-5", "1e5", "12", "1.50", "a, b",
@@ -525,6 +526,9 @@ def test_a_set_holds_each_client_once_cut_to_its_newest(tmp_path, monkeypatch, c
     held = {who for who in found if int.from_bytes(hashlib.blake2b(
         who.encode(), digest_size=8).digest(), "big") < 0.1 * 2**64}
     assert texts_of(folder, "val").keys() == held  # by the client alone
+    rows = val_rows(folder, manifest, 128)  # of whole tables, none of which sees another
+    assert isinstance(rows, FitRows) and rows.targets(0, rows.windows) == sum(
+        len(ids) - 1 for ids in stored(folder, "val"))
     assert shards.verify(folder) == (0, [])
     capsys.readouterr()
     inside(tmp_path, monkeypatch, documents="table", sources=[source()], block_size=128)
