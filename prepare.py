@@ -24,6 +24,12 @@ form by its name, or FILE.py:function of your own, which is run: it takes a reco
 such a form, or its messages, or None), 'fields' ({'prompt': 'question'}), 'system', 'train_on',
 'max_tokens', 'name' and 'count' of dialogs an epoch or 'weight' by learned tokens.
 
+With --documents=table a document is a client with its transactions; a source is then a dict
+{'path': .csv or .parquet, 'id': COLUMN, 'time': COLUMN, 'columns': [COLUMN or {'column': COLUMN,
+'name': NAME or several, 'unit': 'EUR', 'decimals': 2, 'words': {code: word} or a file}], 'format':
+'plain', 'yaml', 'json', 'html', 'markdown', 'sql', 'grouped' or several}, also with 'group',
+'shuffle', 'seed' and 'time_format'.
+
 A document is held out for validation by the hash of its text. If none is, the one with the smallest
 hash is; a single document, or each of a few long ones, gives its end. A document over 16 MB becomes
 several, cut before a space. Off unless asked: --min_chars and --max_chars; --dedup=exact keeps the
@@ -46,7 +52,7 @@ class Flags:
     part: str = key("", "i/n: only the i-th of n shares of the work, i from 1 to n")
     verify: str = key("", "check every byte of the data set in this folder")
     inspect: str = key("", "show what the data set in this folder holds")
-    show: int = key(0, "print so many dialogs of the set as tokens, what is learned marked", low=0)
+    show: int = key(0, "print so many dialogs or clients of the set, what is learned marked", low=0)
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before anything slow is loaded
@@ -70,8 +76,8 @@ import numpy as np
 
 from plainllama.files import read_json, write_json
 from plainllama.text import selection
-from plainllama.text.documents import Part, Rules
-from plainllama.text.sources import check_dialogs, described, state_of, survey
+from plainllama.text.documents import Part, Rules, grouped
+from plainllama.text.sources import check_sources, described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
 from plainllama.tokens.parts import (
@@ -113,7 +119,8 @@ def main(command: CommandLine) -> int:
     if idle:
         print(f"no effect here, but on train.py: {', '.join(sorted(idle))}")
     if look.show and config.documents == "text":
-        raise UserError("--show is for dialogs: --documents=chat; text is shown by --inspect")
+        raise UserError("--show is for dialogs and tables: --documents=chat; text is shown by "
+                        "--inspect")
     if config.init_from and config.documents != "text":
         from plainllama.training.resume import inherit  # here, since it loads torch
 
@@ -174,7 +181,7 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
     """Make the data set, or what is missing of it, or a share of it; return whether it is whole."""
     recipe = {key: getattr(config, key) for key in RECIPE}
     recipe["sources"] = described(config.sources)
-    check_dialogs(recipe["sources"], config.documents)
+    check_sources(recipe["sources"], config.documents)
     if config.documents != "text":
         recipe["block_size"] = config.block_size  # to which they are cut
     complete = (folder / "manifest.json").exists()
@@ -214,7 +221,7 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
 def unfinished(folder: Path) -> dict:
     """Read what an interrupted run noted, {} if there was none; refuse a folder of others."""
     ours = (rf"{NOTES}|{SEEN}|tokenizer\.json|manifest\.(sha256|.*\.tmp)"
-            r"|chat_template\.jinja|(train|val)-\d{5}\.(bin|idx|mask|num)")
+            r"|chat_template\.jinja|(train|val)-\d{5}\.(bin|idx|mask|num|ids)")
     begun = read_json(folder / NOTES / "state.json")
     foreign = [path.name for path in files_in(folder)
                if not re.fullmatch(ours if begun else NOTES, path.name)]
@@ -269,8 +276,11 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
     must be made first."""
     rules = Rules(config.strict, config.min_chars, config.max_chars)
     parts = [replace(part, rules=rules) for part in parts]
+    if config.documents == "table":
+        (folder / NOTES).mkdir(exist_ok=True)
+        parts = grouped(parts, folder / NOTES, config.strict, config.max_dropped)
     choose = partial(selection.choose_hold_out, fraction=config.val_fraction,
-                     dialogs=config.documents != "text")
+                     whole=config.documents != "text")
     hold_out = choose(parts)
     tokenizer = choose_tokenizer(config, folder, parts)
     noted = read_json(folder / NOTES / "state.json", tolerant=True)
@@ -287,7 +297,8 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
         parts = selection.without_repeats(folder, parts, config.dedup)
         hold_out = choose(parts)
     make_shards(config, folder, parts, mine, hold_out, tokenizer)
-    files = {piece.path for part in parts for piece in part.pieces}
+    files = {path for part in parts for piece in part.pieces for path in (
+        [path for _, path in piece.table.files] if piece.table else [piece.path])}
     changed = sorted(path for path in files & seen.keys() if state_of(path) != seen[path][:3])
     if changed:
         raise UserError(f"{', '.join(changed[:3])} changed while it was read; remove {folder} and "
@@ -303,8 +314,15 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
 
 def show(folder: Path, manifest: dict, count: int) -> None:
     """Print some dialogs of a set, of its sources in turn, from all over each, as tokens, what is
-    learned of them coloured."""
-    split, chat = shards.Split(folder, "train", manifest), chat_of(Tokenizer.load(folder))
+    learned of them coloured; or some clients as text."""
+    split, tokenizer = shards.Split(folder, "train", manifest), Tokenizer.load(folder)
+    if not split.masked:
+        names, ends = split.clients(), split.bounds().tolist()
+        for i in np.random.default_rng(0).permutation(split.documents)[:count].tolist():
+            print(f"--- {names[i]}, {ends[i + 1] - ends[i]:,} tokens")
+            print(tokenizer.decode(split.read(ends[i], ends[i + 1])))
+        return
+    chat = chat_of(tokenizer)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     draw, bounds, together = np.random.default_rng(0), split.bounds(), split.together
     source_of = split.sources()[::together]
@@ -323,7 +341,8 @@ def print_counts(manifest: dict) -> None:
     """Print what came in, what was dropped by which rule, and what there is."""
     dropped, splits = manifest["dropped"], manifest["splits"]
     total = sum(x.get("documents", x.get("count")) for x in (*splits.values(), *dropped.values()))
-    what = "pairs" if manifest["recipe"].get("documents") == "preference" else "documents"
+    kind = manifest["recipe"].get("documents")
+    what = {"preference": "pairs", "table": "clients"}.get(kind, "documents")
     print(f"{total:>14,} {what} in")
     for why in ("dropped", "cut"):
         for rule, entry in manifest.get(why, {}).items():

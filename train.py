@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from plainllama import settings
 from plainllama.command import CommandLine, complain, crowded, parse_arguments, run_command
 from plainllama.files import newest_run, read_status, write_json, write_status
-from plainllama.settings import UserError
+from plainllama.settings import DIALOGS, UserError
 
 
 @dataclass
@@ -251,7 +251,7 @@ class Run:
         state, code, after = "stopped", STOPPED, "the same command goes on from there"
         if self.step == self.config.max_steps:
             state, code, after = "done", 0, f"next: python sample.py --ckpt {self.folder}"
-            after += "" if self.config.documents == "text" else " --chat"
+            after += " --chat" if self.config.documents in DIALOGS else ""
         self.log.status(state, self.step)
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
         self.log.say(after)

@@ -38,7 +38,7 @@ class Settings:
     sources: object = recipe("hf:ashaba1in/small_openwebtext", "text: a path, glob, -, "
                              "hf:NAME[@REV][:split], embedded, a dict, or a list of these")
     documents: str = recipe("text", "what a record of the sources is",
-                            ("text", "chat", "preference"))
+                            ("text", "chat", "preference", "table"))
     tokenizer: str = recipe(
         "mistral", "mistral, gpt2, bytes, bpe:4096 (trained here), a .model, a tokenizer.json")
     val_fraction: float = recipe(0.005, "share of documents held out", low=1e-9, high=0.5)
@@ -54,9 +54,10 @@ class Settings:
                            "the first of its prompt), or is dropped", ("cut", "drop"))
     chat_template: str = recipe("own", "model: the Jinja template beside the tokenizer",
                                 ("own", "model"))
-    max_dropped: float = prepare(0.2, "share of a source's dialogs that may be dropped", (), 0, 1)
+    max_dropped: float = prepare(0.2, "share of a source's dialogs or transactions that may be "
+                                 "dropped", (), 0, 1)
     packing: str = fixed("auto", "a row holds text without end, tokens of one document, or several "
-                         "whole documents (auto: concat for text, fit for dialogs)",
+                         "whole documents (auto: concat for text, else fit)",
                          ("auto", "concat", "doc", "fit"))
     mixture: object = fixed(None, "train on several data sets: {'a': 0.7, 'b': 0.3}")
     # model
@@ -154,7 +155,9 @@ class Sampling:
 
 IDLE = {"text": ("train_on", "too_long", "chat_template", "max_dropped"),  # keys without effect,
         "chat": ("min_chars", "max_chars"),  # by the kind of documents
-        "preference": ("min_chars", "max_chars")}
+        "preference": ("min_chars", "max_chars"),
+        "table": ("train_on", "too_long", "chat_template", "min_chars", "max_chars", "dedup")}
+DIALOGS = ("chat", "preference")  # the kinds of documents whose tokens are not all learned
 
 
 # Keys and flags of all commands that name a file or a folder: ~ at its beginning is the home.
@@ -200,7 +203,8 @@ def settle_documents(config: Settings) -> None:
     if config.packing == "auto":
         config.packing = "concat" if config.documents == "text" else "fit"
     elif config.documents != "text" and config.packing != "fit":
-        raise UserError(f"packing={config.packing} is for text; dialogs are packed with fit")
+        raise UserError(f"packing={config.packing} is for text; documents={config.documents} are "
+                        "packed with fit")
     config.doc_mask = config.doc_mask or config.packing == "fit"
 
 

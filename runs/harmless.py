@@ -76,7 +76,7 @@ def chosen_talks(path: str, file: Path) -> None:
     if file.exists():
         return
     _, parts = survey({"path": path}, documents="preference", train_on="last")
-    hold_out = choose_hold_out(parts, HELD_OUT, dialogs=True)
+    hold_out = choose_hold_out(parts, HELD_OUT, whole=True)
     talks = [json.loads(text)["messages"] for split, text in
              placed(documents(parts, Tally()), hold_out) if split == "train"]
     write_text(file, "".join(json.dumps({"messages": talk}) + "\n" for talk in talks))

@@ -287,7 +287,7 @@ def test_dialogs_are_held_out_whole(tmp_path, monkeypatch):
             texts, _ = read(str(tmp_path / "a.jsonl"))
         assert len(texts) == len(rows)
         _, parts = survey(str(tmp_path / "a.jsonl"), documents="chat", train_on="last")
-        hold_out = choose_hold_out(parts, 0.1, dialogs=True)
+        hold_out = choose_hold_out(parts, 0.1, whole=True)
         splits = [*placed(documents(parts, Tally()), hold_out)]
         assert [text for _, text in splits] == texts
         assert {split for split, _ in splits} == {"train", "val"}

@@ -67,6 +67,8 @@ def place(folder: Path) -> dict:
     pairs = folder / "config/dpo.py"
     pairs.write_text(pairs.read_text() + "block_size = 512\nglobal_batch_tokens = 2 * 512\n"
                      "sources = [{'path': 'embedded:preference', 'slice': ':100'}]\n")
+    bank = folder / "config/transactions.py"
+    bank.write_text(bank.read_text() + "block_size = 512\nglobal_batch_tokens = 2 * 512\n")
     large = folder / "config/llama100m.py"
     large.write_text(large.read_text() + "tokenizer = 'bpe:400'\nval_fraction = 0.1\n")
     adapted = folder / "config/lora_8b.py"

@@ -136,8 +136,8 @@ def open_sets(config: Settings, manifest: dict) -> dict[str, ValSet]:
             raise UserError(f"eval_sets: {name}, {folder}, has another tokenizer than "
                             f"data/{config.dataset}; prepare it with "
                             f"--tokenizer=data/{config.dataset}/tokenizer.json")
-        dialogs = theirs["recipe"].get("documents", "text") != "text"
-        masked = dialogs or (config.doc_mask and config.packing != "fit")
+        whole = theirs["recipe"].get("documents", "text") != "text"
+        masked = whole or (config.doc_mask and config.packing != "fit")
         found[name] = ValSet(val_rows(Path(folder), theirs, config.block_size),
                              byte_info(Path(folder)),
                              theirs["tokenizer"]["bos"] if masked else None)

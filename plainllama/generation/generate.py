@@ -375,7 +375,8 @@ def samples_of(config: Settings, data: Path, rows: Rows,
     why = "a context of one token has no room for them"
     if config.block_size > 1:
         try:
-            opening = rows.opening() if isinstance(rows, FitRows) else None
+            masked = isinstance(rows, FitRows) and rows.split.masked
+            opening = rows.opening() if masked else None  # type: ignore[attr-defined]
             return [RunSamples(config, Tokenizer.load(data), opening)]
         except ImportError as error:  # training itself does not need the libraries
             why = str(error)

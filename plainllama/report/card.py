@@ -9,7 +9,7 @@ from plainllama.report.charts import CHARTS, charts
 from plainllama.report.page import baselines, scores
 from plainllama.report.runs import RunFolder, load
 from plainllama.results import read_scores
-from plainllama.settings import UserError
+from plainllama.settings import DIALOGS, UserError
 
 # what the card's example asks of a model of either kind
 TEXT = 'tokenizer("The", return_tensors="pt")'
@@ -59,8 +59,8 @@ def training_facts(info: dict, state: dict) -> dict:
     names = ", ".join(f"{name} ({weight / total:.1%})" for name, weight in mixture.items())
     seen = state.get("rows", 0) * config.get("block_size", 0)  # of a run older than `tokens`
     given = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
-    text = config.get("documents", "text") == "text"
-    unit = "tokens trained on" if text else "learned tokens"
+    dialogs = config.get("documents", "text") in DIALOGS
+    unit = "learned tokens" if dialogs else "tokens trained on"
     edited = " (edited)" if git.get("dirty") else ""
     return {
         "data set": names or data.get("name"), "validated on": data.get("name") if names else None,

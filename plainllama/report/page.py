@@ -14,7 +14,7 @@ from plainllama.report.blocks import Block, heading, paragraph, short, side_by_s
 from plainllama.report.charts import STYLE, Chart, Line, Point, chart_block, charts, trade_offs
 from plainllama.report.runs import RunFolder, grouped, is_number
 from plainllama.results import Score, measured
-from plainllama.settings import Settings, UserError
+from plainllama.settings import DIALOGS, Settings, UserError
 
 
 def write_page(runs: list[RunFolder], out: Path) -> Path:
@@ -56,7 +56,7 @@ def outcome(run: RunFolder) -> str:
     tokens, loss, bits = (short(run.last(name)) for name in ("tokens", "val_loss", "val_bpb"))
     size, steps = run.info["parameters"].get("total"), run.info["config"].get("max_steps")
     kind = run.info["config"].get("documents", "text")
-    unit = "tokens" if kind == "text" else "learned tokens"
+    unit = "learned tokens" if kind in DIALOGS else "tokens"
     broken = " and ".join(name for name in ("loss", "val_loss") if run.ends_broken(name))
     said = (f"{run.name}: a LLaMA of {short(size)} parameters, {state} at step {run.last('step')} "
             f"of {steps}, after {tokens} {unit} and {timedelta(seconds=round(seconds))} of "

@@ -3,10 +3,12 @@
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from plainllama.settings import UserError
+from plainllama.text.clients import clients_in, group, name_of
 from plainllama.text.dialogs import spoken
 from plainllama.text.records import (
     DOCUMENT,
@@ -18,6 +20,7 @@ from plainllama.text.records import (
     naming_damage,
     records_of,
 )
+from plainllama.text.tables import Renderer, Table
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def documents(parts: Iterable[Part], dropped: Tally, cut: Tally | None = None) -
     What is dropped by a rule, or cut, is counted, and the first of each named.
     """
     for part in parts:
-        pieces = (texts_of(piece, part.rules, dropped, cut) for piece in part.pieces)
+        pieces = (tables_of(piece, dropped, cut) if piece.table else
+                  texts_of(piece, part.rules, dropped, cut) for piece in part.pieces)
         for number, (text, where) in enumerate(itertools.chain.from_iterable(pieces)):
             if number in part.repeated:
                 dropped.note(part.repeated[number], where)
@@ -112,6 +116,30 @@ def texts_of(piece: Piece, rules: Rules, dropped: Tally,
                     if kept == 2 and cut is not None:
                         cut.note(f"document over {DOCUMENT >> 20} MB", where)
                     yield text, where
+
+
+def tables_of(piece: Piece, dropped: Tally,
+              cut: Tally | None) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Render the clients of a piece, each with what names it."""
+    renderer, cut = Renderer(piece.table.settings), Tally() if cut is None else cut
+    for client in clients_in(piece.table, piece.path, cut.note):
+        text = Table(renderer.text(client))
+        text.client, text.renderer, text.kept = client, renderer, text
+        text.where = partial("{}: client {}".format, piece.label, client.id)
+        for column, count in renderer.unknown(client).items():
+            if count:
+                cut.note(f"words: codes of {column} that have none", text.where, count)
+        dropped.records += 1
+        yield text, text.where
+
+
+def grouped(parts: list[Part], folder: Path, strict: bool = False,
+            most: float = 1.0) -> list[Part]:
+    """Sort the transactions of parts by client into pieces below `folder`, and tell the parts
+    where these are; `most`: the share of rows that may be dropped."""
+    return [replace(part, pieces=[
+        replace(piece, path=str(group(piece.table, folder, strict, most) / name_of(piece.start)))
+        for piece in part.pieces]) for part in parts]
 
 
 def place_of(piece: Piece, at: int, found: str) -> str:

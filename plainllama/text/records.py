@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from plainllama.settings import UserError, ceil_div, install
 from plainllama.text.dialogs import How, converted
@@ -50,6 +50,7 @@ class Piece:
     skip: int = 0  # records left out at its start
     take: int = sys.maxsize
     how: How | None = None  # its records are dialogs; None: text in `column`
+    table: Any = None  # a clients.Origin; the piece is number `start` of its pieces
 
 
 class Dropped(str):
@@ -383,10 +384,11 @@ KINDS = {
 }
 
 
-def kind_of(name: str) -> str:
-    """Tell a file's kind, a key of KINDS, by its name; '' if it is unknown."""
-    for kind, reader in KINDS.items():
-        packed = [kind + packing for packing in PACKINGS if reader.packable]
+def kind_of(name: str, known: Iterable[str] = KINDS) -> str:
+    """Tell a file's kind, one of `known`, by its name; '' if it is none of them."""
+    for kind in known:
+        packable = kind not in KINDS or KINDS[kind].packable
+        packed = [kind + packing for packing in PACKINGS if packable]
         if name.lower().endswith((kind, *packed)):
             return kind
     return ""

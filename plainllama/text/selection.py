@@ -18,6 +18,7 @@ from plainllama.settings import UserError, install
 from plainllama.text.dialogs import spoken
 from plainllama.text.documents import Part, Tally, documents
 from plainllama.text.records import Dialog
+from plainllama.text.tables import Table
 from plainllama.text.workers import NOTES, Worker, own_folder, run_workers
 
 SCAN = 16 << 20  # characters read before any work: bad input is met before anything is written
@@ -47,8 +48,10 @@ def text_hash(text: str) -> int:
 
 
 def deciding_part(text: str) -> str:
-    """Give what decides a document's split: of a pair its prompt, so that no other pair tells what
-    was preferred there."""
+    """Give what decides a document's split: of a client its id; of a pair its prompt, so that no
+    other pair tells what was preferred there."""
+    if isinstance(text, Table):
+        return text.client.id
     if isinstance(text, Dialog) and "rejected" in (pair := json.loads(text)):
         last = max(i for i, message in enumerate(pair["messages"]) if message["role"] == "user")
         return json.dumps([pair["messages"][:last + 1], pair.get("tools")])
@@ -60,9 +63,10 @@ def said(text: str) -> str:
     return spoken(text, system=False) if isinstance(text, Dialog) else text
 
 
-def choose_hold_out(parts: list[Part], fraction: float, dialogs: bool = False) -> HoldOut:
+def choose_hold_out(parts: list[Part], fraction: float, whole: bool = False) -> HoldOut:
     """Choose what is held out so that both splits have a document, and of a few long ones about the
-    fraction asked; `dialogs` are never cut. UserError if there is no document, or a single dialog.
+    fraction asked; `whole`: documents are never cut. UserError if there is none, or a single one
+    that is not to be cut.
 
     Reads SCAN characters, all of a smaller corpus, and goes on until it has met both splits.
     """
@@ -88,15 +92,15 @@ def choose_hold_out(parts: list[Part], fraction: float, dialogs: bool = False) -
                            "converter")
         why = f"; dropped: {'; '.join(reasons)}" if reasons else ": there is no record in them"
         raise UserError(f"sources: no document is left{why}")
-    if dialogs and smallest == largest:
+    if whole and smallest == largest:
         lost = f"; dropped: {'; '.join(reasons)}" if reasons else ""
         raise UserError("sources: a single dialog or pair is left, and validation needs another; "
                         f"give more{lost}")
-    if bound and dropped.records == 1 < count and not dialogs:
+    if bound and dropped.records == 1 < count and not whole:
         return HoldOut(start=int(size * (1 - fraction)))
     if bound and smallest == largest:
         return HoldOut(fraction=fraction, long=0)
-    few = not dialogs and size ** 2 < FEW * squares  # as many of equal size would be as uneven
+    few = not whole and size ** 2 < FEW * squares  # as many of equal size would be as uneven
     long, asked = max(LONG, int(TAIL / fraction)) if bound else sys.maxsize, size * fraction
     if few and longest >= long and abs(held - asked) > NEARLY * asked:
         return HoldOut(bound, fraction, long)

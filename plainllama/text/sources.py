@@ -24,21 +24,24 @@ from typing import IO
 
 from plainllama.files import sha256
 from plainllama.settings import UserError, install, nearest
-from plainllama.text import embedded_chat, embedded_preference, forms
+from plainllama.text import embedded_chat, embedded_preference, embedded_table, forms, tables
 from plainllama.text import records as kinds
+from plainllama.text.clients import FILES, clients_in, clients_pieces
 from plainllama.text.dialogs import How
-from plainllama.text.documents import Part
+from plainllama.text.documents import Part, grouped
 from plainllama.text.records import KINDS, Piece, kind_of, naming_damage, records_of
 
 KEYS = {"path": str, "column": str, "slice": str, "max_documents": int}  # of a source,
 DIALOGS = {"name": str, "converter": str, "fields": dict, "system": str, "count": int,
-           "weight": float, "max_tokens": int, "train_on": str}  # and of one of dialogs
-TAKES = {str: "a text", dict: "a dict", int: "a whole number above 0", float: "a number above 0"}
+           "weight": float, "max_tokens": int, "train_on": str}  # of one of dialogs; tables.KEYS
+TAKES = {str: "a text", dict: "a dict", int: "a whole number above 0", float: "a number above 0",
+         list: "a list", bool: "True or False"}
 SPOOLED: list = []  # what comes as no file, as files: kept until the program ends
 SPOOLS: dict[str, Callable[[IO[bytes]], None]] = {
     "-": lambda file: shutil.copyfileobj(sys.stdin.buffer, file),
     "embedded:chat": embedded_chat.write_rows,
-    "embedded:preference": embedded_preference.write_rows}
+    "embedded:preference": embedded_preference.write_rows,
+    "embedded:table": embedded_table.write_rows}
 
 
 # ---- sources -> files -> parts
@@ -47,7 +50,8 @@ def described(sources: object) -> list[dict]:
     """Read the config key `sources` as a list of dicts. UserError for an item that is none."""
     items: list = list(sources) if isinstance(sources, list | tuple) else [sources]
     items = [{"path": item} if isinstance(item, str) else item for item in items]
-    known = KEYS | DIALOGS
+    items = [{**item} if isinstance(item, dict) else item for item in items]
+    known = KEYS | DIALOGS | tables.KEYS
     for item in items:
         for key in item if isinstance(item, dict) else ():
             if key not in known:
@@ -61,22 +65,27 @@ def described(sources: object) -> list[dict]:
         for key, value in item.items():
             kind = known[key]
             number = float(value) if type(value) in (int, float) else math.nan
-            fits = type(value) is kind or (kind is float and type(value) is int)
+            fits = kind is object or type(value) is kind or (kind is float and type(value) is int)
             if not fits or (kind in (int, float) and not 0 < number < math.inf):
                 raise UserError(f"sources: {key} of {item['path']} takes {TAKES[kind]}, not "
                                 f"{value!r}")
+        if "columns" in item:  # as JSON gives it back: the codes of words may be numbers
+            item["columns"] = json.loads(json.dumps(item["columns"], default=str))
     return items
 
 
-def check_dialogs(sources: list[dict], documents: str) -> None:
+def check_sources(sources: list[dict], documents: str) -> None:
     """Refuse keys of sources that have no effect on this kind of documents, or none together."""
-    text = documents == "text"
-    idle = DIALOGS if text else {"column"}
+    idle = {"text": {*DIALOGS, *tables.KEYS}, "table": {*KEYS, *DIALOGS} - {"path"}}.get(
+        documents, {"column", *tables.KEYS})
     for source in sources:
-        if found := sorted(source.keys() & set(idle)):
+        if found := sorted(source.keys() & idle):
+            home = "'table'" if found[0] in tables.KEYS else "'chat' and 'preference'"
             raise UserError(f"sources: {found[0]} of {source['path']} " + (
-                "is for documents='chat' and 'preference'" if text else
+                f"is for documents={home}" if documents == "text" else
                 f"has no effect on documents={documents}"))
+        if documents == "table":
+            tables.settings_of(source)
         how = how_of(source, "assistant", documents)
         if how.train_on not in ("assistant", "last", "all"):
             raise UserError(f"sources: train_on of {source['path']} is assistant, last or all, not "
@@ -121,7 +130,7 @@ def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None
     for i, source in enumerate(items):
         path = source["path"]
         try:
-            record, files = files_of(path, known[i] if known else {})
+            record, files = files_of(path, known[i] if known else {}, documents)
         except UserError as error:
             given = ",".join(item["path"] for item in items)  # as the command line had it
             one = f"; if {given!r} is one name, write in a config file: sources = [{given!r}]"
@@ -140,6 +149,12 @@ def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None
         if path == "embedded":  # a thousand names, as one
             digest = hashlib.blake2b(json.dumps(prints).encode(), digest_size=8).hexdigest()
             prints = {f"{len(files)} files": digest}
+        if documents == "table":
+            settings = tables.settings_of(source)
+            records.append({"path": path, **record, "renderer": tables.hash_of(settings),
+                            "files": prints})
+            pieces.append(clients_pieces(source, records[-1], files, settings))
+            continue
         how = None if documents == "text" else how_of(source, train_on, documents)
         own = how.converter.rpartition(":")[0] if how else ""
         code = {"converter": sha256(Path(own))} if own else {}
@@ -161,21 +176,29 @@ def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None
                      for part in parts_of(own)]  # of one source each: they are counted by it
 
 
-def files_of(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
+def clients(source: dict) -> Iterator[tables.Client]:
+    """Read the clients of a source of tables, sorted by client in a folder that goes afterwards."""
+    parts = survey(source, documents="table")[1]
+    with tempfile.TemporaryDirectory(prefix="plainllama-") as folder:
+        for piece in (piece for part in grouped(parts, Path(folder)) for piece in part.pieces):
+            yield from clients_in(piece.table, piece.path, lambda *_: None)
+
+
+def files_of(path: str, known: dict, documents: str) -> tuple[dict, list[tuple[str, Path]]]:
     """List a source's files (label, path) in order, and what else the manifest says of it."""
     if path.startswith("hf:"):
         return hub_files(path, known)
     if path in SPOOLS:
-        SPOOLED.append(tempfile.NamedTemporaryFile(prefix="plainllama-"))  # noqa: SIM115
+        SPOOLED.append(tempfile.NamedTemporaryFile(suffix=".csv"))  # noqa: SIM115
         SPOOLS[path](SPOOLED[-1])
         SPOOLED[-1].flush()
         return {}, [(path, Path(SPOOLED[-1].name))]
     if path == "embedded":
         return {}, embedded_files()
-    return {}, local_files(os.path.expanduser(path))
+    return {}, local_files(os.path.expanduser(path), FILES if documents == "table" else [*KINDS])
 
 
-def local_files(path: str) -> list[tuple[str, Path]]:
+def local_files(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
     """List (label, path) of a file, or of those of known kinds below a folder, or that a glob
     meets: each real file once. What is not read is printed; UserError if that is all."""
     folder = os.path.isdir(path)
@@ -190,14 +213,14 @@ def local_files(path: str) -> list[tuple[str, Path]]:
             left["links to folders that are read" if folder else "folders"] += "**" not in path
         elif not os.path.isfile(name):
             left["pipes or devices"] += 1
-        elif folder and not kind_of(name):
+        elif folder and not kind_of(name, known):
             left[Path(name).suffix.lower() or "without an ending"] += 1
         elif read.setdefault(os.path.realpath(name), name) != name:
             left["links to files that are read"] += 1
     said = ", ".join(f"{count} {what}" for what, count in sorted((+left).items()))
     if not read:
         raise UserError(f"sources: {path} is no file, and no glob or folder with a file of a known "
-                        f"kind ({', '.join(KINDS)}){f'; it has {said}' if said else ''}")
+                        f"kind ({', '.join(known)}){f'; it has {said}' if said else ''}")
     if said:
         print(f"sources: {path}: not read: {said}", flush=True)
     root = path if folder else os.path.commonpath(map(os.path.dirname, read.values()))

@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 
 from plainllama.files import file_entry, read_json, sha256, write_json, write_text
-from plainllama.settings import Settings, UserError
+from plainllama.settings import DIALOGS, Settings, UserError
 from plainllama.text.dialogs import Refused
 from plainllama.text.documents import Part, Tally, beginnings, documents
 from plainllama.text.forms import LEFT_OUT
 from plainllama.text.records import Dialog
 from plainllama.text.selection import HoldOut, placed
 from plainllama.text.sources import described
+from plainllama.text.tables import Table
 from plainllama.text.workers import COUNTS, NOTES, Worker, own_folder, run_workers, worker_count
 from plainllama.tokens.chat import TEMPLATE, Rendered, with_roles
+from plainllama.tokens.newest import TableEncoder
 from plainllama.tokens.rows import added, takes
 from plainllama.tokens.shards import SEEN, ShardWriter, Split
 from plainllama.tokens.templates import chat_of, find_template
@@ -63,7 +65,7 @@ def choose_tokenizer(config: Settings, folder: Path, parts: list[Part]) -> Token
 
 def for_documents(recipe: dict, base: Tokenizer) -> Tokenizer:
     """Give a tokenizer what a recipe's documents need: of dialogs a template, and its tokens."""
-    if recipe["documents"] == "text":
+    if recipe["documents"] not in DIALOGS:
         return base
     path = Path(recipe["tokenizer"])
     if recipe["chat_template"] == "own":
@@ -191,6 +193,8 @@ def encoder_of(config: Settings) -> Callable[..., list]:
     """Choose what encodes a config's documents."""
     if config.documents == "text":
         return encode_texts
+    if config.documents == "table":
+        return TableEncoder(config.block_size + 1)
     return DialogEncoder(described(config.sources), config.block_size + 1,
                          config.too_long == "drop")
 
@@ -206,13 +210,15 @@ def make_part(folder: Path, hold_out: HoldOut, encode: Callable[..., list], work
         writers: dict[str, ShardWriter] = {}
         for batch in batches(placed(documents([part], dropped, cut), hold_out)):
             encoded = encode(tokenizer, [text for _, text in batch], part, dropped, cut)
-            sizes = [len(text) if text.isascii() else len(text.encode()) for _, text in batch]
-            for (split, _), made, size in zip(batch, encoded, sizes, strict=True):
+            texts = [getattr(text, "kept", text) for _, text in batch]
+            sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+            for (split, text), made, size in zip(batch, encoded, sizes, strict=True):
+                client = text.client.id if isinstance(text, Table) else ""
                 if made and split not in writers:
                     name = f"{split}-{number:05}"
                     writers[split] = ShardWriter(Path(own), name, tokenizer.kind)
                 for i, (ids, learned) in enumerate(made):
-                    writers[split].add(ids, learned)
+                    writers[split].add(ids, learned, client)
                     counts = {"tokens": len(ids), "longest": len(ids)}
                     if i == 0:  # a pair counts once
                         counts |= {"documents": 1, "bytes": size}
@@ -271,7 +277,7 @@ def merged(folder: Path, parts: list[Part], config: Settings, tokenizer: Tokeniz
     dropped, cut, splits = Tally(), Tally(), no_counts()
     beside = [name for name in ("tokenizer.json", TEMPLATE_FILE) if (folder / name).exists()]
     files = {name: file_entry(folder / name) for name in beside}
-    chat = config.documents != "text"
+    chat = config.documents in DIALOGS
     source_of: dict[str, int] = {}
     by_source: list[dict] = [{"dropped": Tally(), "cut": Tally(), "splits": no_counts()}
                              for _ in described(config.sources)]
@@ -306,7 +312,8 @@ def what_is_lacking(config: Settings, splits: dict) -> str:
                 f"{config.block_size} + 1; give more text or lower block_size")
     empty = [split for split in splits if not splits[split]["documents"]]
     if empty and config.documents != "text":
-        return f"no dialog is left in its {empty[0]} split; give more, or a greater block_size"
+        kind = "client" if config.documents == "table" else "dialog"
+        return f"no {kind} is left in its {empty[0]} split; give more, or a greater block_size"
     return ""
 
 

@@ -161,13 +161,14 @@ class FitRows(DocumentRows):
         super().__init__(split, block_size, seed)
         starts, sizes = self.spans(np.arange(self.windows))
         units, learned = np.arange(self.windows), sizes - 1
+        if split.whole and block_size < split.manifest["block_size"] and (
+                self.windows > split.documents
+                or added(sizes, split.together).max() > block_size + 1):
+            kind = "dialogs" if split.masked else "tables"
+            raise UserError(f"data set {split.folder}: its {kind} were cut to "
+                            f"{split.manifest['block_size']} tokens, more than block_size "
+                            f"{block_size} has room for; prepare it with that block_size")
         if split.masked:
-            if block_size < split.manifest["block_size"] and (
-                    self.windows > split.documents
-                    or added(sizes, split.together).max() > block_size + 1):
-                raise UserError(f"data set {split.folder}: its dialogs were cut to "
-                                f"{split.manifest['block_size']} tokens, more than block_size "
-                                f"{block_size} has room for; prepare it with that block_size")
             often, learned = takes(split), split.learned_counts()
             units = np.repeat(np.arange(len(often)), often)
         # documents that stay together, two of a pair, are one unit
@@ -368,7 +369,7 @@ def training_rows(data: Path, manifest: dict, config: Settings) -> Rows:
 def val_rows(data: Path, manifest: dict, block_size: int) -> Rows:
     """Open a set's validation split: one text of windows or, of dialogs, rows that hold several."""
     split = Split(data, "val", manifest)
-    return (FitRows if split.masked else Rows)(split, block_size, seed=0)
+    return (FitRows if split.whole else Rows)(split, block_size, seed=0)
 
 
 def hash_of_data(data: Path, config: Settings) -> str:

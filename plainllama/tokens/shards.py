@@ -4,9 +4,11 @@ A data set is a folder: per split `train` and `val` numbered token files NAME.bi
 NAME.idx of document starts, the tokenizer, and a manifest that is written last: a folder without
 one is unfinished. Dialogs (format 2) have in NAME.mask a bit for each token, whether it is learned,
 and in NAME.num how many are of each document; a pair is two documents, the chosen one first.
+Tables (format 3) have in NAME.ids whose they are.
 docs/format.md describes every byte.
 """
 
+import json
 import os
 import shlex
 import struct
@@ -15,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from plainllama.files import as_json, file_entry, read_json, sha256, sha256_bytes, sync, write_text
-from plainllama.settings import UserError, ceil_div
+from plainllama.settings import DIALOGS, UserError, ceil_div
 
 FORMAT = 1  # of token files
-MANIFESTS = {"text": 1, "chat": 2, "preference": 2}  # the format of a manifest by its documents
+# the format of a manifest by its documents
+MANIFESTS = {"text": 1, "chat": 2, "preference": 2, "table": 3}
 SEEN = "sources.json"  # how the sources lay on this machine: no part of the data set
 HEADER = struct.Struct("<8sIIQ40x")  # magic, format, bytes per token, tokens; 64 bytes in all
 MAGIC = b"plnllama"
@@ -37,14 +40,15 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str, dtype: np.dtype):
         self.folder, self.name = folder, name
         self.masks: list[np.ndarray] = []  # which tokens are learned, by document
+        self.clients: list[str] = []  # whose the documents are
         self.token_file = open(folder / f"{name}.bin.tmp", "wb")  # noqa: SIM115
         self.index_file = open(folder / f"{name}.idx.tmp", "wb")  # noqa: SIM115
         self.token_file.write(bytes(HEADER.size))
         self.dtype, self.tokens, self.documents, self.largest = dtype, 0, 0, 0
 
-    def add(self, ids: np.ndarray, learned: np.ndarray | None = None) -> None:
+    def add(self, ids: np.ndarray, learned: np.ndarray | None = None, client: str = "") -> None:
         """Append one document's token ids, boundaries included; `learned`: which of them are, of a
-        dialog."""
+        dialog; `client`: whose table it is."""
         self.index_file.write(struct.pack("<Q", self.tokens))
         self.token_file.write(ids.astype(self.dtype, copy=False).data)
         self.tokens += len(ids)
@@ -52,6 +56,8 @@ class ShardWriter:
         self.largest = max(self.largest, int(ids.max(initial=0)))
         if learned is not None:
             self.masks.append(learned)
+        if client:
+            self.clients.append(client)
 
     def close(self) -> dict:
         """Finish the files; returns {file name: {size, sha256, tokens, ...}} for the manifest."""
@@ -66,6 +72,9 @@ class ShardWriter:
             bits.tofile(self.folder / f"{names[2]}.tmp")
             counts = np.array([mask.sum() for mask in self.masks], "<u4")
             counts.tofile(self.folder / f"{names[3]}.tmp")
+        if self.clients:
+            names.append(f"{self.name}.ids")
+            write_text(self.folder / f"{names[2]}.tmp", as_json(self.clients))
         entries = {}
         for name in names:
             temporary = self.folder / f"{name}.tmp"
@@ -171,7 +180,8 @@ class Split:
         self.tokens = int(self.starts[-1])
         self.documents = sum(entry["documents"] for entry in self.entries.values())
         kind = manifest["recipe"].get("documents", "text")
-        self.masked, self.together = kind != "text", 2 if kind == "preference" else 1
+        self.whole, self.masked = kind != "text", kind in DIALOGS  # not cut; not all is learned
+        self.together = 2 if kind == "preference" else 1
         self.maps: dict[str, np.ndarray] = {}
         vocab = manifest["tokenizer"]["vocab_size"]
         for name, entry in self.entries.items():
@@ -232,6 +242,11 @@ class Split:
         """Give the number of the source that each document is of (documents,)."""
         sizes = [entry["documents"] for entry in self.entries.values()]
         return np.repeat([self.manifest["source_of"][name] for name in self.names], sizes)
+
+    def clients(self) -> list[str]:
+        """Give the id of the client whose table each document is (documents,)."""
+        return [client for name in self.names
+                for client in json.loads((self.folder / f"{name[:-4]}.ids").read_text("utf-8"))]
 
     def learned_counts(self) -> np.ndarray:
         """Count the learned tokens of each document (documents,)."""

@@ -12,7 +12,14 @@ from model import ModelConfig
 from plainllama.command import CommandLine
 from plainllama.files import lock_run, newest_run, read_rows, steps_of, write_status
 from plainllama.parallel import World
-from plainllama.settings import Settings, UserError, check_keys, deciding, settle_documents
+from plainllama.settings import (
+    DIALOGS,
+    Settings,
+    UserError,
+    check_keys,
+    deciding,
+    settle_documents,
+)
 from plainllama.text.sources import described
 from plainllama.tokens import tokenizer
 from plainllama.tokens.rows import CONTEXT, PAD, Rows, hash_of_data, ids_of, training_rows
@@ -274,7 +281,7 @@ def refuse_other_tokenizer(source: Path, manifest: dict) -> None:
 def kept_template(source: Path | None, config: Settings) -> str:
     """Give the template of dialogs that a model has which goes on with text, '' if there is
     none."""
-    if source and config.documents == "text":
+    if source and config.documents not in DIALOGS:
         with contextlib.suppress(UserError):  # there is none
             return find_template(peft.tokenizer_folder(source))
     return ""
@@ -298,7 +305,7 @@ def replay(config: Settings, manifest: dict, step: int) -> int:
         following = min(s for s in known if s >= step)
         batch = (known[following] - known[last]) // (following - last)
     rows, words = training_rows(data, manifest, config), tokenizer.Tokenizer.load(data)
-    chat = None if config.documents == "text" else chat_of(words)
+    chat = chat_of(words) if config.documents in DIALOGS else None
     first = known[last] + (step - 1 - last) * batch
     windows = rows.window_of(first, batch)
     print(f"step {step}: rows {first} to {first + batch - 1}")
