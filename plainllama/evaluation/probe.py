@@ -19,25 +19,26 @@ import numpy as np
 from plainllama import results
 from plainllama.command import cores
 from plainllama.evaluation.vectors import FOLDS, Joined, ask, parts_of
-from plainllama.files import read_json, run_of, sha256_bytes, write_json
+from plainllama.files import read_json, run_of, write_json
 from plainllama.progress import Progress
 from plainllama.results import score_table
 from plainllama.settings import UserError
 from plainllama.weights import checkpoint, peft
 
+SHUFFLED = ""  # in place of the name of a file
 OPTIONS = ("embeddings", "labels", "id", "label", "against", "test_ids", "seeds", "out")
 # Without subsample_freq LightGBM ignores subsample. One thread a fit, since sums may depend on
 # their number: the fits share the cores.
-PARAMETERS = {"n_estimators": 500, "learning_rate": 0.02, "max_depth": 6, "num_leaves": 63,
-              "subsample": 0.5, "subsample_freq": 1, "colsample_bytree": 0.75, "reg_alpha": 1,
-              "reg_lambda": 1, "deterministic": True, "force_row_wise": True, "n_jobs": 1,
-              "verbosity": -1}
+PARAMETERS: dict[str, Any] = {
+    "n_estimators": 500, "learning_rate": 0.02, "max_depth": 6, "num_leaves": 63, "subsample": 0.5,
+    "subsample_freq": 1, "colsample_bytree": 0.75, "reg_alpha": 1, "reg_lambda": 1,
+    "deterministic": True, "force_row_wise": True, "n_jobs": 1, "verbosity": -1}
 
 
 class Fit(NamedTuple):
     """A model to be fitted: to which rows, and on which it is scored."""
 
-    name: str  # of the vectors, '' for the shuffled labels of the first
+    name: str  # of the vectors, or SHUFFLED: the first ones with shuffled labels
     vectors: np.ndarray
     labels: np.ndarray
     train: np.ndarray
@@ -106,10 +107,10 @@ def fits_of(data: Joined, seed: int) -> list[Fit]:
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     shuffled = data.labels.copy()
     shuffled[rows] = np.random.default_rng(seed).permutation(data.labels[rows])
-    first = next(iter(data.vectors.values()))
-    return [Fit(name, vectors, labels, rows[train], [rows[valid], *(tests if name else [])], seed)
-            for name, vectors, labels in (*((name, vectors, data.labels) for name, vectors
-                                            in data.vectors.items()), ("", first, shuffled))
+    probed = next(iter(data.vectors.values()))
+    jobs = [(name, vectors, data.labels) for name, vectors in data.vectors.items()]
+    return [Fit(name, vectors, labels, rows[train], [rows[valid], *tests], seed)
+            for name, vectors, labels in (*jobs, (SHUFFLED, probed, shuffled))
             for train, valid in folds.split(rows, labels[rows])]
 
 
@@ -124,10 +125,10 @@ def fit(job: Fit) -> list[float]:
     model.fit(scaler.transform(job.vectors[job.train]), job.labels[job.train])
     scores = []
     for rows in job.scored:
-        chances = model.predict_proba(scaler.transform(job.vectors[rows]))
-        truth = job.labels[rows]
-        scores.append(float(roc_auc_score(truth, chances[:, 1]) if chances.shape[1] == 2
-                            else np.mean(chances.argmax(1) == truth)))
+        likely = np.asarray(model.predict_proba(scaler.transform(job.vectors[rows])))
+        truth, two = job.labels[rows], likely.shape[1] == 2
+        scores.append(float(roc_auc_score(truth, likely[:, 1]) if two
+                            else np.mean(likely.argmax(1) == truth)))
     return scores
 
 
@@ -138,39 +139,36 @@ def scores(data: Joined, seeds: list[int], label: str) -> dict[str, dict]:
     import lightgbm
 
     jobs = [job for seed in seeds for job in fits_of(data, seed)]
-    progress = Progress("probing", len(jobs), "fits", True)
-    values: dict[str, list] = {name: [] for name in (*data.vectors, "")}
+    progress = Progress("probing", len(jobs), "fits")
+    values: dict[str, list] = {name: [] for name in (*data.vectors, SHUFFLED)}
     with ThreadPoolExecutor(cores()) as pool:
         for job, found in zip(jobs, pool.map(fit, jobs), strict=True):
             values[job.name].append(found)
             progress.add(1)
     progress.close()
     metric = "auroc" if len(data.classes) == 2 else "accuracy"
-    chances = {metric: chance(data, ~data.test), f"{metric}_test": chance(data, data.test),
-               f"{metric}_shuffled": chance(data, ~data.test)}
-    names = (metric, f"{metric}_test")
-    first, *rivals = data.vectors
-    tasks = {}
-    for name in data.vectors:
-        folds = dict(zip(names, np.array(values[name]).T.tolist(), strict=False))
-        if name == first:
-            folds[f"{metric}_shuffled"] = [found[0] for found in values[""]]
-            for rival in rivals:
-                less = np.array(values[first]) - np.array(values[rival])
-                folds |= dict(zip((f"{one} minus {rival}" for one in names), less.T.tolist(),
-                                  strict=False))
-        used = [data.vectors[one] for one in (data.vectors if name == first else [name])]
-        tasks[f"probe:{name}"] = {
-            **{one: float(np.mean(found)) for one, found in folds.items()},
-            "margins": {one: margin(found) for one, found in folds.items()},
-            "folds": folds, "chances": {one: chances[one] for one in folds if one in chances},
-            "n": int((~data.test).sum()), "tested": int(data.test.sum()), "label": label,
-            "made_of": {
-                "vectors": [sha256_bytes(np.ascontiguousarray(one).data) for one in used],
-                "labels": sha256_bytes(repr((data.ids, data.classes, data.labels.tolist(),
-                                             data.test.tolist())).encode()),
-                "label": label, "seeds": seeds, "lightgbm": lightgbm.__version__}}
-    return tasks
+    blind = {metric: chance(data, ~data.test), f"{metric}_test": chance(data, data.test),
+             f"{metric}_shuffled": chance(data, ~data.test)}
+    probed, *rivals = data.vectors
+    folds = {name: by_name(metric, "", values[name]) for name in data.vectors}
+    folds[probed][f"{metric}_shuffled"] = [found[0] for found in values[SHUFFLED]]
+    for rival in rivals:
+        less = np.array(values[probed]) - np.array(values[rival])
+        folds[probed] |= by_name(metric, f" minus {rival}", less)
+    return {f"probe:{name}": {
+        **{one: float(np.mean(each)) for one, each in found.items()},
+        "margins": {one: margin(each) for one, each in found.items()}, "folds": found,
+        "chances": {one: blind[one] for one in found if one in blind},
+        "n": int((~data.test).sum()), "tested": int(data.test.sum()), "label": label,
+        "made_of": data.made_of([*data.vectors] if name == probed else [name]) | {
+            "label": label, "seeds": seeds, "lightgbm": lightgbm.__version__}}
+        for name, found in folds.items()}
+
+
+def by_name(metric: str, suffix: str, values: Any) -> dict[str, list[float]]:
+    """Name what fit() gave for each fold: (folds, 1) or, with fixed test ids, (folds, 2)."""
+    columns = np.array(values).T.tolist()
+    return dict(zip((metric + suffix, f"{metric}_test{suffix}"), columns, strict=False))
 
 
 def chance(data: Joined, rows: np.ndarray) -> float:

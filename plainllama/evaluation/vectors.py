@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from plainllama.files import sha256_bytes
 from plainllama.settings import UserError, install
 from plainllama.text.records import naming_damage
 
 FOLDS = 5  # of which each needs ids of every class
+LEAST = 100  # ids: a tree sees half of four fifths of them, and puts 20 at least into a leaf
 NEEDS = {"lightgbm": "lightgbm", "sklearn": "scikit-learn", "scipy": "scipy", "pyarrow": "pyarrow"}
 LISTS, NUMBERED = "embedding", r"emb_\d+"
 
@@ -42,6 +44,12 @@ class Joined(NamedTuple):
     classes: list  # what the labels are
     test: np.ndarray  # (n,): whether it is one of --test_ids
     ids: list[str]
+
+    def made_of(self, names: list[str]) -> dict:
+        """Hash the vectors of these names, and whose they are with which labels."""
+        known = (self.ids, self.classes, self.labels.tolist(), self.test.tolist())
+        return {"vectors": [sha256_bytes(self.vectors[name].tobytes()) for name in names],
+                "labels": sha256_bytes(repr(known).encode())}
 
 
 # ---- what is asked
@@ -94,6 +102,8 @@ def read_table(name: str, id_name: str) -> tuple[dict[str, int], Any]:
     if id_name not in names:
         raise UserError(f"{name} has no column `{id_name}`; its columns are: {shortened(names)} "
                         "(--id names another)")
+    if not table.num_rows:
+        raise UserError(f"{name} has no rows")
     column = table[id_name]
     try:
         whole = column.cast("int64") if types.is_floating(column.type) else column
@@ -224,6 +234,9 @@ def check_classes(data: Joined, flags: Any) -> None:
         raise UserError(f"{flags.label} = {data.classes[small[0]]} has {counts[small[0]]} ids"
                         f"{apart}, and {FOLDS} folds need one each; leave the class out or join it "
                         f"with another (there are {len(data.classes)})")
+    if counts.sum() < LEAST:
+        raise UserError(f"{counts.sum()} ids with vector and label{apart} are too few: of less "
+                        f"than {LEAST} LightGBM makes trees without a branch")
     if len(data.classes) == 2 and len(set(data.labels[data.test].tolist())) == 1:
         raise UserError(f"{flags.test_ids}: its known ids are of one class, which has no AUROC")
 
