@@ -33,7 +33,7 @@ class Score(NamedTuple):
     @property
     def margin(self) -> float:
         """Half the width of the 95 % interval, which the standard error may give; 0 without one."""
-        return self.half or 1.96 * (self.error or 0)
+        return 1.96 * (self.error or 0) if self.half is None else self.half
 
 
 def measured(metrics: dict) -> list[Score]:
@@ -62,7 +62,7 @@ def score_table(title: str, metrics: dict) -> str:
         lines.append(f"  {'correct':<{wide}}{metrics['correct']} of {metrics['n']}")
     for score in measured(metrics):
         line = f"  {score.name:<{wide}}{score.value:9.4f}"
-        if score.margin:
+        if score.error or score.half is not None:
             line += f" ± {score.margin:.4f}"
         if score.guess and score.interval:
             (low, high), guess = score.interval, score.guess

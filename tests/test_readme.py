@@ -91,6 +91,8 @@ def place(folder: Path) -> dict:
     (folder / "examples.jsonl").write_text(question)
     clients = pa.table({"client_id": range(120), "emb_0001": [i % 7 + i % 2 for i in range(120)]})
     pq.write_table(clients, folder / "clients.parquet")
+    (folder / "clients.jsonl").write_text("".join(
+        f'{{"client_id": {i}, "prompt": "x{i}"}}\n' for i in range(9)))
     for name, column, last in (("labels", ",bins", 120), ("sums", ",sum", 120), ("test", "", 20)):
         lines = [f"{i}{f',{i % 2}' if column else ''}\n" for i in range(last)]
         (folder / f"{name}.csv").write_text(f"client_id{column}\n{''.join(lines)}")

@@ -177,7 +177,7 @@ def interval(score: Score) -> str:
     """Write the 95 % interval of a score, '' if it has none."""
     if score.interval:
         return " ({:.3f} to {:.3f})".format(*score.interval)
-    return f" ± {score.margin:.4f}" if score.margin else ""
+    return f" ± {score.margin:.4f}" if score.error or score.half is not None else ""
 
 
 def folds(runs: list[RunFolder]) -> list[Block]:
