@@ -26,6 +26,13 @@ and calls (shares of rows), of themselves those that the rows are fit for; and b
 tokens that are likeliest behind the true reference. Answers are kept: after a kill, or with other
 metrics, they are not generated again.
 
+--probe fits gradient boosting to --embeddings (lists `embedding`, as sample.py --embed writes them,
+columns emb_0001, ..., or any columns of numbers, of a .csv or .parquet; of several with commas
+between, joined by --id) in five stratified folds of each of --seeds, and scores how it tells the
+values of --label: AUROC of two classes, accuracy of more, on the rest of each fold and on
+--test_ids, as a mean ± the 95 % interval of Student's t. Beside it: chance, shuffled labels, and
+--against. With --ckpt the scores go to its run.
+
   --all=RUN            every checkpoint of a run, but those that have these scores already
   --irt=SAMPLES        no model: the estimates from samples_tinyMMLU_*.jsonl, as `lm_eval
                        --log_samples` writes it
@@ -71,6 +78,15 @@ class Flags:
     seed: int = key(1337, "seeds the draws", low=0)
     bleu_tokenizer: str = key("auto", "sacrebleu's (auto: by the script of the references)",
                               ("auto", "13a", "intl", "zh", "char"))
+    probe: bool = key(False, "what do vectors know of a label? without a model")
+    embeddings: str = key("", "of --probe: a file of vectors; or several, joined, with commas")
+    labels: str = key("", "the file of its labels")
+    id: str = key("id", "the column of ids in its files")
+    label: str = key("label", "the column of the label")
+    against: str = key("", "files of other vectors, each probed alone in the same folds")
+    test_ids: str = key("", "a file of ids that are only tested on")
+    seeds: str = key("42", "of the folds, with commas between")
+    out: str = key("", "a .json file to write, also without a run")
     log_samples: bool = key(False, "keep questions and answers beside the scores")
     contamination: bool = key(False, "look for the questions in the training data")
     text: str = key("", "a text (.txt, .jsonl, ...) for bits per byte, and no data set")
@@ -91,17 +107,16 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 import json
 import math
 import os
-import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from model import LLaMA
 from plainllama import parallel, results
-from plainllama.evaluation import counting, generated, irt, likelihood, tasks
+from plainllama.evaluation import counting, generated, irt, likelihood, probe, tasks
 from plainllama.evaluation.validation import score_pairs
 from plainllama.results import score_table
-from plainllama.tokens.rows import FitRows, hash_of_data, ids_of
+from plainllama.tokens.rows import FitRows, hash_of_data
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import byte_info, sha256_of
 from plainllama.weights import checkpoint, peft
@@ -116,6 +131,8 @@ def main(command) -> int:
         raise UserError(f"unexpected argument {command.files[0]}; name the model with --ckpt=")
     if flags.all and "ckpt" in given:
         raise UserError("--all and --ckpt both name what is scored; leave one out")
+    if flags.probe or given.keys() & set(probe.OPTIONS):
+        return probe.run(flags, given)
     if flags.irt:
         if idle := sorted(given.keys() - {"irt", "irt_file", "json"}):
             raise UserError(f"--irt scores a file without a model; leave out --{idle[0]}")
@@ -256,24 +273,14 @@ class Evaluation:
         folders = [folder for folder in map(self.data_folder, names)
                    if folder and (folder / "manifest.json").is_file()
                    and sha256_of(folder) == sha256_of(self.home)]
-        here, self.contaminated, self.repeated = len(folders) == len(names), {}, {}
-        where, most = (folders, self.tokenizer, self.world), counting.LOOK
-        if self.flags.contamination:
-            if not here:
-                raise UserError(f"--contamination: data set {' '.join(names) or 'of this model'} is"
-                                " not here, or of another tokenizer; name one with --data=")
-            self.contaminated, most = counting.contamination(self.tasks, *where), sys.maxsize
-            for name in self.tasks.keys() - self.contaminated.keys():
-                self.say(f"no contamination of {name}: no question has {counting.RUN} words")
-        if here and self.windows:
-            count = likelihood.window_count(self.windows, self.tokens)
-            texts = [self.tokenizer.decode(ids_of(row))
-                     for row in self.windows.read_windows(range(count))]
-            _, met = counting.runs_met(texts, *where, most)
-            if met.any():
-                self.repeated = {"repeated": float(met.mean())}
-                self.say(f"note: at least {met.mean():.2%} of the runs of {counting.RUN} words lie "
-                         "in the training data: of these, bits per byte tell what is remembered")
+        here = len(folders) == len(names)
+        if self.flags.contamination and not here:
+            raise UserError(f"--contamination: data set {' '.join(names) or 'of this model'} is"
+                            " not here, or of another tokenizer; name one with --data=")
+        asked = self.tasks if self.flags.contamination else None
+        self.contaminated, self.repeated = counting.look_through(
+            asked, self.windows if here else None, self.tokens, folders, self.tokenizer,
+            self.world, self.say)
 
     def data_folder(self, name: str) -> Path | None:
         """Find a data set here or beside the run, None if it is nowhere; --data may be a path."""

@@ -8,7 +8,8 @@
                                    "tools", get the `message` that answers too (as JSON text in
                                    a .parquet); --system and --tools are for those without their own
   sample.py --prompts=F.jsonl --out=G.parquet --embed=mean
-                                   the same rows with `embedding`, the model's states, added
+                                   the same rows with `embedding`, the model's states, added; with
+                                   --id=COLUMN that column and emb_0001, emb_0002, ... alone
 
   sample.py --chat --system="Be brief." --tools=FILE.py
                                    a talk; /help lists its commands; the functions of FILE.py, which
@@ -47,6 +48,7 @@ class Flags(Sampling):
     seed: int = key(1337, "seeds the draws, with the number of the text", low=0)
     batch: int = key(16, "texts that are generated side by side", low=1)
     embed: str = key("none", "states of the prompt's tokens, not text", ("none", "mean", "last"))
+    id: str = key("", "of --embed: keep of the rows this column alone, and write emb_0001, ...")
     layers: str = key("-1", "states N or FROM:TO, averaged (0: embeddings, -1: last, normalised)")
     save: bool = key(False, "add the texts to the run's samples.jsonl, which report.py shows")
     device: str = key("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
@@ -104,7 +106,7 @@ def main(command) -> int:
         if world.size > 1 and not f.out:
             raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
         world.set_timeout(timedelta(days=7))  # ranks do not end together
-        idle = {"layers"} if f.embed == "none" else FOR_TEXTS
+        idle = {"layers", "id"} if f.embed == "none" else FOR_TEXTS
         idle = set(command.overrides) & (idle if f.prompts else idle | {"column"})
         if idle and world.rank == 0:
             print(f"without effect here: {', '.join(sorted(idle))}", flush=True)
@@ -115,7 +117,7 @@ def start_talk(command) -> int:
     """Talk with a model; the exit code."""
     f = command.flags
     if idle := {"prompt", "prompts", "column", "out", "num_samples", "batch", "embed", "layers",
-                "save", "compile"} & set(command.overrides):
+                "id", "save", "compile"} & set(command.overrides):
         raise UserError(f"--{min(idle)} has no effect on --chat")
     tools = Tools(f.tools) if f.tools else None
     with contextlib.closing(parallel.start(f.device, "auto")) as world:

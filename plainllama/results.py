@@ -11,7 +11,8 @@ HEADING = {"long_enough": "{} long enough to be told", "shots": "{} shots", "beg
            "cut": "{} cut where the context ends",
            "truncated": "{} too long for the context and cut at the left",
            "too_long": "{} too long for the context and not answered",
-           "empty": "{} answers empty", "unfinished": "{} answers ended by --max_new_tokens"}
+           "tested": "{} others fixed as a test set", "empty": "{} answers empty",
+           "unfinished": "{} answers ended by --max_new_tokens"}
 DESCRIBES = {*HEADING, "n", "chance", "correct"}  # numbers that are no scores
 GROUPS = {"tasks", "contexts", "texts"}  # of sections; all else in the file is of validation
 
@@ -27,11 +28,12 @@ class Score(NamedTuple):
     interval: list[float] | None  # holds 95 % of the values from resampled questions
     chance: float | None  # what choosing blindly gives, of accuracies
     guess: dict | None  # what guessing models reach: mean, deviation, reaches_0.30
+    half: float | None = None  # half the width of a 95 % interval that is known as such
 
     @property
     def margin(self) -> float:
-        """Half the width of the 95 % interval that the standard error gives, 0 without one."""
-        return 1.96 * (self.error or 0)
+        """Half the width of the 95 % interval, which the standard error may give; 0 without one."""
+        return 1.96 * (self.error or 0) if self.half is None else self.half
 
 
 def measured(metrics: dict) -> list[Score]:
@@ -41,10 +43,12 @@ def measured(metrics: dict) -> list[Score]:
         metric, comma, filtered = name.partition(",")  # lm-eval: acc,strict-match
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and metric not in DESCRIBES and "_stderr" not in metric:
+            chance = metrics.get("chance") if metric.startswith("acc") else None
             scores.append(Score(name, value, metrics.get(f"{metric}_stderr{comma}{filtered}"),
                                 metrics.get("intervals", {}).get(name),
-                                metrics.get("chance") if metric.startswith("acc") else None,
-                                metrics.get("guessing", {}).get(name)))
+                                metrics.get("chances", {}).get(name, chance),
+                                metrics.get("guessing", {}).get(name),
+                                metrics.get("margins", {}).get(name)))
     return scores
 
 
@@ -58,7 +62,7 @@ def score_table(title: str, metrics: dict) -> str:
         lines.append(f"  {'correct':<{wide}}{metrics['correct']} of {metrics['n']}")
     for score in measured(metrics):
         line = f"  {score.name:<{wide}}{score.value:9.4f}"
-        if score.error:
+        if score.error or score.half is not None:
             line += f" ± {score.margin:.4f}"
         if score.guess and score.interval:
             (low, high), guess = score.interval, score.guess
@@ -71,12 +75,19 @@ def score_table(title: str, metrics: dict) -> str:
             line += f"   chance {score.chance:.4f}"
         lines.append(line)
     lines += [f"  {name:<{wide}}{text}" for name, text in metrics.get("signatures", {}).items()]
+    lines += [f"  {name}, by fold: {told_folds(values)}"
+              for name, values in metrics.get("folds", {}).items()]
     if "letters" in metrics:
         counts = ", ".join(f"{letter} {n}" for letter, n in metrics["letters"].items())
         lines.append(f"  {'predicted':<{wide}}{counts}")
     if "unavailable" in metrics:
         lines.append(f"  not available: {metrics['unavailable']}")
     return "\n".join(lines)
+
+
+def told_folds(values: list[float]) -> str:
+    """Write the values of folds."""
+    return " ".join(f"{value:.4f}" for value in values)
 
 
 # ---- what is kept

@@ -52,6 +52,9 @@ def commands() -> list[str]:
 
 def place(folder: Path) -> dict:
     """A checkout whose configs are small, with a user's own text beside it; an environment."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     for path in (*ROOT.glob("*.py"), ROOT / "runs"):
         (folder / path.name).symlink_to(path)
     (folder / "config").mkdir()
@@ -88,6 +91,13 @@ def place(folder: Path) -> dict:
     (folder / "questions.jsonl").write_text(question * 3)
     (folder / "prompts.jsonl").write_text('{"prompt": "def "}\n' * 5)
     (folder / "examples.jsonl").write_text(question)
+    clients = pa.table({"client_id": range(120), "emb_0001": [i % 7 + i % 2 for i in range(120)]})
+    pq.write_table(clients, folder / "clients.parquet")
+    (folder / "clients.jsonl").write_text("".join(
+        f'{{"client_id": {i}, "prompt": "x{i}"}}\n' for i in range(9)))
+    for name, column, last in (("labels", ",bins", 120), ("sums", ",sum", 120), ("test", "", 20)):
+        lines = [f"{i}{f',{i % 2}' if column else ''}\n" for i in range(last)]
+        (folder / f"{name}.csv").write_text(f"client_id{column}\n{''.join(lines)}")
     (folder / "bin").mkdir()
     for name, words in (("python", sys.executable), ("torchrun", f"{sys.executable} -m "
                                                      "torch.distributed.run")):

@@ -461,7 +461,7 @@ def test_a_file_is_complete_only_if_it_was_made_in_this_way(ckpt, tmp_path, monk
     before, checked = Path("G.jsonl").read_bytes(), {"ckpt", "prompts", "out"}
     ways = {"max_new_tokens": 5, "temperature": 0.7, "seed": 8, "stop": "x", "column": "text",
             "num_samples": 2, "top_k": 9, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2,
-            "dtype": "bf16", "embed": "mean", "layers": "0"}
+            "dtype": "bf16", "embed": "mean", "layers": "0", "id": "prompt"}
     assert {f.name for f in dataclasses.fields(sample.Flags)} == checked | set(ways) | {
         "prompt", "base", "batch", "save", "device", "compile", "chat", "system", "tools"}
     Path("T.jsonl").write_text("".join(json.dumps({"text": "a"} | row) + "\n" for row in rows))
@@ -687,6 +687,42 @@ def test_embeddings_are_those_of_transformers(ckpt, tmp_path, pool, layers, whic
         want = (states.mean(1) if pool == "mean" else states[:, -1]).mean(0)
         got = torch.tensor(row["embedding"])
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("source", ["F.jsonl", "F.parquet"])
+def test_states_by_id_are_the_embeddings_in_columns_and_alone_as_in_a_batch(ckpt, tmp_path, source):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"client": f"c{i}", "prompt": "ab" * i, "n": i} for i in range(7)]
+    (tmp_path / "F.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "F.parquet")
+    words = ["--ckpt", ckpt, f"--prompts={tmp_path}/{source}", "--embed=mean", "--device=cpu"]
+    assert run(*words, f"--out={tmp_path}/G.parquet", "--batch=1") == 0
+    assert run(*words, f"--out={tmp_path}/H.parquet", "--id=client", "--batch=4") == 0
+    lists, table = pq.read_table(tmp_path / "G.parquet"), pq.read_table(tmp_path / "H.parquet")
+    alone = torch.tensor(lists["embedding"].to_pylist())
+    assert table.column_names == ["client", *(f"emb_{i + 1:04d}" for i in range(alone.shape[1]))]
+    assert table["client"].to_pylist() == [row["client"] for row in rows]
+    columns = torch.tensor([table[name].to_pylist() for name in table.column_names[1:]])
+    assert str(table.schema.field("emb_0001").type) == "float"
+    assert (columns.T - alone).abs().max() <= 1e-5
+    assert run(*words, f"--out={tmp_path}/H.parquet", "--id=client", "--batch=4") == 0  # complete
+    with pytest.raises(UserError, match="was not made from this: id=client, now it is n"):
+        run(*words, f"--out={tmp_path}/H.parquet", "--id=n")
+
+
+@pytest.mark.parametrize(("rows", "words", "message"), [
+    ([{"prompt": "a"}], (), "F.jsonl:1 has no id in a column `id`"),
+    ([{"prompt": "a", "id": 1}, {"prompt": "a", "id": 1.5}], (), "F.jsonl:2 has no id in a column"),
+    ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], (), "F.jsonl:2: id 1 is that of row 1"),
+    ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "x"}], (), "do not fit into"),
+    ([{"prompt": "a", "id": 1}], ("--num_samples=2",), "several rows of an id")])
+def test_ids_that_are_none(ckpt, tmp_path, rows, words, message):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "F.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as caught:
+        run("--ckpt", ckpt, f"--prompts={tmp_path}/F.jsonl", f"--out={tmp_path}/G.parquet",
+            "--embed=mean", "--id=id", *words)
+    assert message in str(caught.value)
 
 
 def talk_rows(count: int) -> list[dict]:

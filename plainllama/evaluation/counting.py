@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from plainllama.evaluation.likelihood import Windows, window_count
 from plainllama.parallel import World
 from plainllama.progress import Progress
 from plainllama.settings import Settings
-from plainllama.tokens.rows import Rows
+from plainllama.tokens.rows import Rows, ids_of
 from plainllama.tokens.shards import Split, open_split
 from plainllama.tokens.tokenizer import Tokenizer
 
@@ -176,3 +177,27 @@ def contamination(tasks: dict[str, Any], folders: list[Path], tokenizer: Tokeniz
             found[name] = {"contaminated": len(set(owner[met])) / len(questions),
                            "long_enough": len(set(owner))}
     return found
+
+
+def look_through(tasks: dict[str, Any] | None, windows: Windows | None, tokens: int,
+                 folders: list[Path], tokenizer: Tokenizer, world: World,
+                 say: Callable) -> tuple[dict, dict]:
+    """Find what the training data holds of the questions of tasks, if these are asked for, and of
+    the first `tokens` of a split or text: (contamination() of the tasks, {repeated: the share of
+    the runs of words that are there, unless that is none}). Collective."""
+    contaminated: dict = {}
+    if tasks is not None:
+        contaminated = contamination(tasks, folders, tokenizer, world)
+        for name in tasks.keys() - contaminated.keys():
+            say(f"no contamination of {name}: no question has {RUN} words")
+    if windows is None:
+        return contaminated, {}
+    rows = windows.read_windows(range(window_count(windows, tokens)))
+    texts = [tokenizer.decode(ids_of(row)) for row in rows]
+    most = LOOK if tasks is None else sys.maxsize
+    _, met = runs_met(texts, folders, tokenizer, world, most)
+    if not met.any():
+        return contaminated, {}
+    say(f"note: at least {met.mean():.2%} of the runs of {RUN} words lie in the training data: of "
+        "these, bits per byte tell what is remembered")
+    return contaminated, {"repeated": float(met.mean())}

@@ -69,6 +69,7 @@ class Prompts(NamedTuple):
     rows: list[dict]
     table: Any = None
     complete: bool = False
+    id: str = ""  # the column that is kept alone beside the states' own
 
     def talks(self, column: str) -> list[dict | None]:
         """Give the rows that are messages to be answered, without the keys that a table adds, and
@@ -86,6 +87,10 @@ class Prompts(NamedTuple):
         import pyarrow.parquet as pq
 
         table = self.table
+        if self.id:
+            ids = [row[self.id] for row in self.rows]
+            pq.write_table(with_ids(self.id, ids, [new["embedding"] for new in made if new]), file)
+            return
         if table is None:
             names = dict.fromkeys(name for row in self.rows for name in row)
             table = pa.table({name: column_of([row.get(name) for row in self.rows])
@@ -93,12 +98,21 @@ class Prompts(NamedTuple):
         for name in dict.fromkeys(name for new in made for name in new):
             column: Any = [new.get(name) for new in made]
             if name == "embedding":
-                states = np.frombuffer(b"".join(map(base64.b64decode, column)), "<f4")
-                column = pa.FixedSizeListArray.from_arrays(states, len(states) // len(made))
+                states = unpacked(column)
+                column = pa.FixedSizeListArray.from_arrays(states.ravel(), states.shape[1])
             elif name == "message":
                 column = [each and json.dumps(each, ensure_ascii=False) for each in column]
             table = table.append_column(name, pa.array(column))
         pq.write_table(table, file)
+
+
+def with_ids(name: str, ids: list, states: list[str]) -> Any:
+    """Make a table of ids and the numbers of their packed states, emb_0001, emb_0002, ..."""
+    import pyarrow as pa
+
+    numbers = unpacked(states).T if states else ()
+    columns = {f"emb_{i:04d}": np.ascontiguousarray(one) for i, one in enumerate(numbers, 1)}
+    return pa.table({name: ids, **columns})
 
 
 def column_of(values: list) -> Any:
@@ -117,6 +131,8 @@ def read_prompts(f: Any) -> Prompts:
     if not f.prompts:
         return Prompts([{f.column: f.prompt}] * f.num_samples)
     path, out, column, copies = Path(f.prompts), Path(f.out), f.column, f.num_samples
+    if f.id and copies > 1:
+        raise UserError("--num_samples makes several rows of an id; leave one of them out")
     added = {"completion", "stop", "message"} if f.embed == "none" else {"embedding"}
     added |= {"sample"} if copies > 1 else set()
     kinds = path.suffix.lower(), out.suffix.lower()
@@ -135,13 +151,16 @@ def read_prompts(f: Any) -> Prompts:
             raise UserError(f"{path}:{number}: `{min(taken)}` would be overwritten; rename it")
     if not rows:
         raise UserError(f"{path} has no rows")
+    if f.id and f.embed != "none":
+        check_ids(path, [row.get(f.id) for row in rows], f.id)
     other = os.path.lexists(out) and not out.is_file()  # it would be replaced by a file
     if other or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists")
     try:  # what would fail after hours fails now
         if table is not None:
             table = table.take([i // copies for i in range(len(rows) * copies)])
-        prompts = Prompts([row for row in rows for _ in range(copies)], table, out.exists())
+        prompts = Prompts([row for row in rows for _ in range(copies)], table, out.exists(),
+                          f.id if f.embed != "none" else "")
         with open(os.devnull, "wb") as nowhere:
             prompts.write_to(nowhere, out.suffix, [{}] * len(prompts.rows))
     except (ValueError, TypeError, ArithmeticError, NotImplementedError) as error:
@@ -149,11 +168,30 @@ def read_prompts(f: Any) -> Prompts:
     return prompts
 
 
+def check_ids(path: Path, ids: list, name: str) -> None:
+    """Raise UserError for the first row without an id of its own."""
+    seen: dict[Any, int] = {}
+    for number, one in enumerate(ids, 1):
+        if not isinstance(one, str | int) or isinstance(one, bool) or one == "":
+            raise UserError(f"{path}:{number} has no id in a column `{name}`: a text or a whole "
+                            "number (--id names another)")
+        if one in seen:
+            raise UserError(f"{path}:{number}: {name} {one} is that of row {seen[one]} too; an id "
+                            "has one row")
+        seen[one] = number
+
+
 # ---- what is done
 
 def pack(state: torch.Tensor) -> str:
     """Write a state, fp32 (C,), as a text that JSON can hold, to the bit."""
     return base64.b64encode(state.numpy().astype("<f4").tobytes()).decode()
+
+
+def unpacked(column: list[str]) -> np.ndarray:
+    """Read what pack() wrote, fp32 (rows, C)."""
+    states = np.frombuffer(b"".join(map(base64.b64decode, column)), "<f4")
+    return states.reshape(len(column), -1)
 
 
 class Journal:

@@ -13,7 +13,7 @@ from plainllama.command import read_config
 from plainllama.report.blocks import Block, heading, paragraph, short, side_by_side, table_block
 from plainllama.report.charts import STYLE, Chart, Line, Point, chart_block, charts, trade_offs
 from plainllama.report.runs import RunFolder, grouped, is_number
-from plainllama.results import Score, measured
+from plainllama.results import Score, measured, told_folds
 from plainllama.settings import DIALOGS, Settings, UserError
 
 
@@ -177,7 +177,19 @@ def interval(score: Score) -> str:
     """Write the 95 % interval of a score, '' if it has none."""
     if score.interval:
         return " ({:.3f} to {:.3f})".format(*score.interval)
-    return f" ± {score.margin:.4f}" if score.error else ""
+    return f" ± {score.margin:.4f}" if score.error or score.half is not None else ""
+
+
+def folds(runs: list[RunFolder]) -> list[Block]:
+    """Show, of scores that were taken in folds, the value of each fold."""
+    rows = [[f"{run.name}, step {evaluation.get('step')}", f"{title} {score.name}",
+             f"{score.value:.4f}{interval(score)}", told_folds(metrics["folds"][score.name]),
+             short(score.chance)]
+            for run in runs for evaluation in run.evals
+            for title, metrics in evaluation.get("tasks", {}).items()
+            for score in finite_scores(metrics) if score.name in metrics.get("folds", {})]
+    head = ["", "score", "mean ± 95 % t-interval", "by fold", "chance"]
+    return [table_block(head, rows)] if rows else []
 
 
 # ---- answers, samples, environment
@@ -233,7 +245,8 @@ def environment(runs: list[RunFolder], out: Path) -> list[Block]:
 PANELS = {
     "What was run": differences,
     "Curves": lambda runs, out: [*charts(grouped(runs), out), *trade_offs(grouped(runs), out)],
-    "Scores": lambda runs, out: [*growth(runs, out), *baselines(runs), *scores(runs)],
+    "Scores": lambda runs, out: [*growth(runs, out), *baselines(runs), *scores(runs),
+                                 *folds(runs)],
     "Answers": answers,
     "Samples": samples,
     "Data, tokenizer and environment": environment,
