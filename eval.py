@@ -168,6 +168,8 @@ class Evaluation:
         self.kept = kept
         self.first, self.flags, self.given, self.world = first, flags, given, world
         self.say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
+        if kept is not None and not flags.all:
+            self.say(f"\nscores of {first}")
         self.batch_tokens = flags.batch_tokens or (32768 if world.device.type == "cuda" else 4096)
         self.dtype = parallel.pick_dtype(flags.dtype, world.device)
         self.home = peft.tokenizer_folder(first, flags.base)
@@ -326,8 +328,6 @@ class Evaluation:
     def score_checkpoint(self, folder: Path) -> bool:
         """Score one checkpoint: its windows, then every task; each score is recorded as soon as it
         is there. Whether all could be scored that was named."""
-        if self.kept is not None and not self.flags.all:
-            self.say(f"\nscores of {folder}")
         model = peft.load_model(folder, self.world.device, self.dtype, self.flags.base,
                                 kept=self.kept)
         state = checkpoint.read_state(folder) if self.run else {}

@@ -70,7 +70,7 @@ from plainllama.weights import adapters, checkpoint, expansion, peft
 from plainllama.weights.huggingface import described, load_weights, write_code, write_folder
 from plainllama.weights.peft import load_model
 
-HELD_OUT = 1 << 16  # tokens of the validation split that two ways to merge are compared by
+HELD_OUT = 1 << 16  # tokens of the validation split, at most, by which two models are compared
 SHARD_BYTES = 5_000_000_000
 TOLERANCE = 1e-4  # largest difference of logits in fp32, as a share of the largest logit
 # Run by a fresh Python process in an empty folder; writes logits and token ids into it.
@@ -169,9 +169,9 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     return counts[0], compare_with_transformers(model, tokenizer, folder, flags.code)
 
 
-def held_out(flags: Flags, source: Path, block_size: int) -> ValSet | None:
-    """Open the validation split of the run that made a checkpoint; None, and a line on the screen,
-    where it is not here."""
+def held_out(flags: Flags, source: Path, block_size: int) -> tuple[ValSet, int] | None:
+    """Open the validation split of the run that made a checkpoint, and say how many tokens of it
+    are looked at; None, and a line on the screen, where it is not here."""
     run = run_of(source)
     config = read_json(run / "run.json")["config"] if run else {}
     data = Path("data", config.get("dataset") or "of no run")
@@ -183,12 +183,12 @@ def held_out(flags: Flags, source: Path, block_size: int) -> ValSet | None:
         print(f"what is merged is not compared on held-out text: {error}")
         return None
     bos = Tokenizer.load(data).bos_id if config["doc_mask"] else None
-    return ValSet(rows, byte_info(data), bos)
+    return ValSet(rows, byte_info(data), bos), min(HELD_OUT, config["eval_tokens"])
 
 
-def loss_of(model: LLaMA, held: ValSet) -> float:
+def loss_of(model: LLaMA, held: ValSet, tokens: int) -> float:
     """The loss of a model on held-out text, nats per token."""
-    return evaluate(model, held.rows, held.info, HELD_OUT, 4, World(), held.bos_id)["val_loss"]
+    return evaluate(model, held.rows, held.info, tokens, 4, World(), held.bos_id)["val_loss"]
 
 
 def compare_merges(flags: Flags, source: Path, model: LLaMA, frozen_dtype: str) -> str:
@@ -198,11 +198,11 @@ def compare_merges(flags: Flags, source: Path, model: LLaMA, frozen_dtype: str) 
     if not held:
         return f"onto the {'original base' if flags.original else f'base in {frozen_dtype}'}"
     other = adapters.merge(load_model(source, base=flags.base, original=not flags.original))
-    losses = [loss_of(it, held) for it in ((other, model) if flags.original else (model, other))]
+    losses = [loss_of(it, *held) for it in ((other, model) if flags.original else (model, other))]
     here = "--original" if flags.original else "the base as it was held"
-    return (f"validation loss, merged onto the base as it was held, in {frozen_dtype}: "
-            f"{losses[0]:.4f} nats; onto the base's own weights (--original): {losses[1]:.4f}; "
-            f"this is {here}")
+    return (f"validation loss on {held[1]:,} tokens, merged onto the base as it was held, in "
+            f"{frozen_dtype}: {losses[0]:.4f} nats; onto the base's own weights (--original): "
+            f"{losses[1]:.4f}; this is {here}")
 
 
 def refuse_expansion(flags: Flags, source: Path) -> None:
@@ -225,13 +225,13 @@ def without_copies(flags: Flags, source: Path, model: LLaMA) -> tuple[LLaMA, str
     shares = {layer: block.expansion.mix_bias.sigmoid().item() for layer, block in merging.items()}
     held = held_out(flags, source, model.config.block_size) if merging else None
     if held:
-        seen = expansion.look(model, expansion.first_tokens(held.rows, held.bos_id))
+        seen = expansion.look(model, expansion.first_tokens(held[0].rows, held[0].bos_id))
         shares = {layer: found["expansion_share"] for layer, found in seen.items()}
     made = expansion.plain(model, shares)
     if not held:
         return made, "copies were interpolated with their blocks" if merging else ""
-    return made, (f"validation loss, expanded: {loss_of(model, held):.4f} nats; merged back: "
-                  f"{loss_of(made, held):.4f}")
+    return made, (f"validation loss on {held[1]:,} tokens, expanded: {loss_of(model, *held):.4f} "
+                  f"nats; merged back: {loss_of(made, *held):.4f}")
 
 
 def write_adapter(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:

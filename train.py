@@ -83,7 +83,10 @@ def main(command: CommandLine) -> int:
     world = parallel.start(config.device, config.parallel, config.offload)
     try:
         if flags.check:
-            memory.foresee(config, world)
+            there = resume.model_folder(config)
+            if there and not resume.steps_of(Path(config.out_dir)):
+                resume.refuse_other_part(there, config)
+            memory.foresee(config, world, there)
         refuse_too_large(config, world)
         outline(config)  # which refuses names that are none, before a folder is made
         if flags.check:

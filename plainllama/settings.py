@@ -261,7 +261,7 @@ def check_keys(config: Settings, shape: bool = True) -> None:
              "expand=concat or hybrid"),
             (c.expand != "none" and (c.lora_r or c.train_only), f"expand={c.expand} learns copies "
              f"of blocks alone; {'lora_r' if c.lora_r else 'train_only'} has no place (of a model "
-             "that has copies make a plain one first: export.py)"),
+             "that has copies make a plain one first: export.py, --merge_back)"),
             (c.offload and c.parallel not in ("fsdp", "hsdp"),
              f"offload has no effect on parallel={c.parallel}; say --parallel=fsdp, which one GPU "
              "can do too: torchrun --nproc_per_node=1"),

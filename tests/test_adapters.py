@@ -337,7 +337,7 @@ def test_an_adapter_is_sampled_scored_and_exported(home, capsys):
         assert export.main(parse(["--ckpt=out/a", f"--to=hub/{name}", *flags], "", export.Flags,
                                  takes="files")) == 0
     said = capsys.readouterr().out
-    assert said.count("validation loss, merged onto the base as it was held, in nf4") == 2
+    assert said.count("tokens, merged onto the base as it was held, in nf4") == 2
     ids = some_ids()
     held, own = (load_model(home / "hub" / name)(ids) for name in ("held", "own"))
     assert (held - load_model(newest("out/a"))(ids)).abs().max() < 1e-5
@@ -355,7 +355,7 @@ def test_a_base_that_moved_or_changed(home):
     assert run(*LORA, "--max_steps=4", "--out_dir=out/a") == 0
     folder = newest("out/a")
     (home / "out/base").rename(home / "elsewhere")
-    with pytest.raises(UserError, match="is not there; say where it is with --base"):
+    with pytest.raises(UserError, match="is not there; say where the base is now with --base"):
         load_model(folder)
     moved = newest("elsewhere")
     for place in (moved, "elsewhere", "."):  # a run, and a folder of runs
@@ -529,6 +529,20 @@ def test_adapters_of_other_shapes_do_not_share_a_base(home):
         assert (load_model(newest(name), kept=kept)(ids) - load_model(newest(name))(ids)
                 ).abs().max() < 1e-5
     assert len(kept) == 1
+
+
+def test_a_run_goes_on_when_its_base_has_moved(home):
+    words = (*LORA[1:], "--out_dir=out/a")
+    assert run("--init_from=out/base", *words, "--max_minutes=1e-9") == 75
+    with pytest.raises(UserError, match="say --init_from=out/base, or choose another out_dir"):
+        run("--init_from=out/other", *words)
+    (home / "out/base").rename(home / "elsewhere")
+    with pytest.raises(UserError, match=r"to train\.py with --init_from=FOLDER"):
+        run("--init_from=out/base", *words)
+    while (code := run("--init_from=elsewhere", *words)) == 75:
+        pass
+    assert code == 0
+    assert checkpoint.find_checkpoint("out/a").name == "step_8"
 
 
 def test_a_project_that_moved_goes_on(home, monkeypatch):

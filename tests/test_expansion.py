@@ -125,9 +125,9 @@ def test_a_run_learns_its_copies_alone_and_resumes_to_the_bit(home, kind, capsys
     assert all(".expansion." in name for name in moments)
     assert rows_of("out/whole", "loss")[-1] < rows_of("out/whole", "loss")[0]
     if kind == "stack":
-        assert not rows_of("out/whole", "divergence")
+        assert not rows_of("out/whole", "divergence/mse")
     else:
-        found = rows_of("out/whole", "divergence")
+        found = rows_of("out/whole", "divergence/mse")
         assert found[0] == 0 and found[-1] > 0
         layer = 3
         shares = rows_of("out/whole", f"expansion_share/{layer}")
@@ -288,7 +288,7 @@ def test_the_gradient_is_that_of_the_loss_and_the_divergence(keys):
         assert torch.allclose(parameter.grad, grad, atol=1e-6, rtol=1e-4), name
     assert told[0].item() / 128 == pytest.approx(loss.item(), rel=1e-5)
     assert told[1].item() / 128 == pytest.approx(divergence.item(), rel=1e-5)
-    assert one.logged == ("divergence",) and divergence.item() > 1e-4
+    assert one.logged == ("divergence/" + one.config.divergence,) and divergence.item() > 1e-4
 
 
 def test_of_pairs_the_divergence_is_the_mean_of_both_answers():
@@ -468,7 +468,7 @@ def test_one_curve(home, keys, others):
     assert run(*keys, "--out_dir=out/one") == 0
     for number, other in enumerate(others):
         assert run(*keys, *other, f"--out_dir=out/{number}") == 0
-        for name in ("loss", "divergence"):
+        for name in ("loss", "divergence/mse"):
             assert rows_of("out/one", name) == pytest.approx(rows_of(f"out/{number}", name),
                                                              abs=2e-5), other
 
@@ -527,7 +527,7 @@ def test_an_expanded_model_learns_dialogs_and_their_tokens(home, capsys):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_tokens_learn_whose_rows_a_wide_embedding_had_already(home, tied):
+def test_tokens_learn_whose_rows_a_wide_embedding_had_already(home, tied, capsys):
     """A base whose embedding is larger than its tokenizer: what dialogs add lies among its rows."""
     tie = f"--tie_embeddings={tied}"
     assert run("--vocab_size=300", tie, "--out_dir=out/wide") == 0
@@ -536,6 +536,9 @@ def test_tokens_learn_whose_rows_a_wide_embedding_had_already(home, tied):
     old = read_json(Path("data/toy/manifest.json"))["tokenizer"]["vocab_size"]
     for keys in (["--lora_r=2"], ["--expand=concat", "--expand_blocks=2"]):
         words = "--init_from=out/wide", "--dataset=talks", tie, *keys
+        capsys.readouterr()
+        assert run(*words, "--out_dir=out/x", "--check") == int(tied)  # ln V is far at this width
+        assert f"and {300 - old} new entries" in capsys.readouterr().out
         assert run(*words, "--out_dir=out/x") == 0
         model = load_model(newest("out/x"))
         after = {"lm_head.weight": model.lm_head.weight,
@@ -572,9 +575,9 @@ def test_an_expanded_model_learns_preferences(home):
     assert run(*keys, "--out_dir=out/whole") == 0
     first = rows_of("out/whole", "loss")[0]
     assert first == pytest.approx(math.log(2), abs=1e-6)
-    assert rows_of("out/whole", "divergence")[-1] > 0
+    assert rows_of("out/whole", "divergence/mse")[-1] > 0
     assert run(*keys, "--out_dir=out/small", "--micro_batch=1") == 0
-    for name in ("loss", "divergence", "rewards/margins"):
+    for name in ("loss", "divergence/mse", "rewards/margins"):
         assert rows_of("out/small", name) == pytest.approx(rows_of("out/whole", name), abs=2e-5)
 
 

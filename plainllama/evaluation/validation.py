@@ -129,8 +129,9 @@ def open_sets(config: Settings, manifest: dict) -> dict[str, ValSet]:
     named = config.eval_sets if isinstance(config.eval_sets, dict) else {}
     for name, folder in named.items():
         if not Path(folder, "manifest.json").is_file():
+            meant = folder if Path("data", folder, "manifest.json").is_file() else config.dataset
             raise UserError(f"eval_sets: {name} names {folder!r}, no data set; name the folder of "
-                            f"one, such as data/{config.dataset}")
+                            f"one, such as data/{meant}")
         theirs = read_manifest(Path(folder))
         if theirs["tokenizer"]["sha256"] not in (ours["sha256"], ours.get("base")):
             raise UserError(f"eval_sets: {name}, {folder}, has another tokenizer than "

@@ -51,7 +51,7 @@ CHARTS = (
     Chart("validation by set, nats per token", ("val_loss/",), log=True),
     Chart("expansion: share of the copies, by block", ("expansion_share/",)),
     Chart("expansion: cosine of block and copy, by block", ("expansion_cosine/",)),
-    Chart("expansion: divergence of block and copy", ("divergence",)),
+    Chart("expansion: divergence of block and copy, by measure", ("divergence/",)),
     Chart("BLEU of answers along the run", ("bleu_gen",)),
     Chart("chrF of answers along the run", ("chrf_gen",)),
     Chart("answers whose calls are right, along the run", ("calls_gen",)),
@@ -123,10 +123,11 @@ def trade_offs(groups: list[list[RunFolder]], out: Path) -> list[Block]:
         if not lines:
             continue
         first, second = (name.removeprefix("val_loss/") for name in (sets[0][0], other))
-        least = min(point.step for line in lines for point in line.points)
+        ends = [point.step for line in lines for point in line.points]
+        least = min(ends) - 0.05 * ((max(ends) - min(ends)) or max(ends))
         chart = Chart(f"trade-off: loss on {first} against loss on {second}, nats per token",
-                      (f"trade_off_{number}",), log=True, axis=f"loss on {second}",
-                      left=0.98 * least)
+                      (f"trade_off_{number}",), log=True, left=least,
+                      axis=f"loss on {second} (a run begins at the right)")
         blocks.append(chart_block(chart, [label_of(group) for group in groups], lines, out))
     return blocks
 

@@ -65,8 +65,8 @@ class Engine:
         self.build_model(source)
         self.build_optimizer(source, state or {})
         self.diverges = bool(expansion.merging(self.model))
-        # beside the loss
-        self.logged = (*self.objective.logged, *(["divergence"] if self.diverges else ()))
+        apart = [f"divergence/{config.divergence}"] if self.diverges else []
+        self.logged = (*self.objective.logged, *apart)  # beside the loss
         self.split_batch(state or {})
         self.module = self.model if config.deterministic else world.wrap(self.model)
         self.compiled = False

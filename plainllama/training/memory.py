@@ -4,6 +4,7 @@ no storage, and what an allocator would hold at its peak is counted."""
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from plainllama.training.engine import outline
 from plainllama.weights import adapters
 
 
-def foresee(config: Settings, world: World) -> None:
-    """Say what learns, and what memory that takes on a device that has the whole model."""
+def foresee(config: Settings, world: World, source: Path | None = None) -> None:
+    """Say what learns, and what memory that takes on a device that has the whole model. `source`:
+    the model that the run begins with, if it is there."""
     if world.rank > 0 or config.n_layer > 1000:  # which would take long, and has no room anyway
         return
-    model, adapter = outline(config)
+    model, adapter = outline(config, source)
     learns = adapters.summary(model, adapter, config.frozen_dtype)
     targets = [name.split(".") for name in adapter.targets] if adapter else []
     for last in dict.fromkeys(parts[-1] for parts in targets):
@@ -32,7 +34,7 @@ def foresee(config: Settings, world: World) -> None:
         print(f"  {last} of {'all blocks' if all_of_them else 'blocks ' + ', '.join(blocks)}")
     print(learns or "learns: all weights")
     rows, dtype = config.micro_batch or 1, pick_dtype(config.dtype, world.device)
-    parts = reckon(config, rows, dtype)
+    parts = reckon(config, rows, dtype, source)
     total = sum(parts.values())
     away = ", of which all but activations in host memory" if world.offload else ""
     unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
@@ -67,11 +69,12 @@ class Allocator(TorchDispatchMode):
         self.held -= size
 
 
-def reckon(config: Settings, rows: int, dtype: torch.dtype) -> dict[str, int]:
+def reckon(config: Settings, rows: int, dtype: torch.dtype,
+           source: Path | None = None) -> dict[str, int]:
     """Bytes on one device that has the whole model: of weights, gradients, moments and, at the
     peak of a forward and backward pass of `rows` rows, all else (activations). Eager code with a
     CPU's kernels; a GPU's attention keeps less."""
-    model, _ = outline(replace(config, attention="sdpa"))  # other back ends are for a GPU
+    model, _ = outline(replace(config, attention="sdpa"), source)  # other back ends are for a GPU
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.reset_derived("cpu")

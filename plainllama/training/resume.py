@@ -244,9 +244,10 @@ def refuse_other_run(state: dict, config: Settings, data_hash: str, extend: bool
         remedies |= dict.fromkeys(COURSE, "say --extend to accept it")
     for name, remedy in remedies.items():
         from_data = name == "vocab_size" and not config.vocab_size  # whose hash is compared below
-        if old[name] != getattr(config, name) and not from_data:
+        moved = name == "init_from" and peft.lost_its_base(source)  # nor can that be another
+        if old[name] != getattr(config, name) and not (from_data or moved):
             raise UserError(f"{source} was trained with {name}={old[name]}, now it is "
-                            f"{getattr(config, name)}; {remedy}")
+                            f"{getattr(config, name)}; say --{name}={old[name]}, or {remedy}")
     if state["data_hash"] != data_hash:
         raise UserError(f"{source} was trained on another data/{config.dataset}; choose another "
                         "out_dir")

@@ -133,8 +133,8 @@ def base_of(folder: Path, moved: str = "") -> tuple[Path, Adapter]:
         there = moved and Path(moved).exists()
         lacks = f"holds no model, and no checkpoint {name}" if there else "is not there"
         raise UserError(f"{folder} is an adapter of the model {adapter.base or '(none)'}; "
-                        f"{named or '(none)'} {lacks}; say where it is with --base=FOLDER, or in "
-                        f"train.py put it there (base_model_name_or_path of {CONFIG})")
+                        f"{named or '(none)'} {lacks}; say where the base is now with "
+                        "--base=FOLDER, to train.py with --init_from=FOLDER")
     if adapter.sha256 and weights_sha256(base) != adapter.sha256:
         raise UserError(f"{folder} is an adapter of other weights than those in {base}; say where "
                         "its base is with --base=FOLDER")
@@ -292,6 +292,12 @@ def adapter_for(model: LLaMA, config: Settings, source: Path | None) -> Adapter 
     base, _ = base_of(source, moved_base(found, config))
     return replace(found, dropout=wanted.dropout, targets=wanted.targets,
                    base=str(base.resolve()), sha256=found.sha256 or weights_sha256(base))
+
+
+def lost_its_base(folder: Path) -> bool:
+    """Whether a folder holds an adapter whose base, known by its hash, is not where it was."""
+    adapter = read_adapter(folder) if is_adapter(folder) else None
+    return bool(adapter and adapter.sha256 and not Path(adapter.base, "config.json").is_file())
 
 
 def moved_base(adapter: Adapter, config: Settings) -> str:
