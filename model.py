@@ -103,8 +103,8 @@ class Linear(nn.Linear):
         """(..., d_in) -> (..., d_out)."""
         return F.linear(x, self.weight.to(x.dtype))
 
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """The weight, and the last of its rows that learn: all or none."""
+    def parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The weight for a product in `dtype`, and the last of its rows that learn: all or none."""
         return self.weight, self.weight if self.weight.requires_grad else self.weight[:0]
 
 
@@ -410,7 +410,7 @@ class LLaMA(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, each: bool = False) -> Tensor:
         """Sum -log p(target) of states (N, C) over targets (N,), fp32 (); `each`: (N,)."""
-        weight, learned = self.lm_head.parts()
+        weight, learned = self.lm_head.parts(x.dtype)
         # the gradient of the matrix wants large chunks; without it they only take memory
         room = LOGITS_BYTES if len(learned) == len(weight) and not each else LOGITS_BYTES // 4
         size = chunk_rows(len(weight), room)

@@ -22,7 +22,7 @@ from plainllama.parallel import World
 from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.rows import to_batch
 from plainllama.training.engine import Engine
-from plainllama.weights import checkpoint, expansion
+from plainllama.weights import adapters, checkpoint, expansion
 from plainllama.weights.huggingface import read_config
 from plainllama.weights.peft import load_model
 
@@ -403,9 +403,7 @@ def test_a_base_that_bf16_would_round_is_refused(home):
     with pytest.raises(UserError, match=r"would round .* that is no adapter's") as seen:
         run(*GROW, "--expand=stack", "--frozen_dtype=bf16", "--out_dir=out/a")
     assert "\n" not in str(seen.value) and not Path("out/a").exists()
-    even = Path("even")  # weights that bf16 holds as they are
-    shutil.copytree(newest("out/base"), even)
-    (even / "checksums.json").unlink()
+    even = foreign("out/base", "even")  # weights that bf16 holds as they are
     base = {name: p.bfloat16().float() for name, p in
             load_file(even / "model.safetensors").items()}
     save_file(base, even / "model.safetensors", {"format": "pt"})
@@ -566,6 +564,63 @@ def test_tokens_learn_whose_rows_a_wide_embedding_had_already(home, tied, capsys
     assert run("--init_from=out/wide", tie, "--lora_r=2", "--out_dir=out/a") == 0
     with pytest.raises(UserError, match="the data set has more"):
         run("--init_from=out/a", "--dataset=talks", tie, "--lora_r=2", "--out_dir=out/y")
+
+
+@pytest.mark.parametrize("keys", [["--lora_r=2"], ["--expand=concat", "--expand_blocks=2"]])
+def test_tokens_learn_that_an_embedding_is_too_short_for(home, keys):
+    """A tokenizer with an entry more than its model, as a pad token makes it: that row is new."""
+    old = read_json(Path("data/toy/manifest.json"))["tokenizer"]["vocab_size"]
+    short = foreign("out/base", "short")
+    config = read_json(short / "config.json")
+    (short / "config.json").write_text(json.dumps(config | {"vocab_size": old - 1}))
+    base = load_file(short / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        base[name] = base[name][:-1].clone()
+    save_file(base, short / "model.safetensors", {"format": "pt"})
+    dialogs(Path("data/talks"), "chat", TALKS)
+    assert run("--init_from=short", "--dataset=talks", *keys, "--out_dir=out/x") == 0
+    matrix = load_model(newest("out/x")).lm_head.weight
+    assert torch.equal(matrix[:old - 1], base["lm_head.weight"])
+    assert matrix[old - 1:].abs().max() < 1 and len(matrix) == old + 5
+    (short / "tokenizer.json").unlink()  # nobody knows what of a wide embedding is new
+    (short / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    with pytest.raises(UserError, match="has no tokenizer, which would say"):
+        run("--init_from=short", "--dataset=talks", *keys, "--out_dir=out/y")
+    assert not Path("out/y").exists()
+
+
+def foreign(run: str, to: str) -> Path:
+    """A copy of a run's model without our hashes."""
+    shutil.copytree(newest(run), to)
+    (Path(to) / "checksums.json").unlink()
+    return Path(to)
+
+
+def test_an_expanded_run_with_new_rows_goes_on_in_bf16(home):
+    """What is frozen is even, and what learns need not be."""
+    even = foreign("out/base", "even")
+    base = {name: p.bfloat16().float() for name, p in load_file(even / "model.safetensors").items()}
+    save_file(base, even / "model.safetensors", {"format": "pt"})
+    dialogs(Path("data/talks"), "chat", TALKS)
+    keys = "--dataset=talks", "--frozen_dtype=bf16"
+    assert run("--init_from=even", *keys, "--expand=stack", "--expand_blocks=2", "--out_dir=out/a"
+               ) == 0
+    assert run("--init_from=out/a", *keys, "--out_dir=out/b") == 0
+    after = load_file(newest("out/b") / "model.safetensors")
+    old = len(base["lm_head.weight"])
+    assert all(torch.equal(after[name][:old], p) for name, p in base.items())
+
+
+def test_chunks_of_the_loss_round_no_row_that_learns(home, monkeypatch):
+    model = grown("stack", first_row=60)
+    adapters.grow(model, 60)
+    for end in (model.lm_head, model.model.embed_tokens):
+        torch.nn.init.normal_(end.rows)
+        end.weight.requires_grad_(False).data = end.weight.data.bfloat16()
+    ids = some_ids() % 64
+    whole = model(ids[:, :-1], ids[:, 1:])
+    monkeypatch.setattr("model.LOGITS_BYTES", 4 * 8 * 64)
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(whole.item(), rel=1e-7)
 
 
 def test_an_expanded_model_learns_preferences(home):

@@ -133,12 +133,23 @@ def open_sets(config: Settings, manifest: dict) -> dict[str, ValSet]:
             raise UserError(f"eval_sets: {name} names {folder!r}, no data set; name the folder of "
                             f"one, such as data/{meant}")
         theirs = read_manifest(Path(folder))
+        kind = theirs["recipe"].get("documents", "text")
+        if kind == "preference":
+            raise UserError(f"eval_sets: {name}, {folder}, holds pairs, of which a loss by token "
+                            "says nothing; leave it out")
+        if theirs["tokenizer"].get("base") == ours["sha256"]:
+            raise UserError(f"eval_sets: {name}, {folder}, holds dialogs, whose roles are tokens "
+                            f"that data/{config.dataset} has not; it is for runs on dialogs")
         if theirs["tokenizer"]["sha256"] not in (ours["sha256"], ours.get("base")):
             raise UserError(f"eval_sets: {name}, {folder}, has another tokenizer than "
                             f"data/{config.dataset}; prepare it with "
                             f"--tokenizer=data/{config.dataset}/tokenizer.json")
+<<<<<<< HEAD
         whole = theirs["recipe"].get("documents", "text") != "text"
         masked = whole or (config.doc_mask and config.packing != "fit")
+=======
+        masked = kind != "text" or (config.doc_mask and config.packing != "fit")
+>>>>>>> main
         found[name] = ValSet(val_rows(Path(folder), theirs, config.block_size),
                              byte_info(Path(folder)),
                              theirs["tokenizer"]["bos"] if masked else None)

@@ -329,6 +329,9 @@ def outline(config: Settings, source: Path | None = None) -> tuple[LLaMA, Adapte
     """Make a run's model on the meta device, frozen where the config says so, with copies of blocks
     or an adapter, if it has these; that adapter belongs to `source`, or is that of `source`."""
     shape = architecture(config)
+    if shape.expand_blocks and source and peft.is_adapter(source):
+        raise UserError(f"{source} is an adapter, and expand wants a whole model; make one of it: "
+                        f"python export.py --ckpt {source} --merge --to DIR")
     if shape.expand_blocks:
         shape = replace(shape, first_row=expansion.new_rows(config, source))
     with torch.device("meta"):

@@ -29,7 +29,13 @@ from plainllama.training import optim
 from plainllama.training.engine import architecture, outline
 from plainllama.training.objectives import Objective
 from plainllama.weights import checkpoint, expansion, peft
-from plainllama.weights.huggingface import GROWN, other_keys, refuse_rounding
+from plainllama.weights.huggingface import (
+    GROWN,
+    fitting,
+    other_keys,
+    read_config,
+    refuse_rounding,
+)
 
 # On resume these must be as they were, or the run would be another one ...
 FIXED = deciding("identity", "fixed")
@@ -66,6 +72,8 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
     config = command.config
     said = [keep_recipe(command, manifest)]
     settle_documents(config)
+    if config.init_from and not model_folder(config):
+        checkpoint.find_checkpoint(config.init_from)  # which says what is not there
     theirs, inherited = inherit(command)
     said += inherited
     pairs = config.documents == "preference"
@@ -122,9 +130,13 @@ def model_folder(config: Settings) -> Path | None:
     init_from names; None if it begins anew, or what is named is none."""
     if not config.init_from:
         return None
+    for own in steps_of(Path(config.out_dir)):
+        with contextlib.suppress(UserError):  # a damaged one: the step before is taken
+            peft.whole_config(own)
+            return own
     source = Path(config.init_from)
     run = source if (source / "checkpoints").is_dir() else newest_run(source)
-    steps = [*steps_of(Path(config.out_dir)), source, *(steps_of(run) if run else ())]
+    steps = [source, *(steps_of(run) if run else ())]
     return next((folder for folder in steps if peft.is_adapter(folder)
                  or (folder / "config.json").is_file()), None)
 
@@ -210,8 +222,11 @@ def refuse_other_part(source: Path, config: Settings) -> None:
     entries, home = peft.whole_config(source).vocab_size, peft.tokenizer_folder(source)
     grows = expansion.first_new(home, entries, config)
     if grows and config.train_only and not all(end.requires_grad for end in ends):
-        raise UserError("train_only freezes the rows of new tokens; add embed_tokens,lm_head to "
-                        "it, or train an adapter (lora_r)")
+        names = "embed_tokens" if config.tie_embeddings else "embed_tokens,lm_head"
+        raise UserError(f"train_only freezes the rows of new tokens; add {names} to it, or train "
+                        "an adapter (lora_r)")
+    if not peft.is_adapter(source):
+        fitting(source, model, bool(grows), not read_config(source).expand_blocks)
     if config.frozen_dtype == "bf16" and not config.lora_r:
         refuse_rounding(source, model)
 

@@ -9,6 +9,7 @@ learn beside the adapters, and those alone.
 import fnmatch
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -153,8 +154,10 @@ class GrownLinear(Linear):
 
     grow = GrownEmbedding.grow
 
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """The matrix, with the rows in their place, and these."""
+    def parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The matrix for a product in `dtype`, with the rows in their place, and these."""
+        if self.weight.dtype not in (self.rows.dtype, dtype):  # which would round them
+            return torch.cat([self.weight[:self.first].to(dtype), self.rows.detach()]), self.rows
         self.weight.data[self.first:] = self.rows.detach()
         return self.weight, self.rows
 
@@ -183,8 +186,9 @@ def named(model: LLaMA, pattern: str) -> set[str]:
     if not colon:
         found = parts_of(names, pattern)
         if not found:
-            raise UserError(f"train_only: {pattern!r} is part of no parameter's name; there are "
-                            f"first:N, last:N, every:N, {', '.join(sorted(plain(names)))}")
+            raise UserError(f"train_only: {pattern!r} means no parameter; there are first:N, "
+                            "last:N, every:N, and parts of names, of two letters or more: "
+                            f"{', '.join(sorted(plain(names)))}")
         return found
     number = int(count) if count.isdecimal() else 0
     chosen = {"first": range(number), "last": range(max(blocks - number, 0), blocks),
@@ -197,9 +201,9 @@ def named(model: LLaMA, pattern: str) -> set[str]:
 
 
 def parts_of(names: list[str], pattern: str) -> set[str]:
-    """Those of `names` that a pattern is a part of: of a letter or more, numbers as a whole."""
-    before = ("", "*[!0-9]") if pattern[:1].isdigit() else ("*",)
-    behind = ("", "[!0-9]*") if pattern[-1:].isdigit() else ("*",)
+    """Those of `names` that a pattern is a part of: of two signs or more, numbers as a whole."""
+    before = ("", "*[!0-9]") if re.match(r"[\d?[]", pattern) else ("*",)
+    behind = ("", "[!0-9]*") if re.search(r"[\d?\]]$", pattern) else ("*",)
     wholes = [f"{a}{pattern}{b}" for a in before for b in behind if len(pattern) > 1]
     return {name for name in names if any(fnmatch.fnmatchcase(name, each) for each in wholes)}
 

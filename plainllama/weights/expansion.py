@@ -17,6 +17,7 @@ from model import Block, LLaMA, ModelConfig
 from plainllama.files import read_json
 from plainllama.settings import Settings, UserError
 from plainllama.tokens.rows import Batch, Rows, to_batch
+from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.tokens.tokenizer_json import byte_info
 from plainllama.weights import adapters
 from plainllama.weights.huggingface import read_config
@@ -113,16 +114,26 @@ def merging(model: LLaMA) -> dict[int, ExpandedBlock]:
     return {layer: block for layer, block in expanded(model).items() if block.beside}
 
 
-def first_new(tokenizer: Path, entries: int, config: Settings) -> int:
+def first_new(folder: Path, entries: int, config: Settings) -> int:
     """Say from which entry on a run's vocabulary is new to a model of so many `entries`, whose
     tokenizer lies in a folder; 0: none is. An embedding may be larger than its tokenizer."""
-    data = read_json(Path("data", config.dataset, "manifest.json"), tolerant=True)
-    named = data.get("tokenizer", {})
-    if named.get("base") and (tokenizer / "tokenizer.json").is_file():
-        known = len(byte_info(tokenizer).lengths)
-        if known < named["vocab_size"]:
-            return known
+    named = read_json(Path("data", config.dataset, "manifest.json"), tolerant=True).get("tokenizer")
+    if named and named.get("base"):  # it was made of another, by adding to it
+        known = entries_of(folder)
+        if not known and entries >= named["vocab_size"]:
+            raise UserError(f"{folder} has no tokenizer, which would say what of the data set's "
+                            "tokens is new to it; copy its tokenizer.json there")
+        if known and known < named["vocab_size"]:
+            return min(known, entries)
     return entries if entries < config.vocab_size else 0
+
+
+def entries_of(folder: Path) -> int:
+    """Count the entries of the tokenizer in a model's folder; 0 if it has none."""
+    if (folder / "tokenizer.json").is_file():
+        return len(byte_info(folder).lengths)
+    model = folder / "tokenizer.model"
+    return make_tokenizer(str(model)).vocab_size if model.is_file() else 0
 
 
 def new_rows(config: Settings, source: Path | None) -> int:

@@ -213,12 +213,9 @@ def other_keys(theirs: ModelConfig, ours: ModelConfig) -> str:
 
 # ---- the weights, read
 
-def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
-                 expands: bool = False) -> None:
-    """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
-    mapped from a file may be unaligned, and alignment changes the bits of a matmul. If the model
-    `grows`, it may have more entries in its vocabulary, whose rows stay as they are. `expands`: its
-    copies of blocks stay as they are, the folder has none."""
+def fitting(folder: Path, model: LLaMA, grows: bool = False, expands: bool = False) -> dict:
+    """Open the weights of a model folder; UserError if they are not those of `model`. As for
+    load_weights()."""
     stored = open_weights(folder)
     if model.config.tie_embeddings:
         stored.pop("lm_head.weight", None)
@@ -235,11 +232,22 @@ def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
         entries = min(shape[0], expected[0]) if grows and name in ENDS else expected[0]
         if shape != [entries, *expected[1:]]:
             raise UserError(f"{folder}: {name} has shape {shape}, the config says {expected}")
+    return stored
+
+
+def load_weights(folder: Path, model: LLaMA, world: World, grows: bool = False,
+                 expands: bool = False) -> None:
+    """Copy the weights of a model folder into `model`'s parameters, which exist already: a tensor
+    mapped from a file may be unaligned, and alignment changes the bits of a matmul. If the model
+    `grows`, it may have more entries in its vocabulary, whose rows stay as they are. `expands`: its
+    copies of blocks stay as they are, the folder has none."""
+    stored = fitting(folder, model, grows, expands)
+    for name, place in base_weights(model, copies=not expands).items():
         if isinstance(place, AdaptedLinear):
             place.hold(stored[name][:].to(world.device))
             continue
         local, first = world.piece(place.data)
-        last = min(first + local.shape[0], entries)
+        last = min(first + local.shape[0], stored[name].get_shape()[0])
         if first < last:
             local[:last - first].copy_(stored[name][first:last])
     for name, place in model.named_parameters():
@@ -264,9 +272,10 @@ def open_weights(folder: Path) -> dict:
 def refuse_rounding(folder: Path, model: LLaMA) -> None:
     """Refuse a folder of weights that have other bits in bf16 where `model` holds them so."""
     stored = open_weights(folder)
+    first = model.config.first_row or model.config.vocab_size  # those from there on learn
     for name, place in model.named_parameters():
         if place.dtype == torch.bfloat16 and name in stored:
-            weight = stored[name][:]
+            weight = stored[name][:first] if name in ENDS else stored[name][:]
             if not torch.equal(weight, weight.bfloat16().to(weight.dtype)):
                 raise UserError(f"frozen_dtype=bf16 would round {name} of {folder}, and a "
                                 "checkpoint that is no adapter's holds what is frozen; say "

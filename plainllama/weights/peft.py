@@ -22,7 +22,13 @@ from plainllama.settings import Settings, UserError
 from plainllama.tokens.tokenizer_json import TEMPLATE_FILE, byte_info
 from plainllama.weights import adapters, expansion
 from plainllama.weights.adapters import ADDED, Adapter, initialise
-from plainllama.weights.huggingface import ENDS, load_weights, read_config, weight_files
+from plainllama.weights.huggingface import (
+    ENDS,
+    load_weights,
+    read_config,
+    refuse_rounding,
+    weight_files,
+)
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 FORMAT = 1
@@ -128,7 +134,7 @@ def base_of(folder: Path, moved: str = "") -> tuple[Path, Adapter]:
     UserError if it is not there, or has other weights."""
     adapter = read_adapter(folder)
     named, name = moved or adapter.base, Path(adapter.base).name
-    base = found_in(Path(named), name) if named else None
+    base = found_in(Path(named), adapter) if named else None
     if not base:
         there = moved and Path(moved).exists()
         lacks = f"holds no model, and no checkpoint {name}" if there else "is not there"
@@ -138,14 +144,25 @@ def base_of(folder: Path, moved: str = "") -> tuple[Path, Adapter]:
     if adapter.sha256 and weights_sha256(base) != adapter.sha256:
         raise UserError(f"{folder} is an adapter of other weights than those in {base}; say where "
                         "its base is with --base=FOLDER")
+    if (entries := read_config(base).vocab_size) < adapter.first_row:
+        raise UserError(f"{folder} learned the vocabulary from entry {adapter.first_row} on, "
+                        f"{base} has only {entries}: they do not belong together")
     return base, adapter
 
 
-def found_in(home: Path, name: str) -> Path | None:
-    """Find a whole model in a folder, or as the checkpoint `name` in a run or a folder of runs."""
-    places = (home, home / "checkpoints" / name, *home.glob(f"*/checkpoints/{name}"))
-    return next((place for place in places
-                 if (place / "config.json").is_file() and not is_adapter(place)), None)
+def found_in(home: Path, adapter: Adapter) -> Path | None:
+    """Find the base of an adapter: a whole model in a folder or, by the name of its checkpoint, in
+    a run or a folder of runs; of several that of its hash. UserError if nothing chooses."""
+    name = Path(adapter.base).name
+    places = (home, *home.glob("checkpoints/*"), *home.glob("*/checkpoints/*"))
+    found = [place for place in places if (place == home or place.name == name)
+             and (place / "config.json").is_file() and not is_adapter(place)]
+    if len(found) > 1 and not adapter.sha256:
+        raise UserError(f"{home} holds {len(found)} models {name}, and nothing says which is the "
+                        f"adapter's base; name one of {', '.join(map(str, sorted(found)))}")
+    chosen = [place for place in found if len(found) > 1
+              and weights_sha256(place) == adapter.sha256]
+    return next(iter([*chosen, *found]), None)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -284,10 +301,11 @@ def adapter_for(model: LLaMA, config: Settings, source: Path | None) -> Adapter 
         names = ",".join(short_targets(found, model.config))
         raise UserError(f"{source} is another adapter than the config's; to go on with it say "
                         f"{' '.join(other) or f'--lora_targets={names}'}")
-    if first := expansion.first_new(tokenizer_folder(source), whole_config(source).vocab_size,
-                                    config):
-        raise UserError(f"{source} is an adapter of a vocabulary of {first} entries, the data set "
-                        "has more; make a model of it first: python export.py --ckpt "
+    entries = whole_config(source).vocab_size
+    first = expansion.first_new(tokenizer_folder(source), entries, config)
+    if first and not (0 < found.first_row <= first and entries == config.vocab_size):
+        raise UserError(f"{source} is an adapter that knows {first} entries of the vocabulary, the "
+                        "data set has more; make a model of it first: python export.py --ckpt "
                         f"{source} --merge --to DIR")
     base, _ = base_of(source, moved_base(found, config))
     return replace(found, dropout=wanted.dropout, targets=wanted.targets,
@@ -303,9 +321,9 @@ def lost_its_base(folder: Path) -> bool:
 def moved_base(adapter: Adapter, config: Settings) -> str:
     """Where the run's own config has an adapter's base, if it is not where the adapter says; the
     hash guards it."""
-    if Path(adapter.base, "config.json").is_file():
+    if adapter.base and Path(adapter.base, "config.json").is_file():
         return ""
-    return str(found_in(Path(config.init_from), Path(adapter.base).name) or "")
+    return str(found_in(Path(config.init_from), adapter) or "")
 
 
 def load_start(model: LLaMA, config: Settings, source: Path | None, adapter: Adapter | None,
@@ -321,6 +339,8 @@ def load_start(model: LLaMA, config: Settings, source: Path | None, adapter: Ada
     theirs = read_config(base)
     grows = theirs.vocab_size < model.config.vocab_size
     initialise(model, config.seed, world.piece, (*ADDED, *(ENDS if grows else ())))
+    if config.frozen_dtype == "bf16" and not adapter:
+        refuse_rounding(base, model)  # a run at work may have deleted what was tried
     expands = not theirs.expand_blocks
     load_weights(base, model, world, grows, expands)
     if expands:
