@@ -7,6 +7,8 @@
                                    `completion` and `stop` added; rows {"messages": ...}, also with
                                    "tools", get the `message` that answers too (as JSON text in
                                    a .parquet); --system and --tools are for those without their own
+  sample.py --prompts=data/SET --out=G.parquet --embed=mean --layers=1:
+                                   of each client of a set of tables its id and emb_0001, ...
   sample.py --prompts=F.jsonl --out=G.parquet --embed=mean
                                    the same rows with `embedding`, the model's states, added; with
                                    --id=COLUMN that column and emb_0001, emb_0002, ... alone
@@ -39,7 +41,8 @@ class Flags(Sampling):
     ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs (the newest)")
     base: str = key("", "the folder of an adapter's base, where that has moved")
     prompt: str = key("", "the text to go on from (empty: the begin token alone)")
-    prompts: str = key("", "a .jsonl, .txt or .parquet file with a prompt per row, for --out")
+    prompts: str = key("", "a .jsonl, .txt or .parquet file with a prompt per row, for --out; or "
+                       "a prepared set of tables, for --embed")
     column: str = key("prompt", "where in a row of --prompts the text stands")
     out: str = key("", "the .jsonl or .parquet file to write for --prompts")
     max_new_tokens: int = key(256, "tokens per text, fewer where the context ends", low=1)
@@ -107,7 +110,8 @@ def main(command) -> int:
             raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
         world.set_timeout(timedelta(days=7))  # ranks do not end together
         idle = {"layers", "id"} if f.embed == "none" else FOR_TEXTS
-        idle = set(command.overrides) & (idle if f.prompts else idle | {"column"})
+        idle = set(command.overrides) & (
+            idle if f.prompts and not prompts.ids else idle | {"column"})
         if idle and world.rank == 0:
             print(f"without effect here: {', '.join(sorted(idle))}", flush=True)
         return checkpoint.with_checkpoint(f.ckpt, world, partial(work, f, prompts, schemas, world))
@@ -138,14 +142,19 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
     tokenizer = Tokenizer.load(peft.tokenizer_folder(folder, f.base))
     config, talks = peft.whole_config(folder, f.base), prompts.talks(f.column)
-    if not all(talks) and (tokenizer.template or END in tokenizer.special_ids):
+    if prompts.ids:
+        prompt_files.refuse_other_set(prompts, tokenizer.sha256, run)
+    elif not all(talks) and (tokenizer.template or END in tokenizer.special_ids):
         print("(tuned on dialogs, and given bare text: " + (
             "write rows of `messages`)" if f.prompts else
             "--chat wraps what is said as training did)"))
     generate.layers_of(f.layers, config.n_layer + 1)  # a UserError without them
     chat = chat_of(tokenizer) if any(talks) else None
     chats = [chat if talk else None for talk in talks]
-    ids = prompt_ids(f, rows, talks, chat, schemas, tokenizer, config.block_size)
+    ids = [*prompts.ids] or prompt_ids(f, rows, talks, chat, schemas, tokenizer, config.block_size)
+    if (longest := max(map(len, ids))) > config.block_size:
+        raise UserError(f"{f.prompts} has a client of {longest} tokens, the model's context "
+                        f"{config.block_size}; prepare it with that block_size")
     dtype = parallel.pick_dtype(f.dtype, world.device)
     journal = prompt_files.Journal(f, folder, dtype) if f.out else None
     done = world.decide(lambda: list(journal.read()) if journal else [])

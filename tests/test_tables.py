@@ -11,12 +11,14 @@ import lzma
 import math
 import random
 import re
+import shutil
 import sqlite3
 import time
 from collections import Counter
 from itertools import pairwise
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import run_script
 from test_prepare import inside, stored
@@ -614,6 +616,37 @@ def test_a_run_on_tables_is_one_of_whole_texts(tmp_path):
     assert "bits/byte" in done["train.py"].stdout + done["eval.py"].stdout
     refused = run_script("sample.py", "--ckpt=out/t", "--chat", cwd=tmp_path)
     assert refused.returncode == 2 and "documents=chat" in refused.stderr
+    embed = "sample.py", "--ckpt=out/t", "--embed=mean", "--layers=1:", "--dtype=fp32"
+    made = run_script(*embed, "--prompts=data/t", "--out=set.parquet", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    states = pq.read_table(tmp_path / "set.parquet")
+    assert states.column_names == ["who", *(f"emb_{i:04d}" for i in range(1, 33))]
+    assert sorted(states["who"].to_pylist()) == sorted({str(i) for i in range(60)})
+    split = shards.open_split(tmp_path / "data/t", "val")
+    words, ends = Tokenizer.load(tmp_path / "data/t"), split.bounds().tolist()
+    texts = [words.decode(split.read(a, b)) for a, b in pairwise(ends)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(
+        {"prompt": text, "who": who}) + "\n" for text, who in zip(texts, split.clients(),
+                                                                  strict=True)))
+    made = run_script(*embed, "--prompts=texts.jsonl", "--id=who", "--out=texts.parquet",
+                      "--batch=1", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    rows = {row.pop("who"): row for row in states.to_pylist()}
+    alone = {row.pop("who"): row for row in pq.read_table(tmp_path / "texts.parquet").to_pylist()}
+    assert alone and all(rows[who][name] == pytest.approx(value, abs=1e-5)
+                         for who, row in alone.items() for name, value in row.items())
+    same = repr(source()).partition("'columns'")[1] + repr(source()).partition("'columns'")[2][:-1]
+    for change, says in (("'columns': ['day', 'sum']", "written otherwise"), ("", "another token")):
+        other = f"'path': 't.csv', 'id': 'who', 'time': 'day', {change or same}"
+        key = "" if change else "tokenizer = 'bpe:300'\n"
+        (tmp_path / "u.py").write_text(f"base = 't.py'\ndataset = 'u'\n{key}sources = {{{other}}}\n")
+        assert run_script("prepare.py", "u.py", cwd=tmp_path).returncode == 0
+        refused = run_script(*embed, "--prompts=data/u", "--out=u.parquet", cwd=tmp_path)
+        assert refused.returncode == 2 and says in refused.stderr
+        shutil.rmtree(tmp_path / "data/u")
+    refused = run_script("sample.py", "--ckpt=out/t", "--prompts=data/t", "--out=u.jsonl",
+                         cwd=tmp_path)
+    assert refused.returncode == 2 and "what can be made of one is --embed" in refused.stderr
     refused = run_script("train.py", "t.py", "--block_size=64", "--global_batch_tokens=512",
                          "--out_dir=out/u", cwd=tmp_path)
     assert refused.returncode == 2 and "its tables were cut to 128 tokens" in refused.stderr

@@ -144,12 +144,7 @@ def open_sets(config: Settings, manifest: dict) -> dict[str, ValSet]:
             raise UserError(f"eval_sets: {name}, {folder}, has another tokenizer than "
                             f"data/{config.dataset}; prepare it with "
                             f"--tokenizer=data/{config.dataset}/tokenizer.json")
-<<<<<<< HEAD
-        whole = theirs["recipe"].get("documents", "text") != "text"
-        masked = whole or (config.doc_mask and config.packing != "fit")
-=======
         masked = kind != "text" or (config.doc_mask and config.packing != "fit")
->>>>>>> main
         found[name] = ValSet(val_rows(Path(folder), theirs, config.block_size),
                              byte_info(Path(folder)),
                              theirs["tokenizer"]["bos"] if masked else None)

@@ -10,6 +10,7 @@ import glob
 import importlib.util
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from plainllama import files
 from plainllama.settings import UserError, install
 from plainllama.text.records import naming_damage, without_nulls
+from plainllama.tokens import shards
 from plainllama.training.log import git_state, versions
 from plainllama.weights import peft
 
@@ -70,10 +72,14 @@ class Prompts(NamedTuple):
     table: Any = None
     complete: bool = False
     id: str = ""  # the column that is kept alone beside the states' own
+    ids: tuple = ()  # of a prepared set: the ids of each client's text, as they are stored
+    manifest: dict | None = None  # of that set
 
     def talks(self, column: str) -> list[dict | None]:
         """Give the rows that are messages to be answered, without the keys that a table adds, and
         None for those with a text in `column`."""
+        if self.ids:
+            return [None] * len(self.rows)
         known = dict if self.table is None else without_nulls
         return [None if isinstance(row.get(column), str) else known(row) for row in self.rows]
 
@@ -130,6 +136,8 @@ def read_prompts(f: Any) -> Prompts:
     --out cannot take them with what is added to them."""
     if not f.prompts:
         return Prompts([{f.column: f.prompt}] * f.num_samples)
+    if Path(f.prompts).is_dir():
+        return read_set(f)
     path, out, column, copies = Path(f.prompts), Path(f.out), f.column, f.num_samples
     if f.id and copies > 1:
         raise UserError("--num_samples makes several rows of an id; leave one of them out")
@@ -168,6 +176,46 @@ def read_prompts(f: Any) -> Prompts:
     return prompts
 
 
+def read_set(f: Any) -> Prompts:
+    """Read the clients of a prepared set of tables, as training reads them but for the end token.
+    UserError for another set, or where not their states are asked for."""
+    folder = Path(f.prompts)
+    manifest = shards.read_manifest(folder)
+    if manifest["recipe"].get("documents") != "table" or f.embed == "none" or f.num_samples > 1:
+        raise UserError(f"--prompts={folder} is a data set; what can be made of one is --embed, "
+                        "once for each client of a set of tables (documents=table)")
+    if Path(f.out).is_dir() or not Path(f.out).absolute().parent.is_dir():
+        raise UserError(f"--out {f.out} is not a file in a folder that exists")
+    name, eos = f.id or manifest["recipe"]["sources"][0]["id"], manifest["tokenizer"]["eos"]
+    rows, ids = [], []
+    for split in (shards.Split(folder, part, manifest) for part in ("train", "val")):
+        for client, (start, end) in zip(split.clients(), pairwise(split.bounds().tolist()),
+                                        strict=True):
+            stored = split.read(start, end).tolist()
+            rows.append({name: client})
+            ids.append(stored[:-1] if stored[-1] == eos else stored)
+    check_ids(folder, [row[name] for row in rows], name)
+    return Prompts(rows, None, Path(f.out).exists(), name, tuple(ids), manifest)
+
+
+def refuse_other_set(prompts: Prompts, sha256: str, run: Path | None) -> None:
+    """Refuse a prepared set that is not written as the model of `run` has learned to read: by
+    another tokenizer than that of this hash, or by another renderer."""
+    manifest = prompts.manifest or {}
+    if manifest["tokenizer"]["sha256"] != sha256:
+        raise UserError("--prompts is a set of another tokenizer than the model's; prepare it with "
+                        "--tokenizer=data/SET/tokenizer.json of the set that the model learned")
+    info = files.read_json(run / "run.json", tolerant=True) if run else {}
+    known = set(info.get("data", {}).get("renderers", ()))
+    if not known:
+        print("note: the model's run names no renderer of tables, so that nothing says whether it "
+              "has learned to read this set")
+    elif not {source["renderer"] for source in manifest["source"]} <= known:
+        raise UserError("--prompts is a set whose tables are written otherwise than those that the "
+                        "model learned (columns, names, words, formats, ...); prepare it with the "
+                        "same sources but for the path")
+
+
 def check_ids(path: Path, ids: list, name: str) -> None:
     """Raise UserError for the first row without an id of its own."""
     seen: dict[Any, int] = {}
@@ -203,7 +251,9 @@ class Journal:
         that of its matmuls."""
         self.out, self.note = Path(f.out), Path(f"{f.out}.made.json")
         self.recipe = {"sha256 of the model": peft.model_sha256(folder, f.base)[:16],
-                       "sha256 of --prompts": files.sha256(Path(f.prompts))[:16],
+                       "sha256 of --prompts": files.sha256(
+                           Path(f.prompts, "manifest.json") if Path(f.prompts).is_dir()
+                           else Path(f.prompts))[:16],
                        "sha256 of --tools": files.sha256(Path(f.tools))[:16] if f.tools else "",
                        **{key: value for key, value in vars(f).items() if key not in NO_MATTER},
                        "dtype": str(dtype).removeprefix("torch.")}

@@ -81,7 +81,9 @@ def describe(run: Path, command: CommandLine, manifest: dict, data_hash: str,
                        "threads": torch.get_num_threads()},
             "data": {"name": config.dataset, "tokenizer": manifest["tokenizer"],
                      "vocab_size": config.vocab_size, "manifest_sha256": data_hash,
-                     "sources": recipe.get("sources"), **sizes},
+                     "sources": recipe.get("sources"), "renderers": [
+                         source["renderer"] for source in manifest.get("source", ())
+                         if "renderer" in source], **sizes},
             "started": started, "parameters": {"total": total, "non_embedding": inner} | (
                 {"trained": learning} if learning < total else {})}
 
