@@ -639,7 +639,8 @@ def test_a_run_on_tables_is_one_of_whole_texts(tmp_path):
     for change, says in (("'columns': ['day', 'sum']", "written otherwise"), ("", "another token")):
         other = f"'path': 't.csv', 'id': 'who', 'time': 'day', {change or same}"
         key = "" if change else "tokenizer = 'bpe:300'\n"
-        (tmp_path / "u.py").write_text(f"base = 't.py'\ndataset = 'u'\n{key}sources = {{{other}}}\n")
+        (tmp_path / "u.py").write_text(
+            f"base = 't.py'\ndataset = 'u'\n{key}sources = {{{other}}}\n")
         assert run_script("prepare.py", "u.py", cwd=tmp_path).returncode == 0
         refused = run_script(*embed, "--prompts=data/u", "--out=u.parquet", cwd=tmp_path)
         assert refused.returncode == 2 and says in refused.stderr
