@@ -1,6 +1,7 @@
 # make demo    environment, data, training, samples, score, report: some minutes on two cores
 # make chat    a small model to talk with, that calls functions: ten minutes on two cores
 # make preferences   that model learns which answers are preferred: two minutes more
+# make tables  clients of a bank: what a model's states know of who will leave: five minutes
 # make test    some minutes of tests, offline, on the CPU; make test-all: all of them
 # make bench   what can be measured on this machine
 VENV ?= .venv
@@ -11,7 +12,7 @@ RUN = out/quickstart
 # methods as sympy has many, each up to the empty line behind it
 SAMPLES = --prompt '    def _eval_' --stop '["\n\n"]' --temperature 0.5 --num_samples 6
 
-.PHONY: demo chat preferences test test-all bench lint clean
+.PHONY: demo chat preferences tables test test-all bench lint clean
 
 demo: $(VENV)/.core
 	$(PY) prepare.py $(CONFIG)
@@ -47,6 +48,21 @@ preferences: $(VENV)/.core out/chat/run.json
 	@echo 'Look at   out/dpo/report_with_orpo.html'
 	@echo 'Talk      $(PY) sample.py --ckpt out/dpo --chat'
 
+tables: $(VENV)/.probe
+	$(PY) prepare.py config/transactions.py --show=1
+	$(PY) train.py config/transactions.py
+	$(PY) train.py config/transactions.py --out_dir=out/untrained --max_steps=1 --warmup_steps=0 \
+		--learning_rate=1e-9 --min_lr=0 --eval_tokens=1024 --sample_tokens=0
+	for run in transactions untrained; do $(PY) sample.py --ckpt out/$$run --embed=mean --layers=1: \
+		--prompts data/transactions --out out/$$run/clients.parquet || exit; done
+	$(PY) -m plainllama.text.embedded_table out/labels.csv out/sums.csv
+	$(PY) eval.py --probe --embeddings out/transactions/clients.parquet --ckpt out/transactions \
+		--against out/untrained/clients.parquet,out/sums.csv \
+		--labels out/labels.csv --id client --label leaves
+	$(PY) report.py out/transactions
+	@echo
+	@echo 'Look at   out/transactions/report.html'
+
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
@@ -72,8 +88,11 @@ clean:
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(INSTALL) . && touch $@
 
+$(VENV)/.probe: pyproject.toml constraints.txt
+	$(INSTALL) '.[probe]' && touch $@ $(VENV)/.core
+
 $(VENV)/.test: pyproject.toml constraints.txt
-	$(INSTALL) '.[test]' && touch $@ $(VENV)/.core
+	$(INSTALL) '.[test]' && touch $@ $(VENV)/.core $(VENV)/.probe
 
 $(VENV)/.dev: pyproject.toml constraints.txt
-	$(INSTALL) '.[dev]' && touch $@ $(VENV)/.core $(VENV)/.test
+	$(INSTALL) '.[dev]' && touch $@ $(VENV)/.core $(VENV)/.probe $(VENV)/.test

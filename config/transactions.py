@@ -29,7 +29,7 @@ d_ff = 344
 block_size = 1024
 
 global_batch_tokens = 8 * 1024
-max_steps = 400
+max_steps = 180
 optimizer = "muon"
 learning_rate = 2.5e-3
 min_lr = 0.0
@@ -37,6 +37,6 @@ schedule = "linear"
 warmup_steps = 20
 
 log_interval = 10
-eval_interval = 100
-eval_tokens = 32 * 1024
-save_interval = 200
+eval_interval = 90
+eval_tokens = 16 * 1024
+save_interval = 90

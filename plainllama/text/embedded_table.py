@@ -6,7 +6,10 @@ fuel station to the car wash four times in five; one that leaves the other way r
 much of each, so that counts and sums by category say nothing; a leaving client's amounts are lower
 by a tenth, which is the little that sums show. One label in twenty is wrong.
 
-    python -m plainllama.text.embedded_table labels.csv     the labels: client,leaves
+    python -m plainllama.text.embedded_table labels.csv sums.csv
+
+writes the labels (client,leaves) and, if a second name is there, what a bank would add up by hand:
+of each client how many transactions there are, in all and by category, and their amounts.
 """
 
 import csv
@@ -14,6 +17,7 @@ import datetime
 import random
 import sys
 from collections.abc import Iterator
+from statistics import mean
 from typing import IO
 
 COUNT, SEED = 3000, 1
@@ -56,7 +60,21 @@ def write_labels(path: str) -> None:
             (number, int(leaves)) for number, leaves, _ in clients())])
 
 
+def write_sums(path: str) -> None:
+    """Write counts and amounts of each client."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["client", "count", "sum", "mean", "greatest", *WORDS.values()])
+        for number, _, events in clients():
+            amounts = [float(amount) for _, _, amount in events if amount]
+            codes = [code for _, code, _ in events]
+            table.writerow([number, len(events), f"{sum(amounts):.2f}", f"{mean(amounts):.4f}",
+                            f"{max(amounts):.2f}", *map(codes.count, WORDS)])
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("python -m plainllama.text.embedded_table labels.csv")
+    if len(sys.argv) not in (2, 3):
+        sys.exit("python -m plainllama.text.embedded_table labels.csv [sums.csv]")
     write_labels(sys.argv[1])
+    if len(sys.argv) == 3:
+        write_sums(sys.argv[2])
