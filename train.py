@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from plainllama import settings
 from plainllama.command import CommandLine, complain, crowded, parse_arguments, run_command
-from plainllama.files import newest_run, read_status, write_json, write_status
+from plainllama.files import newest_run, read_status, steps_of, write_json, write_status
 from plainllama.settings import DIALOGS, UserError
 
 
@@ -84,7 +84,7 @@ def main(command: CommandLine) -> int:
     try:
         if flags.check:
             there = resume.model_folder(config)
-            if there and not resume.steps_of(Path(config.out_dir)):
+            if there and not steps_of(Path(config.out_dir)):
                 resume.refuse_other_part(there, config)
             memory.foresee(config, world, there)
         refuse_too_large(config, world)

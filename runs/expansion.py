@@ -226,9 +226,11 @@ def main(command: CommandLine) -> int:
     text = table(command.flags, base, best, levels, rows)
     print(text)
     write_text(trial.out / "table.md", text + "\n")
+    flags = {name: Path(value).name if name in ("old", "new", "out") else value
+             for name, value in vars(command.flags).items()}
     write_json(trial.out / "results.json", {
-        "flags": vars(command.flags), "size": trial.size, "base": base, "best": best,
-        "levels": levels, "rows": finite(rows)})
+        "flags": flags, "size": trial.size, "base": base, "best": best, "levels": levels,
+        "rows": finite(rows)})
     write_text(trial.out / "curves.svg", drawing(rows))
     return 0
 

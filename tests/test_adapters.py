@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TUNED, documents, metrics, write_data_set
+from conftest import SAME_CURVE, TUNED, documents, metrics, write_data_set
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -459,10 +459,7 @@ def test_partial_tuning_keeps_the_rest_to_the_bit(home, patterns, blocks):
 @pytest.mark.parametrize("keys", [
     LORA, (*LORA, "--frozen_dtype=nf4"), (*LORA, "--frozen_dtype=bf16"),
     ("--init_from=out/base", "--train_only=last:1,lm_head")])
-@pytest.mark.parametrize("others", [
-    [("--micro_batch=1",), ("--micro_batch=8", "--activation_checkpointing"), ("--deterministic",)],
-    pytest.param([("--compile=true",), ("--compile=true", "--activation_checkpointing")],
-                 marks=pytest.mark.slow)])
+@pytest.mark.parametrize("others", SAME_CURVE)
 def test_one_curve(home, keys, others):
     assert run(*keys, "--out_dir=out/one") == 0
     for number, other in enumerate(others):

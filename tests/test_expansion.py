@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TUNED, documents, metrics, run_script, write_data_set
+from conftest import SAME_CURVE, TUNED, documents, metrics, run_script, write_data_set
 from safetensors.torch import load_file, save_file
 
 import export
@@ -458,10 +458,7 @@ CONCAT = (*GROW, "--expand=concat", "--divergence_weight=1")
 
 
 @pytest.mark.parametrize("keys", [CONCAT, (*GROW, "--expand=hybrid", "--expand_merge=dlerp")])
-@pytest.mark.parametrize("others", [
-    [("--micro_batch=1",), ("--micro_batch=8", "--activation_checkpointing"), ("--deterministic",)],
-    pytest.param([("--compile=true",), ("--compile=true", "--activation_checkpointing")],
-                 marks=pytest.mark.slow)])
+@pytest.mark.parametrize("others", SAME_CURVE)
 def test_one_curve(home, keys, others):
     assert run(*keys, "--out_dir=out/one") == 0
     for number, other in enumerate(others):

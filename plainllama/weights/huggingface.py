@@ -274,7 +274,8 @@ def refuse_rounding(folder: Path, model: LLaMA) -> None:
     stored = open_weights(folder)
     first = model.config.first_row or model.config.vocab_size  # those from there on learn
     for name, place in model.named_parameters():
-        if place.dtype == torch.bfloat16 and name in stored:
+        held = place.dtype == torch.bfloat16 and name in stored
+        if held and stored[name].get_dtype() != "BF16":
             weight = stored[name][:first] if name in ENDS else stored[name][:]
             if not torch.equal(weight, weight.bfloat16().to(weight.dtype)):
                 raise UserError(f"frozen_dtype=bf16 would round {name} of {folder}, and a "

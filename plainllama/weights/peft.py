@@ -8,6 +8,7 @@ missing key, another base.
 
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -160,17 +161,23 @@ def found_in(home: Path, adapter: Adapter) -> Path | None:
     if len(found) > 1 and not adapter.sha256:
         raise UserError(f"{home} holds {len(found)} models {name}, and nothing says which is the "
                         f"adapter's base; name one of {', '.join(map(str, sorted(found)))}")
-    chosen = [place for place in found if len(found) > 1
-              and weights_sha256(place) == adapter.sha256]
-    return next(iter([*chosen, *found]), None)
+    right = (place for place in found[1:] and found if weights_sha256(place) == adapter.sha256)
+    return next(right, found[0] if found else None)
 
 
 def weights_sha256(folder: Path) -> str:
     """Hash a model's weights: of one file its sha256, of several that of their names and hashes."""
-    hashes = [(name, sha256(folder / name)) for name in weight_files(folder)]
+    hashes = [(name, hashed(folder / name, (folder / name).stat().st_mtime_ns))
+              for name in weight_files(folder)]
     if len(hashes) == 1:
         return hashes[0][1]
     return sha256_bytes("".join(f"{found}  {name}\n" for name, found in hashes).encode())
+
+
+@cache
+def hashed(path: Path, changed: int) -> str:
+    """Hash a file that last `changed` then: a process asks for its base's several times."""
+    return sha256(path)
 
 
 def model_sha256(folder: Path, moved: str = "") -> str:
