@@ -24,17 +24,19 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from plainllama.files import as_json, sha256_bytes
+from plainllama.files import as_json, read_json, sha256_bytes, write_json
 from plainllama.settings import UserError, install, nearest
 from plainllama.text.records import Piece, kind_of, naming_damage, opened, packing_of
 from plainllama.text.tables import Client, code_of, delimiter, typed
 
 FILES = (".csv", ".parquet")
 PIECE = 16 << 20  # bytes of a piece on the disk, roughly: the memory of a worker is ten times that
+COUNTS = "counts.json"  # beside the pieces: how many rows were read, and what was bad
+STRICT = "{}: {}; mend it, or skip it without --strict"
 HELD = 1 << 16  # transactions that wait to be written
 NEWEST = 1 << 16  # transactions of a client that are kept: more than a context has tokens
 MISSING = {"", "NaN", "nan", "NULL", "null"}  # in a .csv, unless they stand in quotes
-IN_QUOTES = re.compile(r'(?<![^,;\t|\n])"(NaN|nan|NULL|null)"(?=[,;\t|\r\n]|$)')
+IN_QUOTES = r'(?<![^{0}\n])"(NaN|nan|NULL|null)"(?=[{0}\r\n]|$)'  # {0}: between cells
 MARK = "\ufdd0"  # no character: before what stood in quotes
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 Row = tuple[int, list | str]  # its number, and its cells or the rule that drops it
@@ -94,26 +96,52 @@ def csv_rows(origin: Origin, path: str) -> Iterator[Row]:
     cell = lru_cache(1 << 16)(cell_of)
     with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         head = text.readline()
-        lines = (IN_QUOTES.sub(rf'"{MARK}\1"', line) if '"N' in line or '"n' in line else line
+        between = delimiter(head)
+        quoted = re.compile(IN_QUOTES.format(re.escape(between)))
+        lines = (quoted.sub(rf'"{MARK}\1"', line) if '"N' in line or '"n' in line else line
                  for line in itertools.chain([head], text))
-        reader = csv.reader(lines, delimiter=delimiter(head))
+        reader = csv.reader(lines, delimiter=between, strict=True)
+        line, begun = 0, 1  # of the row before its last, of this one its first
         try:
             header = next(reader, [])
             who, *chosen = columns_in(origin, path, header)
+            # a date is read as it is written: 2024.10 is no number of a time_format with a point
+            dates = [bool(origin.time_format) and header[i] == origin.time for i in chosen]
+            line, begun = reader.line_num, reader.line_num + 1
             for cells in reader:
+                if reader.line_num > begun and len(cells) == len(header):
+                    refuse_rows_inside(origin, f"{path}:{begun}", cells, between, chosen[0])
+                line, begun = reader.line_num, reader.line_num + 1
                 if len(cells) == len(header):
-                    client = None if cells[who] in MISSING else (
-                        cells[who].removeprefix(MARK).removesuffix(".0"))
-                    yield reader.line_num, [client, *(cell(cells[i]) for i in chosen)]
+                    yield line, [text_of(cells[who]), *(
+                        text_of(cells[i]) if date else cell(cells[i])
+                        for i, date in zip(chosen, dates, strict=True))]
                 elif cells:
-                    yield reader.line_num, "a row with more or fewer cells than the first line"
+                    yield line, "a row with more or fewer cells than the first line"
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: {error}; mend that line") from None
+            raise UserError(f"{path}:{begun}: {error} (to line {reader.line_num}); mend the quotes "
+                            "of that row") from None
 
 
-def cell_of(text: str) -> int | float | str | None:
+def refuse_rows_inside(origin: Origin, place: str, cells: list[str], between: str,
+                       time: int) -> None:
+    """Raise UserError for a row whose cells, in quotes over several lines, hold rows with a time of
+    their own: a quote was not closed."""
+    for line in "\n".join(cells).splitlines():
+        own = line.split(between)
+        if len(own) == len(cells) and moment(cell_of(own[time]), origin.time_format) is not None:
+            raise UserError(f"{place}: a cell in quotes holds whole rows, such as {line[:80]!r}; "
+                            "close its quote, or double a quote that is text")
+
+
+def text_of(cell: str) -> str | None:
+    """Read a cell of a .csv as text."""
+    return None if cell in MISSING else cell.removeprefix(MARK)
+
+
+def cell_of(cell: str) -> int | float | str | None:
     """Read a cell of a .csv."""
-    return None if text in MISSING else typed(text.removeprefix(MARK))
+    return None if cell in MISSING else typed(cell.removeprefix(MARK))
 
 
 def parquet_rows(origin: Origin, path: str) -> Iterator[Row]:
@@ -126,10 +154,17 @@ def parquet_rows(origin: Origin, path: str) -> Iterator[Row]:
     table = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     schema = table.schema_arrow
     columns_in(origin, path, schema.names)
-    kinds = [schema.field(name).type for name in origin.read]
-    lists = [name for name, kind in zip(origin.read, kinds, strict=True)
-             if pa.types.is_list(kind) or pa.types.is_large_list(kind)]
-    single = [name for name in origin.read[1:] if name not in lists]
+    lists = []
+    for name in origin.read:
+        kind = schema.field(name).type
+        if any(of(kind) for of in (pa.types.is_list, pa.types.is_large_list,
+                                   pa.types.is_fixed_size_list)):
+            lists.append(name)
+            kind = kind.value_type
+        if pa.types.is_nested(kind):
+            raise UserError(f"{path}: {name!r} holds {kind}; a column of a table holds values, or "
+                            "arrays of values where a row is a client")
+    single = [name for name in origin.read[1:] if name not in [*lists, origin.id]]
     if lists and (single or origin.id in lists):
         found = f"one value in {single[0]!r}" if single else f"an array in {origin.id!r}"
         raise UserError(f"{path}: a row has an array in {lists[0]!r} and {found}; it is a client "
@@ -141,19 +176,30 @@ def parquet_rows(origin: Origin, path: str) -> Iterator[Row]:
         values = [batch.column(name).to_pylist() for name in origin.read]
         for cells in zip(*values, strict=True):
             number += 1
-            if not lists:
-                yield number, [plain(value) for value in cells]
-            elif len({len(array or ()) for array in cells[1:]}) > 1:
-                yield number, "a client whose arrays differ in length"
+            if lists:
+                yield from ((number, row) for row in unfolded(
+                    [itertools.repeat(cells[0]) if name == origin.id else array or ()
+                     for name, array in zip(origin.read, cells, strict=True)]))
             else:
-                for event in zip(*(array or () for array in cells[1:]), strict=True):
-                    yield number, [plain(value) for value in (cells[0], *event)]
+                yield number, [plain(value) for value in cells]
+
+
+def unfolded(arrays: list) -> Iterator[list | str]:
+    """Give the transactions of a client; for one whose arrays differ in length as many rules."""
+    lengths = {len(array) for array in arrays if not isinstance(array, itertools.repeat)}
+    if len(lengths) > 1:
+        rule = "a transaction of a client whose arrays differ in length"
+        yield from itertools.repeat(rule, max(lengths))
+    elif lengths == {0}:
+        yield "a client without a transaction"
+    else:
+        yield from ([plain(value) for value in event] for event in zip(*arrays, strict=False))
 
 
 def plain(value: Any) -> int | float | str | None:
     """Give a value of a .parquet as None, a number or text."""
-    if isinstance(value, float):
-        return None if math.isnan(value) else value if math.isfinite(value) else str(value)
+    if isinstance(value, float):  # -0.0 is 0.0, as they are equal
+        return None if math.isnan(value) else value + 0.0 if math.isfinite(value) else str(value)
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -169,25 +215,35 @@ def transactions(origin: Origin) -> Iterator[tuple[str, list]]:
     that has none."""
     when = lru_cache(1 << 16)(moment)
     first = 2 if origin.time else 1  # of the values
+    numeric = None  # whether times are numbers, as the first one is
+    unread = (f"is not written as time_format={origin.time_format}" if origin.time_format else
+              "is no number or date such as 2024-12-31 (say time_format)")
     for label, path in origin.files:
         packed = kind_of(path, FILES) == ".parquet"
         if not packed:
             need_time(origin)
         with naming_damage(path):
             for number, cells in (parquet_rows if packed else csv_rows)(origin, path):
-                at = cells if isinstance(cells, str) or not origin.time else (
-                    when(cells[1], origin.time_format))
+                rule, at = "", 0.0
                 if isinstance(cells, str):
                     rule = cells
                 elif cells[0] in (None, ""):
                     rule = f"a transaction without {origin.id}"
-                elif at is None:
-                    rule = (f"a transaction whose {origin.time} is no number or date such as "
-                            "2024-12-31 (say time_format)")
+                elif origin.time:
+                    time = cells[1]
+                    kind = isinstance(time, int | float) and not origin.time_format
+                    at = when(time, origin.time_format)
+                    if at is None:
+                        rule = f"a transaction whose {origin.time} {unread}"
+                    elif kind != (kind if numeric is None else numeric):
+                        rule = (f"a transaction whose {origin.time} is no "
+                                f"{'number' if numeric else 'date'}, as the first one's is")
+                    else:
+                        numeric = kind
+                if rule:
+                    yield "", [rule, f"{label}{' row ' if packed else ':'}{number}"]
                 else:
-                    yield code_of(cells[0]), [at if origin.time else 0, cells[first:]]
-                    continue
-                yield "", [rule, f"{label}{' row ' if packed else ':'}{number}"]
+                    yield code_of(cells[0]), [at, cells[first:]]
 
 
 def need_time(origin: Origin) -> None:
@@ -201,8 +257,10 @@ def moment(value: Any, form: str) -> float | None:
     """Give a time as a number that orders it, None if it is none; `form`: how dates are written."""
     if not form and isinstance(value, int | float):
         return value
+    if isinstance(value, float) and not value.is_integer():
+        return None  # 2024.1 may have been October
     try:
-        date = (datetime.datetime.strptime(str(value), form) if form else
+        date = (datetime.datetime.strptime(code_of(value), form) if form else
                 datetime.datetime.fromisoformat(value))
     except (ValueError, TypeError):
         return None
@@ -215,12 +273,25 @@ def group(origin: Origin, folder: Path, strict: bool, most: float) -> Path:
     """Write the transactions of a source into pieces below `folder`, all those of a client into
     one; return the folder of these. UserError where more than the share `most` of the rows, or if
     `strict` one, has no client or time. What an earlier start has made is taken as it is."""
-    done = folder / f"clients-{origin.name}{'-strict' if strict else ''}"
-    if done.is_dir():
-        return done
+    done = folder / f"clients-{origin.name}"
+    if not done.is_dir():
+        sort(origin, done, strict)
+    counts = read_json(done / COUNTS)
+    rows, bad = counts["rows"], counts["bad"]
+    if strict and bad:
+        raise UserError(STRICT.format(bad[0]["first"], bad[0]["rule"]))
+    if (lost := sum(one["count"] for one in bad)) > most * rows:
+        why = "; ".join("{count} {rule} (first {first})".format(**one) for one in bad)
+        raise UserError(f"sources: {lost} of {rows} rows of {origin.path} are dropped: {why}; mend "
+                        "it, or allow it with a greater --max_dropped")
+    return done
+
+
+def sort(origin: Origin, done: Path, strict: bool) -> None:
+    """Write the transactions of a source into pieces, and how many rows of it are bad."""
     print(f"sources: {origin.path}: sorting its transactions by {origin.id}", flush=True)
-    bad, firsts, rows = Counter[str](), dict[str, str](), 0
-    with tempfile.TemporaryDirectory(prefix="clients-", dir=folder) as own:
+    bad, rows = dict[str, dict](), 0
+    with tempfile.TemporaryDirectory(prefix="clients-", dir=done.parent) as own:
         made = Path(own, "made")
         made.mkdir()
         for piece in range(origin.pieces):
@@ -231,10 +302,10 @@ def group(origin: Origin, folder: Path, strict: bool, most: float) -> Path:
             for client, row in held:
                 if not client:
                     rule, place = row
-                    bad[rule] += 1
-                    firsts.setdefault(rule, place)
                     if strict:
-                        raise UserError(f"{place}: {rule}; mend it, or skip it without --strict")
+                        raise UserError(STRICT.format(place, rule))
+                    found = bad.setdefault(rule, {"rule": rule, "count": 0, "first": place})
+                    found["count"] += 1
                 piece = zlib.crc32(client.encode()) % origin.pieces
                 waiting.setdefault(piece, []).append(
                     json.dumps([client, *row], ensure_ascii=False))
@@ -244,13 +315,9 @@ def group(origin: Origin, folder: Path, strict: bool, most: float) -> Path:
                     file.write("\n".join(lines) + "\n")
         if rows == 0:
             raise UserError(f"sources: {origin.path} is empty")
-        if sum(bad.values()) > most * rows:
-            why = "; ".join(f"{n} {rule} (first {firsts[rule]})" for rule, n in bad.items())
-            raise UserError(f"sources: {sum(bad.values())} of {rows} rows of {origin.path} are "
-                            f"dropped: {why}; mend it, or allow it with a greater --max_dropped")
+        write_json(made / COUNTS, {"rows": rows, "bad": [*bad.values()]})
         with contextlib.suppress(OSError):  # another share of the work was faster
             os.rename(made, done)
-    return done
 
 
 def name_of(piece: int) -> str:

@@ -404,6 +404,9 @@ def naming_damage(path: str) -> Iterator[None]:
     """Make a UserError that names the file of what is raised for one that is damaged."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}; iconv -f latin1 -t utf-8 makes it one "
+                        "if latin1 is what it is") from None
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         if getattr(error, "errno", None):  # of the system, which names the file
             raise

@@ -6,11 +6,13 @@ the hash of its settings says whether both are alike.
 """
 
 import csv
+import io
 import json
 import math
 import random
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ KEYS = {"id": str, "time": str, "time_format": str, "columns": list, "format": o
         "shuffle": bool, "group": str, "seed": int}
 COLUMN = {"column": str, "name": object, "unit": str, "decimals": int, "words": object}
 EXAMPLE = "{'path': 'my.csv', 'id': 'client', 'time': 'date', 'columns': ['date', 'amount']}"
+WHOLE = re.compile(r"-?[0-9]+\.0")
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 # text that stands without quotes in a line of cells, and in YAML, which has words of its own
 BARE = re.compile(r'(?![#"\s])(?:(?!, )[^|\x00-\x1f\x7f-\x9f\u2028\u2029])+(?<!\s)')
@@ -209,8 +212,11 @@ class Renderer:
 
 
 def code_of(value: Any) -> str:
-    """Write a code or an id: 5 and 5.0 are one."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """Write a code or an id: 5 and 5.0 are one, be they numbers or text."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    text = str(value)
+    return text.removesuffix(".0") if text.endswith(".0") and WHOLE.fullmatch(text) else text
 
 
 # ---- a source -> its settings
@@ -229,7 +235,7 @@ def settings_of(source: dict) -> dict:
     if not (isinstance(formats, list) and formats):
         raise UserError(f"sources: format of {path} is one of {', '.join(FORMATS)}, or a list")
     for form in formats:
-        if form not in FORMATS:
+        if not (isinstance(form, str) and form in FORMATS):
             raise UserError(f"sources: format {form!r} of {path} is none of {', '.join(FORMATS)}"
                             f"{nearest(str(form), FORMATS)}")
     columns = [column_of(path, item) for item in source["columns"]]
@@ -286,17 +292,17 @@ def words_of(where: str, item: dict) -> dict[str, str]:
         path = Path(words).expanduser()
         if path.suffix.lower() not in (".json", ".csv") or not path.is_file():
             raise UserError(f"{where}: words of {item['column']}: {words} is no file .json or .csv")
-        text = path.read_text("utf-8-sig")
         try:
+            text = path.read_text("utf-8-sig")
             words = json.loads(text) if path.suffix.lower() == ".json" else {
-                row[0]: row[1] for row in csv.reader(text.splitlines(), delimiter=delimiter(text))
-                if row}
-        except (ValueError, IndexError, csv.Error) as error:
+                code: word for code, word in filter(None, csv.reader(
+                    io.StringIO(text), delimiter=delimiter(text), strict=True))}
+        except (ValueError, csv.Error) as error:  # of other than two cells, too
             raise UserError(f"{path}: it holds no pairs of code and word ({error})") from None
     sound = isinstance(words, dict) and all(isinstance(word, str) for word in words.values())
     if not sound or ("words" in item and not words):
         raise UserError(f"{where}: words of {item['column']} are {{code: word}} or a file of them")
-    return {str(code): word for code, word in words.items()}
+    return {code_of(code): word for code, word in words.items()}
 
 
 def delimiter(text: str) -> str:
@@ -307,9 +313,12 @@ def delimiter(text: str) -> str:
 # ---- values as they come
 
 def typed(text: str) -> int | float | str:
-    """Read a cell of text: a number where that loses nothing but spelling (007 stays text)."""
-    if NUMBER.fullmatch(text):
-        if text.lstrip("-").isdigit():
-            return int(text) if len(text) < 19 else text
-        return float(text) if math.isfinite(float(text)) else text
-    return text
+    """Read a cell of text: a number where that loses nothing but spelling (007 stays text, and so
+    does what a double does not hold)."""
+    if not NUMBER.fullmatch(text):
+        return text
+    if text.lstrip("-").isdigit():
+        return int(text) if len(text) < 19 else text
+    number = float(text) + 0.0  # -0.0 is 0.0, as they are equal
+    same = math.isfinite(number) and Decimal(repr(number)) == Decimal(text)
+    return number if same else text
