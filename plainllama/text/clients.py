@@ -224,7 +224,8 @@ def transactions(origin: Origin) -> Iterator[tuple[str, list]]:
             need_time(origin)
         with naming_damage(path):
             for number, cells in (parquet_rows if packed else csv_rows)(origin, path):
-                rule, at = "", 0.0
+                rule = ""
+                at: float | None = 0.0
                 if isinstance(cells, str):
                     rule = cells
                 elif cells[0] in (None, ""):
