@@ -55,7 +55,7 @@ def place(folder: Path) -> dict:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for path in (*ROOT.glob("*.py"), ROOT / "runs"):
+    for path in (*ROOT.glob("*.py"), ROOT / "runs", ROOT / "plainllama"):
         (folder / path.name).symlink_to(path)
     (folder / "config").mkdir()
     for path in (ROOT / "config").glob("*.py"):
