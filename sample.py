@@ -143,7 +143,7 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
     tokenizer = Tokenizer.load(peft.tokenizer_folder(folder, f.base))
     config, talks = peft.whole_config(folder, f.base), prompts.talks(f.column)
     if prompts.ids:
-        prompt_files.refuse_other_set(prompts, tokenizer.sha256, run)
+        prompt_files.refuse_other_set(prompts, tokenizer.sha256, run, config.block_size)
     elif not all(talks) and (tokenizer.template or END in tokenizer.special_ids):
         print("(tuned on dialogs, and given bare text: " + (
             "write rows of `messages`)" if f.prompts else

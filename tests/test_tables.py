@@ -740,6 +740,11 @@ def test_a_run_on_tables_is_one_of_whole_texts(tmp_path):
         refused = run_script(*embed, "--prompts=data/u", "--out=u.parquet", cwd=tmp_path)
         assert refused.returncode == 2 and says in refused.stderr
         shutil.rmtree(tmp_path / "data/u")
+    (tmp_path / "u.py").write_text(f"base = 't.py'\ndataset = 'u'\nblock_size = 64\n"
+                                   f"tokenizer = 'data/t/tokenizer.json'\nsources = {source()!r}\n")
+    assert run_script("prepare.py", "u.py", cwd=tmp_path).returncode == 0
+    made = run_script(*embed, "--prompts=data/u", "--out=u.parquet", cwd=tmp_path)
+    assert made.returncode == 0 and "cut to 64 tokens, and the model reads 128" in made.stdout
     refused = run_script("sample.py", "--ckpt=out/t", "--prompts=data/t", "--out=u.jsonl",
                          cwd=tmp_path)
     assert refused.returncode == 2 and "what can be made of one is --embed" in refused.stderr

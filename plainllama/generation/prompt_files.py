@@ -198,10 +198,15 @@ def read_set(f: Any) -> Prompts:
     return Prompts(rows, None, Path(f.out).exists(), name, tuple(ids), manifest)
 
 
-def refuse_other_set(prompts: Prompts, sha256: str, run: Path | None) -> None:
+def refuse_other_set(prompts: Prompts, sha256: str, run: Path | None, block_size: int) -> None:
     """Refuse a prepared set that is not written as the model of `run` has learned to read: by
-    another tokenizer than that of this hash, or by another renderer."""
+    another tokenizer than that of this hash, or by another renderer. Say where clients were cut to
+    less than its `block_size`."""
     manifest = prompts.manifest or {}
+    room = manifest["recipe"]["block_size"]
+    if room < block_size and f"clients to block_size {room}" in manifest["cut"]:
+        print(f"note: the set's clients are cut to {room} tokens, and the model reads "
+              f"{block_size}; prepare it with that block_size to keep more of them")
     if manifest["tokenizer"]["sha256"] != sha256:
         raise UserError("--prompts is a set of another tokenizer than the model's; prepare it with "
                         "--tokenizer=data/SET/tokenizer.json of the set that the model learned")
