@@ -370,6 +370,15 @@ def test_ranks_rewrite_together(tmp_path):
         "rows_cut": Counter(row["stop"] for row in found)["length"]}
 
 
+def test_what_is_saved_with_a_run_has_the_filled_prompt(scripted):
+    write_checkpoint(Path("run/checkpoints/step_12"), tiny(block_size=400))
+    Path("run/run.json").write_text("{}")
+    assert run("--ckpt=run/checkpoints/step_12", *WORDS[1:], "--out=G.jsonl", "--save") == 0
+    assert [(row["prompt"], row["lost"]) for row in read_rows(Path("run/samples.jsonl"))] == [
+        (f"Write 2 sentences.\nclient {row['id']}: {row['text']}", JUDGED[row["id"]][0])
+        for row in ROWS]
+
+
 def test_lines_of_text_are_a_field(scripted, capsys):
     Path("F.txt").write_text("client 4: got 7\n")
     Path("T.txt").write_text("Anew: {row}")

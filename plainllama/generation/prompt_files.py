@@ -80,7 +80,7 @@ class Prompts(NamedTuple):
     template: list[str] | None = None  # what each row makes its prompt of
 
     def text(self, row: dict, column: str) -> str:
-        """Give the prompt of a row that is no talk, or '' if it is one."""
+        """Give the prompt of a row as text, '' of a talk that has none."""
         return rewriting.fill(self.template, row) if self.template else row.get(column) or ""
 
     def talks(self, column: str, tuned: bool = True) -> list[dict | None]:
