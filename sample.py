@@ -7,6 +7,11 @@
                                    `completion` and `stop` added; rows {"messages": ...}, also with
                                    "tools", get the `message` that answers too (as JSON text in
                                    a .parquet); --system and --tools are for those without their own
+  sample.py --prompts=F.jsonl --template=T.txt --out=G.jsonl
+                                   rows of any fields, rewritten: each fills the {FIELD}s of T.txt,
+                                   which a model of dialogs is asked and another goes on from; also
+                                   `lost`, the row's numbers that the completion lacks, `added`,
+                                   those that it alone has, and `copied`; {{ and }} are braces
   sample.py --prompts=data/SET --out=G.parquet --embed=mean --layers=1:
                                    of each client of a set of tables its id and emb_0001, ...
   sample.py --prompts=F.jsonl --out=G.parquet --embed=mean
@@ -42,7 +47,9 @@ class Flags(Sampling):
     base: str = key("", "the folder of an adapter's base, where that has moved")
     prompt: str = key("", "the text to go on from (empty: the begin token alone)")
     prompts: str = key("", "a .jsonl, .txt or .parquet file with a prompt per row, for --out; or "
-                       "a prepared set of tables, for --embed")
+                       "a prepared set of tables, for --embed or --template (id, split, text)")
+    template: str = key("", "a text with {FIELD} in it, the prompt of each row of --prompts; what "
+                        "became of the row's numbers is checked")
     column: str = key("prompt", "where in a row of --prompts the text stands")
     out: str = key("", "the .jsonl or .parquet file to write for --prompts")
     max_new_tokens: int = key(256, "tokens per text, fewer where the context ends", low=1)
@@ -57,7 +64,7 @@ class Flags(Sampling):
     device: str = key("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     dtype: str = key("auto", "matmuls (auto: bf16 where it is native)", ("auto", "fp32", "bf16"))
     chat: bool = key(False, "talk with a model that was tuned on dialogs")
-    system: str = key("", "the system message of the talk (--chat), and of rows of messages")
+    system: str = key("", "the system message of --chat, of rows of messages and of --template")
     tools: str = key("", "a Python file, which is run: functions for --chat, schemas for rows")
     compile: str = key("auto", "torch.compile (auto: --out on CUDA)", ("auto", "true", "false"))
 
@@ -97,6 +104,8 @@ def main(command) -> int:
         raise UserError(f"cannot use {command.files[0]!r}: say --ckpt=MODEL and --prompt=TEXT")
     if f.chat:
         return start_talk(command)
+    if f.template and (not f.prompts or f.embed != "none"):
+        raise UserError("--template is for texts that are made of --prompts F.jsonl")
     if bool(f.prompts) != bool(f.out) or (f.prompts and f.prompt):
         raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
     if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
@@ -110,8 +119,9 @@ def main(command) -> int:
             raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
         world.set_timeout(timedelta(days=7))  # ranks do not end together
         idle = {"layers", "id"} if f.embed == "none" else FOR_TEXTS
-        idle = set(command.overrides) & (
-            idle if f.prompts and not prompts.ids else idle | {"column"})
+        lines = f.prompts.lower().endswith(".txt")  # the one file whose fields a column names
+        columns = f.prompts and not prompts.ids and (lines or not f.template)
+        idle = set(command.overrides) & (idle if columns else idle | {"column"})
         if idle and world.rank == 0:
             print(f"without effect here: {', '.join(sorted(idle))}", flush=True)
         return checkpoint.with_checkpoint(f.ckpt, world, partial(work, f, prompts, schemas, world))
@@ -120,8 +130,8 @@ def main(command) -> int:
 def start_talk(command) -> int:
     """Talk with a model; the exit code."""
     f = command.flags
-    if idle := {"prompt", "prompts", "column", "out", "num_samples", "batch", "embed", "layers",
-                "id", "save", "compile"} & set(command.overrides):
+    if idle := {"prompt", "prompts", "template", "column", "out", "num_samples", "batch",
+                "embed", "layers", "id", "save", "compile"} & set(command.overrides):
         raise UserError(f"--{min(idle)} has no effect on --chat")
     tools = Tools(f.tools) if f.tools else None
     with contextlib.closing(parallel.start(f.device, "auto")) as world:
@@ -141,17 +151,21 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
     if f.save and run is None:
         raise UserError(f"--save adds to a run's samples.jsonl, and {folder} lies in no run")
     tokenizer = Tokenizer.load(peft.tokenizer_folder(folder, f.base))
-    config, talks = peft.whole_config(folder, f.base), prompts.talks(f.column)
+    tuned = bool(tokenizer.template) or END in tokenizer.special_ids
+    config, talks = peft.whole_config(folder, f.base), prompts.talks(f.column, tuned)
+    if f.template and not tuned and (f.system or f.tools):
+        raise UserError("--system and --tools are for a model that was tuned on dialogs")
     if prompts.ids:
         prompt_files.refuse_other_set(prompts, tokenizer.sha256, run, config.block_size)
-    elif not all(talks) and (tokenizer.template or END in tokenizer.special_ids):
+    elif not all(talks) and tuned:
         print("(tuned on dialogs, and given bare text: " + (
             "write rows of `messages`)" if f.prompts else
             "--chat wraps what is said as training did)"))
     generate.layers_of(f.layers, config.n_layer + 1)  # a UserError without them
     chat = chat_of(tokenizer) if any(talks) else None
     chats = [chat if talk else None for talk in talks]
-    ids = [*prompts.ids] or prompt_ids(f, rows, talks, chat, schemas, tokenizer, config.block_size)
+    ids = [*prompts.ids] or prompt_ids(f, prompts, talks, chat, schemas, tokenizer,
+                                       config.block_size)
     if (longest := max(map(len, ids))) > config.block_size:
         raise UserError(f"{f.prompts} has a client of {longest} tokens, the model's context "
                         f"{config.block_size}; prepare it with that block_size")
@@ -176,7 +190,7 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
         return 0
     if journal:
         made = journal.finish(prompts)
-    texts = [{"prompt": row.get(f.column, ""), **made[i]} for i, row in enumerate(rows)]
+    texts = [{"prompt": prompts.text(row, f.column), **made[i]} for i, row in enumerate(rows)]
     if not f.out and len(texts) > 1:
         for n, text in enumerate(texts, 1):
             print(f"--- {n} of {len(texts)} ({text['stop']})\n{text['prompt']}{text['completion']}")
@@ -189,8 +203,9 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
     return 0
 
 
-def prompt_ids(f: Any, rows: list[dict], talks: list[dict | None], chat: Chat | None,
-               schemas: list[dict], tokenizer: Tokenizer, block_size: int) -> list[list[int]]:
+def prompt_ids(f: Any, prompts: prompt_files.Prompts, talks: list[dict | None],
+               chat: Chat | None, schemas: list[dict], tokenizer: Tokenizer,
+               block_size: int) -> list[list[int]]:
     """Give the ids of each row's prompt or, by `chat`, of its talk, where the model may call
     `schemas` if there are no tools of its own. UserError if it is no talk, or for what does not fit
     into the context, beside a new token if one is drawn."""
@@ -201,7 +216,8 @@ def prompt_ids(f: Any, rows: list[dict], talks: list[dict | None], chat: Chat | 
             if chat and dialog:
                 prompt = chat.prompt(*asked(dialog, f.system, schemas))
             else:
-                prompt = [tokenizer.bos_id, *tokenizer.encode(rows[i][f.column])]
+                text = prompts.text(prompts.rows[i], f.column)
+                prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
         except Refused as why:
             raise UserError(f"{where}{why} {why.found}".rstrip()) from None
         if len(prompt) > room:
@@ -209,8 +225,6 @@ def prompt_ids(f: Any, rows: list[dict], talks: list[dict | None], chat: Chat | 
                             f"context of {block_size}")
         ids += [prompt] * f.num_samples
     return ids
-
-
 
 
 def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],

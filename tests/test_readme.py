@@ -1,5 +1,6 @@
 """Every command of the README is run as it stands there, in its order, on configs made small."""
 
+import json
 import os
 import re
 import shlex
@@ -86,6 +87,11 @@ def place(folder: Path) -> dict:
     World().place(model, torch.float32)
     initialise(model, 1, World().piece)
     write_folder(llama, model.config, dict(model.named_parameters()), llama / "tokenizer.json")
+    (llama.parent / "Llama-3-8B-Instruct").symlink_to(llama)
+    (folder / "rows.jsonl").write_text('{"id": 1, "text": "paid 5"}\n' * 3)
+    (folder / "rewrite.txt").write_text("Anew: {text}")
+    (folder / "kept.jsonl").write_text("".join(
+        json.dumps({"completion": text}) + "\n" for text in documents(300)))
     (folder / "my.txt").write_text("\n".join(documents(300)))
     question = '{"question": "What is 1 + 1?", "choices": ["1", "2"], "answer": 1}\n'
     (folder / "questions.jsonl").write_text(question * 3)

@@ -463,7 +463,8 @@ def test_a_file_is_complete_only_if_it_was_made_in_this_way(ckpt, tmp_path, monk
             "num_samples": 2, "top_k": 9, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2,
             "dtype": "bf16", "embed": "mean", "layers": "0", "id": "prompt"}
     assert {f.name for f in dataclasses.fields(sample.Flags)} == checked | set(ways) | {
-        "prompt", "base", "batch", "save", "device", "compile", "chat", "system", "tools"}
+        "prompt", "base", "batch", "save", "device", "compile", "chat", "system", "tools",
+        "template"}
     Path("T.jsonl").write_text("".join(json.dumps({"text": "a"} | row) + "\n" for row in rows))
     for name, value in ways.items():
         words = [*same, f"--{name}={value}"]

@@ -205,8 +205,8 @@ def journal_of(how: Any, folder: Path) -> Journal:
     kept.mkdir(parents=True, exist_ok=True)
     decides = {name: getattr(how, name) for name in (*DECIDES, "base")}
     decides["as_dialogs"] = decides.pop("chat", None)  # sample.py's --chat decides nothing
-    journal = Journal(SimpleNamespace(out="", prompts=how.generate, tools="", **decides), folder,
-                      how.dtype)
+    journal = Journal(SimpleNamespace(out="", prompts=how.generate, tools="", template="",
+                                      **decides), folder, how.dtype)
     recipe = json.dumps(journal.recipe).encode()
     journal.out = kept / f"{folder.name}-{sha256_bytes(recipe)[:12]}"
     return journal

@@ -10,6 +10,7 @@ import glob
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +19,17 @@ import numpy as np
 import torch
 
 from plainllama import files
+from plainllama.generation import rewriting
 from plainllama.settings import UserError, install
 from plainllama.text.records import naming_damage, without_nulls
 from plainllama.tokens import shards
+from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.training.log import git_state, versions
 from plainllama.weights import peft
 
 # flags without a say in what is made; the content of the model and of the files has one
 NO_MATTER = {"ckpt", "base", "prompt", "prompts", "out", "batch", "save", "device", "compile",
-             "chat", "tools"}
+             "chat", "tools", "template"}
 
 
 # ---- read
@@ -74,12 +77,21 @@ class Prompts(NamedTuple):
     id: str = ""  # the column that is kept alone beside the states' own
     ids: tuple = ()  # of a prepared set: the ids of each client's text, as they are stored
     manifest: dict | None = None  # of that set
+    template: list[str] | None = None  # what each row makes its prompt of
 
-    def talks(self, column: str) -> list[dict | None]:
+    def text(self, row: dict, column: str) -> str:
+        """Give the prompt of a row as text, '' of a talk that has none."""
+        return rewriting.fill(self.template, row) if self.template else row.get(column) or ""
+
+    def talks(self, column: str, tuned: bool = True) -> list[dict | None]:
         """Give the rows that are messages to be answered, without the keys that a table adds, and
-        None for those with a text in `column`."""
-        if self.ids:
+        None for those with a text in `column`. A model that is `tuned` on dialogs is asked what a
+        row makes of a template."""
+        if self.ids or (self.template and not tuned):
             return [None] * len(self.rows)
+        if self.template:
+            return [{"messages": [{"role": "user", "content": self.text(row, column)}]}
+                    for row in self.rows]
         known = dict if self.table is None else without_nulls
         return [None if isinstance(row.get(column), str) else known(row) for row in self.rows]
 
@@ -108,6 +120,8 @@ class Prompts(NamedTuple):
                 column = pa.FixedSizeListArray.from_arrays(states.ravel(), states.shape[1])
             elif name == "message":
                 column = [each and json.dumps(each, ensure_ascii=False) for each in column]
+            elif name in ("lost", "added"):  # all of them may be empty
+                column = pa.array(column, pa.list_(pa.string()))
             table = table.append_column(name, pa.array(column))
         pq.write_table(table, file)
 
@@ -136,23 +150,27 @@ def read_prompts(f: Any) -> Prompts:
     --out cannot take them with what is added to them."""
     if not f.prompts:
         return Prompts([{f.column: f.prompt}] * f.num_samples)
-    if Path(f.prompts).is_dir():
-        return read_set(f)
     path, out, column, copies = Path(f.prompts), Path(f.out), f.column, f.num_samples
+    if path.is_dir() and not f.template:
+        return read_set(f)
     if f.id and copies > 1:
         raise UserError("--num_samples makes several rows of an id; leave one of them out")
     added = {"completion", "stop", "message"} if f.embed == "none" else {"embedding"}
     added |= {"sample"} if copies > 1 else set()
+    added |= rewriting.ADDED if f.template else set()
     kinds = path.suffix.lower(), out.suffix.lower()
     if kinds[1] not in (".jsonl", ".parquet", ""):
         raise UserError(f"--out takes a .jsonl or .parquet, not a {kinds[1]}")
     if ".parquet" in kinds and not importlib.util.find_spec("pyarrow"):
         raise UserError(f"a .parquet needs pyarrow: {install('data')}")
-    if not path.is_file():
+    template = rewriting.read_template(f.template) if f.template else None
+    if not (path.is_file() or path.is_dir()):
         raise UserError(f"no file {path}; --prompts takes a .jsonl, .txt or .parquet file")
-    rows, table = read_file(path, column)
+    rows, table = (read_clients(path), None) if path.is_dir() else read_file(path, column)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(column), str) and row.get("messages") is None:
+        if template:
+            rewriting.check_fields(template, row, f"{path}:{number}")
+        elif not isinstance(row.get(column), str) and row.get("messages") is None:
             raise UserError(f"{path}:{number} has no text in a column `{column}`; its columns are: "
                             f"{', '.join(row) or 'none'} (--column names another; or `messages`)")
         if taken := added & set(row):
@@ -168,7 +186,7 @@ def read_prompts(f: Any) -> Prompts:
         if table is not None:
             table = table.take([i // copies for i in range(len(rows) * copies)])
         prompts = Prompts([row for row in rows for _ in range(copies)], table, out.exists(),
-                          f.id if f.embed != "none" else "")
+                          f.id if f.embed != "none" else "", template=template)
         with open(os.devnull, "wb") as nowhere:
             prompts.write_to(nowhere, out.suffix, [{}] * len(prompts.rows))
     except (ValueError, TypeError, ArithmeticError, NotImplementedError) as error:
@@ -180,22 +198,41 @@ def read_set(f: Any) -> Prompts:
     """Read the clients of a prepared set of tables, as training reads them but for the end token.
     UserError for another set, or where not their states are asked for."""
     folder = Path(f.prompts)
-    manifest = shards.read_manifest(folder)
-    if manifest["recipe"].get("documents") != "table" or f.embed == "none" or f.num_samples > 1:
-        raise UserError(f"--prompts={folder} is a data set; what can be made of one is --embed, "
-                        "once for each client of a set of tables (documents=table)")
+    manifest = manifest_of(folder, f.embed != "none" and f.num_samples == 1)
     if Path(f.out).is_dir() or not Path(f.out).absolute().parent.is_dir():
         raise UserError(f"--out {f.out} is not a file in a folder that exists")
     name, eos = f.id or manifest["recipe"]["sources"][0]["id"], manifest["tokenizer"]["eos"]
     rows, ids = [], []
+    for _, client, stored in clients_of(folder, manifest):
+        rows.append({name: client})
+        ids.append(stored[:-1] if stored[-1] == eos else stored)
+    check_ids(folder, [row[name] for row in rows], name)
+    return Prompts(rows, None, Path(f.out).exists(), name, tuple(ids), manifest)
+
+
+def read_clients(folder: Path) -> list[dict]:
+    """Read the clients of a prepared set of tables as rows of text, for --template."""
+    manifest, tokenizer = manifest_of(folder, True), Tokenizer.load(folder)
+    return [{"id": client, "split": split, "text": tokenizer.decode(ids)}
+            for split, client, ids in clients_of(folder, manifest)]
+
+
+def manifest_of(folder: Path, sound: bool) -> dict:
+    """Read the manifest of a set of tables. UserError for another, or if what is asked of it is not
+    `sound`."""
+    manifest = shards.read_manifest(folder)
+    if manifest["recipe"].get("documents") != "table" or not sound:
+        raise UserError(f"--prompts={folder} is a data set; what can be made of one is --embed, "
+                        "once for each client, or --template, of a set of tables (documents=table)")
+    return manifest
+
+
+def clients_of(folder: Path, manifest: dict) -> Iterator[tuple[str, str, list[int]]]:
+    """Give of each client its split, its id and its text as ids."""
     for split in (shards.Split(folder, part, manifest) for part in ("train", "val")):
         for client, (start, end) in zip(split.clients(), pairwise(split.bounds().tolist()),
                                         strict=True):
-            stored = split.read(start, end).tolist()
-            rows.append({name: client})
-            ids.append(stored[:-1] if stored[-1] == eos else stored)
-    check_ids(folder, [row[name] for row in rows], name)
-    return Prompts(rows, None, Path(f.out).exists(), name, tuple(ids), manifest)
+            yield split.split, client, split.read(start, end).tolist()
 
 
 def refuse_other_set(prompts: Prompts, sha256: str, run: Path | None, block_size: int) -> None:
@@ -260,13 +297,16 @@ class Journal:
                            Path(f.prompts, "manifest.json") if Path(f.prompts).is_dir()
                            else Path(f.prompts))[:16],
                        "sha256 of --tools": files.sha256(Path(f.tools))[:16] if f.tools else "",
+                       **({"sha256 of --template": files.sha256(Path(f.template))[:16]}
+                          if f.template else {}),
                        **{key: value for key, value in vars(f).items() if key not in NO_MATTER},
                        "dtype": str(dtype).removeprefix("torch.")}
 
     def other(self, recipe: dict) -> str:
         """Say in what another recipe differs from this one, '' if it does not."""
-        return next((f"{name}={recipe.get(name, '')}, now it is {value}"
-                     for name, value in self.recipe.items() if recipe.get(name, "") != value), "")
+        return next((f"{name}={recipe.get(name, '')}, now it is {self.recipe.get(name, '')}"
+                     for name in self.recipe | recipe
+                     if recipe.get(name, "") != self.recipe.get(name, "")), "")
 
     def parts(self) -> list[Path]:
         """List the files there are."""
@@ -309,17 +349,23 @@ class Journal:
         files.sync(Path(self.file.name))
 
     def finish(self, prompts: Prompts) -> dict[int, dict]:
-        """Write --out, which appears whole, and what made it; {row: what was made of it}."""
+        """Write --out, which appears whole, and what made it; {row: what was made of it}. What
+        rewriting did to the rows is written beside it, and said."""
         made, temporary = self.read(), Path(f"{self.out}{files.UNFINISHED}")
+        found = {}
+        if prompts.template:
+            found["rewriting"] = rewriting.judge(prompts.template, prompts.rows, made)
         if (copies := self.recipe["num_samples"]) > 1:
             made = {i: {"sample": i % copies} | new for i, new in made.items()}
         with open(temporary, "wb") as file:
             prompts.write_to(file, self.out.suffix, [made[i] for i in range(len(prompts.rows))])
         files.sync(temporary)
         files.write_json(self.note, {"file": files.file_entry(temporary), "recipe": self.recipe,
-                                     "versions": versions(), "git": git_state()})
+                                     **found, "versions": versions(), "git": git_state()})
         temporary.replace(self.out)
         self.remove()
+        if found:
+            print(rewriting.sentence(found["rewriting"]))
         return made
 
     def remove(self) -> None:
