@@ -50,6 +50,8 @@ from collections.abc import Iterator
 from statistics import mean, pstdev
 from typing import NamedTuple
 
+from plainllama.report.compare import spread
+
 # arm: table, format, whether codes have their words, whether what has learned nothing is beside
 ARMS = {"berka": ("berka", "plain", True, True), "cdnow": ("cdnow", "plain", True, True),
         "credit": ("credit", "plain", True, True), "berka-codes": ("berka", "plain", False, False),
@@ -138,7 +140,49 @@ def main(command: CommandLine) -> int:
                                f"--out={out / arm}"])
         if done.returncode:
             return done.returncode
+    told(out, [arm for arm in ARMS if (out / arm / "results.json").exists()])
     return 0
+
+
+# ---- what came of it
+
+def told(out: Path, arms: list[str]) -> None:
+    """Write and print the scores of the arms, each a mean over seeds, and what of them differs
+    seed by seed."""
+    of: dict[str, dict[str, list[float]]] = {}
+    for arm in arms:
+        sums = f"{out / ARMS[arm][0]}/sums.csv"
+        found = read_json(out / arm / "results.json")["scores"]
+        own, both = "states.parquet", f"states.parquet,{sums}"
+        names = {"sums": (sums, ""), "untrained": (f"untrained/{own}", ""), "states": (own, ""),
+                 "both": (both, ""), "both - sums": (both, f" minus {sums}"),
+                 "shuffled": (both, "_shuffled")}
+        of[arm] = {name: [*found[full].values()] for name, (files, suffix) in names.items()
+                   if (full := f"probe:{files} label auroc{suffix}") in found}
+    lines = ["AUROC, mean over seeds ± 95 % interval of Student's t", "",
+             "| arm | sums by hand | untrained states | states | states and sums | the last less "
+             "the first | shuffled labels | seeds |", "|---" * 8 + "|"]
+    for arm, scores in of.items():
+        cells = [spread(scores[name]) if name in scores else "" for name in (
+            "sums", "untrained", "states", "both", "both - sums", "shuffled")]
+        lines.append(f"| {' | '.join([arm, *cells, str(len(scores['states']))])} |")
+    lines += ["", "| states alone, seed by seed | difference |", "|---|---|"]
+    for arm in of:
+        first = ARMS[arm][0]
+        if "untrained" in of[arm]:
+            lines.append(f"| {arm}, trained less untrained | "
+                         f"{spread(less(of[arm]['states'], of[arm]['untrained']))} |")
+        if arm != first and first in of:
+            lines.append(f"| {first} less {arm} | "
+                         f"{spread(less(of[first]['states'], of[arm]['states']))} |")
+    print("\n".join(lines), flush=True)
+    write_text(out / "table.md", "\n".join(lines) + "\n")
+    write_json(out / "results.json", of)
+
+
+def less(values: list[float], others: list[float]) -> list[float]:
+    """Subtract, seed by seed."""
+    return [value - other for value, other in zip(values, others, strict=False)]
 
 
 # ---- the tables
