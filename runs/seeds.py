@@ -2,27 +2,27 @@
 
 Every seed has a run of its own, OUT/seed_N, and goes through the lines of a recipe, each a command
 of this program, or a script FILE.py, in which {config}, {seed} and {run} are filled in. Words are
-told apart as a shell does, # begins a comment, {{ is a brace. Without --recipe the lines are
+told apart as a shell does it, # begins a comment, {{ and }} are braces. Without --recipe these are
 
     train.py {config} --seed={seed} --out_dir={run}
     eval.py --ckpt={run} --tasks=
 
-A line with neither {seed} nor {run} is done once, before the first seed that needs it; it must not
-depend on what a seed has made. A line that fails ends its seed alone, and is told.
+A line with neither {seed} nor {run} is done once, before the first seed that needs it. A line that
+fails ends its seed alone, and is told.
 
-The same command goes on where it ended: of each seed the lines that were done before, in the same
-words and the same order, are not done again. From the first line that is new or changed on all are,
-since each may use what those before it made; where that line is one that is done once, in every
-seed. So another score at the end of a recipe trains nothing again; and of another word in front of
-train.py, or in its line, train.py itself says whether the run that is there is complete, goes on,
-or is another one, which asks for another --out. (What else a changed line would have to overwrite,
-its command may refuse, too: sample.py does.) Words alone are compared, and of CONFIG what it says,
-its bases too: after a change in any other file delete OUT/seed_N.done.json, or OUT/once.done.json.
+The same command goes on where it ended. Of the recipe's lines those at its beginning that were done
+before, in the same words and order, are passed over; from the first that is new or changed on all
+are done again, since each may read what those before it wrote: in this seed or, where that line is
+one that is done once, in every seed. So a line added or changed behind train.py trains nothing
+again. If one in front of it or its own is changed, train.py is called again, and says itself that
+the run is complete, goes on with it, or refuses: then it is another run, for another --out. Words
+are compared, and what CONFIG says, its bases too, but no other files: where one has changed, delete
+OUT/seed_N.done.json or OUT/once.done.json. Scores of lines that are gone stay with their run.
 
 At the end every score of the newest step that has some is a mean ± the 95 % interval of Student's t
 over the seeds (OUT/table.md, OUT/results.json), and OUT/report.html shows their curves as one, with
-its range. A file in the run's folder has the same name in every seed: what is scored of it is one
-score. The exit code is 1 if a seed failed.
+its range. A file in {run} has the same name in every seed: what is scored of it is one score. The
+exit code is 1 if a seed failed.
 """
 
 import sys
@@ -126,11 +126,13 @@ def words_of(line: str) -> list[str]:
             raise ValueError("a zero byte")
         words = split(line)
         fields_in(words)
+        if words[:1] == ["python"] and len(words) > 1:
+            del words[0]
     except ValueError as error:
         raise UserError(f"recipe: {line.strip()!r} is no command with {{config}}, {{seed}} and "
                         f"{{run}} ({error}); {{{{ and }}}} are braces") from None
-    script, *_ = words[words[:1] == ["python"]:] or [""]
-    if words and not (script in SCRIPTS or (script.endswith(".py") and Path(script).is_file())):
+    if words and words[0] not in SCRIPTS and not (
+            words[0].endswith(".py") and Path(words[0]).is_file()):
         raise UserError(f"recipe: {line.strip()!r} does not begin with {', '.join(SCRIPTS)} or a "
                         "file FILE.py")
     return words
@@ -150,12 +152,15 @@ def split(line: str) -> list[str]:
 
 def fields_in(words: list[str]) -> set[str]:
     """Name what is filled in, of FIELDS. ValueError for any other use of braces."""
-    found = {tuple(field) for word in words for _, *field in string.Formatter().parse(word)
-             if field[0] is not None}
-    if odd := found - {(name, "", None) for name in FIELDS}:
-        name = min(name for name, *_ in odd)
-        raise ValueError(f"{{{name}}} is none of these, or has something to it")
-    return {name for name, *_ in found}
+    found: set[str] = set()
+    for word in words:
+        for _, name, form, conversion in string.Formatter().parse(word):
+            if name is None:  # the end of a word
+                continue
+            if name not in FIELDS or form or conversion:
+                raise ValueError(f"{{{name}}} is none of these, or has something to it")
+            found.add(name)
+    return found
 
 
 # ---- what is done
@@ -197,7 +202,8 @@ def one_seed(lines: list[list[str]], values: dict) -> None:
             print(f"seed {seed}: {shlex.join(words)}", flush=True)
             code, last = called(words, run.parent / f"seed_{seed}.log")
             if code:
-                raise UserError(f"{shlex.join(words)} ended with {code}{last and ': '}{last}")
+                why = f": {last}" if last else ""
+                raise UserError(f"{shlex.join(words)} ended with {code}{why}")
             if not own:
                 write_json(once, {"lines": lines[:number + 1]})
         write_json(note, {"lines": filled[:number + 1]})
@@ -219,7 +225,7 @@ def alike(done: list, lines: list) -> int:
 def called(words: list[str], log: Path) -> tuple[int, str]:
     """Run a command of the program or another script, its lines in a log; the exit code and the
     last line. A signal is handed on, and the command may end well."""
-    script, *others = words[words[0] == "python":]
+    script, *others = words
     path = str(ROOT / script) if script in SCRIPTS else script
     with open(log, "a+b") as file:
         began = file.seek(0, io.SEEK_END)

@@ -160,6 +160,17 @@ def test_what_failed_in_the_middle_is_begun_there(place):
     assert done.returncode == 0 and told == ["a 1", "b 1", "a 2", "b 2"]
 
 
+@pytest.mark.parametrize("own", ["", " {seed}"])
+def test_what_a_failed_line_may_have_spoilt_is_done_again(place, own):
+    (place / "half.py").write_text("import sys; sys.exit('no luck')")
+    sound = TRAINS + f"tell.py labels{own}\ntell.py probe {{seed}}\n"
+    assert start(place, sound, "--seeds=1")[0].returncode == 0
+    done, _ = start(place, sound.replace("tell.py labels", "half.py labels"), "--seeds=1")
+    assert done.returncode == 1 and "no luck" in done.stdout
+    labels = "labels 1" if own else "labels"
+    assert start(place, sound, "--seeds=1")[1] == [labels, "probe 1"]
+
+
 def test_what_is_done_once_is_followed_by_all_seeds_if_it_changes(place):
     def told(recipe, seeds="--seeds=1,2"):
         done, lines = start(place, recipe, seeds)
@@ -230,10 +241,11 @@ def test_words_are_those_of_a_shell_and_paths_may_hold_anything(place):
 
 
 @pytest.mark.parametrize("line", [
-    "tell.py {seed.real}", "tell.py {seed[0]}", "tell.py {0}", "tell.py {}", "tell.py {", "tell.py }",
-    "tell.py {seed!r}", "tell.py {seed:>9}", "tell.py {run:{seed}}", "tell.py {config.__class__}",
-    "tell.py {sede}", "tell.py {x} {x!r}", "tell.py 'open", "tell.py \\", "tell.py \0", "python", "''", "python tell.txt",
-    "nothing.py {run}", "{run}/tell.py", "python -m tell", "torchrun train.py", "TRAIN.py {run}"])
+    "tell.py {seed.real}", "tell.py {seed[0]}", "tell.py {0}", "tell.py {}", "tell.py {",
+    "tell.py }", "tell.py {seed!r}", "tell.py {seed:>9}", "tell.py {run:{seed}}",
+    "tell.py {config.__class__}", "tell.py {sede}", "tell.py {x} {x!r}", "tell.py 'open",
+    "tell.py \\", "tell.py \0", "python", "''", "python tell.txt", "nothing.py {run}",
+    "{run}/tell.py", "python -m tell", "torchrun train.py", "TRAIN.py {run}"])
 def test_a_line_that_is_no_command_is_said_before_anything_is_done(place, line):
     done, told = start(place, TRAINS + line + "\n", "--seeds=1")
     assert done.returncode == 2 and told == [] and not (place / "out").exists()
