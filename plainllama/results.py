@@ -1,9 +1,10 @@
 """The scores of a checkpoint, RUN/eval/step_N.json: written, read and shown here alone."""
 
 import json
+import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from plainllama.files import read_json, sha256_bytes, write_json, write_text
 
@@ -96,6 +97,18 @@ def read_scores(run: Path, step: int) -> dict:
     """Read what RUN/eval holds of a step; {} if that is nothing, damaged, or of other weights."""
     scores = read_json(run / "eval" / f"step_{step}.json", tolerant=True)
     return scores if are_of(scores, run / "checkpoints" / f"step_{step}") else {}
+
+
+def unplaced(scores: Any, run: Path) -> Any:
+    """Call the files of a run's own folder, in the names of its scores, as they are called there:
+    by these the scores of several runs are compared. Names that would become one stay."""
+    if not isinstance(scores, dict):
+        return scores
+    places = {str(run), os.path.relpath(run), str(run.absolute()), str(run.resolve())}
+    place = rf"(?<![^\s,:])(?:\./)?(?:{'|'.join(map(re.escape, places))})/+"
+    names = [re.sub(place, "", name) for name in scores]
+    return {short if names.count(short) == 1 else name: unplaced(part, run)
+            for short, (name, part) in zip(names, scores.items(), strict=True)}
 
 
 def section(result: dict, place: tuple[str, ...]) -> dict:

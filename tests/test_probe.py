@@ -14,7 +14,7 @@ import sample
 from plainllama import results
 from plainllama.command import parse
 from plainllama.evaluation import probe, vectors
-from plainllama.files import read_json, write_json
+from plainllama.files import file_entry, read_json, write_json
 from plainllama.report import page
 from plainllama.report.runs import RunFolder
 from plainllama.settings import UserError
@@ -112,8 +112,8 @@ def test_it_is_a_script_by_hand_to_the_last_digit(data, capsys):
     tasks = told(*BASIC, "--against=hand.csv", "--test_ids=t.csv")
     order = np.argsort(data["ids"])
     test = np.isin(data["ids"], data["ids"][:40])[order]
-    y, found = data["two"][order], tasks["probe:e.parquet"]
-    rival = tasks["probe:hand.csv"]
+    y, found = data["two"][order], tasks["probe:e.parquet label"]
+    rival = tasks["probe:hand.csv label"]
     assert (found["n"], found["tested"], found["label"]) == (N - 40, 40, "label")
     expected = {}
     for x, theirs in ((data["x"][order], found), (data["less"][order, None], rival)):
@@ -121,6 +121,9 @@ def test_it_is_a_script_by_hand_to_the_last_digit(data, capsys):
         assert theirs["folds"]["auroc"] == valid
         assert theirs["folds"]["auroc_test"] == fixed
         expected[len(expected)] = np.array([valid, fixed])
+    mixed = y.copy()
+    mixed[~test] = np.random.default_rng(42).permutation(y[~test])
+    assert found["folds"]["auroc_shuffled"] == by_hand(data["x"][order], mixed, test)[0]
     less = expected[0] - expected[1]  # paired: the same folds
     assert found["folds"]["auroc minus hand.csv"] == less[0].tolist()
     assert found["folds"]["auroc_test minus hand.csv"] == less[1].tolist()
@@ -134,11 +137,13 @@ def test_it_is_a_script_by_hand_to_the_last_digit(data, capsys):
     text = capsys.readouterr().out
     assert f"auroc                        {found['auroc']:.4f} ± " in text
     assert "chance 0.5000" in text and "40 others fixed as a test set" in text
+    assert found["margins"]["auroc_shuffled"] > 0
+    assert f"{found['auroc_shuffled']:.4f} ± {found['margins']['auroc_shuffled']:.4f}" in text
     assert "auroc, by fold: " + " ".join(f"{v:.4f}" for v in found["folds"]["auroc"]) in text
 
 
 def test_more_classes_are_scored_by_accuracy_and_seeds_have_folds_of_their_own(data, few):
-    found = told(*BASIC, "--label=three", "--seeds=42,7")["probe:e.parquet"]
+    found = told(*BASIC, "--label=three", "--seeds=42,7")["probe:e.parquet three"]
     order = np.argsort(data["ids"])
     x, y, none = data["x"][order], data["three"][order], np.zeros(N, bool)
     expected = [*by_hand(x, y, none, 42, 15)[0], *by_hand(x, y, none, 7, 15)[0]]
@@ -179,24 +184,24 @@ def test_random_vectors_know_nothing_and_no_more_of_shuffled_labels(data, few):
     a, b = draw.normal(size=(2, 2000))
     write_csv("r.csv", id=ids, a=a, b=b)
     write_csv("rl.csv", id=ids, label=ids % 2)
-    found = told("--embeddings=r.csv", "--labels=rl.csv")["probe:r.csv"]
+    found = told("--embeddings=r.csv", "--labels=rl.csv")["probe:r.csv label"]
     assert abs(found["auroc"] - 0.5) < 0.05 and abs(found["auroc_shuffled"] - 0.5) < 0.05
 
 
 # ---- files
 
 def test_the_order_of_rows_and_the_kind_of_file_change_nothing(data, few):
-    first = told(*BASIC)["probe:e.parquet"]
+    first = told(*BASIC)["probe:e.parquet label"]
     turn = np.random.default_rng(2).permutation(N)
     columns = {f"emb_{i + 1:04d}": data["x"][turn, i] for i in range(D)}
     table = pa.table({"id": [str(one) for one in data["ids"][turn]], "n": turn, **columns})
     pq.write_table(table, "e.parquet")
     pq.write_table(pa.table({"label": data["two"], "id": data["ids"].astype(float)}), "l.parquet")
-    second = told("--embeddings=e.parquet", "--labels=l.parquet")["probe:e.parquet"]
+    second = told("--embeddings=e.parquet", "--labels=l.parquet")["probe:e.parquet label"]
     assert first == second  # by hash, too
     draw = np.random.default_rng(3)
     write_csv("l.csv", id=data["ids"], label=draw.permutation(data["two"]))
-    assert told(*BASIC)["probe:e.parquet"]["made_of"] != first["made_of"]
+    assert told(*BASIC)["probe:e.parquet label"]["made_of"] != first["made_of"]
 
 
 def test_vectors_of_several_files_are_appended_by_id(data, few, capsys):
@@ -204,15 +209,15 @@ def test_vectors_of_several_files_are_appended_by_id(data, few, capsys):
     write_csv("a.csv", id=data["ids"], u=half[0][:, 0], v=half[0][:, 1])
     turn = np.arange(N)[::-1][5:]  # the first five rows' ids are missing from neither
     write_csv("b.csv", id=data["ids"][turn], **{f"w{i}": half[1][turn, i] for i in range(3)})
-    found = told("--embeddings=a.csv,b.csv", "--labels=l.csv")["probe:a.csv,b.csv"]
+    found = told("--embeddings=a.csv,b.csv", "--labels=l.csv")["probe:a.csv,b.csv label"]
     assert "left out: 5 ids of a.csv are not in all of a.csv,b.csv" in capsys.readouterr().out
     kept = np.sort(turn)
     write_csv("c.csv", id=data["ids"][kept],
               **{f"z{i}": data["x"][kept, i].astype(float) for i in range(D)})
-    whole = told("--embeddings=c.csv", "--labels=l.csv")["probe:c.csv"]
+    whole = told("--embeddings=c.csv", "--labels=l.csv")["probe:c.csv label"]
     assert found == whole and found["n"] == N - 5
     eval.Path("b.csv").rename("d,e.csv")  # a comma in a name
-    assert "probe:d,e.csv" in told("--embeddings=d,e.csv", "--labels=l.csv")
+    assert "probe:d,e.csv label" in told("--embeddings=d,e.csv", "--labels=l.csv")
 
 
 def test_what_is_left_out_is_counted(data, few, capsys):
@@ -224,7 +229,7 @@ def test_what_is_left_out_is_counted(data, few, capsys):
     hand = data["ids"][4:]
     write_csv("hand.csv", id=hand[:-3], s=range(len(hand) - 3), flag=["true"] * (len(hand) - 3),
               name=["n"] * (len(hand) - 3))
-    found = told(*BASIC, "--test_ids=t.csv", "--against=hand.csv")["probe:e.parquet"]
+    found = told(*BASIC, "--test_ids=t.csv", "--against=hand.csv")["probe:e.parquet label"]
     text = capsys.readouterr().out
     assert "left out: 7 labels are of ids that e.parquet lacks" in text
     assert "left out: 12 vectors of e.parquet have no label" in text
@@ -234,14 +239,83 @@ def test_what_is_left_out_is_counted(data, few, capsys):
     assert found["n"] + found["tested"] == N - 12 - 3 and found["tested"] == 40
 
 
+def test_what_pandas_and_pyarrow_read_as_missing_is_no_label_and_in_quotes_it_is(data, capsys):
+    from pyarrow import csv
+    pandas = pytest.importorskip("pandas")
+    words = ["", "NA", "N/A", "n/a", "#N/A", "#NA", "NaN", "nan", "-nan", "null", "NULL", "None",
+             "<NA>", "1.#IND", *csv.ConvertOptions().null_values]
+    texts = ["none", "na", "Na", "-", "?", " NA", "nil", "0", "é"]
+    write_csv("l.csv", id=range(len(words) + len(texts)), label=[*words, *texts])
+    theirs = pandas.read_csv("l.csv", dtype=str)["label"].dropna()
+    said = []
+    found = vectors.read_labels("l.csv", "id", "label", said.append)
+    assert found == {str(i): text for i, text in theirs.items()}
+    assert list(found.values()) == texts
+    assert said == [f"note: left out: {len(words)} labels of l.csv are missing: empty, NA, None, "
+                    "null, ... without quotes"]
+    eval.Path("l.csv").write_text('id,label\n1,"NA"\n2,"None"\n3,NA\n4,""\n5,"DE"\n6,\n')
+    assert vectors.read_labels("l.csv", "id", "label", said.append) == {
+        "1": "NA", "2": "None", "5": "DE"}
+    pq.write_table(pa.table({"id": [1, 2, 3], "label": ["NA", None, "DE"]}), "l.parquet")
+    assert vectors.read_labels("l.parquet", "id", "label", said.append) == {"1": "NA", "3": "DE"}
+    assert said[-1] == "note: left out: 1 labels of l.parquet are missing"
+    for kind, kept in (("0", 0), ("true", True), ("0.5", 0.5)):  # as numbers they stay numbers
+        eval.Path("l.csv").write_text(f"id,label\n1,None\n2,{kind}\n3,NA\n")
+        assert vectors.read_labels("l.csv", "id", "label", said.append) == {"2": kept}
+
+
+def test_a_country_is_not_missing(data, few, capsys):
+    countries = [["DE", "FR", '"NA"', "NA"][i % 4] for i in range(N)]
+    write_csv("l.csv", id=data["ids"], label=countries)
+    found = told(*BASIC)["probe:e.parquet label"]
+    assert found["n"] == N * 3 // 4 and "accuracy" in found
+    text = capsys.readouterr().out
+    assert f"probe:e.parquet label of 3 classes, {N * 3 // 4} ids" in text
+    assert f"left out: {N // 4} labels of l.csv are missing" in text
+    assert f"{N // 4} vectors of e.parquet have no label" in text
+
+
+def test_several_labels_of_the_same_vectors_stay_beside_each_other(home, few, tmp_path):
+    for label in ("label", "three", "label"):
+        assert run(*BASIC, STEP, "--against=hand.csv", f"--label={label}") == 0
+    tasks = results.read_scores(tmp_path / "out/r", 5)["tasks"]
+    assert [*tasks] == ["probe:e.parquet label", "probe:hand.csv label", "probe:e.parquet three",
+                        "probe:hand.csv three"]
+    assert "auroc" in tasks["probe:e.parquet label"]
+    assert "accuracy" in tasks["probe:e.parquet three"]
+
+
+def test_which_columns_are_the_vectors_is_said_and_numbered_ones_are_whole(data, few, capsys):
+    columns = {"emb_0001": data["x"][:, 1], "emb_0002": data["two"]}
+    write_csv("h.csv", id=data["ids"], **columns, n=data["two"])
+    found = told("--embeddings=h.csv", "--labels=h.csv", "--label=emb_0002")
+    assert found["probe:h.csv emb_0002"]["auroc"] < 0.7  # the label is none of them
+    assert "its columns" not in capsys.readouterr().out
+    write_csv("h.csv", id=data["ids"], a=data["x"][:, 0], label=data["two"], b=data["x"][:, 1])
+    told("--embeddings=h.csv", "--labels=h.csv")
+    assert "note: the vectors of h.csv are its columns a, b\n" in capsys.readouterr().out
+
+
 def test_the_label_is_no_part_of_a_vector_and_an_id_007_is_no_7(data, few):
     write_csv("all.csv", id=[f"{one:04d}" for one in data["ids"]], a=np.zeros(N),
               label=data["two"])
-    found = told("--embeddings=all.csv", "--labels=all.csv")["probe:all.csv"]
+    found = told("--embeddings=all.csv", "--labels=all.csv")["probe:all.csv label"]
     assert found["auroc"] == 0.5  # nothing but zeros
     write_csv("l.csv", id=data["ids"], label=data["two"])
     with pytest.raises(UserError, match="160 of 160 labels in "):
         run("--embeddings=all.csv", "--labels=l.csv")
+
+
+def test_labels_are_told_apart_as_they_are_and_ids_may_be_long(data, few):
+    for one, other in (("a", "a\0"), (b"a", b"a\0")):
+        pq.write_table(pa.table({"id": data["ids"], "label": [
+            other if two else one for two in data["two"]]}), "l.parquet")
+        assert "auroc" in told("--embeddings=e.parquet", "--labels=l.parquet")[
+            "probe:e.parquet label"]
+    long = [f"{one}" + "0" * 5000 for one in data["ids"]]
+    write_csv("h.csv", id=long, a=data["x"][:, 0])
+    write_csv("l.csv", id=long, label=data["two"])
+    assert "auroc" in told("--embeddings=h.csv", "--labels=l.csv")["probe:h.csv label"]
 
 
 # ---- what is refused
@@ -302,7 +376,19 @@ REFUSED = [
      "100 of 160 labels in l.csv are of ids that e.parquet lacks"),
     (change("l.csv", id=lambda data: data["ids"] + 500, label=lambda data: data["two"]), BASIC,
      "160 of 160 labels in l.csv are of ids that e.parquet lacks"),
-    (change("l.csv", id=ids, label=[None] * N), BASIC, "0 of 0 labels in l.csv"),
+    (change("l.csv", id=ids, label=[None] * N), BASIC, "l.csv: none of its 160 rows has a `label`"),
+    (change("l.csv", id=ids, label=["NA"] * N), BASIC, "l.csv: none of its 160 rows has a `label`"),
+    (change("l.csv", id=[3, "NA", 5], label=[0, 1, 0]), BASIC, "l.csv: row 2 has no `id`"),
+    (lambda data: eval.Path("l.csv").write_bytes("id,lä\n1,2\n".encode("latin1")), BASIC,
+     "l.csv is damaged or cut short: 'utf-8' codec can't decode"),
+    (change("h.csv", id=ids, emb_0001=[1] * N, emb_0002=["x"] * N), (*BASIC, "--against=h.csv"),
+     "h.csv: `emb_0002` holds string, and a vector numbers"),
+    (change("h.csv", id=ids, emb_0001=[1] * N, emb_0002=["None"] + [2] * (N - 1)),
+     (*BASIC, "--against=h.csv"), "h.csv: row 1 has a number that is not finite or missing"),
+    (None, ("--embeddings=e.parquet,e.parquet", "--labels=l.csv"),
+     "--embeddings=e.parquet,e.parquet names a file twice"),
+    (None, (*BASIC, "--out=e.parquet"), "--out=e.parquet is no .json file in a folder"),
+    (None, (*BASIC, "--out=l.csv"), "--out=l.csv is no .json file in a folder"),
     (change("h.csv", id=[501, 502], a=[1, 2]),
      ("--embeddings=e.parquet,h.csv", "--labels=l.csv"), "no id is in all of e.parquet,h.csv"),
     (change("l.csv", id=ids, label=["a"] * N), BASIC, "all 160 ids have one class, label = a"),
@@ -322,7 +408,7 @@ REFUSED = [
     (None, (*BASIC, "--test_ids=none.csv"), "no file none.csv"),
     (None, (*BASIC, "--seeds=42,x"), "--seeds=42,x: say whole numbers from 0"),
     (None, (*BASIC, "--seeds=1,01"), "a seed stands there twice"),
-    (None, (*BASIC, "--out=no/o.json"), "--out=no/o.json is not a file in a folder that exists"),
+    (None, (*BASIC, "--out=no/o.json"), "--out=no/o.json is no .json file in a folder"),
     (None, (*BASIC, "--tasks=passkey"), "scores vectors without a model; leave out --tasks"),
     (None, (*BASIC, "--base=x"), "leave out --base"),
     (None, (*BASIC, "--ckpt=nowhere"), "nowhere"),
@@ -376,33 +462,59 @@ def test_scores_of_a_run_lie_beside_it_and_are_shown(home, few, tmp_path, capsys
     assert run(*BASIC, STEP, "--against=hand.csv", "--json") == 0
     said = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     kept = results.read_scores(tmp_path / "out/r", 5)
-    assert kept["tasks"].keys() == {"passkey", "probe:e.parquet", "probe:hand.csv"}
+    assert kept["tasks"].keys() == {"passkey", "probe:e.parquet label", "probe:hand.csv label"}
     assert (said["step"], said["tokens"]) == (kept["step"], kept["tokens"]) == (5, 9)
-    found = kept["tasks"]["probe:e.parquet"]
-    assert said["tasks"]["probe:e.parquet"] == found and len(found["made_of"]["vectors"]) == 2
+    found = kept["tasks"]["probe:e.parquet label"]
+    assert said["tasks"]["probe:e.parquet label"] == found and len(found["made_of"]["vectors"]) == 2
     folder = RunFolder("r", {}, [], {}, [], [kept])
     text = "\n".join(block.markdown for block in page.PANELS["Scores"]([folder], tmp_path / "p"))
     value = f"{found['auroc']:.4f} ± {found['margins']['auroc']:.4f}"
     folds = results.told_folds(found["folds"]["auroc"])
     line = next(line for line in text.split("\n") if value in line and folds in line)
-    assert "probe:e.parquet auroc" in line and line.rstrip(" |").endswith("0.5")
-    assert "probe:e.parquet auroc minus hand.csv" in text
-    assert "probe:e.parquet auroc_shuffled" in text
+    assert "probe:e.parquet label auroc" in line and line.rstrip(" |").endswith("0.5")
+    assert "probe:e.parquet label auroc minus hand.csv" in text
+    assert "probe:e.parquet label auroc_shuffled" in text
 
 
-def test_vectors_of_another_model_are_no_score_of_this_one(home, few, tmp_path):
+def test_vectors_of_another_model_are_no_score_of_this_one(home, few, tmp_path, monkeypatch):
     from plainllama.weights import peft
 
+    def note(model: str) -> None:
+        write_json("e.parquet.made.json", {"file": file_entry(tmp_path / "e.parquet"),
+                                           "recipe": {"sha256 of the model": model}})
+
     own = peft.model_sha256(home)[:16]
-    write_json("e.parquet.made.json", {"recipe": {"sha256 of the model": "f" * 16}})
+    note("f" * 16)
     with pytest.raises(UserError, match="was made by another model than out/r"):
         run(*BASIC, STEP)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="was made by another model than out/r"):
+        run("--embeddings=~/e.parquet", "--labels=l.csv", STEP)
     assert run(*BASIC) == 0  # of no model
-    write_json("e.parquet.made.json", {"recipe": {"sha256 of the model": own}})
+    note(own)
     assert run(*BASIC, STEP) == 0
     shutil.copytree(home, tmp_path / "model")
     with pytest.raises(UserError, match="model lies in no run"):
         run(*BASIC, "--ckpt=model")
+
+
+@pytest.mark.parametrize("model", ["own", "f" * 16])
+def test_a_note_of_other_vectors_says_nothing_of_these(home, few, data, capsys, model):
+    from plainllama.weights import peft
+
+    recipe = {"sha256 of the model": peft.model_sha256(home)[:16] if model == "own" else model}
+    write_json("e.parquet.made.json", {"file": file_entry(eval.Path("e.parquet")),
+                                       "recipe": recipe})
+    write_embeddings("e.parquet", data["ids"], data["x"] + 1)
+    for stale in (None, {}, {"recipe": recipe}, {"file": 1, "recipe": 2}):
+        if stale is not None:
+            write_json("e.parquet.made.json", stale)
+        assert run(*BASIC, STEP) == 0
+        assert ("note: e.parquet.made.json is of another e.parquet than there is now: nothing says "
+                "which model made it") in capsys.readouterr().out
+    eval.Path("e.parquet.made.json").unlink()
+    assert run(*BASIC, STEP) == 0
+    assert "made.json" not in capsys.readouterr().out
 
 
 def test_what_sample_writes_is_probed(home, few, capfd):
@@ -416,5 +528,5 @@ def test_what_sample_writes_is_probed(home, few, capfd):
     assert run("--embeddings", "s.parquet", "--labels", "l.csv", "--id", "client_id", "--label",
                "bins", STEP) == 0
     assert capfd.readouterr().err == ""
-    scores = results.read_scores(eval.Path("out/r"), 5)["tasks"]["probe:s.parquet"]
+    scores = results.read_scores(eval.Path("out/r"), 5)["tasks"]["probe:s.parquet bins"]
     assert scores["auroc"] > 0.9 and scores["n"] == vectors.LEAST

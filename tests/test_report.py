@@ -244,6 +244,32 @@ def test_scores_are_drawn_against_tokens(tmp_path):
     assert rows["x.txt bits per byte"] == ["1.5000", "–"] and "local:a&b correct" not in rows
 
 
+@pytest.mark.parametrize("form", ["given", "dotted", "absolute", "real"])
+def test_a_file_of_a_runs_own_folder_has_one_name_in_all_runs(tmp_path, monkeypatch, form):
+    """By which its scores are drawn in one chart; a run's own path is in no name."""
+    monkeypatch.chdir(tmp_path)
+    Path("real").mkdir()
+    Path("out").symlink_to("real")
+    runs = [make_run(Path(f"out/s{i}"), seed=i) for i in range(2)]
+    for run in runs:
+        place = {"given": f"{run}", "dotted": f"./{run}/", "absolute": f"{run.absolute()}",
+                 "real": f"{run.resolve()}"}[form]
+        for step in (50, 100):
+            write(run / f"eval/step_{step}.json", {"step": step, "tokens": step, "tasks": {
+                f"probe:{place}/c.parquet,e.csv y": {
+                    "auroc": 0.7, f"auroc minus {place}/b.csv": 0.1,
+                    "margins": {"auroc": 0.01, f"auroc minus {place}/b.csv": 0.02}, "n": 9},
+                f"probe:x{run}/c.parquet y": {"auroc": 0.1, "n": 9},  # another place
+                f"probe:{place}/d.csv y": {"auroc": 0.2, "n": 9},  # two that would become one
+                "probe:d.csv y": {"auroc": 0.3, "n": 9}}})
+    page, _, text = build(*runs)
+    assert page.count("probe:c.parquet,e.csv y auroc against tokens") == 2  # label and title of one
+    assert text.count("| probe:c.parquet,e.csv y auroc minus b.csv | 0.1000 ± 0.0200 |") == 4
+    for run in runs:
+        assert f"probe:x{run}/c.parquet y auroc |" in text
+    assert text.count("/d.csv y auroc |") == text.count("| probe:d.csv y auroc |") == 4
+
+
 def test_seeds_are_a_mean_and_a_band(tmp_path):
     folders = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2, 3)]
     groups = grouped([load(folder) for folder in folders])

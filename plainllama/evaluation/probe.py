@@ -9,6 +9,7 @@ sums over a client's rows, is not known here: they are files too.
 """
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from plainllama import results
 from plainllama.command import cores
 from plainllama.evaluation.vectors import FOLDS, Joined, ask, parts_of
-from plainllama.files import read_json, run_of, write_json
+from plainllama.files import file_entry, read_json, run_of, write_json
 from plainllama.progress import Progress
 from plainllama.results import score_table
 from plainllama.settings import UserError
@@ -61,11 +62,10 @@ def run(flags: Any, given: dict) -> int:
     result: dict = {"tasks": {}}
     home = None
     if "ckpt" in given:
-        home, known = checkpoint_of(flags)
+        home, known = checkpoint_of(flags, say)
         result |= known
     for name, metrics in scores(data, seeds, flags.label).items():
-        classes = f"{flags.label} of {len(data.classes)} classes"
-        say(score_table(f"{name}, {metrics['n']} ids, {classes}", metrics))
+        say(score_table(f"{name} of {len(data.classes)} classes, {metrics['n']} ids", metrics))
         result["tasks"][name] = metrics
     results.record(home, result)
     if flags.out:
@@ -75,16 +75,22 @@ def run(flags: Any, given: dict) -> int:
     return 0
 
 
-def checkpoint_of(flags: Any) -> tuple[Path, dict]:
+def checkpoint_of(flags: Any, say: Callable) -> tuple[Path, dict]:
     """Find the run that --ckpt means, and what eval/step_N.json says of its checkpoint. UserError
-    if that is in no run, or if another model made the vectors, as far as they say which."""
+    if that is in no run, or if another model made the vectors, as far as a note beside them, which
+    must be theirs, says which."""
     folder = checkpoint.find_checkpoint(flags.ckpt)
     home, model = run_of(folder), peft.model_sha256(folder, flags.base)
     if home is None:
         raise UserError(f"{folder} lies in no run, which could keep scores; --out=FILE.json does")
     for name in parts_of(flags.embeddings):
-        note = read_json(Path(f"{name}.made.json"), tolerant=True).get("recipe", {})
-        made_by = note.get("sha256 of the model", "")
+        place = Path(f"{name}.made.json")
+        note = read_json(place, tolerant=True)
+        if place.is_file() and note.get("file") != file_entry(Path(name)):
+            say(f"note: {place} is of another {name} than there is now: nothing says which model "
+                "made it")
+            continue
+        made_by = note.get("recipe", {}).get("sha256 of the model", "")
         if made_by and not model.startswith(made_by):
             raise UserError(f"{name} was made by another model than {folder}; name that, or leave "
                             "out --ckpt")
@@ -135,7 +141,7 @@ def fit(job: Fit) -> list[float]:
 # ---- scores
 
 def scores(data: Joined, seeds: list[int], label: str) -> dict[str, dict]:
-    """Probe: {'probe:FILE': metrics}, as eval/step_N.json has them, for each file."""
+    """Probe: {'probe:FILE LABEL': metrics}, as eval/step_N.json has them, for each file."""
     import lightgbm
 
     jobs = [job for seed in seeds for job in fits_of(data, seed)]
@@ -155,7 +161,7 @@ def scores(data: Joined, seeds: list[int], label: str) -> dict[str, dict]:
     for rival in rivals:
         less = np.array(values[probed]) - np.array(values[rival])
         folds[probed] |= by_name(metric, f" minus {rival}", less)
-    return {f"probe:{name}": {
+    return {f"probe:{name} {label}": {
         **{one: float(np.mean(each)) for one, each in found.items()},
         "margins": {one: margin(each) for one, each in found.items()}, "folds": found,
         "chances": {one: blind[one] for one in found if one in blind},

@@ -2,7 +2,9 @@
 
 The vectors of a file are its lists `embedding`, which sample.py --embed writes; else its columns
 emb_0001, emb_0002, ...; else all its columns of numbers but the id and the label. Several files are
-joined by id. The ids are sorted, so that the order of the rows in a file changes nothing.
+joined by id. The ids are sorted, so that the order of the rows in a file changes nothing. Of a .csv
+is missing what pyarrow and pandas take for it (an empty cell, NA, None, null, ...), unless it
+stands in quotes: "NA" is a country.
 """
 
 import importlib.util
@@ -22,6 +24,7 @@ FOLDS = 5  # of which each needs ids of every class
 LEAST = 100  # ids: a tree sees half of four fifths of them, and puts 20 at least into a leaf
 NEEDS = {"lightgbm": "lightgbm", "sklearn": "scikit-learn", "scipy": "scipy", "pyarrow": "pyarrow"}
 LISTS, NUMBERED = "embedding", r"emb_\d+"
+PANDAS = ["None", "<NA>"]  # which it takes for missing, beside what pyarrow does
 
 
 class Vectors(NamedTuple):
@@ -66,8 +69,9 @@ def ask(flags: Any, say: Callable) -> tuple[Joined, list[int]]:
         raise UserError("--probe is for one process; start it without torchrun")
     if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         raise UserError(f"--probe needs {NEEDS[lacking[0]]}: {install('probe')}")
-    if flags.out and (Path(flags.out).is_dir() or not Path(flags.out).absolute().parent.is_dir()):
-        raise UserError(f"--out={flags.out} is not a file in a folder that exists")
+    out = Path(flags.out)
+    if flags.out and (out.suffix != ".json" or out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out={out} is no .json file in a folder that exists")
     seeds = [one.strip() for one in flags.seeds.split(",")]
     if not all(one.isdecimal() and int(one) < 2**31 for one in seeds):
         raise UserError(f"--seeds={flags.seeds}: say whole numbers from 0, with commas between")
@@ -84,7 +88,7 @@ def read_table(name: str, id_name: str) -> tuple[dict[str, int], Any]:
     """Read a file: {id: row} and its pyarrow.Table. UserError for one without such ids."""
     from pyarrow import csv, parquet, string, types
 
-    path = Path(name).expanduser()
+    path = Path(name)
     kind = path.suffix.lower()
     if kind not in (".csv", ".parquet"):
         raise UserError(f"{name or 'a file without a name'} is not a .csv or .parquet")
@@ -94,9 +98,12 @@ def read_table(name: str, id_name: str) -> tuple[dict[str, int], Any]:
         if kind == ".parquet":
             table = parquet.read_table(path)
         else:  # an id 007 is no 7
-            as_text = csv.ConvertOptions(column_types={id_name: string()})
-            table = csv.read_csv(path, convert_options=as_text)
-    names = table.column_names
+            how = csv.ConvertOptions(
+                column_types={id_name: string()}, strings_can_be_null=True,
+                null_values=[*csv.ConvertOptions().null_values, *PANDAS],
+                quoted_strings_can_be_null=False)
+            table = csv.read_csv(path, convert_options=how)
+        names = table.column_names
     if twice := [one for one in names if names.count(one) > 1]:
         raise UserError(f"{name}: several columns are called {twice[0]!r}; rename all but one")
     if id_name not in names:
@@ -143,11 +150,17 @@ def read_vectors(name: str, id_name: str, label: str, say: Callable) -> Vectors:
                             f"numbers, row {odd[0] + 1} has {lengths[odd[0]]}")
         values = compute.list_flatten(column).to_numpy().reshape(len(rows), -1)
     else:
-        numbered = [one for one in table.column_names if re.fullmatch(NUMBERED, one)]
-        chosen = numbered or [one for one in table.column_names if one not in (id_name, label)]
-        numbers = [one for one in chosen if is_number(table.schema.field(one).type)]
-        if idle := [one for one in chosen if one not in numbers]:
+        others = [one for one in table.column_names if one not in (id_name, label)]
+        numbered = [one for one in others if re.fullmatch(NUMBERED, one)]
+        numbers = [one for one in numbered or others if is_number(table.schema.field(one).type)]
+        idle = [one for one in numbered or others if one not in numbers]
+        if numbered and idle:
+            raise UserError(f"{name}: `{idle[0]}` holds {table.schema.field(idle[0]).type}, and a "
+                            "vector numbers; fill or drop its rows")
+        if idle:
             say(f"note: no numbers, and left out of the vectors of {name}: {shortened(idle)}")
+        if numbers and not numbered:
+            say(f"note: the vectors of {name} are its columns {shortened(numbers)}")
         columns = [table[one].cast("float64" if types.is_boolean(table[one].type) else
                                    table[one].type).to_numpy() for one in numbers]
         values = np.column_stack(columns) if columns else np.empty((len(rows), 0))
@@ -168,8 +181,9 @@ def is_number(kind: Any) -> bool:
     return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
 
 
-def read_labels(name: str, id_name: str, label: str) -> dict[str, Any]:
-    """Read {id: label}, without those that have none. UserError if the file has no such column."""
+def read_labels(name: str, id_name: str, label: str, say: Callable) -> dict[str, Any]:
+    """Read {id: label}, and say how many have none. UserError if all have, or if the file has no
+    such column."""
     rows, table = read_table(name, id_name)
     if label not in table.column_names:
         raise UserError(f"{name} has no column `{label}`; its columns are: "
@@ -177,8 +191,13 @@ def read_labels(name: str, id_name: str, label: str) -> dict[str, Any]:
     if hasattr(table[label].type, "num_fields") and table[label].type.num_fields:
         raise UserError(f"{name}: `{label}` holds {table[label].type}, and a label is one value")
     values = table[label].to_pylist()
-    return {one: values[row] for one, row in rows.items()
-            if values[row] not in (None, "") and values[row] == values[row]}  # nan is not itself
+    found = {one: values[row] for one, row in rows.items()
+             if values[row] not in (None, "") and values[row] == values[row]}  # nan is not itself
+    if not found:
+        raise UserError(f"{name}: none of its {len(rows)} rows has a `{label}`")
+    how = ": empty, NA, None, null, ... without quotes" if name.lower().endswith(".csv") else ""
+    counted(say, len(rows) - len(found), f"labels of {name} are missing{how}")
+    return found
 
 
 # ---- joined
@@ -189,14 +208,17 @@ def joined(flags: Any, say: Callable) -> Joined:
     def read(name: str) -> Vectors:
         return read_vectors(name, flags.id, flags.label, say)
 
-    probed = appended(flags.embeddings, [*map(read, parts_of(flags.embeddings))], say)
+    parts = parts_of(flags.embeddings)
+    if len(set(parts)) < len(parts):
+        raise UserError(f"--embeddings={flags.embeddings} names a file twice")
+    probed = appended(",".join(parts), [*map(read, parts)], say)
     rivals = [read(name) for name in parts_of(flags.against)]
     if len({one.name for one in (probed, *rivals)}) <= len(rivals):
         raise UserError(f"--against={flags.against} names vectors twice, or those of --embeddings")
-    labels = read_labels(flags.labels, flags.id, flags.label)
+    labels = read_labels(os.path.expanduser(flags.labels), flags.id, flags.label, say)
     known = [one for one in labels if one in probed.rows]
-    if 2 * len(known) <= len(labels) or not known:
-        first = next((one for one in labels if one not in probed.rows), "none")
+    if 2 * len(known) <= len(labels):
+        first = next(one for one in labels if one not in probed.rows)
         raise UserError(f"{len(labels) - len(known)} of {len(labels)} labels in {flags.labels} are "
                         f"of ids that {probed.name} lacks (labels: {first}, vectors: "
                         f"{next(iter(probed.rows))}); name files of the same ids")
@@ -208,19 +230,21 @@ def joined(flags: Any, say: Callable) -> Joined:
             raise UserError(f"{rival.name} lacks {len(before) - len(known)} of {len(before)} ids "
                             f"that {probed.name} and {flags.labels} have")
         counted(say, len(before) - len(known), f"ids are not in {rival.name}, for none probed")
-    whole = all(re.fullmatch(r"-?\d+", one) for one in known)
+    whole = all(re.fullmatch(r"-?\d{1,600}", one) for one in known)  # Python reads no longer ones
     ids = sorted(known, key=lambda one: (int(one) if whole else 0, one))
-    classes, numbers = np.unique([labels[one] for one in ids], return_inverse=True)
+    classes = sorted({labels[one] for one in ids})
+    places = {one: number for number, one in enumerate(classes)}
+    numbers = np.array([places[labels[one]] for one in ids])
     test = np.zeros(len(ids), bool)
     if flags.test_ids:
-        wanted, _ = read_table(flags.test_ids, flags.id)
+        wanted, _ = read_table(os.path.expanduser(flags.test_ids), flags.id)
         test[:] = [one in wanted for one in ids]
         if not test.any():
             raise UserError(f"no id of {flags.test_ids} has a vector and a label (the first: "
                             f"{next(iter(wanted), 'none')}, others: {ids[0]})")
         counted(say, len(wanted) - int(test.sum()), f"ids of {flags.test_ids} are not known here")
     found = {one.name: one.of(ids) for one in (probed, *rivals)}
-    return Joined(found, numbers, classes.tolist(), test, ids)
+    return Joined(found, numbers, classes, test, ids)
 
 
 def check_classes(data: Joined, flags: Any) -> None:
@@ -242,10 +266,11 @@ def check_classes(data: Joined, flags: Any) -> None:
 
 
 def parts_of(names: str) -> list[str]:
-    """Split names of files at commas, unless a comma is part of a name."""
-    if Path(names).is_file():
-        return [names]
-    return [name.strip() for name in names.split(",")] if names else []
+    """Split names of files at commas, unless a comma is part of a name; ~ is the home."""
+    whole = os.path.expanduser(names)
+    if Path(whole).is_file():
+        return [whole]
+    return [os.path.expanduser(name.strip()) for name in names.split(",")] if names else []
 
 
 def appended(name: str, parts: list[Vectors], say: Callable) -> Vectors:

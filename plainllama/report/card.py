@@ -8,7 +8,7 @@ from plainllama.report.blocks import heading
 from plainllama.report.charts import CHARTS, charts
 from plainllama.report.page import baselines, scores
 from plainllama.report.runs import RunFolder, load
-from plainllama.results import read_scores
+from plainllama.results import read_scores, unplaced
 from plainllama.settings import DIALOGS, UserError
 
 # what the card's example asks of a model of either kind
@@ -79,7 +79,7 @@ def training_facts(info: dict, state: dict) -> dict:
 
 def curve_and_scores(run: Path, step: int, folder: Path) -> str:
     """Render the curve up to the step that is exported, a picture in `folder`, and its scores."""
-    blocks, scored = [], read_scores(run, step)
+    blocks, scored = [], unplaced(read_scores(run, step), run)
     try:
         history = load(run)
         history.metrics = [row for row in history.metrics if row["step"] <= step]

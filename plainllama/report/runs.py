@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plainllama.files import newest_run, read_json, read_rows
-from plainllama.results import are_of
+from plainllama.results import are_of, unplaced
 from plainllama.settings import UserError
 
 
@@ -56,7 +56,7 @@ def load(folder: Path) -> RunFolder:
         raise UserError(f"{folder}/metrics.jsonl is damaged: a row does not say its step")
     evals = []
     for path in (folder / "eval").glob("step_*.json"):
-        evals.append(read_json(path))
+        evals.append(unplaced(read_json(path), folder))
         if not are_of(evals[-1], folder / "checkpoints" / path.stem):
             print(f"{path} is left out: it scores other weights than its checkpoint has now")
             evals.pop()
