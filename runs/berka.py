@@ -107,7 +107,7 @@ class Table(NamedTuple):
     columns: list[dict]  # as `columns` of a source, with words
     rows: list[list]  # client, date, then the other columns
     labels: dict[int, int]
-    own: dict[str, dict[str, float]]  # client -> what is known besides of it
+    own: dict[int, dict[str, float]]  # client -> what is known besides of it
 
 
 def main(command: CommandLine) -> int:
@@ -215,7 +215,7 @@ def berka(folder: Path, count: int) -> Table:
         day = datetime.datetime.strptime(row["date"], "%y%m%d").date()
         rows.append([int(row["account_id"]), day, row["type"], row["operation"], row["k_symbol"],
                      float(row["amount"]), float(row["balance"])])
-    columns = [{"column": "date"}, *(
+    columns: list[dict] = [{"column": "date"}, *(
         {"column": name, "words": codes_of(rows, at)}
         for at, name in enumerate(("type", "operation", "purpose"), 2)),
         {"column": "amount", "unit": "CZK", "decimals": 0},
@@ -226,12 +226,13 @@ def berka(folder: Path, count: int) -> Table:
 
 def cdnow(folder: Path, count: int) -> Table:
     """Purchases of 1997; the label is whether there is one in 1998."""
-    rows = [[int(row["customer_id"]), datetime.date.fromisoformat(row["date"]),
-             int(row["quantity"]), float(row["price"])] for row in read(folder, "cdnow")]
+    rows: list[list] = [
+        [int(row["customer_id"]), datetime.date.fromisoformat(row["date"]), int(row["quantity"]),
+         float(row["price"])] for row in read(folder, "cdnow")]
     later = {row[0] for row in rows if row[1].year > 1997}
     rows = [row for row in rows if row[1].year == 1997]
     taken = {*chosen(sorted({row[0] for row in rows}), count)}
-    columns = [{"column": "date"}, {"column": "quantity", "name": "discs"},
+    columns: list[dict] = [{"column": "date"}, {"column": "quantity", "name": "discs"},
                {"column": "price", "unit": "USD", "decimals": 2}]
     return Table(columns, [row for row in rows if row[0] in taken],
                  {client: int(client in later) for client in sorted(taken)}, {})
@@ -251,9 +252,9 @@ def credit(folder: Path, count: int) -> Table:
             rows.append([client, datetime.date(2005, month + 3, 28), row[f"PAY_{pay}"],
                          *(float(row[f"{what}{7 - month}"]) for what in ("BILL_AMT", "PAY_AMT")),
                          float(row["LIMIT_BAL"])])
-    columns = [{"column": "date", "name": "statement"}, {"column": "status", "words": words},
-               *({"column": name, "unit": "TWD", "decimals": 0}
-                 for name in ("bill", "paid", "limit"))]
+    columns: list[dict] = [
+        {"column": "date", "name": "statement"}, {"column": "status", "words": words},
+        *({"column": name, "unit": "TWD", "decimals": 0} for name in ("bill", "paid", "limit"))]
     return Table(columns, rows, labels, own)
 
 

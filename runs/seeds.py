@@ -49,17 +49,15 @@ if __name__ == "__main__":
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import io
-import math
 import shlex
 import signal
 import string
 import subprocess
-from statistics import mean, stdev
 
 from plainllama.command import read_config
 from plainllama.files import hold, read_json, sha256_bytes, write_json, write_text
 from plainllama.report.blocks import table_block
-from plainllama.report.compare import T_95
+from plainllama.report.compare import spread
 from plainllama.report.page import finite_scores, metrics_by_title
 from plainllama.report.runs import load
 from plainllama.results import Score
@@ -282,14 +280,6 @@ def tell(done: dict[int, dict[str, Score]], failed: dict[int, str], out: Path) -
         "seeds": [*done], "failed": failed, "scores": {
             name: {seed: score.value for seed, score in by_seed.items()}
             for name, by_seed in found.items()}})
-
-
-def spread(values: list[float]) -> str:
-    """Write the mean of some seeds, with the 95 % interval of Student's t if there are several."""
-    if len(values) < 2:
-        return f"{values[0]:.4f}"
-    t = T_95[min(len(values), len(T_95)) - 1]  # of more seeds the interval is a little too wide
-    return f"{mean(values):.4f} ± {t * stdev(values) / math.sqrt(len(values)):.4f}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,15 @@ ELSEWHERE = deciding("recipe", "prepare", "identity", "free")
 T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
+def spread(values: list[float]) -> str:
+    """Write the mean of some seeds, with the 95 % interval of Student's t if there are several."""
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
+    t = T_95[min(len(values), len(T_95)) - 1]  # of more seeds the interval is a little too wide
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.4f} ± {half:.4f}"
+
+
 def recipe(config: dict) -> dict:
     """Return what of a config makes a run's curve; keys that it is older than have their
     defaults."""
