@@ -163,7 +163,8 @@ DIALOGS = ("chat", "preference")  # the kinds of documents whose tokens are not 
 # Keys and flags of all commands that name a file or a folder: ~ at its beginning is the home.
 PATHS = ("tokenizer", "out_dir", "init_from", "verify", "inspect", "ckpt", "prompts", "out", "all",
          "shots", "text", "data", "include_path", "irt_file", "irt", "to", "compare",
-         "save_reference", "tools", "base", "generate", "eval_generate")
+         "save_reference", "tools", "base", "generate", "eval_generate", "template",
+         "labels", "test_ids")
 
 
 def deciding(*what: str) -> tuple[str, ...]:

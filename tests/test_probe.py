@@ -380,7 +380,7 @@ REFUSED = [
     (change("l.csv", id=ids, label=["NA"] * N), BASIC, "l.csv: none of its 160 rows has a `label`"),
     (change("l.csv", id=[3, "NA", 5], label=[0, 1, 0]), BASIC, "l.csv: row 2 has no `id`"),
     (lambda data: eval.Path("l.csv").write_bytes("id,lä\n1,2\n".encode("latin1")), BASIC,
-     "l.csv is damaged or cut short: 'utf-8' codec can't decode"),
+     "l.csv is no UTF-8 text: 'utf-8' codec can't decode"),
     (change("h.csv", id=ids, emb_0001=[1] * N, emb_0002=["x"] * N), (*BASIC, "--against=h.csv"),
      "h.csv: `emb_0002` holds string, and a vector numbers"),
     (change("h.csv", id=ids, emb_0001=[1] * N, emb_0002=["None"] + [2] * (N - 1)),

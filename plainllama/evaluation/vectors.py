@@ -215,7 +215,7 @@ def joined(flags: Any, say: Callable) -> Joined:
     rivals = [read(name) for name in parts_of(flags.against)]
     if len({one.name for one in (probed, *rivals)}) <= len(rivals):
         raise UserError(f"--against={flags.against} names vectors twice, or those of --embeddings")
-    labels = read_labels(os.path.expanduser(flags.labels), flags.id, flags.label, say)
+    labels = read_labels(flags.labels, flags.id, flags.label, say)
     known = [one for one in labels if one in probed.rows]
     if 2 * len(known) <= len(labels):
         first = next(one for one in labels if one not in probed.rows)
@@ -237,7 +237,7 @@ def joined(flags: Any, say: Callable) -> Joined:
     numbers = np.array([places[labels[one]] for one in ids])
     test = np.zeros(len(ids), bool)
     if flags.test_ids:
-        wanted, _ = read_table(os.path.expanduser(flags.test_ids), flags.id)
+        wanted, _ = read_table(flags.test_ids, flags.id)
         test[:] = [one in wanted for one in ids]
         if not test.any():
             raise UserError(f"no id of {flags.test_ids} has a vector and a label (the first: "
