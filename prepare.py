@@ -28,7 +28,7 @@ With --documents=table a document is a client with its transactions; a source is
 {'path': .csv or .parquet, 'id': COLUMN, 'time': COLUMN, 'columns': [COLUMN or {'column': COLUMN,
 'name': NAME or several, 'unit': 'EUR', 'decimals': 2, 'words': {code: word} or a file}], 'format':
 'plain', 'yaml', 'json', 'html', 'markdown', 'sql', 'grouped' or several}, also with 'group',
-'shuffle', 'seed' and 'time_format'.
+'shuffle', 'seed', 'time_format' and 'decimal' (',' before decimals).
 
 A document is held out for validation by the hash of its text. If none is, the one with the smallest
 hash is; a single document, or each of a few long ones, gives its end. A document over 16 MB becomes
@@ -61,6 +61,7 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before anyt
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -208,6 +209,8 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
         raise UserError(f"{folder}: {lacking}")
     if "by_source" in state:
         takes(shards.Split(folder, "train", state))  # refuses a source of which nothing is left
+    if config.documents == "table" and len(recipe["sources"]) > 1:
+        refuse_divided(folder, state)
     if not complete:
         shards.write_manifest(folder, state)
     shutil.rmtree(folder / NOTES, ignore_errors=True)
@@ -216,6 +219,17 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
     if "by_source" in state:
         print_sources(folder, state)
     return True
+
+
+def refuse_divided(folder: Path, state: dict) -> None:
+    """Refuse a client that is in two sources, as two documents."""
+    seen: set[str] = set()
+    for client in itertools.chain.from_iterable(
+            shards.Split(folder, split, state).clients() for split in ("train", "val")):
+        if client in seen:
+            raise UserError(f"{folder}: client {client} is in two sources, and would be two; name "
+                            "its files in one source, by a folder or a glob")
+        seen.add(client)
 
 
 def unfinished(folder: Path) -> dict:
@@ -346,7 +360,9 @@ def print_counts(manifest: dict) -> None:
     print(f"{total:>14,} {what} in")
     for why in ("dropped", "cut"):
         for rule, entry in manifest.get(why, {}).items():
-            print(f"{entry['count']:>14,} {why}: {rule} (first: {entry['first']})")
+            kind = "dropped: " if rule.startswith("a ") else f"{why}: "
+            print(f"{entry['count']:>14,} {'' if rule.startswith('note: ') else kind}{rule} "
+                  f"(first: {entry['first']})")
     unit, rate = ("learned", "learned") if "by_source" in manifest else ("bytes", "bytes/token")
     print(f"{'':8}{what:>12}{'tokens':>16}{'MB':>10}{rate:>13}{'longest':>11}")
     for split, n in splits.items():

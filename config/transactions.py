@@ -10,9 +10,8 @@ documents = "table"
 sources = {
     "path": "embedded:table",
     "id": "client",  # rows come in any order: they are sorted by this
-    "time": "date",  # and by this
+    "time": "date",  # and by this, which need not be shown: here it would be half of the text
     "columns": [
-        "date",
         {"column": "mcc", "name": "category", "words": {
             5411: "grocery", 5462: "bakery", 5541: "fuel", 7542: "car wash", 6011: "cash",
             5912: "pharmacy", 5812: "restaurant", 4111: "transport"}},
@@ -29,7 +28,7 @@ d_ff = 344
 block_size = 1024
 
 global_batch_tokens = 8 * 1024
-max_steps = 180
+max_steps = 130
 optimizer = "muon"
 learning_rate = 2.5e-3
 min_lr = 0.0
@@ -37,6 +36,6 @@ schedule = "linear"
 warmup_steps = 20
 
 log_interval = 10
-eval_interval = 90
+eval_interval = 65
 eval_tokens = 16 * 1024
-save_interval = 90
+save_interval = 65

@@ -49,6 +49,7 @@ if __name__ == "__main__":
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import io
+import os
 import shlex
 import signal
 import string
@@ -191,6 +192,9 @@ def one_seed(lines: list[list[str]], values: dict) -> None:
     first = alike(done_in(note), filled)
     if not run.is_dir():  # not yet, or deleted
         first = min(first, next(i for i, line in enumerate(lines) if "run" in fields_in(line)))
+    for name in read_since(note, filled[:first], run.parent):
+        print(f"note: {name} is newer than what seed {seed} made of it; to do it again, delete "
+              f"{note}", flush=True)
     for number in range(first, len(lines)):
         words, own = filled[number], {"seed", "run"} & fields_in(lines[number])
         if own or alike(done_in(once), lines) <= number:
@@ -205,6 +209,15 @@ def one_seed(lines: list[list[str]], values: dict) -> None:
             if not own:
                 write_json(once, {"lines": lines[:number + 1]})
         write_json(note, {"lines": filled[:number + 1]})
+
+
+def read_since(note: Path, done: list[list[str]], out: Path) -> list[str]:
+    """Name the files outside of `out` which lines that are done name, and which are newer."""
+    names = {name for words in done for word in words
+             for name in word.rpartition("=")[2].split(",")} - {*SCRIPTS}
+    files = [name for name in sorted(names) if os.path.isfile(name)
+             and not Path(name).absolute().is_relative_to(out.absolute())]
+    return [name for name in files if os.path.getmtime(name) > os.path.getmtime(note)]
 
 
 def done_in(note: Path) -> list:

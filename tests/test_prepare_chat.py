@@ -292,7 +292,7 @@ def test_dialogs_are_held_out_whole(tmp_path, monkeypatch):
         assert [text for _, text in splits] == texts
         assert {split for split, _ in splits} == {"train", "val"}
     (tmp_path / "b.jsonl").write_bytes(jsonl(ROWS[:1]))
-    with pytest.raises(UserError, match="a single dialog or pair is left"):
+    with pytest.raises(UserError, match="a single dialog, pair or client is left"):
         inside(tmp_path, monkeypatch, documents="chat", sources="b.jsonl")
 
 

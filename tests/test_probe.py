@@ -121,9 +121,11 @@ def test_it_is_a_script_by_hand_to_the_last_digit(data, capsys):
         assert theirs["folds"]["auroc"] == valid
         assert theirs["folds"]["auroc_test"] == fixed
         expected[len(expected)] = np.array([valid, fixed])
-    mixed = y.copy()
-    mixed[~test] = np.random.default_rng(42).permutation(y[~test])
-    assert found["folds"]["auroc_shuffled"] == by_hand(data["x"][order], mixed, test)[0]
+    for fold in range(5):  # labels are shuffled anew for each
+        mixed = y.copy()
+        mixed[~test] = np.random.default_rng([42, fold]).permutation(y[~test])
+        score = by_hand(data["x"][order], mixed, test)[0][fold]
+        assert found["folds"]["auroc_shuffled"][fold] == score
     less = expected[0] - expected[1]  # paired: the same folds
     assert found["folds"]["auroc minus hand.csv"] == less[0].tolist()
     assert found["folds"]["auroc_test minus hand.csv"] == less[1].tolist()
@@ -378,6 +380,10 @@ REFUSED = [
      "160 of 160 labels in l.csv are of ids that e.parquet lacks"),
     (change("l.csv", id=ids, label=[None] * N), BASIC, "l.csv: none of its 160 rows has a `label`"),
     (change("l.csv", id=ids, label=["NA"] * N), BASIC, "l.csv: none of its 160 rows has a `label`"),
+    (lambda data: eval.Path("l.csv").write_text(",id,label\n0,1,2\n"), BASIC,
+     "l.csv: column 1 has no name (the index of pandas"),
+    (lambda data: eval.Path("l.csv").write_text("id;label\n7;2\n9;3\n"), BASIC,
+     "label = 2 has 1 ids, and 5 folds need one each"),
     (change("l.csv", id=[3, "NA", 5], label=[0, 1, 0]), BASIC, "l.csv: row 2 has no `id`"),
     (lambda data: eval.Path("l.csv").write_bytes("id,lä\n1,2\n".encode("latin1")), BASIC,
      "l.csv is no UTF-8 text: 'utf-8' codec can't decode"),

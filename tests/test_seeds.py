@@ -45,7 +45,10 @@ def test_seeds_are_trained_scored_and_told(tmp_path):
     assert "2 other seeds" in (out / "report.html").read_text()
     again = run_script("runs/seeds.py", *ARGUMENTS, cwd=tmp_path)
     assert again.returncode == 0 and "seed 3: " not in again.stdout
-    assert (tmp_path / "once.txt").read_text() == "1\n"
+    assert (tmp_path / "once.txt").read_text() == "1\n" and "newer" not in again.stdout
+    os.utime(tmp_path / "once.py", (time.time() + 9,) * 2)
+    again = run_script("runs/seeds.py", *ARGUMENTS, cwd=tmp_path)
+    assert "note: once.py is newer than what seed 3 made of it; to do it again" in again.stdout
     (tmp_path / "c.py").write_text(TUNED + "\nweight_decay = 0.2\n")
     changed = run_script("runs/seeds.py", *ARGUMENTS, cwd=tmp_path)
     assert changed.returncode == 2 and "c.py has changed since" in changed.stderr

@@ -227,7 +227,7 @@ def test_golden(form):
     client = Client("7", {"date": ["2024-01-02", "2024-01-03", "2024-01-04"],
                           "mcc": [5411.0, None, "a, b"], "sum": [12.5, -3, -0.001]})
     assert Renderer(settings).text(client) == GOLDEN[form]
-    assert Renderer(settings).unknown(client) == {"mcc": 1}
+    assert Renderer(settings).unknown(client) == {"note: codes of mcc without a word": 1}
 
 
 def test_what_is_drawn_keeps_the_values():
@@ -283,12 +283,13 @@ def test_cells_of_a_csv_are_what_they_were(tmp_path, monkeypatch):
     assert client.id == "5" and client.columns["day"] == sorted(client.columns["day"])
     assert client.columns["what"] == [None, "NaN", 'say "NULL", <b>', "a\nb", "Ёж", None, "null",
                                       "x", 'x,"NaN",y']
-    assert client.columns["sum"] == [-7, None, 1e-9, 1e12, "007", None, "1e999",
+    assert client.columns["sum"] == [-7, None, 1e-9, "1e12", "007", None, "1e999",
                                      "12345678901234567890", "+1"]
 
 
 @pytest.mark.parametrize(("cell", "value"), [
-    ("-0", 0), ("-0.0", 0.0), ("0.10", 0.1), ("1e-400", "1e-400"), ("1E3", 1000.0),
+    ("-0", 0), ("-0.0", 0.0), ("0.10", 0.1), ("1e-400", "1e-400"), ("1E3", "1E3"), ("1E+3", 1e3),
+    ("1.5e3", 1500.0),
     ("0.12345678901234567890", "0.12345678901234567890"), ("9007199254740993.0",) * 2,
     ("0.30000000000000004", 0.30000000000000004), ("1234567890123456.78",) * 2, ("１２", "１２")])
 def test_a_number_is_one_where_a_double_holds_it(cell, value):
@@ -303,6 +304,34 @@ def test_ids_are_merged_only_where_they_are_one_number(tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("who,day,what,sum\n" + "".join(f"{i},1,a,1\n" for i in ids))
     assert [client.id for client in clients(source())] == [
         "v1.0", "v1", "10.0.0.0", "10.0.0", "1", "-2", "01", "1.00"]
+
+
+def test_a_comma_before_decimals_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("who;day;what;sum\n1;1;a, b;5906,20\n1;2;1,5;-0,05\n"
+                                    "1;3;x;1,2,3\n")
+    [client] = clients(source(decimal=","))
+    assert client.columns == {"day": [1, 2, 3], "what": ["a, b", 1.5, "x"],
+                              "sum": [5906.2, -0.05, "1,2,3"]}
+    [client] = clients(source())
+    assert client.columns["sum"] == ["5906,20", "-0,05", "1,2,3"]
+    renderer = Renderer(settings_of(source(columns=[{"column": "sum", "decimals": 2}])))
+    assert renderer.unknown(client) == {
+        "note: values of sum that are no numbers, so without decimals": 3}
+    with open("t.csv", "a") as file:
+        file.write("2;1;a;1\n")
+    inside(tmp_path, monkeypatch, documents="table", sources=[source(
+        columns=[{"column": "sum", "decimals": 2}])], block_size=64)
+    assert "3 note: values of sum that are no numbers" in capsys.readouterr().out
+    assert hash_of(settings_of(source(time_format="%d"))) != hash_of(settings_of(source()))
+
+
+def test_a_client_of_two_sources_is_refused(tmp_path, monkeypatch):
+    write_clients(tmp_path / "t.csv")
+    shutil.copy(tmp_path / "t.csv", tmp_path / "u.csv")
+    with pytest.raises(UserError, match="is in two sources, and would be two"):
+        inside(tmp_path, monkeypatch, documents="table", block_size=128,
+               sources=[source(), source(path="u.csv")])
 
 
 def test_a_quote_that_is_not_closed_swallows_nothing(tmp_path, monkeypatch):
@@ -489,7 +518,8 @@ def test_words_come_from_files_too(tmp_path, monkeypatch):
     (tmp_path / "latin.csv").write_bytes("7,ж\n".encode("cp1251"))
     seven = settings_of(source(columns=[{"column": "what", "words": {7.0: "a", "8.0": "b"}}]))
     assert seven["columns"][0]["words"] == {"7": "a", "8": "b"}
-    for wrong in ("w.json", "three.csv", "latin.csv", "w.txt", "none.csv", {}, {"1": 2}, 5):
+    for wrong in ({"5411": "a", 5411: "b"}, "w.json", "three.csv", "latin.csv", "w.txt",
+                  "none.csv", {}, {"1": 2}, 5):
         with pytest.raises(UserError, match=r"words of what|no pairs"):
             settings_of(source(columns=[{"column": "what", "words": wrong}]))
 
@@ -500,7 +530,10 @@ REFUSED = [
     ({"id": ""}, "no 'id'"), ({"columns": []}, "no 'columns'"), ({"time": ""}, "no 'time'"),
     ({"time": "", "time_format": "%Y"}, "no effect without 'time'"),
     ({"format": "jsn"}, "did you mean json"), ({"format": ["plain", "xml"]}, "'xml'"),
-    ({"format": [["json"]]}, "is none of"), ({"path": "mixed.csv"}, "no date, as the first"),
+    ({"format": [["json"]]}, "is none of"), ({"decimal": "."}, "decimal of t.csv is ','"),
+    ({"path": "t.parquet", "decimal": ","}, "no effect on .parquet"),
+    ({"path": "mixed.csv", "time_format": "%Y"}, "none of the first 2 rows .*is sound"),
+    ({"path": "mixed.csv"}, "no date, as the first"),
     ({"time_format": "%d.%m"}, "written as time_format=%d.%m .first t.csv:2"),
     ({"format": []}, "or a list"), ({"format": 3}, "or a list"),
     ({"id": "wo"}, "did you mean who"), ({"time": "days"}, "did you mean day"),
@@ -537,6 +570,8 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch, keys, says):
              "no_id.csv": head + ",1,a,3\n" + row}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "t.parquet").write_bytes(b"")
+    monkeypatch.setattr(reading, "HELD", 2)
     (tmp_path / "latin.csv").write_bytes((head + row).encode() + "ж".encode("cp1251"))
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress((head + row * 99).encode())[:-20])
     with pytest.raises(UserError, match=says) as found:
@@ -712,6 +747,8 @@ def test_a_run_on_tables_is_one_of_whole_texts(tmp_path):
     refused = run_script("sample.py", "--ckpt=out/t", "--chat", cwd=tmp_path)
     assert refused.returncode == 2 and "documents=chat" in refused.stderr
     embed = "sample.py", "--ckpt=out/t", "--embed=mean", "--layers=1:", "--dtype=fp32"
+    refused = run_script(*embed, "--prompts=data/t", "--out=set.parquet", "--id=whom", cwd=tmp_path)
+    assert refused.returncode == 2 and "data/t go by who; leave --id out" in refused.stderr
     made = run_script(*embed, "--prompts=data/t", "--out=set.parquet", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     states = pq.read_table(tmp_path / "set.parquet")

@@ -59,6 +59,8 @@ def run(flags: Any, given: dict) -> int:
         raise UserError(f"--probe scores vectors without a model; leave out --{idle[0]}")
     say = partial(print, flush=True)
     data, seeds = ask(flags, say)
+    sizes = zip(data.classes[:20], np.bincount(data.labels).tolist(), strict=False)
+    say(f"{flags.label}: {', '.join(f'{one} {count:,} times' for one, count in sizes)}")
     result: dict = {"tasks": {}}
     home = None
     if "ckpt" in given:
@@ -111,13 +113,16 @@ def fits_of(data: Joined, seed: int) -> list[Fit]:
     rows, test = np.flatnonzero(~data.test), np.flatnonzero(data.test)
     tests = [test] if len(test) else []
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    shuffled = data.labels.copy()
-    shuffled[rows] = np.random.default_rng(seed).permutation(data.labels[rows])
+    fits = [Fit(name, vectors, data.labels, rows[train], [rows[valid], *tests], seed)
+            for name, vectors in data.vectors.items()
+            for train, valid in folds.split(rows, data.labels[rows])]
     probed = next(iter(data.vectors.values()))
-    jobs = [(name, vectors, data.labels) for name, vectors in data.vectors.items()]
-    return [Fit(name, vectors, labels, rows[train], [rows[valid], *tests], seed)
-            for name, vectors, labels in (*jobs, (SHUFFLED, probed, shuffled))
-            for train, valid in folds.split(rows, labels[rows])]
+    for fold in range(FOLDS):  # shuffled anew for each: of one draw, all share its luck
+        labels = data.labels.copy()
+        labels[rows] = np.random.default_rng([seed, fold]).permutation(labels[rows])
+        train, valid = [*folds.split(rows, labels[rows])][fold]
+        fits.append(Fit(SHUFFLED, probed, labels, rows[train], [rows[valid], *tests], seed))
+    return fits
 
 
 def fit(job: Fit) -> list[float]:

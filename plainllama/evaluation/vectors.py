@@ -19,6 +19,7 @@ import numpy as np
 from plainllama.files import sha256_bytes
 from plainllama.settings import UserError, install
 from plainllama.text.records import naming_damage
+from plainllama.text.tables import delimiter
 
 FOLDS = 5  # of which each needs ids of every class
 LEAST = 100  # ids: a tree sees half of four fifths of them, and puts 20 at least into a leaf
@@ -102,10 +103,15 @@ def read_table(name: str, id_name: str) -> tuple[dict[str, int], Any]:
                 column_types={id_name: string()}, strings_can_be_null=True,
                 null_values=[*csv.ConvertOptions().null_values, *PANDAS],
                 quoted_strings_can_be_null=False)
-            table = csv.read_csv(path, convert_options=how)
+            with open(path, encoding="utf-8-sig") as file:
+                between = csv.ParseOptions(delimiter=delimiter(file.readline()))
+            table = csv.read_csv(path, parse_options=between, convert_options=how)
         names = table.column_names
     if twice := [one for one in names if names.count(one) > 1]:
         raise UserError(f"{name}: several columns are called {twice[0]!r}; rename all but one")
+    if "" in names:
+        raise UserError(f"{name}: column {names.index('') + 1} has no name (the index of pandas, "
+                        "which index=False leaves out?); name it or take it away")
     if id_name not in names:
         raise UserError(f"{name} has no column `{id_name}`; its columns are: {shortened(names)} "
                         "(--id names another)")

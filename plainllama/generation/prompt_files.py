@@ -165,7 +165,8 @@ def read_prompts(f: Any) -> Prompts:
         raise UserError(f"a .parquet needs pyarrow: {install('data')}")
     template = rewriting.read_template(f.template) if f.template else None
     if not (path.is_file() or path.is_dir()):
-        raise UserError(f"no file {path}; --prompts takes a .jsonl, .txt or .parquet file")
+        raise UserError(f"no file {path}; --prompts takes a .jsonl, .txt or .parquet file, or a "
+                        "set of tables, data/NAME")
     rows, table = (read_clients(path), None) if path.is_dir() else read_file(path, column)
     for number, row in enumerate(rows, 1):
         if template:
@@ -201,7 +202,9 @@ def read_set(f: Any) -> Prompts:
     manifest = manifest_of(folder, f.embed != "none" and f.num_samples == 1)
     if Path(f.out).is_dir() or not Path(f.out).absolute().parent.is_dir():
         raise UserError(f"--out {f.out} is not a file in a folder that exists")
-    name, eos = f.id or manifest["recipe"]["sources"][0]["id"], manifest["tokenizer"]["eos"]
+    name, eos = manifest["recipe"]["sources"][0]["id"], manifest["tokenizer"]["eos"]
+    if f.id not in ("", name):
+        raise UserError(f"--id={f.id}: the clients of {folder} go by {name}; leave --id out")
     rows, ids = [], []
     for _, client, stored in clients_of(folder, manifest):
         rows.append({name: client})

@@ -37,6 +37,7 @@ HELD = 1 << 16  # transactions that wait to be written
 NEWEST = 1 << 16  # transactions of a client that are kept: more than a context has tokens
 MISSING = {"", "NaN", "nan", "NULL", "null"}  # in a .csv, unless they stand in quotes
 IN_QUOTES = r'(?<![^{0}\n])"(NaN|nan|NULL|null)"(?=[{0}\r\n]|$)'  # {0}: between cells
+COMMA = re.compile(r"-?[0-9]+,[0-9]+")
 MARK = "\ufdd0"  # no character: before what stood in quotes
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 Row = tuple[int, list | str]  # its number, and its cells or the rule that drops it
@@ -52,6 +53,7 @@ class Origin:
     id: str
     time: str  # '': rows are clients, whose transactions stand in their order
     time_format: str
+    decimal: str  # ',' if it stands before decimals; else ''
     settings: dict  # of their renderer
     pieces: int
 
@@ -69,12 +71,15 @@ def clients_pieces(source: dict, record: dict, files: list[tuple[str, Path]],
     for _, path in files:
         if kind_of(path.name, FILES) not in FILES:
             raise UserError(f"{path}: a table is a .csv (also packed) or a .parquet")
+    if "decimal" in source and all(kind_of(path.name, FILES) == ".parquet" for _, path in files):
+        raise UserError(f"sources: decimal of {source['path']} has no effect on .parquet files")
     size = sum(path.stat().st_size * packing_of(str(path)).growth for _, path in files)
     pieces = math.ceil(size / min(PIECE, max(64 << 10, size // 12)))
     paths = tuple((label, str(path)) for label, path in files)
     name = sha256_bytes(as_json([source, record]).encode())[:16]
     origin = Origin(name, source["path"], paths, source["id"], source.get("time", ""),
-                  source.get("time_format", ""), settings, max(1, pieces))
+                  source.get("time_format", ""), source.get("decimal", ""), settings,
+                    max(1, pieces))
     return [Piece("", source["path"], "table", "", size // origin.pieces, number, table=origin)
             for number in range(origin.pieces)]
 
@@ -85,7 +90,7 @@ def columns_in(origin: Origin, path: str, there: list[str]) -> list[int]:
     """Find the columns that are read among those of a file; UserError for one that is not there."""
     for name in origin.read:
         if there.count(name) != 1:
-            shown = f"{', '.join(there)[:300]}{nearest(name, there)}"
+            shown = f"{', '.join(map(repr, there))[:300] or 'none'}{nearest(name, there)}"
             what = f"{there.count(name)} columns {name!r}" if name in there else f"no {name!r}"
             raise UserError(f"{path}: the table has {what}; its columns are {shown}")
     return [there.index(name) for name in origin.read]
@@ -93,7 +98,7 @@ def columns_in(origin: Origin, path: str, there: list[str]) -> list[int]:
 
 def csv_rows(origin: Origin, path: str) -> Iterator[Row]:
     """Read the rows of a .csv; what stands between its cells is told by its first line."""
-    cell = lru_cache(1 << 16)(cell_of)
+    cell = lru_cache(1 << 16)(partial(cell_of, comma=origin.decimal == ","))
     with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         head = text.readline()
         between = delimiter(head)
@@ -139,9 +144,12 @@ def text_of(cell: str) -> str | None:
     return None if cell in MISSING else cell.removeprefix(MARK)
 
 
-def cell_of(cell: str) -> int | float | str | None:
-    """Read a cell of a .csv."""
-    return None if cell in MISSING else typed(cell.removeprefix(MARK))
+def cell_of(cell: str, comma: bool = False) -> int | float | str | None:
+    """Read a cell of a .csv; `comma`: one may stand before decimals."""
+    if cell in MISSING:
+        return None
+    text = cell.removeprefix(MARK)
+    return typed(text.replace(",", ".") if comma and COMMA.fullmatch(text) else text)
 
 
 def parquet_rows(origin: Origin, path: str) -> Iterator[Row]:
@@ -311,6 +319,10 @@ def sort(origin: Origin, done: Path, strict: bool) -> None:
                 waiting.setdefault(piece, []).append(
                     json.dumps([client, *row], ensure_ascii=False))
             rows += len(held)
+            if rows == HELD == sum(one["count"] for one in bad.values()):
+                one = next(iter(bad.values()))
+                raise UserError(f"sources: none of the first {HELD:,} rows of {origin.path} is "
+                                f"sound: {one['rule']} (first {one['first']})")
             for piece, lines in waiting.items():
                 with open(made / name_of(piece), "a", encoding="utf-8") as file:
                     file.write("\n".join(lines) + "\n")

@@ -126,9 +126,8 @@ def tables_of(piece: Piece, dropped: Tally,
         text = Table(renderer.text(client))
         text.client, text.renderer, text.kept = client, renderer, text
         text.where = partial("{}: client {}".format, piece.label, client.id)
-        for column, count in renderer.unknown(client).items():
-            if count:
-                cut.note(f"words: codes of {column} that have none", text.where, count)
+        for rule, count in renderer.unknown(client).items():
+            cut.note(rule, text.where, count)
         dropped.records += 1
         yield text, text.where
 

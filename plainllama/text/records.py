@@ -405,8 +405,8 @@ def naming_damage(path: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: {error}; iconv -f latin1 -t utf-8 makes it one "
-                        "if latin1 is what it is") from None
+        raise UserError(f"{path} is no UTF-8 text: {error}; iconv -f cp1251 -t utf-8 makes it one "
+                        "of cp1251; or latin1, utf-16, whichever it is") from None
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         if getattr(error, "errno", None):  # of the system, which names the file
             raise

@@ -94,8 +94,8 @@ def choose_hold_out(parts: list[Part], fraction: float, whole: bool = False) -> 
         raise UserError(f"sources: no document is left{why}")
     if whole and smallest == largest:
         lost = f"; dropped: {'; '.join(reasons)}" if reasons else ""
-        raise UserError("sources: a single dialog or pair is left, and validation needs another; "
-                        f"give more{lost}")
+        raise UserError("sources: a single dialog, pair or client is left, and validation needs "
+                        f"another; give more{lost}")
     if bound and dropped.records == 1 < count and not whole:
         return HoldOut(start=int(size * (1 - fraction)))
     if bound and smallest == largest:

@@ -22,10 +22,11 @@ from plainllama.settings import UserError, nearest
 
 VERSION = 1  # of what is written here: raised where the text of a table changes
 # keys of a source that holds a table, with what they take
-KEYS = {"id": str, "time": str, "time_format": str, "columns": list, "format": object,
-        "shuffle": bool, "group": str, "seed": int}
+KEYS = {"id": str, "time": str, "time_format": str, "decimal": str, "columns": list,
+        "format": object, "shuffle": bool, "group": str, "seed": int}
 COLUMN = {"column": str, "name": object, "unit": str, "decimals": int, "words": object}
 EXAMPLE = "{'path': 'my.csv', 'id': 'client', 'time': 'date', 'columns': ['date', 'amount']}"
+CODE = re.compile(r"[0-9]+[eE][0-9]+")  # more likely than a number
 WHOLE = re.compile(r"-?[0-9]+\.0")
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 # text that stands without quotes in a line of cells, and in YAML, which has words of its own
@@ -204,11 +205,19 @@ class Renderer:
         return FORMATS[form][1](names, list(zip(*cells, strict=True)), group)
 
     def unknown(self, client: Client) -> dict[str, int]:
-        """Count the codes that have no word, by column."""
-        return {column["column"]: sum(code_of(value) not in column["words"]
-                                      for value in client.columns[column["column"]]
-                                      if value is not None)
-                for column in self.columns if column["words"]}
+        """Count what is written as it came, by what names it: codes without a word, and text where
+        decimals are asked."""
+        found = {}
+        for column in self.columns:
+            name, values = column["column"], client.columns[column["column"]]
+            if column["words"]:
+                found[f"note: codes of {name} without a word"] = sum(
+                    value is not None and code_of(value) not in column["words"]
+                    for value in values)
+            elif column["decimals"] is not None:
+                found[f"note: values of {name} that are no numbers, so without decimals"] = sum(
+                    isinstance(value, str) for value in values)
+        return {rule: count for rule, count in found.items() if count}
 
 
 def code_of(value: Any) -> str:
@@ -230,6 +239,9 @@ def settings_of(source: dict) -> dict:
             raise UserError(f"sources: {path} has no {name!r}; a table is {EXAMPLE}")
     if "time_format" in source and not source.get("time"):
         raise UserError(f"sources: time_format of {path} has no effect without 'time'")
+    if source.get("decimal", ",") != ",":
+        raise UserError(f"sources: decimal of {path} is ',', where a comma stands before decimals "
+                        f"(a point always may), not {source['decimal']!r}")
     formats = source.get("format", "plain")
     formats = [formats] if isinstance(formats, str) else formats
     if not (isinstance(formats, list) and formats):
@@ -252,7 +264,8 @@ def settings_of(source: dict) -> dict:
     if "seed" in source and not drawn:
         raise UserError(f"sources: seed of {path} has no effect: nothing is drawn; give several "
                         "formats, several names of a column, or 'shuffle': True")
-    return {"version": VERSION, "formats": formats, "columns": columns,
+    shown = source.get("time_format", "") if source.get("time") in known else ""
+    return {"version": VERSION, "formats": formats, "time_format": shown, "columns": columns,
             "shuffle": source.get("shuffle", False), "group": group, "seed": source.get("seed", 1)}
 
 
@@ -294,15 +307,23 @@ def words_of(where: str, item: dict) -> dict[str, str]:
             raise UserError(f"{where}: words of {item['column']}: {words} is no file .json or .csv")
         try:
             text = path.read_text("utf-8-sig")
-            words = json.loads(text) if path.suffix.lower() == ".json" else {
-                code: word for code, word in filter(None, csv.reader(
-                    io.StringIO(text), delimiter=delimiter(text), strict=True))}
-        except (ValueError, csv.Error) as error:  # of other than two cells, too
+            words = json.loads(text) if path.suffix.lower() == ".json" else [*filter(
+                None, csv.reader(io.StringIO(text), delimiter=delimiter(text), strict=True))]
+        except (ValueError, csv.Error) as error:
             raise UserError(f"{path}: it holds no pairs of code and word ({error})") from None
-    sound = isinstance(words, dict) and all(isinstance(word, str) for word in words.values())
-    if not sound or ("words" in item and not words):
-        raise UserError(f"{where}: words of {item['column']} are {{code: word}} or a file of them")
-    return {code_of(code): word for code, word in words.items()}
+    pairs = [*words.items()] if isinstance(words, dict) else words
+    sound = isinstance(pairs, list) and all(
+        isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str)
+        for pair in pairs)
+    if not sound or ("words" in item and not pairs):
+        raise UserError(f"{where}: words of {item['column']} are {{code: word}} or a file of such "
+                        "pairs, two cells a row")
+    found: dict[str, str] = {}
+    for code, word in pairs:
+        if found.setdefault(code_of(code), word) != word:
+            raise UserError(f"{where}: words of {item['column']}: {code} is {word!r} and "
+                            f"{found[code_of(code)]!r}; keep one")
+    return found
 
 
 def delimiter(text: str) -> str:
@@ -314,8 +335,8 @@ def delimiter(text: str) -> str:
 
 def typed(text: str) -> int | float | str:
     """Read a cell of text: a number where that loses nothing but spelling (007 stays text, and so
-    does what a double does not hold)."""
-    if not NUMBER.fullmatch(text):
+    does what a double does not hold, and 4E10, which programs write as 4e+10)."""
+    if not NUMBER.fullmatch(text) or CODE.fullmatch(text):
         return text
     if text.lstrip("-").isdigit():
         return int(text) if len(text) < 19 else text
