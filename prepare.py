@@ -61,7 +61,6 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before anyt
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -81,6 +80,7 @@ from plainllama.text.documents import Part, Rules, grouped
 from plainllama.text.sources import check_sources, described, state_of, survey
 from plainllama.text.workers import NOTES
 from plainllama.tokens import shards
+from plainllama.tokens.newest import refuse_divided
 from plainllama.tokens.parts import (
     choose_tokenizer,
     for_documents,
@@ -219,17 +219,6 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
     if "by_source" in state:
         print_sources(folder, state)
     return True
-
-
-def refuse_divided(folder: Path, state: dict) -> None:
-    """Refuse a client that is in two sources, as two documents."""
-    seen: set[str] = set()
-    for client in itertools.chain.from_iterable(
-            shards.Split(folder, split, state).clients() for split in ("train", "val")):
-        if client in seen:
-            raise UserError(f"{folder}: client {client} is in two sources, and would be two; name "
-                            "its files in one source, by a folder or a glob")
-        seen.add(client)
 
 
 def unfinished(folder: Path) -> dict:

@@ -1,11 +1,15 @@
-"""Tables -> ids: of each client its newest transactions, as many as have room."""
+"""Tables -> ids: of each client its newest transactions, as many as have room; each client once."""
 
+import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from plainllama.settings import UserError
 from plainllama.text.documents import Part, Tally
 from plainllama.text.tables import Table
+from plainllama.tokens.shards import Split
 from plainllama.tokens.tokenizer import Tokenizer
 
 
@@ -43,3 +47,14 @@ class TableEncoder:
         cut.note(f"clients to block_size {self.room - 1}", text.where)
         cut.note("transactions before that", text.where, total - low)
         return [(best, None)]
+
+
+def refuse_divided(folder: Path, state: dict) -> None:
+    """Refuse a client that is in two sources, as two documents."""
+    seen: set[str] = set()
+    for client in itertools.chain.from_iterable(
+            Split(folder, split, state).clients() for split in ("train", "val")):
+        if client in seen:
+            raise UserError(f"{folder}: client {client} is in two sources, and would be two; name "
+                            "its files in one source, by a folder or a glob")
+        seen.add(client)
