@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import random
 import re
 import shutil
 import threading
@@ -289,6 +290,36 @@ def test_markdown_becomes_what_it_says(opened):
     assert 'rel="noopener noreferrer"' in link and 'target="_blank"' in link
 
 
+def test_markdown_is_that_of_another_reader(opened):
+    """The same HTML as markdown-it's, where both mean the same: line ends within a paragraph and
+    looseness of lists aside."""
+    reader = pytest.importorskip("markdown_it").MarkdownIt(
+        "commonmark", {"html": False}).enable(["table", "strikethrough"])
+    page = opened()
+    words = ["*a*", "**b c**", "`d*e`", "~~f~~", "g_h_i", "2 * 3", "[j](https://k.l/m)", "<n>", "& o",
+             "**p *q* r**", "\\*s\\*", "_t_"]
+    chosen = random.Random(0)
+
+    def line():
+        return " ".join(chosen.choices(words, k=chosen.randint(1, 6)))
+
+    kinds = [lambda: line(), lambda: f"# {line()}", lambda: f"> {line()}\n>\n> - {line()}",
+             lambda: f"- {line()}\n  - {line()}\n  - {line()}\n- {line()}",
+             lambda: f"3. {line()}\n4. {line()}\n\n   ```\n   {line()}\n   ```",
+             lambda: f"```py\n{line()}\n\n {line()}\n```", lambda: "***",
+             lambda: f"| {line()} | u |\n|---|---|\n| {line()} | v |"]
+
+    def level(html):
+        html = re.sub(r' class="[^"]*"|</?p>|\n', "", html.replace("<s>", "<del>"))
+        html = html.replace("</s>", "</del>").replace("<hr />", "<hr>").replace("&quot;", '"')
+        return re.sub(r"(</?h)1", r"\g<1>3", html)
+
+    for _ in range(200):
+        text = "\n\n".join(chosen.choice(kinds)() for _ in range(chosen.randint(1, 5)))
+        ours = plain(render(page, text))
+        assert level(ours) == level(reader.render(text)), text
+
+
 HOSTILE = """<img src=x onerror="hacked=1"> <script>hacked=1</script> <svg onload="hacked=1">
 
 [a](javascript:hacked=1) [b](JAVASCRIPT:hacked=1) [c](data:text/html,<script>hacked=1</script>)
@@ -362,6 +393,12 @@ def test_stop_keeps_what_came(opened):
     assert "gone" in Stub.seen  # the server was told
     page.reload()
     expect(answers(page).locator(".body")).to_have_text(kept)
+    page.get_by_label("Message", exact=True).fill("slow")
+    page.keyboard.press("Enter")
+    expect(answers(page).last).to_contain_text("3 ")
+    page.reload()  # as a browser that is closed
+    expect(answers(page).last).to_contain_text("3 ")
+    expect(answers(page).last).to_contain_text(re.compile("broke"))
 
 
 def test_retry_and_edit_branch_off(opened):
@@ -382,8 +419,10 @@ def test_retry_and_edit_branch_off(opened):
     expect(answers(page)).to_have_count(2)
     page.get_by_role("button", name="Next version").first.click()
     expect(answers(page)).to_have_text([re.compile("Said: three")])
+    page.get_by_label("Message", exact=True).fill("a draft")
     page.get_by_role("button", name="Edit").click()
     page.keyboard.press("Escape")  # an edit that is given up changes nothing
+    expect(page.get_by_label("Message", exact=True)).to_have_value("a draft")
     say(page, "four")
     assert len(Stub.seen[-1]["messages"]) == 3
 
@@ -424,6 +463,7 @@ def test_a_full_storage_is_said_and_a_damaged_talk_is_left(opened):
     page = opened()
     page.evaluate("""() => {
         localStorage.setItem('plainllama.talk.bad', '{"messages": ');
+        localStorage.setItem('plainllama.talk.odd', '{"at": 0, "messages": [null]}');
         let room = 5e6;
         for (; room > 10; room = Math.floor(room / 2)) {
             try { localStorage.setItem('fill' + room, 'x'.repeat(room)); } catch { /* full */ }
@@ -568,6 +608,11 @@ def test_settings_are_sent_and_kept(opened):
     wanted = {"temperature": 0.05, "top_k": 40, "max_tokens": 1024, "min_p": 0.1, "top_p": 0.9,
               "seed": 7}
     assert {key: Stub.seen[0][key] for key in wanted} == wanted
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Seed").fill("")
+    page.get_by_label("top_k", exact=True).press("Home")
+    say(page, "y")
+    assert "seed" not in Stub.seen[1] and "top_k" not in Stub.seen[1]
 
 
 def test_a_model_without_chat_goes_on_with_text(opened):
