@@ -163,6 +163,12 @@ class KVCache:
         self.v[layer].transpose(1, 2)[rows, positions] = v.transpose(1, 2)
         return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
+               mask: Tensor | None, backend: str) -> Tensor:
+        """Put k, v (B, K, T, D) at positions (B, T), and let q (B, H, T, D) look at all that is in
+        use."""
+        return attend(q, *self.write(layer, k, v, positions), backend, mask)
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None = None,
            documents: Tensor | None = None) -> Tensor:
@@ -281,8 +287,9 @@ class Attention(nn.Module):
                    for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, H or K, T, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None and positions is not None:
-            k, v = cache.write(self.layer, k, v, positions)
-        y = attend(q, k, v, self.config.attention, mask, documents)
+            y = cache.attend(self.layer, q, k, v, positions, mask, self.config.attention)
+        else:
+            y = attend(q, k, v, self.config.attention, mask, documents)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
