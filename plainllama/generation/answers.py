@@ -2,16 +2,18 @@
 of a call; joined, the parts of a stream are the answer that comes at once.
 """
 
+import contextlib
+import json
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from plainllama.generation.batching import Score
 from plainllama.generation.generate import TextStream, begun_marks
-from plainllama.settings import UserError
-from plainllama.tokens.chat import CALL, Chat
-from plainllama.tokens.fast_bpe import BYTES
+from plainllama.tokens.chat import CALL, THINK, THOUGHT, Chat, as_json
 from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.tokens.tokenizer_json import list_entries, list_steps
+from plainllama.tokens.vocabulary import BYTES
 
 MARKS = (CALL, "\n" + CALL)  # a line break before a call belongs to it
 
@@ -35,7 +37,8 @@ class Answer:
                  tell: Callable[[Part], None], chat: Chat | None = None,
                  forced: list[int] | None = None):
         self.stream, self.tell, self.chat = TextStream(tokenizer, prompt, stops, False), tell, chat
-        self.told, self.scores = 0, []  # type: ignore[var-annotated]
+        self.told = 0  # characters
+        self.scores: list[Score] = []
         if forced:
             self.stream.push(*forced)
 
@@ -54,14 +57,14 @@ class Answer:
             return
         if self.stream.push():
             reason = "stop"
-        text, calls = self.stream.text, []
+        text = self.stream.text
+        calls: list[dict] = []
         if self.chat and CALL in text:
-            try:
+            with contextlib.suppress(ValueError):  # it was cut, or has another form: it stays text
                 calls = self.chat.parse(text).get("tool_calls", [])
-            except ValueError:
-                pass  # it was cut, or has another form: it stays text
-            else:
-                text = text[:text.index(CALL)].removesuffix("\n")
+            if calls:
+                behind = max(text.find(THOUGHT), 0) if text.startswith(THINK) else 0
+                text = text[:text.index(CALL, behind)].removesuffix("\n")
         ended = {"eos": "stop"}.get(reason, reason)
         if calls and ended == "stop":
             ended = "tool_calls"
@@ -90,15 +93,20 @@ class Answer:
 class Spelling:
     """What single tokens are in bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, spec: dict):
-        self.names = {i: name for name, i in tokenizer.special_ids.items()}
-        self.engine = tokenizer._tokenizers
-        self.byte_level = "ByteLevel" in str(spec.get("decoder"))
+    def __init__(self, tokenizer: Tokenizer):
+        spec = json.loads(tokenizer.json_bytes)
+        self.pieces = {i: piece for i, (piece, _) in list_entries(spec).items()}
+        self.special = set(tokenizer.special_ids.values())
+        self.byte_level = any(step["type"] == "ByteLevel" for step in list_steps(spec["decoder"]))
+
+    def longest(self) -> int:
+        """Count the characters of the longest token."""
+        return max(map(len, self.pieces.values()))
 
     def bytes_of(self, token: int) -> bytes:
         """Give the bytes that a token stands for."""
-        piece = self.engine.id_to_token(token) or ""
-        if token in self.names:
+        piece = self.pieces.get(token, "")
+        if token in self.special:
             return piece.encode()
         if self.byte_level and BYTES.keys() >= set(piece):
             return bytes(BYTES[character] for character in piece)
@@ -117,8 +125,4 @@ class Spelling:
 
 def forced_call(name: str | None) -> str:
     """What an answer that must call begins with: any function, or the one of a name."""
-    if name is None:
-        return CALL
-    if '"' in name or "\\" in name:
-        raise UserError(f"a function cannot be named {name!r}")
-    return f'{CALL}{{"name": "{name}", "arguments": '
+    return CALL if name is None else f'{CALL}{{"name": {as_json(name)}, "arguments": '
