@@ -14,7 +14,7 @@ import re
 import signal
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -167,14 +167,16 @@ class Service:
             return GONE
         self.answering += 1
         if asked.stream:
-            return StreamingResponse(self.events(reply, asked), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-cache",
-                                              "X-Accel-Buffering": "no"})
+            return Stream(self.events(reply), partial(self.leave, reply))
         try:
             return await self.whole(reply, kind, asked, request)
         finally:
-            self.answering -= 1
-            self.batch.cancel(reply.texts)
+            self.leave(reply)
+
+    def leave(self, reply: Reply) -> None:
+        """Be done with an answer, complete or not."""
+        self.answering -= 1
+        self.batch.cancel(reply.texts)
 
     async def whole(self, reply: Reply, kind: str, asked: Asked, request: Request) -> Response:
         """Wait for all of an answer, unless the client goes."""
@@ -188,7 +190,7 @@ class Service:
         if reply.problem:
             return refused(Wrong(reply.problem, None, 500))
         if kind != "embeddings":
-            return JSONResponse(reply.body(), headers=None)
+            return JSONResponse(reply.body())
         data = [{"object": "embedding", "index": i, "embedding": vector(
             text.state.tolist(), asked.base64)} for i, text in enumerate(reply.texts)
                 if text.state is not None]
@@ -196,28 +198,41 @@ class Service:
         return JSONResponse({"object": "list", "data": data, "model": self.model.name,
                              "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
-    async def events(self, reply: Reply, asked: Asked) -> AsyncIterator[str]:
-        """Write an answer as it comes; it ends early when the client goes."""
+    async def events(self, reply: Reply) -> AsyncIterator[str]:
+        """Write an answer as it comes, and a comment where nothing does."""
+        chunks = reply.chunks()
+        coming = asyncio.ensure_future(anext(chunks, None))
         try:
-            chunks = reply.chunks()
-            coming = asyncio.ensure_future(anext(chunks))
             while True:
                 done, _ = await asyncio.wait([coming], timeout=ALIVE_SECONDS)
                 if not done:
                     yield ": waiting\n\n"
                     continue
-                try:
-                    chunk = coming.result()
-                except StopAsyncIteration:
+                chunk = coming.result()
+                if chunk is None:
                     break
                 yield f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"
-                coming = asyncio.ensure_future(anext(chunks))
+                coming = asyncio.ensure_future(anext(chunks, None))
             if not reply.problem:
                 yield "data: [DONE]\n\n"
         finally:
             coming.cancel()
-            self.answering -= 1
-            self.batch.cancel(reply.texts)
+
+
+class Stream(StreamingResponse):
+    """Server-sent events; `leave` is called when they have ended, or the client has gone."""
+
+    def __init__(self, events: AsyncIterator[str], leave: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream",
+                         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.leave = leave
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Write them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.leave()
 
 
 async def read_body(request: Request) -> bytes:
