@@ -1,6 +1,7 @@
 """sample.py --serve: the openai client, raw sockets, hostile input, alone and in company."""
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -32,7 +33,7 @@ httpx = pytest.importorskip("httpx")
 serving = pytest.importorskip("plainllama.generation.serving")
 from plainllama.generation.protocol import Model  # noqa: E402
 
-CONTEXT = 192
+CONTEXT = 512
 SCRIPT = re.compile(r"SAY\[(.*?)\]YAS", re.DOTALL)  # what the scripted batch then answers
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "é": [2]}}\n</tool_call>'
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {
@@ -142,7 +143,7 @@ def drawn(batch: Batch, asked: list[dict], together: bool) -> list[tuple]:
     texts = [Text(listener=Listener(), **each) for each in asked]
     for text in texts:
         batch.add([text])
-        if not together:
+        if not together:  # else all are asked for before one has ended
             assert text.listener.done.wait(30)
     for text in texts:
         assert text.listener.done.wait(30)
@@ -153,27 +154,23 @@ def drawn(batch: Batch, asked: list[dict], together: bool) -> list[tuple]:
                                      {"n_layer": 3, "d_model": 24, "n_head": 2, "d_ff": 37}])
 def test_a_text_has_the_same_bits_alone_and_in_company(monkeypatch, changes):
     monkeypatch.setitem(slots.PIECES, "cpu", 16)
-    model, alone = (tiny(block_size=CONTEXT, **changes) for _ in range(2))
     common = [256] + list(range(40))
-    asked = [{"ids": common[:n] + [n], "room": 12 + n % 7, "seed": n, "top": 3,
+    asked = [{"ids": common[:n] + [n], "room": 8 + n % 7, "seed": n, "top": 3,
               "sampling": Sampling(temperature=n % 3, top_p=0.9, repetition_penalty=1 + n % 2)}
-             for n in range(1, 41, 3)]
-    one = Batch(alone, 258, 1, 99)  # a server that has a place for one
-    company = Batch(model, 258, 6, 99)
-    reference = tiny(block_size=CONTEXT, **changes)
-    wanted = drawn(one, asked, False)
+             for n in range(1, 41, 5)]
+    alone, company = (Batch(tiny(block_size=CONTEXT, **changes), 258, 6, 99) for _ in range(2))
+    wanted = drawn(alone, asked, False)
     found = drawn(company, asked, True)
     again = drawn(company, asked, True)  # now prompts begin with what is kept
     assert company.counts["cached_tokens"] > 0
-    one.close(), company.close()
-    for each, (ids, scores, reason) in zip(asked, wanted, strict=True):
+    alone.close(), company.close()
+    assert found == wanted == again  # log-probabilities too, to the bit
+    reference = tiny(block_size=CONTEXT, **changes)
+    for each, (ids, _, reason) in zip(asked, wanted, strict=True):
         assert reason == "length" and len(ids) == each["room"]
         [(ours, _)] = generate.generate(reference, [each["ids"]], each["room"], each["sampling"],
                                         [each["seed"]], vocab_size=258)
         assert ids == ours  # the decode loop of sample.py
-    if len(company.slots.widths) == 1 or one.slots.widths == [1] and company.slots.widths[0] == 1:
-        assert found == wanted == again
-    assert found == again
 
 
 def test_prompts_longer_than_a_piece_score_and_pool(model, monkeypatch):
@@ -265,8 +262,8 @@ def test_streams_joined_are_the_plain_answers(client):
         return whole.text
 
     with ThreadPoolExecutor(8) as pool:
-        texts = list(pool.map(both, range(24)))
-    assert len(set(texts)) > 12
+        texts = list(pool.map(both, range(12)))
+    assert len(set(texts)) > 6
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -274,7 +271,7 @@ def test_calls_of_functions(client, stream):
     for said, content, ended in ((f"Let me see.\n{CALL}", "Let me see.", "tool_calls"),
                                  (f"{CALL}\n{CALL}", "", "tool_calls"),
                                  ("no <tool_call> at all", "no <tool_call> at all", "stop"),
-                                 (CALL[:-3], CALL[:-3], "stop")):
+                                 ("<tool_call>\nno", "<tool_call>\nno", "stop")):
         made = client.chat.completions.create(model="tiny", messages=say(said), tools=[TOOL],
                                               stream=stream)
         if stream:
@@ -388,10 +385,10 @@ def test_embeddings(client, model):
 
 
 def test_requests_have_the_same_answer_in_company(client):
-    asked = [{"model": "tiny", "prompt": [256, *range(n, n + 40)], "max_tokens": 20, "seed": n,
-              "temperature": n % 2, "logprobs": 3} for n in range(16)]
+    asked = [{"model": "tiny", "prompt": [256, *range(n, n + 40)], "max_tokens": 10, "seed": n,
+              "temperature": n % 2, "logprobs": 3} for n in range(10)]
     alone = [client.completions.create(**each).choices[0] for each in asked]
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(10) as pool:
         company = list(pool.map(lambda each: client.completions.create(**each).choices[0], asked))
     assert company == alone
 
@@ -437,7 +434,7 @@ BAD: list[tuple] = [
     ("chat/completions", CHAT | {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "http://x"}}]}]}, "messages"),
     ("chat/completions", CHAT | {"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
-    ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "a" * 500}]},
+    ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "a" * 600}]},
      "messages"),
     ("completions", TEXT | {"prompt": "a" * CONTEXT}, "prompt"),
     ("completions", TEXT | {"prompt": "a" * 10**6}, "prompt"),
@@ -496,8 +493,9 @@ def test_the_page_and_what_guards_it(server, tmp_path, monkeypatch):
     (tmp_path / "page.html").write_text("<style>a{}</style><script>let é = 1</script>")
     answer = httpx.get(server.url + "/")
     policy = answer.headers["content-security-policy"]
-    # sha256 of the text between the tags, by another program: printf 'a{}' | openssl dgst ...
-    assert "style-src 'sha256-" in policy and "script-src 'sha256-" in policy
+    for name, text in (("style", "a{}"), ("script", "let é = 1")):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
     assert answer.headers["x-frame-options"] == "DENY"
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -536,7 +534,7 @@ def test_a_client_that_goes_frees_its_place(server, monkeypatch, stream):
     before = server.batch.counts["cancelled"]
     body = {"prompt": f"SAY[{'a' * 150}]YAS", "max_tokens": 150, "stream": stream, "n": 3}
     sockets = [raw_post(server, body) for _ in range(2)]  # of 6 texts 4 run
-    assert until(lambda: len(server.batch.running) == 4)
+    assert until(lambda: server.batch.load()[0] == 4)
     for each in sockets:
         each.close()
     assert until(lambda: server.batch.load() == (0, 0), 3)
@@ -613,7 +611,7 @@ def folder(tmp_path_factory) -> Path:
 
     made_at = tmp_path_factory.mktemp("run") / "talker"
     made_at.mkdir()
-    model = tiny(block_size=1024)
+    model = tiny(block_size=512)
     TOKENIZER.save(made_at)
     (made_at / "chat_template.jinja").write_text(TEMPLATE)
     write_json(made_at / "config.json", config_json(model.config, TOKENIZER.bos_id,
@@ -629,7 +627,7 @@ def test_the_command_ends_gracefully(folder):
     try:
         port = wait_for_port(process.pid)
         url = f"http://127.0.0.1:{port}/v1"
-        body = {"prompt": "x", "max_tokens": 900, "temperature": 0, "stream": True,
+        body = {"prompt": "x", "max_tokens": 400, "temperature": 0, "stream": True,
                 "stop_token_ids": []}
         with httpx.stream("POST", url + "/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()

@@ -103,8 +103,7 @@ class Batch:
 
     def load(self) -> tuple[int, int]:
         """Count the texts in the batch, and those that wait."""
-        begun = self.begun is not None
-        return len(self.running) + int(begun), len(self.waiting)
+        return sum(slot.busy for slot in self.slots.all), len(self.waiting)
 
     def close(self) -> None:
         """End the thread; texts that go on hear nothing more."""

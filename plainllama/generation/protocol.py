@@ -162,9 +162,12 @@ class Model:
         except (Refused, UserError) as why:
             found = getattr(why, "found", "")
             raise Wrong(f"messages: {why} {found}".rstrip(), "messages") from None
-        asked.prompts = [prompt + list(self.tokenizer.encode_behind(asked.forced))
-                         if asked.forced else prompt]
+        asked.prompts = [prompt + self.forced_ids(asked)]
         self.check_length(asked.prompts[0], "messages")
+
+    def forced_ids(self, asked: Asked) -> list[int]:
+        """Give the ids of what an answer begins with, whatever the model would say."""
+        return [int(token) for token in self.tokenizer.encode_behind(asked.forced)]
 
     def read_tools(self, body: dict, asked: Asked) -> list[dict]:
         """Read the functions that may be called, and whether one must be."""

@@ -58,7 +58,7 @@ class Reply:
 
         if self.kind == "embeddings":
             return Text(prompt, 0, Pooled(tell), pool=True)
-        forced = list(model.tokenizer.encode_behind(asked.forced)) if asked.forced else []
+        forced = model.forced_ids(asked)
         before = prompt[:len(prompt) - len(forced)]
         answer = Answer(model.tokenizer, before, asked.stops, tell,
                         model.chat if asked.tools else None, forced)

@@ -20,6 +20,7 @@ from model import ANY_SHAPE, Linear, LLaMA
 from plainllama.settings import ceil_div
 
 BLOCK = 256  # tokens by which a slot grows
+VECTOR = 16  # numbers that a CPU's kernels take at once
 PIECES = {"cpu": 64, "cuda": 512}  # tokens of a prompt that are fed at once, by device
 
 
@@ -155,11 +156,17 @@ class Slots:
 
     def equal_widths(self, number: int) -> list[int]:
         """List the widths up to `number` that give rows the same bits, at any place in them: tried
-        on random tokens, each the first of its text. In the worst case that is width 1 alone."""
-        ids = torch.randint(self.model.config.vocab_size, (number,),
-                            generator=torch.Generator().manual_seed(0)).tolist()
-        slots = [Slot(self.model) for _ in ids]
-        shifted = ids[1:] + ids[:1]
+        on random tokens, each the first of its text. In the worst case that is width 1 alone, as it
+        is where rows do not fill a CPU's vectors: what is left at an end is computed otherwise."""
+        c = self.model.config
+        if self.device.type == "cpu" and (c.d_model % VECTOR or c.d_ff % VECTOR):
+            return [1]
+        candidates = sorted({n for k in range(number.bit_length()) for n in (2**k, 3 * 2**k)
+                             if n < number} | {number})
+        rounds = min(8, ceil_div(100_000, number * c.d_ff * c.blocks))  # few numbers say little
+        source = torch.Generator().manual_seed(0)
+        trials = torch.randint(c.vocab_size, (rounds, number), generator=source).tolist()
+        slots = [Slot(self.model) for _ in range(number)]
 
         def rows(width: int, ids: list[int]) -> Tensor:
             self.widths = [width]
@@ -167,13 +174,12 @@ class Slots:
                 slot.length = 0
             return self.step(slots, ids)
 
-        candidates = sorted({n for k in range(number.bit_length()) for n in (2**k, 3 * 2**k)
-                             if n < number} | {number})
         for widest in reversed(candidates):
-            wanted = rows(widest, ids)
-            equal = [width for width in candidates if width <= widest
-                     and torch.equal(rows(width, ids), wanted)
-                     and torch.equal(rows(width, shifted).roll(1, 0), wanted)]
+            equal = [width for width in candidates if width <= widest]
+            for ids in trials:
+                wanted, shifted = rows(widest, ids), ids[1:] + ids[:1]
+                equal = [width for width in equal if torch.equal(rows(width, ids), wanted)
+                         and torch.equal(rows(width, shifted).roll(1, 0), wanted)]
             if widest in equal:
                 return equal
         return [1]
