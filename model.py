@@ -156,18 +156,14 @@ class KVCache:
         """Go on with some of the rows."""
         self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, K, T, D) at positions (B, T); give back all that is in use (B, K, S, D)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions, mask, backend):
+        """Put k, v (B, K, T, D) at positions (B, T), and let q (B, H, T, D) look at all that is in
+        use, by mask (B, 1, T, S) or None."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         self.k[layer].transpose(1, 2)[rows, positions] = k.transpose(1, 2)
         self.v[layer].transpose(1, 2)[rows, positions] = v.transpose(1, 2)
-        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-               mask: Tensor | None, backend: str) -> Tensor:
-        """Put k, v (B, K, T, D) at positions (B, T), and let q (B, H, T, D) look at all that is in
-        use."""
-        return attend(q, *self.write(layer, k, v, positions), backend, mask)
+        k, v = self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+        return attend(q, k, v, backend, mask)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None = None,
