@@ -23,7 +23,7 @@
                                    is run, may be called by the model
 
   sample.py --serve --port=8000    OpenAI's endpoints under http://127.0.0.1:8000/v1, until a
-                                   signal; with PLAINLLAMA_API_KEY in the environment they want that key
+                                   signal; they want the key in PLAINLLAMA_API_KEY, if it is set
 
 --prompts also takes .txt (a line is a prompt) and .parquet, --out .parquet. Started again after a
 kill, the same command goes on; torchrun shares the rows among its processes. --num_samples=N makes
