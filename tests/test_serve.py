@@ -1,6 +1,7 @@
 """sample.py --serve: the openai client, raw sockets, hostile input, alone and in company."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -31,7 +32,6 @@ from plainllama.weights.huggingface import config_json
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 serving = pytest.importorskip("plainllama.generation.serving")
-import contextlib
 
 from plainllama.generation.protocol import Model  # noqa: E402
 
