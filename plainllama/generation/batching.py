@@ -7,7 +7,7 @@ one token of every text that goes on; so no stream waits for longer than a turn.
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -79,7 +79,7 @@ class Batch:
         self.running: list[Text] = []
         self.changed = threading.Condition()
         self.closed = False
-        self.counts: Counter[str] = Counter()  # for /metrics
+        self.counts: dict[str, float] = defaultdict(float)  # for /metrics
         threads = torch.get_num_threads()  # which a new thread does not take over
         self.thread = threading.Thread(target=self.work, args=(threads,), daemon=True)
         self.thread.start()
