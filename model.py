@@ -156,12 +156,14 @@ class KVCache:
         """Go on with some of the rows."""
         self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, K, T, D) at positions (B, T); give back all that is in use (B, K, S, D)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions, mask, backend):
+        """Put k, v (B, K, T, D) at positions (B, T), and let q (B, H, T, D) look at all that is in
+        use, by mask (B, 1, T, S) or None."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         self.k[layer].transpose(1, 2)[rows, positions] = k.transpose(1, 2)
         self.v[layer].transpose(1, 2)[rows, positions] = v.transpose(1, 2)
-        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+        k, v = self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+        return attend(q, k, v, backend, mask)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None = None,
@@ -281,8 +283,9 @@ class Attention(nn.Module):
                    for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, H or K, T, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None and positions is not None:
-            k, v = cache.write(self.layer, k, v, positions)
-        y = attend(q, k, v, self.config.attention, mask, documents)
+            y = cache.attend(self.layer, q, k, v, positions, mask, self.config.attention)
+        else:
+            y = attend(q, k, v, self.config.attention, mask, documents)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

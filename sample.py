@@ -22,6 +22,9 @@
                                    a talk; /help lists its commands; the functions of FILE.py, which
                                    is run, may be called by the model
 
+  sample.py --serve --port=8000    OpenAI's endpoints under http://127.0.0.1:8000/v1, until a
+                                   signal; they want the key in PLAINLLAMA_API_KEY, if it is set
+
 --prompts also takes .txt (a line is a prompt) and .parquet, --out .parquet. Started again after a
 kill, the same command goes on; torchrun shares the rows among its processes. --num_samples=N makes
 N rows of each in succession, with `sample`, 0 to N - 1. `stop` says why a text
@@ -36,7 +39,7 @@ from dataclasses import dataclass
 
 from plainllama.command import parse_arguments, run_command
 from plainllama.files import read_rows, run_of, step_of
-from plainllama.settings import Sampling, UserError, key
+from plainllama.settings import Sampling, UserError, install, key
 
 
 @dataclass
@@ -67,12 +70,18 @@ class Flags(Sampling):
     system: str = key("", "the system message of --chat, of rows of messages and of --template")
     tools: str = key("", "a Python file, which is run: functions for --chat, schemas for rows")
     compile: str = key("auto", "torch.compile (auto: --out on CUDA)", ("auto", "true", "false"))
+    serve: bool = key(False, "answer OpenAI's requests over HTTP; --batch texts side by side")
+    host: str = key("127.0.0.1", "of --serve: the address to listen on (0.0.0.0: all)")
+    port: int = key(8000, "of --serve: the port to listen on (0: any)", (), 0, 65535)
+    queue: int = key(256, "of --serve: how many texts may wait", low=1)
+    cors: str = key("", "of --serve: the origin whose pages may ask, as http://localhost:3000")
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
     COMMAND = parse_arguments(__doc__, Flags, takes="files")
 
 import contextlib
+import os
 import time
 from datetime import timedelta
 from functools import partial
@@ -93,6 +102,7 @@ from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.weights import checkpoint, peft
 
+FOR_SERVER = ("host", "port", "queue", "cors")
 FOR_TEXTS = {*vars(Sampling()), "max_new_tokens", "stop", "seed", "compile"}  # not for states
 
 
@@ -102,6 +112,10 @@ def main(command) -> int:
     f.stop = generate.stops_of(f.stop)
     if command.files:
         raise UserError(f"cannot use {command.files[0]!r}: say --ckpt=MODEL and --prompt=TEXT")
+    if f.serve:
+        return start_server(command)
+    if idle := set(FOR_SERVER) & set(command.overrides):
+        raise UserError(f"--{min(idle)} is for --serve")
     if f.chat:
         return start_talk(command)
     if f.template and (not f.prompts or f.embed != "none"):
@@ -142,6 +156,35 @@ def start_talk(command) -> int:
         dtype = parallel.pick_dtype(f.dtype, world.device)
         model = peft.load_model(folder, world.device, dtype, f.base)
         return talk(model, chat, f, tools)
+
+
+def start_server(command) -> int:
+    """Answer requests until a signal; the exit code."""
+    f = command.flags
+    used = {"serve", "ckpt", "base", "batch", "device", "dtype", *FOR_SERVER}
+    if idle := set(command.overrides) - used:
+        raise UserError(f"--{min(idle)} has no effect on --serve; requests say how they are drawn")
+    try:
+        from plainllama.generation import protocol, serving
+    except ImportError as error:
+        raise UserError(f"--serve needs {error.name}: {install('serve')}") from None
+    from plainllama.generation.batching import Batch
+
+    with contextlib.closing(serving.bind(f.host, f.port)) as place, \
+            contextlib.closing(parallel.start(f.device, "auto")) as world:
+        if world.size > 1:
+            raise UserError("--serve is for one process")
+        folder = checkpoint.find_checkpoint(f.ckpt)
+        tokenizer = Tokenizer.load(peft.tokenizer_folder(folder, f.base))
+        tuned = bool(tokenizer.template) or END in tokenizer.special_ids
+        chat = chat_of(tokenizer) if tuned else None
+        dtype = parallel.pick_dtype(f.dtype, world.device)
+        model = peft.load_model(folder, world.device, dtype, f.base)
+        about = protocol.Model((run_of(folder) or folder).resolve().name, model.config.block_size,
+                               tokenizer, chat)
+        batch = Batch(model, tokenizer.vocab_size, f.batch, f.queue)
+        key = os.environ.get(serving.KEY, "")
+        return serving.serve(serving.Service(about, batch, f.host, f.cors, key), place)
 
 
 def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: parallel.World,

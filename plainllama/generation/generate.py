@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,13 +279,21 @@ class TextStream:
         if cuts:
             self.text, self.stopped = self.text[:min(cuts)], True
         if self.stream:
-            # on the screen, what may begin a stop string waits
-            begun = [n for stop in self.stops for n in range(len(stop))
-                     if tokens and self.text.endswith(stop[:n])]
-            end = len(self.text) - max(begun, default=0)
-            print(self.text[self.shown:end], end="", flush=True)
-            self.shown = max(self.shown, end)
+            print(self.fresh(not tokens), end="", flush=True)
         return self.stopped
+
+    def fresh(self, last: bool) -> str:
+        """Give the text that was not shown yet. Unless it is the `last` of it, what may begin a
+        stop string waits."""
+        end = len(self.text) - (0 if last else begun_marks(self.text, self.stops))
+        new, self.shown = self.text[self.shown:end], max(self.shown, end)
+        return new
+
+
+def begun_marks(text: str, marks: Iterable[str]) -> int:
+    """Count the characters at the end of a text that may begin one of `marks`."""
+    return max((n for mark in marks for n in range(len(mark)) if text.endswith(mark[:n])),
+               default=0)
 
 
 class Completion(NamedTuple):

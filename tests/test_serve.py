@@ -1,0 +1,682 @@
+"""sample.py --serve: the openai client, raw sockets, hostile input, alone and in company."""
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import start_fork
+from test_chat import made
+from test_sample import tiny
+
+import sample
+from plainllama.command import parse
+from plainllama.files import write_json
+from plainllama.generation import generate, slots
+from plainllama.generation.batching import Batch, Text
+from plainllama.settings import Sampling, UserError
+from plainllama.tokens.chat import TEMPLATE, Chat
+from plainllama.weights.huggingface import config_json
+
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
+serving = pytest.importorskip("plainllama.generation.serving")
+
+from plainllama.generation.protocol import Model  # noqa: E402
+
+CONTEXT = 512
+SCRIPT = re.compile(r"SAY\[(.*?)\]YAS", re.DOTALL)  # what the scripted batch then answers
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "é": [2]}}\n</tool_call>'
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}}}}}
+
+
+class Scripted(Batch):
+    """A batch whose model says what a prompt tells it to say; without that, what it would."""
+
+    slow = 0.0  # seconds a step
+
+    def choice(self, text, logits):
+        if not hasattr(text, "script"):
+            found = SCRIPT.findall(bytes(i for i in text.ids if i < 256).decode(errors="ignore"))
+            text.script = [*list(found[-1].encode()), TOKENIZER.eos_id] if found else None
+        time.sleep(self.slow)
+        token = super().choice(text, logits)
+        number = len(text.new)
+        return token if text.script is None else torch.tensor([text.script[number]])
+
+
+TOKENIZER = made("bytes")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny(block_size=CONTEXT)
+
+
+def service_of(model, batch, key="", cors="", chat=True):
+    about = Model("tiny", CONTEXT, TOKENIZER, Chat(TOKENIZER) if chat else None)
+    return serving.Service(about, batch, "127.0.0.1", cors, key)
+
+
+def begin(service):
+    """A server in a thread of this process."""
+    place = serving.bind("127.0.0.1", 0)
+    server = serving.Server(service)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+    thread.start()
+    port = place.getsockname()[1]
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    def close():
+        server.should_exit = True
+        thread.join(20)
+
+    return SimpleNamespace(port=port, close=close, service=service, batch=service.batch,
+                           url=f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(slots.PIECES, "cpu", 16)
+        batch = Scripted(tiny(block_size=CONTEXT), TOKENIZER.vocab_size, 4, 40)
+        found = begin(service_of(None, batch))
+        yield found
+        found.close()
+        batch.close()
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=30)
+
+
+def say(text: str) -> list[dict]:
+    return [{"role": "user", "content": f"SAY[{text}]YAS"}]
+
+
+def joined(stream) -> SimpleNamespace:
+    """What the chunks of a stream say together."""
+    found = SimpleNamespace(text="", calls=[], ended=[], usage=None, logprobs=[], pieces=[])
+    for chunk in stream:
+        if chunk.usage:
+            found.usage = chunk.usage
+        for choice in chunk.choices:
+            if choice.delta.content:
+                found.text += choice.delta.content
+                found.pieces.append(choice.delta.content)
+            found.calls += choice.delta.tool_calls or []
+            found.ended += [choice.finish_reason] if choice.finish_reason else []
+            if choice.logprobs:
+                found.logprobs += choice.logprobs.content
+    return found
+
+
+# ---- the batch
+
+def drawn(batch: Batch, asked: list[dict], together: bool) -> list[tuple]:
+    """(ids, scores, reason) of texts that are asked for all at once, or one after the other."""
+    class Listener:
+        def __init__(self):
+            self.done, self.scores = threading.Event(), []
+
+        def heard(self, token, score):
+            self.scores.append(score)
+            return False
+
+        def ended(self, reason):
+            self.reason = reason
+            self.done.set()
+
+    texts = [Text(listener=Listener(), **each) for each in asked]
+    for text in texts:
+        batch.add([text])
+        if not together:  # else all are asked for before one has ended
+            assert text.listener.done.wait(30)
+    for text in texts:
+        assert text.listener.done.wait(30)
+    return [(text.new, text.listener.scores, text.listener.reason) for text in texts]
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 1, "tie_embeddings": True},
+                                     {"n_layer": 3, "d_model": 24, "n_head": 2, "d_ff": 37}])
+def test_a_text_has_the_same_bits_alone_and_in_company(monkeypatch, changes):
+    monkeypatch.setitem(slots.PIECES, "cpu", 16)
+    common = [256, *list(range(40))]
+    asked = [{"ids": [*common[:n], n], "room": 8 + n % 7, "seed": n, "top": 3,
+              "sampling": Sampling(temperature=n % 3, top_p=0.9, repetition_penalty=1 + n % 2)}
+             for n in range(1, 41, 5)]
+    alone, company = (Batch(tiny(block_size=CONTEXT, **changes), 258, 6, 99) for _ in range(2))
+    wanted = drawn(alone, asked, False)
+    found = drawn(company, asked, True)
+    again = drawn(company, asked, True)  # now prompts begin with what is kept
+    assert company.counts["cached_tokens"] > 0
+    alone.close(), company.close()
+    assert found == wanted == again  # log-probabilities too, to the bit
+    reference = tiny(block_size=CONTEXT, **changes)
+    for each, (ids, _, reason) in zip(asked, wanted, strict=True):
+        assert reason == "length" and len(ids) == each["room"]
+        [(ours, _)] = generate.generate(reference, [each["ids"]], each["room"], each["sampling"],
+                                        [each["seed"]], vocab_size=258)
+        assert ids == ours  # the decode loop of sample.py
+
+
+def test_prompts_longer_than_a_piece_score_and_pool(model, monkeypatch):
+    monkeypatch.setitem(slots.PIECES, "cpu", 16)
+    batch = Batch(tiny(block_size=CONTEXT), 258, 2, 9)
+    ids = [256] + [n % 251 for n in range(50)]
+    text = Text(ids, 1, SimpleNamespace(heard=lambda *_: False, ended=lambda reason: done.set()),
+                top=2, score_prompt=True)
+    pooled = Text(ids, 0, text.listener, pool=True)
+    for each in (text, pooled):
+        done = threading.Event()
+        batch.add([each])
+        assert done.wait(30)
+    batch.close()
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids]))[0, :, :258].log_softmax(-1)
+    assert [score.token for score in text.prompt_scores] == ids[1:]
+    for at, score in enumerate(text.prompt_scores):
+        assert score.logprob == pytest.approx(float(wanted[at, ids[at + 1]]), abs=1e-4)
+        assert score.top[0][1] == pytest.approx(float(wanted[at].max()), abs=1e-4)
+    states = generate.embed(model, [ids], "mean", "-1")[0]
+    assert torch.allclose(pooled.state, states, atol=1e-5)
+
+
+def test_one_that_fails_harms_no_other(monkeypatch):
+    batch = Batch(tiny(block_size=CONTEXT), 258, 4, 9)
+    real = batch.slots.feed
+
+    def feed(slot, ids):
+        if 77 in ids:
+            raise RuntimeError("planted")
+        return real(slot, ids)
+
+    monkeypatch.setattr(batch.slots, "feed", feed)
+    found = drawn(batch, [{"ids": [256, n], "room": 5} for n in (1, 77, 2)], True)
+    assert [reason for *_, reason in found] == ["length", "error: RuntimeError: planted", "length"]
+    assert not any(slot.busy for slot in batch.slots.all)
+    batch.close()
+
+
+# ---- the client
+
+def test_models(client, server):
+    [model] = client.models.list().data
+    assert (model.id, model.object, model.owned_by) == ("tiny", "model", "plainllama")
+    assert model.context_length == CONTEXT and model.chat is True
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+
+
+def test_a_talk_at_once_and_as_a_stream(client):
+    text = "Grüße — 你好 👩‍👧 and so on"
+    whole = client.chat.completions.create(model="tiny", messages=say(text), seed=3)
+    assert whole.choices[0].message.content == text
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage.prompt_tokens == len(Chat(TOKENIZER).prompt(say(text)))
+    assert whole.usage.completion_tokens == len(text.encode())
+    found = joined(client.chat.completions.create(
+        model="tiny", messages=say(text), stream=True, stream_options={"include_usage": True}))
+    assert found.text == text and found.ended == ["stop"] and len(found.pieces) > 9
+    assert not any("\ufffd" in piece for piece in found.pieces)
+    assert found.usage.completion_tokens == whole.usage.completion_tokens
+    assert found.usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(("text", "stop", "kept"), [
+    ("one END two", "END", "one "), ("one EN two END", ["END", "zzz"], "one EN two "),
+    ("aaab", "aab", "a"), ("a\nb", "\n", "a"), ("é€", "€", "é"), ("never", "x", "never"),
+    ("abcabd", ["abd", "bd"], "abc")])
+def test_a_stop_string_is_never_shown_in_part(client, text, stop, kept):
+    whole = client.chat.completions.create(model="tiny", messages=say(text), stop=stop)
+    assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (kept, "stop")
+    found = joined(client.chat.completions.create(model="tiny", messages=say(text), stop=stop,
+                                                  stream=True))
+    assert found.text == kept and found.ended == ["stop"]
+
+
+def test_streams_joined_are_the_plain_answers(client):
+    """Random text of the model, invalid UTF-8 included."""
+    def both(seed):
+        asked = {"model": "tiny", "prompt": [256, seed, 7], "max_tokens": 30, "seed": seed,
+                 "stop": ["a", "\ufffdb"], "logprobs": 1, "temperature": 1.5}
+        whole = client.completions.create(**asked).choices[0]
+        parts = [c.choices[0] for c in client.completions.create(**asked, stream=True)]
+        assert "".join(part.text for part in parts) == whole.text
+        tokens = [t for part in parts if part.logprobs for t in part.logprobs.tokens]
+        assert tokens == whole.logprobs.tokens
+        assert parts[-1].finish_reason == whole.finish_reason in ("stop", "length")
+        return whole.text
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(both, range(12)))
+    assert len(set(texts)) > 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_functions(client, stream):
+    for said, content, ended in ((f"Let me see.\n{CALL}", "Let me see.", "tool_calls"),
+                                 (f"{CALL}\n{CALL}", "", "tool_calls"),
+                                 ("no <tool_call> at all", "no <tool_call> at all", "stop"),
+                                 ("<tool_call>\nno", "<tool_call>\nno", "stop")):
+        made = client.chat.completions.create(model="tiny", messages=say(said), tools=[TOOL],
+                                              stream=stream)
+        if stream:
+            found = joined(made)
+            text, calls, [reason] = found.text, found.calls, found.ended
+        else:
+            message, reason = made.choices[0].message, made.choices[0].finish_reason
+            text, calls = message.content or "", message.tool_calls or []
+        assert (text, reason, len(calls)) == (content, ended, said.count("</tool_call>"))
+        for call in calls:
+            assert call.function.name == "add" and call.id
+            assert json.loads(call.function.arguments) == {"a": 1, "é": [2]}
+    cut = client.chat.completions.create(model="tiny", messages=say(CALL), tools=[TOOL],
+                                         max_tokens=20)
+    assert cut.choices[0].finish_reason == "length" and not cut.choices[0].message.tool_calls
+    assert cut.choices[0].message.content == CALL[:20]
+
+
+def test_a_call_may_be_required_or_not_wanted(client):
+    chosen = {"type": "function", "function": {"name": "add"}}
+    rest = '{"a": 5}}\n</tool_call>'
+    for choice in ("required", chosen):
+        made = client.chat.completions.create(model="tiny", messages=say(rest), tools=[TOOL],
+                                              tool_choice=choice)
+        [call] = made.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {"a": 5}
+    made = client.chat.completions.create(model="tiny", messages=say(CALL), tools=[TOOL],
+                                          tool_choice="none")
+    assert made.choices[0].message.content == CALL and not made.choices[0].message.tool_calls
+
+
+def test_a_talk_with_calls_and_half_calls_goes_on(client):
+    call = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    talk = [{"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "x", "content": "2"},
+            {"role": "assistant", "content": "<tool_call>\nhalf"}, *say("yes")]
+    made = client.chat.completions.create(model="tiny", messages=talk, tools=[TOOL])
+    assert made.choices[0].message.content == "yes"
+
+
+def test_n_and_seeds(client):
+    asked = {"model": "tiny", "prompt": "ab", "max_tokens": 12, "n": 3, "seed": 5, "logprobs": 2}
+    first = client.completions.create(**asked)
+    again = client.completions.create(**asked, stream=True)
+    texts = ["", "", ""]
+    for chunk in again:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert [choice.text for choice in first.choices] == texts and len(set(texts)) == 3
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode("ab")]
+    wanted = generate.generate(tiny(block_size=CONTEXT), [ids] * 3, 12, Sampling(),
+                               [generate.row_seed(5, i) for i in range(3)], TOKENIZER.stop_ids,
+                               TOKENIZER.vocab_size)
+    assert [len(choice.logprobs.tokens) for choice in first.choices] == [
+        len(new) for new, _ in wanted]
+    assert first.usage.completion_tokens == sum(len(new) for new, _ in wanted)
+    assert first.usage.prompt_tokens == len(ids)
+
+
+def test_logprobs(client):
+    made = client.chat.completions.create(
+        model="tiny", messages=say("aé"), logprobs=True, top_logprobs=2, temperature=0,
+        extra_body={"top_k": 1})
+    content = made.choices[0].logprobs.content
+    assert [entry.token for entry in content] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
+    assert bytes(b for entry in content for b in entry.bytes).decode() == "aé"
+    assert all(len(entry.top_logprobs) == 2 and -99 < entry.logprob <= 0 for entry in content)
+    found = joined(client.chat.completions.create(
+        model="tiny", messages=say("aé"), logprobs=True, top_logprobs=2, stream=True))
+    assert [entry.token for entry in found.logprobs] == [entry.token for entry in content]
+
+
+def test_echo_scores_a_prompt_of_ids(client):
+    ids = [256, *list(b"Hello, this is long enough for two pieces.")]
+    made = client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=0)
+    choice = made.choices[0]
+    assert choice.text == "Hello, this is long enough for two pieces."
+    assert choice.logprobs.token_logprobs[0] is None
+    assert len(choice.logprobs.tokens) == len(ids) == len(choice.logprobs.text_offset)
+    with torch.no_grad():
+        wanted = tiny(block_size=CONTEXT)(torch.tensor([ids]))[0, :, :263].log_softmax(-1)
+    for at, value in enumerate(choice.logprobs.token_logprobs[1:]):
+        assert value == pytest.approx(float(wanted[at, ids[at + 1]]), abs=1e-4)
+
+
+def test_several_prompts_and_max_tokens(client):
+    made = client.completions.create(model="tiny", prompt=["SAY[abc]YAS", "SAY[de]YAS"],
+                                     max_tokens=2)
+    assert [(c.index, c.text, c.finish_reason) for c in made.choices] == [
+        (0, "ab", "length"), (1, "de", "length")]
+    made = client.chat.completions.create(model="tiny", messages=say("abc"),
+                                          max_completion_tokens=1)
+    assert made.choices[0].message.content == "a" and made.choices[0].finish_reason == "length"
+    made = client.completions.create(model="tiny", prompt="SAY[abc]YAS",
+                                     extra_body={"stop_token_ids": [ord("b")]})
+    assert (made.choices[0].text, made.choices[0].finish_reason) == ("a", "stop")
+
+
+def test_embeddings(client, model):
+    made = client.embeddings.create(model="tiny", input=["ab", "c" * 70])  # base64, then unpacked
+    plain = client.embeddings.create(model="tiny", input=["ab", "c" * 70], encoding_format="float")
+    ids = [[256, *TOKENIZER.encode(text)] for text in ("ab", "c" * 70)]
+    for i, each in enumerate(ids):
+        wanted = generate.embed(model, [each], "mean", "-1")[0].tolist()
+        assert plain.data[i].embedding == pytest.approx(wanted, abs=1e-5)
+        assert made.data[i].embedding == pytest.approx(plain.data[i].embedding, abs=1e-7)
+    assert plain.usage.prompt_tokens == sum(map(len, ids))
+    raw = client.embeddings.with_raw_response.create(model="tiny", input="ab",
+                                                     encoding_format="base64")
+    assert len(base64.b64decode(json.loads(raw.content)["data"][0]["embedding"])) == 4 * 32
+
+
+def test_requests_have_the_same_answer_in_company(client):
+    asked = [{"model": "tiny", "prompt": [256, *range(n, n + 40)], "max_tokens": 10, "seed": n,
+              "temperature": n % 2, "logprobs": 3} for n in range(10)]
+    alone = [client.completions.create(**each).choices[0] for each in asked]
+    with ThreadPoolExecutor(10) as pool:
+        company = list(pool.map(lambda each: client.completions.create(**each).choices[0], asked))
+    assert company == alone
+
+
+# ---- hostile input
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+TEXT = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+BAD: list[tuple] = [
+    ("chat/completions", CHAT | {"frequency_penalty": 1}, "frequency_penalty"),
+    ("chat/completions", CHAT | {"temprature": 1}, "temprature"),
+    ("chat/completions", CHAT | {"prompt": "a"}, "prompt"),
+    ("chat/completions", CHAT | {"temperature": -1}, "temperature"),
+    ("chat/completions", CHAT | {"temperature": "hot"}, "temperature"),
+    ("chat/completions", CHAT | {"temperature": True}, "temperature"),
+    ("chat/completions", CHAT | {"top_p": 2}, "top_p"),
+    ("chat/completions", CHAT | {"top_k": 1.5}, "top_k"),
+    ("chat/completions", CHAT | {"min_p": [0]}, "min_p"),
+    ("chat/completions", CHAT | {"max_tokens": -1}, "max_tokens"),
+    ("chat/completions", CHAT | {"max_tokens": 10**30}, "max_tokens"),
+    ("chat/completions", CHAT | {"max_completion_tokens": 3}, "max_completion_tokens"),
+    ("chat/completions", CHAT | {"n": 0}, "n"), ("chat/completions", CHAT | {"n": 10**6}, "n"),
+    ("chat/completions", CHAT | {"seed": "x"}, "seed"),
+    ("chat/completions", CHAT | {"seed": 2**70}, "seed"),
+    ("chat/completions", CHAT | {"stop": [""]}, "stop"),
+    ("chat/completions", CHAT | {"stop": ["a"] * 999}, "stop"),
+    ("chat/completions", CHAT | {"stop": {"a": 1}}, "stop"),
+    ("chat/completions", CHAT | {"stream": "yes"}, "stream"),
+    ("chat/completions", CHAT | {"stream_options": {"include_usage": True}}, "stream_options"),
+    ("chat/completions", CHAT | {"top_logprobs": 3}, "top_logprobs"),
+    ("chat/completions", CHAT | {"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
+    ("chat/completions", CHAT | {"stop_token_ids": [-1]}, "stop_token_ids"),
+    ("chat/completions", CHAT | {"tools": "x"}, "tools"),
+    ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, "tools"),
+    ("chat/completions", CHAT | {"tool_choice": "required"}, "tool_choice"),
+    ("chat/completions", CHAT | {"tools": [TOOL], "tool_choice": {"function": 1}}, "tool_choice"),
+    ("chat/completions", CHAT | {"messages": []}, "messages"),
+    ("chat/completions", CHAT | {"messages": "hello"}, "messages"),
+    ("chat/completions", CHAT | {"messages": ["hello"]}, "messages"),
+    ("chat/completions", CHAT | {"messages": [{"role": "king", "content": "a"}]}, "messages"),
+    ("chat/completions", CHAT | {"messages": [{"role": "user", "content": 5}]}, "messages"),
+    ("chat/completions", CHAT | {"messages": [{"role": ["user"], "content": "a"}]}, "messages"),
+    ("chat/completions", CHAT | {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "http://x"}}]}]}, "messages"),
+    ("chat/completions", CHAT | {"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+    ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "a" * 600}]},
+     "messages"),
+    ("completions", TEXT | {"prompt": "a" * CONTEXT}, "prompt"),
+    ("completions", TEXT | {"prompt": "a" * 10**6}, "prompt"),
+    ("completions", TEXT | {"prompt": []}, "prompt"),
+    ("completions", TEXT | {"prompt": [[]]}, "prompt"),
+    ("completions", TEXT | {"prompt": [10**9]}, "prompt"),
+    ("completions", TEXT | {"prompt": [True]}, "prompt"),
+    ("completions", TEXT | {"prompt": {"a": 1}}, "prompt"),
+    ("completions", {"model": "tiny"}, "prompt"),
+    ("completions", TEXT | {"messages": []}, "messages"),
+    ("completions", TEXT | {"max_tokens": 0}, "max_tokens"),
+    ("completions", TEXT | {"logprobs": True}, "logprobs"),
+    ("embeddings", {"model": "tiny", "input": "a", "dimensions": 3}, "dimensions"),
+    ("embeddings", {"model": "tiny", "input": "a", "encoding_format": "hex"}, "encoding_format"),
+    ("embeddings", {"model": "tiny"}, "input")]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), BAD)
+def test_a_wrong_field_is_named(server, path, body, param):
+    answer = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=30)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error"
+    assert error["param"] == param and param in error["message"] and "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(("raw", "status"), [
+    (b"", 400), (b"{", 400), (b"[]", 400), (b"\xff\xfe", 400), (b'{"prompt": "\xe9"}', 400),
+    (b'{"prompt": "\\ud800"}', 400), (b"[" * 100_000, 400), (b'{"temperature": NaN}', 400),
+    (b'{"temperature": 1e999, "prompt": "a"}', 400), (b'{"n": ' + b"9" * 9999 + b"}", 400),
+    (b'{"model": "other", "prompt": "a"}', 404), (b'{"model": 5, "prompt": "a"}', 404),
+    (b'{"prompt": "' + b"a" * 9_000_000 + b'"}', 413)])
+def test_a_wrong_body_is_refused(server, raw, status):
+    answer = httpx.post(f"{server.url}/v1/completions", content=raw, timeout=30,
+                        headers={"Content-Type": "application/json"})
+    assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+def test_other_doors(server):
+    for method, path, status, headers in (
+            ("GET", "/nothing", 404, {}), ("GET", "/v1/completions", 405, {}),
+            ("POST", "/v1/models", 405, {}), ("GET", "/v1/models/other", 404, {}),
+            ("POST", "/v1/completions", 415, {"Content-Type": "text/plain"}),
+            ("GET", "/health", 403, {"Host": "evil.example"}),
+            ("GET", "/health", 403, {"Host": "127.0.0.1.evil.example:80"}),
+            ("GET", "/health", 200, {"Host": "LOCALHOST:99"})):
+        answer = httpx.request(method, server.url + path, headers=headers)
+        assert answer.status_code == status, path
+        assert "access-control-allow-origin" not in answer.headers
+        assert status == 200 or answer.json()["error"]["message"]
+
+
+def test_the_page_and_what_guards_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "PAGE", tmp_path / "page.html")
+    answer = httpx.get(server.url + "/")
+    assert answer.status_code == 404 and answer.json()["error"]
+    (tmp_path / "page.html").write_text("<style>a{}</style><script>let é = 1</script>")
+    answer = httpx.get(server.url + "/")
+    policy = answer.headers["content-security-policy"]
+    for name, text in (("style", "a{}"), ("script", "let é = 1")):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    assert answer.headers["x-frame-options"] == "DENY"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_metrics(server, client):
+    client.completions.create(model="tiny", prompt="SAY[abc]YAS")
+    text = httpx.get(server.url + "/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+    assert float(values["plainllama_new_tokens_total"]) >= 3
+    assert float(values["plainllama_running"]) == 0
+    assert float(values['plainllama_requests_total{path="/v1/completions",status="200"}']) >= 1
+
+
+# ---- clients that go, and the end
+
+def until(condition, seconds=10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def raw_post(server, body: dict, headers: str = "") -> socket.socket:
+    data = json.dumps(body).encode()
+    made = socket.create_connection(("127.0.0.1", server.port))
+    made.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{headers}"
+                 "Content-Type: application/json\r\n"
+                 f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return made
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_frees_its_place(server, monkeypatch, stream):
+    monkeypatch.setattr(Scripted, "slow", 0.05)
+    before = server.batch.counts["cancelled"]
+    body = {"prompt": f"SAY[{'a' * 150}]YAS", "max_tokens": 150, "stream": stream, "n": 3}
+    sockets = [raw_post(server, body) for _ in range(2)]  # of 6 texts 4 run
+    assert until(lambda: server.batch.load()[0] == 4)
+    for each in sockets:
+        each.close()
+    assert until(lambda: server.batch.load() == (0, 0), 3)
+    assert server.batch.counts["cancelled"] == before + 6
+    assert until(lambda: server.service.answering == 0)
+
+
+def test_the_queue_has_an_end(server, monkeypatch):
+    monkeypatch.setattr(Scripted, "slow", 0.02)
+    body = {"prompt": f"SAY[{'a' * 100}]YAS", "max_tokens": 100, "n": 36}
+    first = raw_post(server, body)
+    assert until(lambda: sum(server.batch.load()) == 36)
+    answer = httpx.post(server.url + "/v1/completions", json=body)
+    assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 0
+    assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+    first.close()
+    assert until(lambda: server.batch.load() == (0, 0))
+
+
+def test_a_body_that_does_not_come_and_a_stream_without_news(server, monkeypatch):
+    monkeypatch.setattr(serving, "BODY_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                     b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408")
+    monkeypatch.setattr(serving, "ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(Scripted, "slow", 0.1)
+    with httpx.stream("POST", server.url + "/v1/completions", json={
+            "prompt": "SAY[ab]YAS", "stream": True}) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert ": waiting" in lines and lines[-1] == "data: [DONE]"
+
+
+def test_garbage_on_the_wire_harms_nobody(server, client):
+    for data in (b"\x00\xff garbage\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST", b"",
+                 b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port)) as made:
+            made.sendall(data)
+            made.shutdown(socket.SHUT_WR)
+            made.settimeout(5)
+            with_reset = b""
+            with contextlib.suppress(ConnectionError):
+                with_reset = made.recv(100)
+            assert not with_reset.startswith(b"HTTP/1.1 2")
+    assert client.completions.create(model="tiny", prompt="SAY[abc]YAS").choices[0].text == "abc"
+
+
+def test_a_key_cors_and_a_model_without_dialogs(model):
+    batch = Batch(tiny(block_size=CONTEXT), TOKENIZER.vocab_size, 2, 9)
+    server = begin(service_of(model, batch, "secret", "http://there:1", chat=False))
+    good = {"Authorization": "Bearer secret"}
+    for headers, status in (({}, 401), ({"Authorization": "Bearer secre"}, 401),
+                            ({"Authorization": "Bearer sécret".encode()}, 401), (good, 200)):
+        assert httpx.get(server.url + "/v1/models", headers=headers).status_code == status
+    assert httpx.get(server.url + "/metrics").status_code == 401
+    assert httpx.get(server.url + "/health").status_code == 200
+    answer = httpx.post(server.url + "/v1/chat/completions", json=CHAT, headers=good)
+    assert answer.status_code == 400 and "/v1/completions" in answer.json()["error"]["message"]
+    for origin, allowed in (("http://there:1", "http://there:1"), ("http://other", None)):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        answer = httpx.options(server.url + "/v1/completions", headers=asked)
+        assert answer.headers.get("access-control-allow-origin") == allowed
+    server.close()
+    batch.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint of a model that was tuned on dialogs."""
+    from safetensors.torch import save_file
+
+    made_at = tmp_path_factory.mktemp("run") / "talker"
+    made_at.mkdir()
+    model = tiny(block_size=512)
+    TOKENIZER.save(made_at)
+    (made_at / "chat_template.jinja").write_text(TEMPLATE)
+    write_json(made_at / "config.json", config_json(model.config, TOKENIZER.bos_id,
+                                                    TOKENIZER.eos_id))
+    save_file(dict(model.named_parameters()), made_at / "model.safetensors", {"format": "pt"})
+    return made_at
+
+
+def test_the_command_ends_gracefully(folder):
+    process = start_fork([str(Path(sample.__file__)), f"--ckpt={folder}", "--serve", "--port=0",
+                          "--device=cpu", "--dtype=fp32"], cwd=folder,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        port = wait_for_port(process.pid)
+        url = f"http://127.0.0.1:{port}/v1"
+        body = {"prompt": "x", "max_tokens": 400, "temperature": 0, "stream": True,
+                "stop_token_ids": []}
+        with httpx.stream("POST", url + "/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(process.pid, signal.SIGTERM)
+            refused = until(lambda: httpx.post(url + "/completions", json={"prompt": "y"}
+                                               ).status_code == 503)
+            rest = [line for line in lines if line]
+        assert refused and rest[-1] == "data: [DONE]"
+        ended = json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+        assert ended in ("length", "stop")
+    finally:
+        out, error = process.communicate(30)
+    assert process.returncode == 0, error
+    assert "serving talker on http://127.0.0.1:" in out and "come to their end" in out
+
+
+def wait_for_port(pid: int) -> int:
+    """The port that a process listens on, as Linux says it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        sockets = set()
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                sockets.add(os.readlink(link))
+            except OSError:
+                continue
+        for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                return int(words[1].split(":")[1], 16)
+        time.sleep(0.05)
+    raise AssertionError("it does not listen")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--serve", "--prompt=x"], "--prompt has no effect on --serve"),
+    (["--serve", "--temperature=0"], "--temperature has no effect"),
+    (["--serve", "--chat"], "--chat has no effect"), (["--port=1"], "--port is for --serve"),
+    (["--serve", "--host=no.such.host.invalid"], "cannot listen on --host=no"),
+    (["--serve", "--port=0", "--ckpt=nowhere"], "nowhere")])
+def test_options_that_do_not_go_together(words, message):
+    with pytest.raises(UserError, match=message):
+        sample.main(parse(words, "", sample.Flags, "files"))
+
+
+def test_a_port_that_is_taken_is_said_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="cannot listen"):
+            serving.bind("127.0.0.1", taken.getsockname()[1])
