@@ -429,7 +429,7 @@ def test_sets_of_the_older_split_keep_their_ids(tmp_path):
     path.write_text(json.dumps(spec | {"model": json.loads(engine.to_str())["model"]}))
     tok = tokenizer.make_tokenizer(str(path))
     assert tok.engine == "tiktoken" and tok.check([*PROSE, tokenizer.SAMPLE])
-    assert [tok.decode([i]) for i in tok.encode("1234567")][0] == "123"
+    assert tok.decode(tok.encode("1234567")[:1]) == "123"
     assert [tok.decode([i]) for i in tok.encode("DON'T")][-2:] == ["'", "T"]
 
 

@@ -35,10 +35,10 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [b for b in range(256) if b not in _VISIBLE]
 BYTES = {chr(b if b in _VISIBLE else 256 + _HIDDEN.index(b)): b for b in range(256)}
-# bpe:N splits words with their marks, single digits, punctuation, newlines and spaces: the pattern of
-# Qwen 3.5, which llama.cpp knows. (?i:'s) would also take the long s.
-SPLIT = (r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-         r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# bpe:N splits words with their marks, single digits, punctuation, newlines and spaces: Qwen 3.5's
+# pattern, which llama.cpp knows as qwen35. (?i:'s) would also take the long s.
+SPLIT = (r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+         r"|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 # How bpe:N once split them, with digits in groups of three: sets and runs of then have it.
 OLD_SPLIT = (r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
              r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")

@@ -1,18 +1,15 @@
 """A .gguf file as llama.cpp reads it, beside the model that it was made of: token ids, dialogs,
 greedy tokens, log-probs.
 
-llama.cpp comes with the package xllamacpp and is asked over HTTP on 127.0.0.1, by a process of its
-own: this file as a script, since a file that it cannot read may end the process.
+llama.cpp is asked by a process of its own (llama_cpp_process.py), which a file that it cannot read
+may end.
 """
 
-import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
 import unicodedata
-import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -41,11 +38,12 @@ FRAGMENTS = [
     " ", "  ", "   ", "\n", "\r\n", "\n\n", "\t", " \n ", "\u00a0", "\u3000", "\u2028", "\x85",
     "\u200b", "\ufeff", "\x00", "\x7f", "\x1f", "'s", "'S", "'ll", "'LL", "'ſ", "’re", "'", "''",
     "don't", "I'VE", "1", "12", "123", "1234567", "3.14", "½", "²", "Ⅷ", "٣", "१२", "x2y", "ab",
-    "Word", "WORD", "naïve", "a\u0301", "\u0301", "e\u0302\u0323", "Straße", "ŒUVRE", "ﬁ", "Привет",
-    "你好", "世界", "日本語", "한국어", "हिन्दी", "ไทย", "שלום", "العربية", "🎉", "👩\u200d👧🏽", "🇩🇪",
-    "▁", "▁▁", "<s>", "</s>", "<|end|>", "<|user|>", "<|endoftext|>", "<0x41>", "<unk>", "[INST]",
-    "<", ">", "|", "_", "__init__", "{}", "());", "!!", "...", "-", "--------", "#", "/*", "\\",
-    "http://a.b/c?d=e", "    return", "def f(x):", "aaaaaaaaaaaa", "Ġ", "Ċ", "ÿ", "\U0001d54f"]
+    "Word", "WORD", "naïve", "a\u0301", "\u0301", "e\u0302\u0323", "Straße", "ŒUVRE", "ﬁ",
+    "Привет", "你好", "世界", "日本語", "한국어", "हिन्दी", "ไทย", "שלום", "العربية", "🎉",
+    "👩\u200d👧🏽", "🇩🇪", "▁", "▁▁", "<s>", "</s>", "<|end|>", "<|user|>", "<|endoftext|>",
+    "<0x41>", "<unk>", "[INST]", "<", ">", "|", "_", "__init__", "{}", "());", "!!", "...", "-",
+    "--------", "#", "/*", "\\", "http://a.b/c?d=e", "    return", "def f(x):", "aaaaaaaaaaaa",
+    "Ġ", "Ċ", "ÿ", "\U0001d54f"]
 PROMPTS = ["The", "Once upon a time", "1, 2, 3,", "def add(a, b):\n", "She said", "In the year",
            "It is", " two", "A\n\nB", "import os", "For example", "The answer is", "What is", "We",
            "class Tree:", "北京", "Der Hund", "x = [", "So,", "(a)"]
@@ -224,8 +222,10 @@ def dialogs_of(tokenizer: Tokenizer) -> tuple[list[dict], list[list[int]]]:
             wanted.append(chat.prompt(messages, tools))
         except Refused:
             continue
-        dialogs.append({"messages": messages, **(
-            {"tools": [{"type": "function", "function": tool} for tool in tools]} if tools else {})})
+        sent: dict = {"messages": messages}
+        if tools:
+            sent["tools"] = [{"type": "function", "function": tool} for tool in tools]
+        dialogs.append(sent)
     return dialogs, wanted
 
 
@@ -245,69 +245,11 @@ def ask(asked: dict) -> Answers:
     with its last words, if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder, "asked.json"), asked)
-        done = subprocess.run([sys.executable, "-m", "plainllama.weights.llama_cpp", folder],
-                              cwd=CHECKOUT, capture_output=True, text=True, errors="replace")
+        words = [sys.executable, "-m", "plainllama.weights.llama_cpp_process", folder]
+        done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True,
+                              errors="replace")
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-1500:] or f"it ended with {done.returncode}")
         said = read_json(Path(folder, "said.json"))
         logprobs = torch.from_numpy(np.load(Path(folder, "logprobs.npy")))
     return Answers(said["ids"], said["dialogs"], said["greedy"], logprobs)
-
-
-def answer(folder: Path) -> None:
-    """Ask llama.cpp what folder/asked.json wants to know, and write what it says beside it."""
-    asked = read_json(folder / "asked.json")
-    server = start(asked)
-    ids = [post(server, "/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
-           for text in asked["texts"]]
-    dialogs = []
-    for dialog in asked["dialogs"]:
-        prompt = post(server, "/apply-template", **dialog)["prompt"]
-        found = post(server, "/tokenize", content=prompt, add_special=True, parse_special=True)
-        dialogs.append(found["tokens"])
-    greedy = []
-    for prompt in asked["prompts"]:
-        found = post(server, "/completion", prompt=prompt, n_predict=asked["new"],
-                     samplers=["top_k"], top_k=1, return_tokens=True)
-        greedy.append({"tokens": found["tokens"], "ended": found["stop_type"] == "eos"})
-    logprobs = np.full((sum(len(window) - 1 for window in asked["windows"]), asked["entries"]),
-                       -np.inf, np.float32)
-    beginnings = [window[:n] for window in asked["windows"] for n in range(1, len(window))]
-    for row, beginning in zip(logprobs, beginnings, strict=True):
-        # half a character would be held back, with its log-probs: what is drawn is "a"
-        found = post(server, "/completion", prompt=beginning, n_predict=1, samplers=["top_k"],
-                     top_k=1, n_probs=asked["entries"], logit_bias=[[asked["filler"], 1e6]])
-        for entry in found["completion_probabilities"][0]["top_logprobs"]:
-            row[entry["id"]] = entry["logprob"]
-    np.save(folder / "logprobs.npy", logprobs)
-    write_json(folder / "said.json", {"ids": ids, "dialogs": dialogs, "greedy": greedy})
-
-
-def start(asked: dict):
-    """Start llama.cpp's server on a free port, everything beside the weights in fp32."""
-    import xllamacpp
-
-    options = xllamacpp.CommonParams()
-    options.model.path = asked["model"]
-    options.n_ctx, options.n_parallel = asked["context"], 1
-    options.cpuparams.n_threads = asked["threads"]
-    options.n_gpu_layers = 0
-    options.warmup = options.ui = False
-    options.hostnames, options.port = ["127.0.0.1"], 0
-    options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    return xllamacpp.Server(options)
-
-
-def post(server, path: str, **body) -> dict:
-    """Send a request to the server, and read what it answers."""
-    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as reply:
-        return json.load(reply)
-
-
-if __name__ == "__main__":
-    answer(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(0)  # its threads have nothing left to do
