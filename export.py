@@ -174,10 +174,11 @@ def make_file(flags: Flags, final: Path) -> int:
     """Write a .gguf and its Modelfile under temporary names, check them, rename them; the exit
     code."""
     wrong = [name for name in ("adapter", "code", "push") if getattr(flags, name)]
-    wrong += ["dtype"] if flags.dtype != "fp32" else []
+    if flags.dtype != "fp32":
+        raise UserError("--dtype is for a folder; of a .gguf say --type=bf16")
     if wrong:
-        raise UserError(f"--{wrong[0]} has no effect on a .gguf, which is one whole model; leave "
-                        "it away" + (" and say --type=bf16" if wrong == ["dtype"] else ""))
+        raise UserError(f"--{wrong[0]} has no effect on a .gguf, which is one whole model, an "
+                        "adapter merged; leave it away")
     beside = final.with_suffix(".Modelfile")
     for path in (final, beside):
         if path.exists():
@@ -203,8 +204,7 @@ def make_file(flags: Flags, final: Path) -> int:
     finally:
         file.unlink(missing_ok=True)
         recipe.unlink(missing_ok=True)
-    print(f"{total:,} parameters as {flags.type or 'f32'} -> {flags.to}; for Ollama: "
-          f"{beside.name}")
+    print(f"{total:,} parameters as {flags.type or 'f32'} -> {flags.to}; Ollama: {beside.name}")
     return 0
 
 
@@ -222,19 +222,12 @@ def write_file(flags: Flags, file: Path, recipe: Path, name: str, source: Path) 
     title = (run_of(source) or source).name
     gguf.write_gguf(file, model, spec, tokenizer.template, kind, title, flags.license)
     write_text(recipe, gguf.modelfile(name, model.config, tokenizer.template))
-    problem = gguf.compare(file, model, kind)
-    if not problem and llama_cpp.is_installed():
-        held = text = None
-        if flags.verify:
-            held = held_out(flags, source, model.config.block_size, "the file")
-        if held:
-            text = expansion.first_tokens(held[0].rows, held[0].bos_id)[0].flatten().numpy()
-        problem = llama_cpp.verify(file, model, tokenizer, kind, text, flags.verify)
-        if not flags.verify:
-            print("tokens and log-probs are NOT checked with llama.cpp; --verify does that")
-    elif not problem:
-        print("NOT checked with llama.cpp, which is not installed; to do so: "
-              + install("llamacpp"))
+    problem, held, text = gguf.compare(file, model, kind), None, None
+    if flags.verify:
+        held = held_out(flags, source, model.config.block_size, "the file")
+    if held:
+        text = expansion.first_tokens(held[0].rows, held[0].bos_id)[0].flatten().numpy()
+    problem = problem or llama_cpp.verify(file, model, tokenizer, kind, text, flags.verify)
     return adapters.parameter_counts(model)[0], problem
 
 

@@ -369,4 +369,6 @@ def test_go_renders_dialogs_as_we_do(tmp_path):
             ["go", "run", "render.go", str(gguf.GO_TEMPLATE)], cwd=tmp_path, text=True, check=True,
             input=json.dumps({"Messages": as_ollama(messages), "Tools": [
                 {"Function": tool} for tool in tools or []]}), capture_output=True)
-        assert done.stdout == wanted.replace('": ', '":').replace(', "', ',"')
+        for said in [*(tools or []), call["arguments"]]:
+            wanted = wanted.replace(json.dumps(said), json.dumps(said, separators=(",", ":")))
+        assert done.stdout == wanted

@@ -79,8 +79,13 @@ def verify(path: Path, model: LLaMA, tokenizer: Tokenizer, kind: str,
     what was measured; what is wrong, or ''.
 
     `text`: ids (n,) on which both predict, of text that the model did not learn; without them those
-    of a few sentences. Without `numbers` only what the tokenizer does is compared.
+    of a few sentences. Without `numbers` only what the tokenizer does is compared; without
+    llama.cpp nothing. Either is said.
     """
+    if not is_installed():
+        print("NOT checked with llama.cpp, which is not installed; to do so: "
+              + install("llamacpp"))
+        return ""
     texts = hostile_texts(TEXTS)
     dialogs, wanted = dialogs_of(tokenizer)
     prompts: list[list[int]] = []
@@ -105,6 +110,7 @@ def verify(path: Path, model: LLaMA, tokenizer: Tokenizer, kind: str,
     print(f"checked with llama.cpp: ids of {len(texts):,} texts and {len(wanted)} dialogs are "
           "equal")
     if not numbers:
+        print("tokens and log-probs are NOT checked with llama.cpp; --verify does that")
         return ""
     return (compare_greedy(model, tokenizer, prompts, said.greedy, kind)
             or compare_logprobs(model, windows, said.logprobs, kind))
