@@ -1,8 +1,10 @@
-"""A checkpoint -> a Hugging Face folder that transformers, vLLM and others open as it is.
+"""A checkpoint -> a Hugging Face folder that transformers, vLLM and others open as it is, or one
+.gguf file for llama.cpp and Ollama.
 
   export.py --ckpt=out/RUN --to=DIR [--dtype=bf16] [--code] [--push=user/name]
   export.py --ckpt=out/ADAPTER --to=DIR [--merge [--original] | --adapter] [--base=FOLDER]
   export.py --ckpt=out/EXPANDED --to=DIR [--merge_back]
+  export.py --ckpt=out/RUN --to=M.gguf [--type=q8_0] [--verify]
 
 The folder gets config.json, generation_config.json, the weights (in shards above 5 GB), the
 tokenizer and a model card. Before it gets its name, the weights in it are compared with the
@@ -16,6 +18,11 @@ in training (with --original: to the base as it is), or with --adapter the folde
 A run that expanded a model becomes a plain one: copies behind their blocks are blocks of their own;
 copies beside them are another kind of model, until --merge_back interpolates the weights of both,
 which changes what it says.
+
+Beside M.gguf comes M.Modelfile for `ollama create`. A tokenizer that llama.cpp would apply
+otherwise is refused. Where llama.cpp is installed (the extra llamacpp), the ids of 2,000 texts are
+compared before the file gets its name; with --verify also greedy tokens behind 20 prompts,
+log-probs and perplexity.
 """
 
 from dataclasses import dataclass
@@ -24,13 +31,17 @@ from plainllama.command import complain, parse_arguments, run_command
 from plainllama.files import UNFINISHED, as_json, read_json, run_of, sync, write_text
 from plainllama.settings import UserError, install, key
 
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+
 
 @dataclass
 class Flags:
     """What export.py takes."""
 
     ckpt: str = key("out", "a checkpoint, a run (its newest step) or a folder of runs (the newest)")
-    to: str = key("", "the folder to write; it must be new or empty")
+    to: str = key("", "the folder to write, new or empty; or a new file that ends in .gguf")
+    type: str = key("", "of the matrices in a .gguf (empty: f32)", ("", *GGUF_TYPES))
+    verify: bool = key(False, "a .gguf by llama.cpp: tokens, log-probs and perplexity too")
     dtype: str = key("fp32", "of the weights in the folder", ("fp32", "bf16"))
     code: bool = key(False, "with our model.py, to be opened with trust_remote_code=True")
     merge: bool = key(False, "an adapter and its base as one model (also without saying so)")
@@ -65,8 +76,8 @@ from plainllama.evaluation.validation import ValSet
 from plainllama.parallel import World, pick_dtype
 from plainllama.report.card import card
 from plainllama.tokens.tokenizer import SAMPLE, Tokenizer
-from plainllama.tokens.tokenizer_json import byte_info
-from plainllama.weights import adapters, checkpoint, expansion, peft
+from plainllama.tokens.tokenizer_json import byte_info, read_spec
+from plainllama.weights import adapters, checkpoint, expansion, gguf, llama_cpp, peft
 from plainllama.weights.huggingface import described, load_weights, write_code, write_folder
 from plainllama.weights.peft import load_model
 
@@ -96,16 +107,22 @@ def main(command) -> int:
     flags = command.flags
     final = Path(os.path.realpath(flags.to))
     if command.files or not flags.to:
-        raise UserError("name the folder to write with --to=DIR and the model with --ckpt")
+        raise UserError("name the folder to write with --to=DIR, or a file with --to=M.gguf, and "
+                        "the model with --ckpt")
+    if any(map(run_of, (final, final.parent))):  # where train.py deletes
+        raise UserError(f"--to {flags.to} lies among a run's checkpoints; name another place")
+    if not re.fullmatch(r"[\w.+-]*", flags.license):
+        raise UserError(f"--license takes a name such as apache-2.0, not {flags.license!r}")
+    if final.suffix == ".gguf":
+        return make_file(flags, final)
+    if flags.type or flags.verify:
+        raise UserError(f"--{'type' if flags.type else 'verify'} is for a .gguf; a folder has "
+                        "--dtype, and is always checked")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"--to {flags.to} exists and is not empty; name a new folder")
-    if any(map(run_of, (final, final.parent))):  # where train.py deletes
-        raise UserError(f"--to {flags.to} lies among a run's checkpoints; name another folder")
     if flags.adapter and (flags.merge or flags.original or flags.code or flags.dtype != "fp32"):
         raise UserError("--adapter writes the adapter as it is, in fp32; leave out --merge, "
                         "--original, --code and --dtype")
-    if not re.fullmatch(r"[\w.+-]*", flags.license):
-        raise UserError(f"--license takes a name such as apache-2.0, not {flags.license!r}")
     if flags.push and flags.push.count("/") != 1:
         raise UserError(f"--push takes user/name, not {flags.push!r}")
     if flags.push and importlib.util.find_spec("huggingface_hub") is None:
@@ -133,26 +150,10 @@ def main(command) -> int:
 def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     """Write the checkpoint `source` into `folder` and check it; the number of its parameters and
     what is wrong, or ''."""
-    said = [name for name in ("merge", "original", "adapter") if getattr(flags, name)]
-    if said and not peft.is_adapter(source):
-        raise UserError(f"--{said[0]} is for a run that trained an adapter, {source} is a whole "
-                        f"model; leave --{said[0]} away")
-    refuse_expansion(flags, source)
-    held = peft.read_adapter(source).frozen_dtype if peft.is_adapter(source) else "fp32"
-    if flags.original and held == "fp32":
-        raise UserError(f"--original has no effect: the base of {source} was held as it is; leave "
-                        "it away")
     if flags.adapter:
+        refuse_unfit(flags, source)
         return write_adapter(flags, folder, source)
-    model, merged = load_model(source, base=flags.base, original=flags.original), ""
-    if held != "fp32":
-        adapters.merge(model)
-        merged = compare_merges(flags, source, model, held)
-    if model.config.expand_blocks:
-        model, merged = without_copies(flags, source, model)
-    if merged:
-        print(merged)
-    home = peft.tokenizer_folder(source, flags.base)
+    model, merged, home = plain_model(flags, source)
     tokenizer = Tokenizer.load(home)
     dtype = pick_dtype(flags.dtype, torch.device("cpu"))
     for name, weight in model.named_parameters():  # from here on it holds what is exported
@@ -169,9 +170,104 @@ def write(flags: Flags, folder: Path, source: Path) -> tuple[int, str]:
     return counts[0], compare_with_transformers(model, tokenizer, folder, flags.code)
 
 
-def held_out(flags: Flags, source: Path, block_size: int) -> tuple[ValSet, int] | None:
+def make_file(flags: Flags, final: Path) -> int:
+    """Write a .gguf and its Modelfile under temporary names, check them, rename them; the exit
+    code."""
+    wrong = [name for name in ("adapter", "code", "push") if getattr(flags, name)]
+    if flags.dtype != "fp32":
+        raise UserError("--dtype is for a folder; of a .gguf say --type=bf16")
+    if wrong:
+        raise UserError(f"--{wrong[0]} has no effect on a .gguf, which is one whole model, an "
+                        "adapter merged; leave it away")
+    beside = final.with_suffix(".Modelfile")
+    for path in (final, beside):
+        if path.exists():
+            raise UserError(f"{path} exists; name a new file")
+    gguf.check_installed()
+    if flags.verify:
+        llama_cpp.check_installed()
+    file, recipe = (Path(f"{path}{UNFINISHED}") for path in (final, beside))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise UserError(f"--to {final} cannot be made: {error.strerror}; name another") from None
+    try:
+        total, problem = checkpoint.with_checkpoint(
+            flags.ckpt, World(), partial(write_file, flags, file, recipe, final.name))
+        if problem:
+            return complain(f"the export was not right and is removed: {problem}", 1)
+        for path in (recipe, file):
+            sync(path)
+        os.rename(recipe, beside)
+        os.rename(file, final)
+    finally:
+        file.unlink(missing_ok=True)
+        recipe.unlink(missing_ok=True)
+    print(f"{total:,} parameters as {flags.type or 'f32'} -> {flags.to}; Ollama: {beside.name}")
+    return 0
+
+
+def write_file(flags: Flags, file: Path, recipe: Path, name: str, source: Path) -> tuple[int, str]:
+    """Write the checkpoint `source` into `file`, which will be called `name`, and its Modelfile,
+    and check it; as write()."""
+    kind = flags.type or "f32"
+    home = peft.tokenizer_folder(source, flags.base)
+    spec, tokenizer = read_spec(home)[0], Tokenizer.load(home)
+    gguf.vocabulary_of(spec, 0)  # what llama.cpp lacks is said before the model is loaded
+    model = plain_model(flags, source)[0]
+    for weight_name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{source}: {weight_name} is not finite; export another step")
+    title = (run_of(source) or source).name
+    gguf.write_gguf(file, model, spec, tokenizer.template, kind, title, flags.license)
+    write_text(recipe, gguf.modelfile(name, model.config, tokenizer.template))
+    problem, held, text = gguf.compare(file, model, kind), None, None
+    if flags.verify:
+        held = held_out(flags, source, model.config.block_size, "the file")
+    if held:
+        text = expansion.first_tokens(held[0].rows, held[0].bos_id)[0].flatten().numpy()
+    problem = problem or llama_cpp.verify(file, model, tokenizer, kind, text, flags.verify)
+    return adapters.parameter_counts(model)[0], problem
+
+
+def refuse_unfit(flags: Flags, source: Path) -> None:
+    """Refuse flags that are for another kind of checkpoint than `source` is."""
+    said = [name for name in ("merge", "original", "adapter") if getattr(flags, name)]
+    if said and not peft.is_adapter(source):
+        raise UserError(f"--{said[0]} is for a run that trained an adapter, {source} is a whole "
+                        f"model; leave --{said[0]} away")
+    refuse_expansion(flags, source)
+    if flags.original and held_as(source) == "fp32":
+        raise UserError(f"--original has no effect: the base of {source} was held as it is; leave "
+                        "it away")
+
+
+def held_as(source: Path) -> str:
+    """Say in which frozen_dtype a checkpoint's base was held, fp32 for a whole model."""
+    return peft.read_adapter(source).frozen_dtype if peft.is_adapter(source) else "fp32"
+
+
+def plain_model(flags: Flags, source: Path) -> tuple[LLaMA, str, Path]:
+    """Load a checkpoint as a plain LLaMA, adapters and copies merged; what merging has changed, or
+    '', and the folder of its tokenizer."""
+    refuse_unfit(flags, source)
+    held = held_as(source)
+    model, merged = load_model(source, base=flags.base, original=flags.original), ""
+    if held != "fp32":
+        adapters.merge(model)
+        merged = compare_merges(flags, source, model, held)
+    if model.config.expand_blocks:
+        model, merged = without_copies(flags, source, model)
+    if merged:
+        print(merged)
+    return model, merged, peft.tokenizer_folder(source, flags.base)
+
+
+def held_out(flags: Flags, source: Path, block_size: int,
+             what: str = "what is merged") -> tuple[ValSet, int] | None:
     """Open the validation split of the run that made a checkpoint, and say how many tokens of it
-    are looked at; None, and a line on the screen, where it is not here."""
+    are looked at; None, and a line on the screen that names `what`, where it is not here."""
     run = run_of(source)
     config = read_json(run / "run.json")["config"] if run else {}
     data = Path("data", config.get("dataset") or "of no run")
@@ -180,7 +276,7 @@ def held_out(flags: Flags, source: Path, block_size: int) -> tuple[ValSet, int] 
             raise UserError(f"{data} is not here")
         rows = validation_rows(data, peft.tokenizer_folder(source, flags.base), block_size)
     except UserError as error:
-        print(f"what is merged is not compared on held-out text: {error}")
+        print(f"{what} is not compared on held-out text: {error}")
         return None
     bos = Tokenizer.load(data).bos_id if config["doc_mask"] else None
     return ValSet(rows, byte_info(data), bos), min(HELD_OUT, config["eval_tokens"])

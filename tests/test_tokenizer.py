@@ -81,7 +81,7 @@ def sentencepiece_model(folder, **options):
     return path, sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
 
 
-KINDS = ["bytes", "bpe:400", "gpt2", "mistral", "sp-bpe", "sp-unigram", "sp-nfkc", "llama3",
+KINDS = ["bytes", "bpe:340", "gpt2", "mistral", "sp-bpe", "sp-unigram", "sp-nfkc", "llama3",
          "plain", "metaspace"]
 LOSSY = ["sp-nfkc", "metaspace"]  # unknown characters and extra spaces are lost
 
@@ -261,7 +261,7 @@ def test_sentencepiece_features_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize("fault", ["a merge twice", "a byte missing"])
 def test_a_bpe_that_tiktoken_cannot_stand_for_is_left_to_tokenizers(made, tmp_path, fault):
     """No order of ranks gives that of its merges, or it has no piece for some byte."""
-    tok, _ = made("bpe:400")
+    tok, _ = made("bpe:340")
     spec = json.loads(tok.json_bytes)
     if fault == "a merge twice":
         spec["model"]["merges"].append(spec["model"]["merges"][0])
@@ -385,21 +385,21 @@ def test_boundaries(tokens, expected):
 
 
 def test_boundaries_of_every_kind(made):
-    expected = {"bytes": (256, 257), "bpe:400": (398, 399), "llama3": (300, 301),
+    expected = {"bytes": (256, 257), "bpe:340": (338, 339), "llama3": (300, 301),
                 "plain": (301, 302)}
     for kind, ids in expected.items():
         tok, _ = made(kind)
         assert (tok.bos_id, tok.eos_id) == ids and tok.stop_ids == {ids[1]} and tok.end_id == ids[1]
     assert made("bytes")[0].encode("aé") == [97, 0xC3, 0xA9]
-    assert made("bpe:400")[0].vocab_size == 400
+    assert made("bpe:340")[0].vocab_size == 340
 
 
 def test_bpe_training_is_deterministic(made, tmp_path):
     code = ("import sys; from plainllama.tokens import tokenizer; "
             "lines = open(sys.argv[1], encoding='utf-8', newline='').read().split('\\0'); "
-            "print(tokenizer.make_tokenizer('bpe:400', lambda: iter(lines)).sha256)")
+            "print(tokenizer.make_tokenizer('bpe:340', lambda: iter(lines)).sha256)")
     (tmp_path / "text").write_text("\0".join(PROSE), encoding="utf-8")
-    hashes = {made("bpe:400")[0].sha256}
+    hashes = {made("bpe:340")[0].sha256}
     for threads in ("1", "2", "7"):
         env = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
         hashes.add(subprocess.run([sys.executable, "-c", code, str(tmp_path / "text")], env=env,
@@ -409,14 +409,33 @@ def test_bpe_training_is_deterministic(made, tmp_path):
 
 
 def test_bpe_splits():
-    tok = tokenizer.make_tokenizer("bpe:289", lambda: ["12345678 हिन्दी don't\n\n  foo(bar)\n"] * 99)
-    pieces = [tok.decode([i]) for i in tok.encode("12345678 हिन्दी don't foo(bar)\n")]
-    assert pieces == ["123", "456", "78", " हिन्दी", " don", "'t", " foo", "(bar", ")\n"]
+    tok = tokenizer.make_tokenizer(
+        "bpe:289", lambda: ["12345678 हिन्दी don't DON'T\n\n  foo(bar)\n"] * 99)
+    pieces = [tok.decode([i]) for i in tok.encode("1234 हिन्दी don't foo(bar)\n")]
+    assert pieces == [*"1234", " हिन्दी", " don", "'t", " foo", "(bar", ")\n"]
+    assert "'T" in [tok.decode([i]) for i in tok.encode("DON'T")]
+
+
+def test_sets_of_the_older_split_keep_their_ids(tmp_path):
+    """tiktoken encodes them still, as `tokenizers` reads the tokenizer.json of then."""
+    import tokenizers
+
+    spec = vocabulary.layout({"type": "BPE", "vocab": {}, "merges": []},
+                             vocabulary.cut_like(vocabulary.OLD_SPLIT), vocabulary.BYTE_LEVEL)
+    engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    engine.train_from_iterator(PROSE + ["12345678 "] * 99, tokenizers.trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=sorted(vocabulary.BYTES), show_progress=False))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec | {"model": json.loads(engine.to_str())["model"]}))
+    tok = tokenizer.make_tokenizer(str(path))
+    assert tok.engine == "tiktoken" and tok.check([*PROSE, tokenizer.SAMPLE])
+    assert tok.decode(tok.encode("1234567")[:1]) == "123"
+    assert [tok.decode([i]) for i in tok.encode("DON'T")][-2:] == ["'", "T"]
 
 
 def test_json_part_needs_no_library(made, tmp_path):
     """train.py runs on machines without the tokenizer libraries."""
-    _, folder = made("bpe:400")
+    _, folder = made("bpe:340")
     code = ("import sys; from pathlib import Path\n"
             "for name in ('tokenizers', 'tiktoken', 'sentencepiece', 'huggingface_hub'):\n"
             "    sys.modules[name] = None\n"

@@ -12,7 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from plainllama.tokens.tokenizer_json import list_steps
-from plainllama.tokens.vocabulary import BYTE_LEVEL, BYTES, CUT_LIKE, SPACES, SPLIT, replace
+from plainllama.tokens.vocabulary import (
+    BYTE_LEVEL,
+    BYTES,
+    OLD_SPLIT,
+    SPACES,
+    SPLIT,
+    cut_like,
+    replace,
+)
 
 # The pattern by which tiktoken cuts words as BYTE_LEVEL does.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -66,8 +74,8 @@ def make_fast_encoder(spec: dict, merger, kind: np.dtype) -> Encoder | None:
 def byte_level_units(spec: dict, pieces: dict[str, int]) -> Units | None:
     """List the units of a byte-level BPE: the 256 bytes. None if `spec` is of another kind or cuts
     words in a way that has no pattern here."""
-    cuts = [cut for words, cut in ((BYTE_LEVEL, GPT2_SPLIT), (CUT_LIKE, SPLIT))
-            if spec.get("pre_tokenizer") == words]
+    patterns = ((BYTE_LEVEL, GPT2_SPLIT), *((cut_like(cut), cut) for cut in (SPLIT, OLD_SPLIT)))
+    cuts = [cut for words, cut in patterns if spec.get("pre_tokenizer") == words]
     characters = set("".join(pieces))
     if not cuts or spec.get("normalizer") or not characters <= BYTES.keys() <= pieces.keys():
         return None

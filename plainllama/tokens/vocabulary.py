@@ -35,9 +35,13 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [b for b in range(256) if b not in _VISIBLE]
 BYTES = {chr(b if b in _VISIBLE else 256 + _HIDDEN.index(b)): b for b in range(256)}
-# bpe:N splits words with their marks, numbers in groups of three, punctuation, newlines and spaces.
-SPLIT = (r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
-         r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# bpe:N splits words with their marks, single digits, punctuation, newlines and spaces: Qwen 3.5's
+# pattern, which llama.cpp knows as qwen35. (?i:'s) would also take the long s.
+SPLIT = (r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+         r"|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# How bpe:N once split them, with digits in groups of three: sets and runs of then have it.
+OLD_SPLIT = (r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
+             r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
               "use_regex": True}
 
@@ -74,8 +78,13 @@ def split(pattern: str, behavior: str = "Isolated") -> dict:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
 
 
-# How bpe:N cuts words.
-CUT_LIKE = {"type": "Sequence", "pretokenizers": [split(SPLIT), BYTE_LEVEL | {"use_regex": False}]}
+
+def cut_like(pattern: str) -> dict:
+    """Make a pre-tokenizer that cuts words by a pattern, for a byte-level vocabulary."""
+    cut = split(pattern)
+    return {"type": "Sequence", "pretokenizers": [cut, BYTE_LEVEL | {"use_regex": False}]}
+
+
 # Sentencepiece's words, cut out where no merge crosses into the next: `tokenizers` caches those.
 SPACES = split("▁*[^▁]+|▁+")
 
@@ -92,7 +101,7 @@ def train(size: int, texts: Iterable[str]) -> dict:
     if the text is so small that nothing is left to merge."""
     import tokenizers
 
-    spec = layout({"type": "BPE", "vocab": {}, "merges": []}, CUT_LIKE, BYTE_LEVEL)
+    spec = layout({"type": "BPE", "vocab": {}, "merges": []}, cut_like(SPLIT), BYTE_LEVEL)
     engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size - 2, initial_alphabet=sorted(BYTES), show_progress=False)
