@@ -82,8 +82,9 @@ def refuse(reason: str) -> None:
 
 def pairs_of(spec: dict) -> list[tuple[str, str]]:
     """List the merges of a BPE, first and second piece of each."""
-    return [tuple(pair.split(" ", 1)) if isinstance(pair, str) else (pair[0], pair[1])
-            for pair in spec["model"]["merges"]]
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair
+             for pair in spec["model"]["merges"]]
+    return [(left, right) for left, right in pairs]
 
 
 def type_of(piece: str, is_special: bool, is_there: bool, spec: dict) -> int:
