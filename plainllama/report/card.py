@@ -5,9 +5,9 @@ from pathlib import Path
 
 from plainllama.files import read_json, run_of
 from plainllama.report.blocks import heading
-from plainllama.report.charts import CHARTS, charts
-from plainllama.report.page import baselines, scores
+from plainllama.report.charts import LOSS, charts
 from plainllama.report.runs import RunFolder, load
+from plainllama.report.scores import baselines, scores
 from plainllama.results import read_scores, unplaced
 from plainllama.settings import DIALOGS, UserError
 
@@ -83,7 +83,7 @@ def curve_and_scores(run: Path, step: int, folder: Path) -> str:
     try:
         history = load(run)
         history.metrics = [row for row in history.metrics if row["step"] <= step]
-        blocks = charts([[history]], folder / "curve.html", CHARTS[:1])
+        blocks = charts([[history]], folder / "curve.html", LOSS)
     except UserError as error:
         print(f"no curve in the model card: {error}")
     if scored:
