@@ -87,7 +87,8 @@ def thinned(points: list[Point]) -> list[Point]:
 
 def smoothed(points: list[Point]) -> list[Point]:
     """Return the running mean of a curve, with weights that fall on either side of a point. It
-    reaches as far back as it does ahead, so that it lags nowhere, and at the end less far ahead."""
+    reaches as far back as it does ahead, so that it does not lag; at the end there is less ahead.
+    """
     most = round(len(points) * SMOOTH)
     made = []
     for i, point in enumerate(points):

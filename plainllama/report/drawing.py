@@ -109,7 +109,7 @@ def late(points: list[Point]) -> list[Point]:
 
 def cut_off(chart: Chart, lines: list[Line]) -> float | None:
     """Return the last step at which a curve lies above the chart, None if none does."""
-    low, high, _ = limits(chart, lines)
+    high = limits(chart, lines)[1]
     above = [point.step for line in lines for point in line.points if point.mean > high]
     return max(above, default=None)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from plainllama.report.blocks import Block, fold, paragraph, short, table_block
 from plainllama.report.charts import chart_block
-from plainllama.report.curves import Chart, Line, Point
+from plainllama.report.curves import Chart, Line, Point, along
 from plainllama.report.runs import RunFolder, is_number
 from plainllama.results import Score, measured, told_folds
 
@@ -18,29 +18,28 @@ def growth(runs: list[RunFolder], out: Path) -> list[Block]:
                            if not title.startswith("loss by position"))
     for title in titles:
         found = [scores_along(run, title) for run in runs]
-        lines = [Line(place, "dots", [Point(step, one.value, one.value - one.margin,
-                                            one.value + one.margin) for step, _, one in steps],
-                      {"tokens": [tokens for _, tokens, _ in steps]})
-                 for place, steps in enumerate(found) if len(steps) > 1]
+        lines = []
+        for place, (run, pairs) in enumerate(zip(runs, found, strict=True)):
+            points = [Point(step, score.value, score.value - score.margin,
+                            score.value + score.margin) for step, score in pairs]
+            if len(points) > 1:
+                lines.append(Line(place, "dots", points, along(run, points)))
         if lines:
-            first = next(score for steps in found for _, _, score in steps)
-            chart = Chart(f"{title} {first.name}", (f"score_{len(blocks)}",))
+            score = found[lines[0].number][0][1]
+            chart = Chart(f"{title} {score.name}", (f"score_{len(blocks)}",))
             labels = [run.name for run in runs] if len(runs) > 1 else [chart.title]
-            if is_number(first.chance):
+            if is_number(score.chance):
                 longest = max(lines, key=lambda line: line.points[-1].step)
-                ends = [Point(step, *[first.chance] * 3) for step in (
-                    min(line.points[0].step for line in lines), longest.points[-1].step)]
-                along = {"tokens": [found[longest.number][i][1] for i in (0, -1)]}
-                lines.append(Line(len(labels), "chance", ends, along))
+                ends = [Point(longest.points[i].step, *[score.chance] * 3) for i in (0, -1)]
+                lines.append(Line(len(labels), "chance", ends, along(runs[longest.number], ends)))
                 labels.append("chance")
             blocks.append(chart_block(chart, labels, lines, out))
     return blocks
 
 
-def scores_along(run: RunFolder, title: str) -> list[tuple[int, int, Score]]:
-    """List [(step, tokens, score)] of the first score of a title, which is its main one."""
-    return [(evaluation.get("step", 0), evaluation.get("tokens", 0), score)
-            for evaluation in run.evals
+def scores_along(run: RunFolder, title: str) -> list[tuple[int, Score]]:
+    """List [(step, score)] of the first score of a title, which is its main one."""
+    return [(evaluation.get("step", 0), score) for evaluation in run.evals
             for score in finite_scores(metrics_by_title(evaluation).get(title, {}))[:1]]
 
 
