@@ -152,12 +152,13 @@ def test_differences_from_the_parent(tmp_path):
 
 
 def test_differences_of_several_runs(tmp_path):
-    """On top of the page what differs between them alone; in a fold what does from the parent."""
+    """What differs between them alone; in a fold what does from the parent."""
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", n_layer=5)
     page = build(one, two)[0]
     rows, first = cells(page), cells(page.split("</table>")[0])
+    differ = cells(page.split("What was run")[1].split("</table>")[0])
     assert ["n_layer", "4", "4", "5"] in rows and ["device", "auto", "cpu", "cpu"] in rows
-    assert ["n_layer", "4", "5"] in first and not {"device", "max_steps"} & {r[0] for r in first}
+    assert ["n_layer", "4", "5"] in differ and not {"device", "max_steps"} & {r[0] for r in differ}
     losses = [[row["val_loss"] for row in metrics_of(run) if "val_loss" in row][-1]
               for run in (one, two)]
     assert ["validation loss, nats per token", *(f"{loss:.4f}" for loss in losses)] in first

@@ -129,7 +129,9 @@ def chart_block(chart: Chart, labels: list[str], lines: list[Line], out: Path) -
     picture = out.with_name(f"{out.stem}_{name}.svg")
     write_text(picture, plain(alone(draw(chart, labels, lines))))
     drawn = sorted({line.number for line in lines})
-    keys = "".join(f'<span class="k{n % COLORS}">{escape(labels[n])}</span>' for n in drawn)
+    chance = {line.number for line in lines if line.look == "chance"}
+    colors = {n: "chance" if n in chance else f"k{n % COLORS}" for n in drawn}
+    keys = "".join(f'<span class="{colors[n]}">{escape(labels[n])}</span>' for n in drawn)
     if len(drawn) == 1 and labels[drawn[0]] == chart.title:
         keys = ""
     remarks = []

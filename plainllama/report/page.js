@@ -8,6 +8,7 @@ const controls = document.getElementById("controls");
 const figures = [...document.querySelectorAll("figure.chart")].map(
   (element, i) => ({ element, chart: data.charts[i], zoom: null }));
 const escaped = text => String(text).replace(/[&<>"]/g, c => `&#${c.charCodeAt(0)};`);
+const colour = line => line.look === "chance" ? "chance" : `k${line.number % COLORS}`;
 const least = values => values.reduce((a, b) => Math.min(a, b), Infinity);
 const most = values => values.reduce((a, b) => Math.max(a, b), -Infinity);
 
@@ -191,12 +192,12 @@ function show(figure, x, from = null) {
   }
   for (const line of lines) {
     const i = nearest(line.at, at), y = down(line.y[i]);
-    if (line.look !== "pale" && y >= TOP)
+    if (!["pale", "chance"].includes(line.look) && y >= TOP)
       above += `<g class="curve k${line.number % COLORS}"><circle r="4" cx="${across(line.at[i])}" cy="${y}"/></g>`;
     const interval = line.low ? ` (${short(line.low[i])} to ${short(line.high[i])})` : "";
     const behind = line.look === "pale" ? ", as logged" : "";
-    const where = line.at[i] === at ? "" : ` at ${short(line.at[i])}`;
-    rows.push(`<div><span class="k${line.number % COLORS}">●</span> ${escaped(line.label)}${behind}${where}`
+    const where = line.at[i] === at || line.look === "chance" ? "" : ` at ${short(line.at[i])}`;
+    rows.push(`<div><span class="${colour(line)}">●</span> ${escaped(line.label)}${behind}${where}`
       + `<b>${short(line.y[i], 5)}${interval}</b></div>`);
   }
   element.querySelector(".above").innerHTML = above;

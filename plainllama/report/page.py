@@ -12,7 +12,16 @@ from string import Template
 
 from plainllama.command import read_config
 from plainllama.files import write_text
-from plainllama.report.blocks import Block, as_said, fold, heading, paragraph, plain, side_by_side
+from plainllama.report.blocks import (
+    Block,
+    as_markdown,
+    as_said,
+    fold,
+    heading,
+    paragraph,
+    plain,
+    side_by_side,
+)
 from plainllama.report.charts import LEARNED, LOSS, MACHINE, charts, trade_offs
 from plainllama.report.drawing import STYLE
 from plainllama.report.runs import RunFolder, grouped, is_number
@@ -71,9 +80,7 @@ def head(runs: list[RunFolder]) -> list[Block]:
     """Say what came of the runs: of one at length, of several beside each other."""
     if len(runs) == 1:
         return verdict(runs[0])
-    return [side_by_side([run.name for run in runs],
-                         [figures(run) | differing for run, differing in
-                          zip(runs, between(runs), strict=True)]),
+    return [side_by_side([run.name for run in runs], [*map(figures, runs)]),
             *fold("In sentences", [paragraph(outcome(run)) for run in runs])]
 
 
@@ -97,14 +104,16 @@ def folded(title: str, content: list[Block]) -> list[Block]:
 # ---- what was run
 
 def differences(runs: list[RunFolder], out: Path) -> list[Block]:
-    """Show by which commands the runs were started, what these changed of the config files, and
-    folded every key in which a run differs from the first one's parent config."""
-    blocks = [paragraph(command_line(run)) for run in runs]
+    """Show by which commands the runs were started, in what they differ or what the command changed
+    of the config file, and folded every key that differs from the first one's parent config."""
+    blocks = [shell(command_line(run)) for run in runs]
     parent, base = parent_of(runs[0])
     named = parent | runs[0].info.get("changed", {})
     config, said = runs[0].info["config"], runs[0].info.get("overrides", {})
-    names = [name for name in said if config.get(name) != named.get(name)]
-    if len(runs) == 1 and names:  # how several differ is said at the top of the page
+    names = [name for name in said if config.get(name) != named.get(name) and name != "out_dir"]
+    if len(runs) > 1:
+        blocks.append(side_by_side([run.name for run in runs], between(runs)))
+    elif names:
         blocks.append(side_by_side(
             [str(runs[0].info.get("config_file") or "defaults"), "this run"],
             [{name: values.get(name) for name in names} for values in (named, config)]))
@@ -115,6 +124,11 @@ def differences(runs: list[RunFolder], out: Path) -> list[Block]:
         f"{len(names)} keys differ from the parent, {base}",
         [side_by_side(["parent", *(run.name for run in runs)],
                       [{name: values.get(name) for name in names} for values in configs])])
+
+
+def shell(command: str) -> Block:
+    """Show a command, which breaks at no hyphen."""
+    return Block(f"<pre>{escape(command)}</pre>", as_markdown(command))
 
 
 def parent_of(run: RunFolder) -> tuple[dict, str]:

@@ -108,8 +108,8 @@ def gap(run: RunFolder) -> str:
         return ""
     mean = sum(near) / len(near)
     side = "below" if mean < last else "above"
-    return (f"The training loss of its last {len(near)} logged steps lies {abs(last - mean):.4f} "
-            f"{side} it.")
+    return (f"Over the last {len(near)} logged steps the training loss lies {abs(last - mean):.4f} "
+            f"{side} that.")
 
 
 def left_out(run: RunFolder) -> str:
