@@ -32,7 +32,7 @@ from plainllama.report.curves import (
 )
 from plainllama.report.drawing import HEIGHT, LEFT, STYLE, cut_off, draw, limits, ticks
 from plainllama.report.page import PANELS, PARTS
-from plainllama.report.runs import find_run, grouped, load
+from plainllama.report.runs import find_run, grouped, load, silent
 from plainllama.weights import checkpoint
 
 NASTY = '</script><script>alert("x")</script> <b>&amp; ``` | \ud800'
@@ -732,3 +732,68 @@ def test_what_a_run_is_not_compared_with(tmp_path, capsys):
     assert run_main([str(runs[1]), f"--compare={tmp_path}/older.json"]) == 0
     write(runs[1] / "status.json", {"state": "stopped", "step": 50})
     assert "is stopped" in fails(runs[1], new) and not (tmp_path / "new.json").exists()
+
+
+# ---- a run that goes on
+
+def test_a_page_is_written_as_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """It says that it loads itself anew until the run ends; the last page holds its last row."""
+    run = make_run(tmp_path / "run")
+    write(run / "status.json", {"state": "running", "step": 100})
+    seen = []
+
+    def sleep(seconds: int) -> None:
+        page = (run / "report.html").read_text()
+        meta = '<noscript><meta http-equiv="refresh" content="3"></noscript>'
+        seen.append((seconds, '"every": 3' in page, meta in page))
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 100 + len(seen), "tokens": 60_000, "loss": 1.0}) + "\n")
+        if len(seen) == 2:
+            write(run / "status.json", {"state": "done", "step": 102})
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    assert run_main([str(run), "--watch", "--every=3"]) == 0
+    assert seen == [(3, True, True)] * 2
+    page = (run / "report.html").read_text()
+    assert '"every": 0' in page and "refresh" not in page.split("<style>")[0]
+    assert "done at step 102 of 100" in page and '"step": 102' in page
+    assert "the last page, nothing goes on" in capsys.readouterr().out
+    assert not list(run.glob("*.tmp"))  # pages appear whole
+
+
+def test_a_run_that_was_killed_is_not_watched_for_ever(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    write(run / "status.json", {"state": "running", "step": 100})
+    assert not silent(run)
+    os.utime(run / "metrics.jsonl", (1e9, 1e9))
+    assert silent(run) and run_main([str(run), "--watch"]) == 0
+    assert "may have been killed" in capsys.readouterr().out
+
+
+def test_a_run_without_rows_is_waited_for(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    rows = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(report.time, "sleep", lambda _: (run / "metrics.jsonl").write_text(rows))
+    assert run_main([str(run), "--watch"]) == 0 and (run / "report.html").is_file()
+
+
+def test_watching_with_other_options(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "--watch writes pages" in fails(run, "--watch", "--compare=x.json")
+    assert "--every has no effect without --watch" in fails(run, "--every=3")
+
+
+def test_what_is_said_of_a_curve(tmp_path):
+    """Still falling, risen since its lowest value, or flat."""
+    run = make_run(tmp_path / "run")
+    rows = metrics_of(run)[:1]
+    for losses, said in (([5, 4, 3, 2, 1], "still fell at the end: by 0.8000 over the last 20%"),
+                         ([5, 3, 2, 2.5, 3], "was lowest at step 40, 2.0000, and has risen by 1.0"),
+                         ([5, 3, 2, 2, 2], "hardly changed over the last 20% of the steps")):
+        with open(run / "metrics.jsonl", "w") as file:
+            file.write(json.dumps(rows[0] | {"val_loss": 5}) + "\n")
+            file.writelines(json.dumps({"step": 20 * i, "val_loss": loss, "skipped": 3}) + "\n"
+                            for i, loss in enumerate(losses) if i)
+        page = build(run)[0]
+        assert said in page and "3 updates were not made" in page

@@ -143,7 +143,10 @@ function listen(figure, svg) {
   };
   let from = null; // where a drag began
   svg.addEventListener("pointerdown", event => {
-    if (event.pointerType !== "touch" && event.button === 0) from = xOf(event);
+    if (event.pointerType !== "touch" && event.button === 0) {
+      from = xOf(event);
+      svg.setPointerCapture(event.pointerId); // a drag may end beside the chart
+    }
     show(figure, xOf(event));
   });
   svg.addEventListener("pointermove", event => show(figure, xOf(event), from));

@@ -60,7 +60,8 @@ def sample(row: dict) -> Block:
 
 def escaped_turns(pieces: list[str]) -> str:
     """Lay out a dialog that was cut at its roles: what is in front, then role and text in turn."""
-    html = f"<pre>{escape(pieces[0].strip())}</pre>" if pieces[0].strip() else ""
+    begin = pieces[0].removeprefix("<s>").strip()
+    html = f"<pre>{escape(begin)}</pre>" if begin else ""
     for role, text in zip(pieces[1::2], pieces[2::2], strict=True):
         html += (f'<div class="turn {role}"><span>{role}</span>'
                  f"<pre>{escape(text.replace('<|end|>', '').strip())}</pre></div>")
