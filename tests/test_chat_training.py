@@ -79,7 +79,13 @@ def test_a_run_learns_and_says_what_it_read_and_learned(home, capsys):
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     said = capsys.readouterr().out
     assert "of the tokens learned" in said and "tok/s, " in said and " learned" in said
-    settled = read_json(home / "out/talk/run.json")["config"]
+    told = read_json(home / "out/talk/run.json")
+    settled = told["config"]
+    # what the report shows of masks: a dialog, cut where learned tokens begin and end
+    assert [learned for _, learned in told["example"]][:2] == [False, True]
+    assert told["example"][0][0].endswith("<|assistant|>")
+    assert told["example"][1][0].endswith("<|end|>")
+    assert 0 < told["data"]["train_learned"] < told["data"]["train_tokens"]
     assert settled["packing"] == "fit" and settled["doc_mask"] and settled["documents"] == "chat"
 
 

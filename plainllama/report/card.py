@@ -74,8 +74,8 @@ def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tupl
 def elsewhere(name: str, folder: Path, flags, chat: bool) -> str:
     """Say how vLLM, llama.cpp and Ollama are given the model."""
     if flags.code:
-        return ("\nThe folder holds code of its own (`--code`), which vLLM, llama.cpp and Ollama do "
-                "not run: exported without it, the weights are a plain LLaMA, which they open.\n")
+        return ("\nThe folder holds code of its own (`--code`), which vLLM, llama.cpp and Ollama "
+                "do not run: exported without it, it is a plain LLaMA, which they open.\n")
     serve, merge = f"vllm serve {name}", ""
     if flags.adapter:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
