@@ -124,7 +124,7 @@ def training_facts(info: dict, state: dict) -> dict:
         "documents": config.get("documents"), "data recipe": recipe or None,
         "training split": f"{whole:,} tokens" if whole and not names else None,
         "learned": f"{config.get('train_on')}{share}" if dialogs else None,
-        "chat template": TEMPLATES.get(config.get("chat_template")) if dialogs else None,
+        "chat template": TEMPLATES.get(config.get("chat_template", "")) if dialogs else None,
         "started from": config.get("init_from") or None,
         "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
         "objective": ", ".join(f"{name} {config[name]}" for name in (

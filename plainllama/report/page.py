@@ -87,10 +87,9 @@ def head(runs: list[RunFolder]) -> list[Block]:
 def between(runs: list[RunFolder]) -> list[dict]:
     """Give of each run's config the keys in which the runs differ."""
     configs = [run.info["config"] for run in runs]
-    names = dict.fromkeys(name for config in configs for name in config
-                          if name not in ("out_dir", "resume"))
-    names = [name for name in names
-             if any(config.get(name) != configs[0].get(name) for config in configs)]
+    known = dict.fromkeys(name for config in configs for name in config)
+    names = [name for name in known if name not in ("out_dir", "resume")
+             and any(config.get(name) != configs[0].get(name) for config in configs)]
     return [{name: config.get(name) for name in names} for config in configs]
 
 

@@ -12,7 +12,7 @@ from plainllama.results import Score, measured, told_folds
 def growth(runs: list[RunFolder], out: Path) -> list[Block]:
     """Draw the main score of every task, text and split along the runs, where one was scored at
     several checkpoints (eval.py --all)."""
-    blocks = []
+    blocks: list[Block] = []
     titles = dict.fromkeys(title for run in runs for evaluation in run.evals
                            for title in metrics_by_title(evaluation)
                            if not title.startswith("loss by position"))
@@ -28,7 +28,7 @@ def growth(runs: list[RunFolder], out: Path) -> list[Block]:
             score = found[lines[0].number][0][1]
             chart = Chart(f"{title} {score.name}", (f"score_{len(blocks)}",))
             labels = [run.name for run in runs] if len(runs) > 1 else [chart.title]
-            if is_number(score.chance):
+            if score.chance is not None and is_number(score.chance):
                 longest = max(lines, key=lambda line: line.points[-1].step)
                 ends = [Point(longest.points[i].step, *[score.chance] * 3) for i in (0, -1)]
                 lines.append(Line(len(labels), "chance", ends, along(runs[longest.number], ends)))
@@ -62,7 +62,8 @@ def baselines(runs: list[RunFolder]) -> list[Block]:
 def scores(runs: list[RunFolder]) -> list[Block]:
     """Show every score with its 95 % interval and what chance would score: the newest of each run,
     and folded those of its earlier steps."""
-    newest, earlier = [], []
+    newest: list[list[str]] = []
+    earlier: list[list[str]] = []
     for run in runs:
         whose = f"{run.name}, " if len(runs) > 1 else ""
         for evaluation in run.evals:

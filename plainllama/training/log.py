@@ -23,9 +23,9 @@ from model import flops_per_token
 from plainllama.command import CommandLine
 from plainllama.files import CHECKOUT, cut_rows, read_json, write_status
 from plainllama.settings import Settings
+from plainllama.tokens.chat import pieces
 from plainllama.tokens.rows import Rows
 from plainllama.tokens.shards import Split
-from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.training.engine import Engine
 from plainllama.weights import adapters
@@ -104,8 +104,8 @@ def example(data: Path, manifest: dict) -> dict:
         return {}
     first, last = split.bounds()[:2].tolist()
     last = min(last, first + EXAMPLE)
-    return {"example": chat_of(Tokenizer.load(data)).pieces(
-        split.read(first, last), split.read_mask(first, last))}
+    return {"example": pieces(Tokenizer.load(data), split.read(first, last),
+                              split.read_mask(first, last))}
 
 
 def versions() -> dict[str, str]:
