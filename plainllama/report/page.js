@@ -17,7 +17,8 @@ const most = values => values.reduce((a, b) => Math.max(a, b), -Infinity);
 function short(value, digits = 4) {
   for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
     if (Math.abs(value) >= size * 0.99995) return Number((value / size).toPrecision(digits)) + unit;
-  return String(Number(value.toPrecision(digits)));
+  const rounded = Number(value.toPrecision(digits));
+  return rounded && Math.abs(rounded) < 1e-4 ? rounded.toExponential() : String(rounded);
 }
 
 function ticks(low, high, log, wanted = 5) {
