@@ -183,7 +183,7 @@ class Run:
         self.course = resume.Course(self.rows, self.engine.batch_rows, objective, start.state)
         if first:
             write_json(self.folder / "run.json", log.describe(
-                self.folder, self.command, self.manifest, self.data_hash, self.engine))
+                self.folder, self.command, self.manifest, self.data_hash, self.engine, self.data))
         self.log.announce(self.engine, self.rows)
         alone = world.size == 1 and world.device.type == "cpu"
         if alone and (remark := crowded(self.command.began, torch.get_num_threads())):

@@ -56,8 +56,9 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from plainllama.files import read_json, read_rows, read_status, write_json, write_text
-from plainllama.report import charts
 from plainllama.report.compare import T_95
+from plainllama.report.curves import Chart, Line, Point
+from plainllama.report.drawing import alone, draw
 
 LEVEL, LEVELS = 0.8, (0.5, 0.7, 0.8, 0.9, 0.95)
 SIZES: dict[str, dict] = {
@@ -295,15 +296,13 @@ def finite(rows: list[dict]) -> list[dict]:
 def drawing(rows: list[dict]) -> str:
     """The curves of the first seed, loss on the old domain against loss on the new, as SVG: to the
     left the new one is learned, and up the old one is forgotten."""
-    lines = [charts.Line(number, "strong", [charts.Point(new, old, old, old)
-                                            for new, old in row["curves"][0]])
+    lines = [Line(number, "strong", [Point(new, old, old, old) for new, old in row["curves"][0]])
              for number, row in enumerate(rows)]
     least = min(point.step for line in lines for point in line.points)
-    chart = charts.Chart("loss on the old domain against loss on the new, nats per token",
-                         ("trade_off",), log=True, axis="loss on the new domain",
-                         left=0.98 * least)
+    chart = Chart("loss on the old domain against loss on the new, nats per token",
+                  ("trade_off",), log=True, axis="loss on the new domain", left=0.98 * least)
     labels = [f"{row['arm']} (rate {row['rate']:g})" for row in rows]
-    return charts.alone(charts.draw(chart, labels, lines))
+    return alone(draw(chart, labels, lines))
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ from plainllama.command import read_config
 from plainllama.files import hold, read_json, sha256_bytes, write_json, write_text
 from plainllama.report.blocks import table_block
 from plainllama.report.compare import spread
-from plainllama.report.page import finite_scores, metrics_by_title
 from plainllama.report.runs import load
+from plainllama.report.scores import finite_scores, metrics_by_title
 from plainllama.results import Score
 
 RECIPE = "train.py {config} --seed={seed} --out_dir={run}\neval.py --ckpt={run} --tasks=\n"

@@ -349,6 +349,8 @@ def test_an_adapter_is_sampled_scored_and_exported(home, capsys):
                                                                                 "peft")}
     assert "this is --original" in cards["own"] and "this is the base as it" in cards["held"]
     assert "AutoPeftModelForCausalLM.from_pretrained" in cards["peft"]
+    assert "--enable-lora --lora-modules peft=peft" in cards["peft"]
+    assert "--merge --to=peft.gguf" in cards["peft"] and "--enable-lora" not in cards["held"]
     learned = sum(t.numel() for t in load_file(newest("out/a") / peft.WEIGHTS).values())
     assert f"adapter beside a LLaMA of {learned:,}" in cards["peft"]
 

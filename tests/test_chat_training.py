@@ -79,7 +79,14 @@ def test_a_run_learns_and_says_what_it_read_and_learned(home, capsys):
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     said = capsys.readouterr().out
     assert "of the tokens learned" in said and "tok/s, " in said and " learned" in said
-    settled = read_json(home / "out/talk/run.json")["config"]
+    told = read_json(home / "out/talk/run.json")
+    settled = told["config"]
+    # what the report shows of masks: a dialog, cut where learned tokens begin and end
+    data = home / "data/talk"
+    split = shards.Split(data, "val", shards.read_manifest(data))
+    mask = split.read_mask(*split.bounds()[:2].tolist())
+    flips = np.flatnonzero(np.diff(mask)) + 1
+    assert [learned for _, learned in told["example"]] == mask[[0, *flips]].tolist()
     assert settled["packing"] == "fit" and settled["doc_mask"] and settled["documents"] == "chat"
 
 

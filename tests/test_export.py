@@ -88,11 +88,17 @@ def test_the_card_of_a_model_of_dialogs_shows_how_to_talk_with_it(tmp_path):
     there = [path for path in step.rglob("*") if path.is_file() and path.name != "checksums.json"]
     write_json(step / "checksums.json", {"format": 1, "files": checkpoint.sealed(step, there)})
     info = json.loads((tmp_path / "run" / "run.json").read_text())
-    info["config"] |= {"documents": "chat"}
+    info["config"] |= {"documents": "chat", "train_on": "assistant", "chat_template": "own"}
+    info["data"] |= {"train_tokens": 4000, "train_learned": 1000}
     write_json(tmp_path / "run" / "run.json", info)
     assert run("--ckpt", step, "--to", tmp_path / "hub") == 0
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "| learned tokens | 7,000 |" in card and "trained from dialogs by" in card
+    assert "| learned | assistant, 25.0% of the tokens |" in card
+    assert "| chat template | plainllama's own, chat_template.jinja |" in card
+    assert "/v1/chat/completions" in card and "llama-cli -m hub.gguf -cnv" in card
+    sent = json.loads(card.partition("-d '")[2].partition("'")[0])
+    assert sent["messages"] == [{"role": "user", "content": "Hello!"}]
     code = card.partition("```python\n")[2].partition("```")[0]
     assert "apply_chat_template" in code and transformers
     made: dict = {}
@@ -164,11 +170,14 @@ def test_a_whole_export(tmp_path, capsys):
                  "arc acc | 0.2500 ± 0.0196 | 0.2 |",
                  "5-gram | 2.5000", "](curve_loss.svg)",
                  "python train.py config/quickstart.py --max_steps=7",
-                 'AutoModelForCausalLM.from_pretrained("hub")', "rope_factor"):
+                 'AutoModelForCausalLM.from_pretrained("hub")', "rope_factor", "vllm serve hub",
+                 "export.py --ckpt=CHECKPOINT --to=hub.gguf", "ollama create hub -f Modelfile",
+                 '-d \'{"model": "hub", "prompt": "The", "max_tokens": 50}\''):
         assert part in card, part
     assert str(tmp_path) not in card and "trust_remote_code" not in card
     curve = (tmp_path / "models" / "hub" / "curve_loss.svg").read_text()  # to step 7 and no further
-    assert [len(path.split()) for path in re.findall('<path d="M([^"]*)h0"', curve)] == [8, 8]
+    assert [len(path.split()) for path in re.findall('<path d="M([^"]*)h0"', curve)] == [
+        8, 8, 7]  # training, its running mean, validation but for that of the first weights
 
 
 def test_a_flipped_weight_is_caught(tmp_path, monkeypatch, capsys):

@@ -20,20 +20,19 @@ from plainllama import settings
 from plainllama.command import parse
 from plainllama.files import file_entry, write_json
 from plainllama.report.blocks import paragraph, short
-from plainllama.report.charts import (
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    STYLE,
+from plainllama.report.curves import (
+    MOST,
     Chart,
     Line,
     Point,
+    along,
     curve,
-    draw,
-    ticks,
+    smoothed,
+    thinned,
 )
-from plainllama.report.page import PANELS
-from plainllama.report.runs import find_run, grouped, load
+from plainllama.report.drawing import HEIGHT, LEFT, STYLE, cut_off, draw, limits, ticks
+from plainllama.report.page import PANELS, PARTS
+from plainllama.report.runs import find_run, grouped, load, silent
 from plainllama.weights import checkpoint
 
 NASTY = '</script><script>alert("x")</script> <b>&amp; ``` | \ud800'
@@ -75,7 +74,7 @@ def write(path: Path, value) -> None:
 
 
 def build(*folders: Path, **flags: str) -> tuple[str, dict, str]:
-    """The page, the data embedded in it, and the Markdown."""
+    """The page without its script, the data embedded in it, and the Markdown."""
     assert run_main([*map(str, folders), *(f"--{k}={v}" for k, v in flags.items())]) == 0
     others = "_".join(folder.name for folder in folders[1:])
     name = f"report_with_{others}.html" if others else "report.html"
@@ -83,7 +82,9 @@ def build(*folders: Path, **flags: str) -> tuple[str, dict, str]:
     text = page.read_text(encoding="utf-8")
     found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert len(found) == 1
-    return text, json.loads(found[0]), page.with_suffix(".md").read_text(encoding="utf-8")
+    assert text.count(PARTS["page.js"]) == 1
+    return (text.replace(f"<script>{PARTS['page.js']}</script>", ""), json.loads(found[0]),
+            page.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 def run_main(argv: list[str]) -> int:
@@ -93,7 +94,8 @@ def run_main(argv: list[str]) -> int:
 def cells(text: str) -> list[list[str]]:
     """The rows of every table of a page."""
     rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
-    return [[unescape(c) for c in re.findall(r"<td>(.*?)</td>", row)] for row in rows]
+    return [[unescape(c) for c in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)]
+            for row in rows]
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -138,26 +140,37 @@ def test_of_dialogs_the_learned_tokens_are_named(tmp_path):
 
 def test_differences_from_the_parent(tmp_path):
     page, _, markdown = build(make_run(tmp_path / "run"))
-    table = page.split("What was run")[1].split("</table>")[0]
-    assert cells(table) == [["", "parent", f"{tmp_path.name}/run"], ["vocab_size", "0", "259"],
+    first, whole = page.split("What was run")[1].split("</table>")[:2]
+    assert cells(first) == [["", "child.py", "this run"], ["max_steps", "2300", "100"]]
+    assert cells(whole) == [["", "parent", f"{tmp_path.name}/run"], ["vocab_size", "0", "259"],
                             ["max_steps", "2300", "100"], ["learning_rate", "0.001", "0.002"],
                             ["device", "auto", "cpu"]]
+    assert "<details>" in whole  # what the file itself changes lies in a fold
     assert "| learning_rate | 0.001 | 0.002 |" in markdown
     assert (f"run was last started by: train.py child.py --out_dir={tmp_path}/run --max_steps=100 "
             "on 2 ranks of torchrun") in page
 
 
 def test_differences_of_several_runs(tmp_path):
+    """What differs between them alone; in a fold what does from the parent."""
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", n_layer=5)
-    rows = cells(build(one, two)[0])
+    page = build(one, two)[0]
+    rows, first = cells(page), cells(page.split("</table>")[0])
+    differ = cells(page.split("What was run")[1].split("</table>")[0])
     assert ["n_layer", "4", "4", "5"] in rows and ["device", "auto", "cpu", "cpu"] in rows
+    assert ["n_layer", "4", "5"] in differ and not {"device", "max_steps"} & {r[0] for r in differ}
+    losses = [[row["val_loss"] for row in metrics_of(run) if "val_loss" in row][-1]
+              for run in (one, two)]
+    assert ["validation loss, nats per token", *(f"{loss:.4f}" for loss in losses)] in first
 
 
 def test_panels_come_in_the_order_of_their_table(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
     monkeypatch.setitem(PANELS, "Extra", lambda runs, out: [paragraph(f"{runs[0].name} at {out}")])
     page, _, markdown = build(run)
-    assert re.findall("<h2>(.*?)</h2>", page) == list(PANELS) == re.findall("## (.*)", markdown)
+    titles = [name for name in PANELS if name not in ("Answers", "What is learned of a dialog")]
+    assert re.findall("<h2>(.*?)</h2>", page) == titles == re.findall("## (.*)", markdown)
+    assert page.index("<svg") < page.index("<table")  # a picture first
     assert f"{tmp_path.name}/run at {run}/report.html</p>" in page
 
 
@@ -182,6 +195,7 @@ def test_text_of_the_model_is_escaped(tmp_path):
     write(run / "samples.jsonl", {"step": 100, "prompt": NASTY, "completion": NASTY * 3})
     page, data, markdown = build(run)
     assert page.count("<script") == 1 and page.count("</script") == 1 and "alert" in page
+    assert "script-src 'sha256-" in page  # and no other script would run
     assert "/a &lt;b&gt; run</title>" in page
     assert data["runs"][0]["samples"][0]["prompt"] == NASTY
     assert not re.search(r"(?<!\\)</?script", markdown) and "alert" in markdown
@@ -197,10 +211,11 @@ def test_scores_baselines_and_chance(tmp_path):
         "baselines": {"unigram_bpb": 4.0, "5-gram_bpb": 0.5, "tokens": 99}})
     page, _, markdown = build(run)
     who = f"{tmp_path.name}/run"
-    assert [f"{who}, step 100", "arc acc", "0.5000 ± 0.0196", "0.25"] in cells(page)
-    assert [f"{who}, step 100", "arc exact,strict", "0.1000 ± 0.0196", "–"] in cells(page)
+    assert ["step 100", "arc acc", "0.5000 ± 0.0196", "0.25"] in cells(page)
+    assert ["step 100", "arc exact,strict", "0.1000 ± 0.0196", "–"] in cells(page)
     assert not {"arc n", "arc truncated", "arc chance"} & {row[1] for row in cells(page) if row[1:]}
-    assert [f"{who}, step 100", "validation bits per byte", "1.2500", "–"] in cells(page)
+    assert ["step 100", "validation bits per byte", "1.2500", "–"] in cells(page)
+    assert "needs 150.0% more bits than a 5-gram model" in page
     at = cells(page).index(["step 100", "bits per byte", "below unigram"])
     assert cells(page)[at + 1:at + 4] == [["5-gram", "0.5000", "87.5%"], [who, "1.2500", "68.8%"],
                                           ["unigram", "4.0000", "0.0%"]]
@@ -223,25 +238,36 @@ def test_scores_by_position_and_of_shorter_windows(tmp_path):
     assert rows["passkey acc_512"] == ["0.2500", "0.1"]
 
 
-def test_scores_are_drawn_against_tokens(tmp_path):
+def test_scores_are_drawn_along_the_run(tmp_path):
+    """As dots with their intervals, beside chance; page.js knows steps, tokens and hours."""
     run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
     for step, acc in ((50, 0.25), (100, 0.75)):
         write(run / f"eval/step_{step}.json", {
             "step": step, "tokens": step * 512, "tasks": {
                 "local:a&b": {"acc": acc, "acc_stderr": 0.05, "n": 9, "correct": 3, "irt": 0.3,
-                              "intervals": {"irt": [0.2, 0.4]}, "letters": {"A": 9}}},
+                              "intervals": {"irt": [0.2, 0.4]}, "letters": {"A": 9},
+                              "chance": 0.25}},
             "texts": {"x.txt": {"val_loss": 2.0, "val_bpb": 1.5}}})
-    page, _, markdown = build(run, other)
-    svg = next(one for one in page.split("<svg") if "against tokens" in one)
-    points = re.search(r'd="M([\d., ]+)h0', svg)[1].split()
-    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points)
-    assert (x0 - LEFT) * 2 == pytest.approx(x1 - LEFT, abs=0.2)  # twice the tokens
-    assert y0 - y1 == pytest.approx(HEIGHT * 0.5 / ((0.75 + 1.96 * 0.05) * 1.05), abs=0.2)
-    assert "a&amp;b acc against tokens" in svg and ">tokens</text>" in svg and "<polygon" in svg
-    assert "_score_0.svg)" in markdown and (run / "report_with_other_score_0.svg").is_file()
+    page, data, markdown = build(run, other)
+    figure = next(one for one in page.split("<figure") if "a&amp;b acc</b>" in one)
+    dots = np.array(re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', figure), float)
+    bars = np.array(re.findall(r'class="range" d="M([\d.]+),([\d.]+) [\d.]+,([\d.]+)"', figure),
+                    float)
+    assert (dots[0, 0] - LEFT) * 2 == pytest.approx(dots[1, 0] - LEFT, abs=0.2)  # twice the steps
+    np.testing.assert_allclose(bars[:, 1:].mean(1), dots[:, 1], atol=0.11)
+    scale = (dots[0, 1] - dots[1, 1]) / 0.5
+    np.testing.assert_allclose(bars[:, 1] - bars[:, 2], 2 * 1.96 * 0.05 * scale, atol=0.21)
+    assert "chance</span>" in figure and "bars: 95 % interval" in figure
+    chart = next(one for one in data["charts"] if one["title"] == "local:a&b acc")
+    assert chart["lines"][0]["x"]["step"] == [50, 100] and chart["lines"][0]["y"] == [0.25, 0.75]
+    assert chart["lines"][0]["x"]["tokens"] == [25600, 51200]
+    assert chart["lines"][0]["low"] == [0.152, 0.652] and chart["lines"][1]["look"] == "chance"
+    assert "_score_1.svg)" in markdown and (run / "report_with_other_score_1.svg").is_file()
     rows = {row[1]: row[2:] for row in cells(page) if len(row) == 4}
     assert rows["local:a&b irt"] == ["0.3000 (0.200 to 0.400)", "–"]
     assert rows["x.txt bits per byte"] == ["1.5000", "–"] and "local:a&b correct" not in rows
+    earlier = page.index("Scores of earlier steps")
+    assert page.index("0.7500 ± 0.0980") < earlier < page.index("0.2500 ± 0.0980")
 
 
 @pytest.mark.parametrize("form", ["given", "dotted", "absolute", "real"])
@@ -263,7 +289,7 @@ def test_a_file_of_a_runs_own_folder_has_one_name_in_all_runs(tmp_path, monkeypa
                 f"probe:{place}/d.csv y": {"auroc": 0.2, "n": 9},  # two that would become one
                 "probe:d.csv y": {"auroc": 0.3, "n": 9}}})
     page, _, text = build(*runs)
-    assert page.count("probe:c.parquet,e.csv y auroc against tokens") == 2  # label and title of one
+    assert page.count("<b>probe:c.parquet,e.csv y auroc</b>") == 1
     assert text.count("| probe:c.parquet,e.csv y auroc minus b.csv | 0.1000 ± 0.0200 |") == 4
     for run in runs:
         assert f"probe:x{run}/c.parquet y auroc |" in text
@@ -281,11 +307,12 @@ def test_seeds_are_a_mean_and_a_band(tmp_path):
     np.testing.assert_array_equal(low, table.min(0))
     np.testing.assert_array_equal(high, table.max(0))
     page, data, _ = build(*folders)
-    assert page.count("<polygon") == 3  # training and validation loss, bits per byte
-    svg = page.split("<svg")[1]  # along the highest from the left, back along the lowest
+    # of the training loss; validation has a bar at each dot
+    assert page.count("<polygon") == 1 and page.count('class="range"') == 4  # not of step 0
+    svg = page.split("<svg")[2]  # along the highest from the left, back along the lowest
     corners = [float(p.split(",")[0]) for p in svg.split('points="')[1].split('"')[0].split()]
     assert len(corners) == 2 * len(steps) and corners == corners[::-1]
-    assert page.count("seed1 and 2 other seeds (mean, range)") == 6
+    assert page.count("seed1 and 2 other seeds (mean, range)</span>") == 7
     assert [run["metrics"] for run in data["runs"]] == [metrics_of(run) for run in folders]
 
 
@@ -309,10 +336,10 @@ def test_validation_sets_that_were_not_measured_at_the_same_steps(tmp_path):
         with (folder / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in more)
     page, _, _ = build(one)
-    assert page.count("trade-off: loss on old against loss on new, nats per token</text>") == 1
-    assert "against loss on late" not in page and "late: " in page
+    assert page.count("Trade-off: loss on old against loss on new, nats per token</b>") == 1
+    assert "against loss on late" not in page and ">late</span>" in page
     both, _, _ = build(one, two)
-    assert "trade-off: loss on old against loss on new" in both and "late: " not in both
+    assert "Trade-off: loss on old against loss on new" in both and ">late" not in both
 
 
 def test_runs_that_differ_are_drawn_apart(tmp_path):
@@ -321,7 +348,7 @@ def test_runs_that_differ_are_drawn_apart(tmp_path):
     names = [run["name"] for run in data["runs"]]
     assert names == [f"{tmp_path.name}/one", f"{tmp_path.name}/two"] and "<polygon" not in page
     for name in names:
-        assert page.count(f"</tspan> {name}</text>") == 6
+        assert page.count(f">{name}</span>") == 6
     assert (tmp_path / "new" / "both_loss.svg").exists()
 
 
@@ -330,43 +357,125 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
     assert [run["name"] for run in build(one, two)[1]["runs"]] == ["a/run", "b/run"]
 
 
-def test_samples_of_the_first_the_middle_and_the_last_step(tmp_path):
+def test_samples_along_the_run(tmp_path):
+    """Of up to eight steps, the first and the last among them, the newest on top and open."""
     run = make_run(tmp_path / "run")
-    rows = [{"step": step, "prompt": "def ", "completion": f"at{step}"} for step in range(7)]
+    rows = [{"step": step, "prompt": "def ", "completion": f"at{step}"} for step in range(29)]
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
     page, _, markdown = build(run)
-    for said in (page, markdown):
-        assert re.findall("<pre>(.*?)</pre>", said) == ["def at0"] * 2 + ["def at3"] * 2 + [
-            "def at6"] * 2
+    steps = [28, 24, 20, 16, 12, 8, 4, 0]
+    texts = [f"at{step}" for step in steps for _ in "ab"]
+    assert re.findall("<pre><b>def </b>(.*?)</pre>", page) == texts
+    assert re.findall("<pre>def (.*?)</pre>", markdown) == texts
+    assert re.findall("<details open><summary>(.*?)<", page) == ["step 28"]
+
+
+def test_a_dialog_is_laid_out_by_its_turns(tmp_path):
+    run = make_run(tmp_path / "run")
+    write(run / "samples.jsonl", {"step": 1, "prompt": "<s><|user|>Hi <b>\n<|end|><|assistant|>",
+                                  "completion": "Ho<|end|>"})
+    page, _, markdown = build(run)
+    assert re.findall('<div class="turn (.*?)"><span>.*?</span><pre>(.*?)</pre>', page) == [
+        ("user", "Hi &lt;b&gt;"), ("assistant", "Ho")]
+    assert "&lt;|user|&gt;Hi" in markdown
+
+
+def test_what_is_learned_of_a_dialog_is_marked(tmp_path):
+    run = make_run(tmp_path / "run", documents="chat")
+    info = json.loads((run / "run.json").read_text())
+    info["data"] |= {"train_tokens": 4000, "train_learned": 1000}
+    write(run / "run.json", info | {"example": [["<|user|><i>", False], ["Ho<|end|>", True]]})
+    page, _, markdown = build(run)
+    assert '<pre class="mask">&lt;|user|&gt;&lt;i&gt;<mark>Ho&lt;|end|&gt;</mark></pre>' in page
+    assert "25.0% of the 4k training tokens are learned" in page
+    assert "[[Ho&lt;|end|&gt;]]" in markdown
+
+
+def test_text_of_any_script_is_shown_as_itself(tmp_path):
+    run = make_run(tmp_path / "run", sources=[{"path": "книга.txt"}], sample_prompt="海は")
+    info = json.loads((run / "run.json").read_text())
+    info["overrides"] |= {"sample_prompt": "海は"}
+    info["data"]["sources"] = [{"path": "книга.txt"}]
+    write(run / "run.json", info)
+    write(run / "samples.jsonl", {"step": 1, "prompt": "Η ", "completion": "θάλασσα"})
+    for text in (build(run)[0], build(run)[2]):
+        assert "\\u04" not in text and "\\u6d" not in text and "\\u03" not in text
+        assert "книга.txt" in text and "海は" in text and "θάλασσα" in text
 
 
 def test_pictures_stand_alone(tmp_path):
+    """With title, legend and style; the page has the same curves without."""
     run = make_run(tmp_path / "run")
-    page, _, markdown = build(run)
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown)
-    assert len(pictures) == page.count("<svg") == 6
-    for name in pictures:
+    page, data, markdown = build(run)
+    pictures = re.findall(r"!\[([^]]*)\]\(([^)]*)\)", markdown)
+    assert len(pictures) == page.count('<figure class="chart') == len(data["charts"]) == 6
+    figures = page.split("<figure")[1:]
+    for figure, (title, name) in zip(figures, pictures, strict=True):
         svg = (run / name).read_text()
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
-        assert STYLE in svg and svg.replace(f"<style>\n{STYLE}</style>", "") in page
+        assert STYLE in svg and f">{title}</text>" in svg and f"<b>{title}</b>" in figure
+        assert svg.count("<circle") == figure.count("<circle")
 
 
 def test_a_curve_is_drawn_where_the_numbers_are():
     points = [Point(step, value, value, value) for step, value in ((0, 0), (60, 5), (100, 10))]
-    svg = draw(Chart("t", ("lr",)), ["x"], [Line(0, "lr", points)])
+    svg = draw(Chart("t", ("lr",), zero=True), ["x"], [Line(0, "strong", points)])
     path = re.search(r'<path d="M([0-9., ]*)h0"', svg)
     assert path
     at = np.array([[float(v) for v in point.split(",")] for point in path[1].split()])
     assert re.findall(r'x="([0-9.]*)" y="[0-9]*">(?:0|60|100)<', svg) == [
         f"{x:.1f}" for x in at[:, 0]]  # the labels below them
-    assert at[0, 0] == LEFT and at[2, 0] == RIGHT
-    np.testing.assert_allclose(at[:, 1], 56 + HEIGHT * (1 - np.array([0, 5, 10]) / 10.5),
+    assert at[0, 0] == LEFT and at[2, 0] == 480 - 14
+    np.testing.assert_allclose(at[:, 1], 54 + HEIGHT * (1 - np.array([0, 5, 10]) / 10.6),
                                atol=0.05)
+
+
+def test_the_first_steps_do_not_flatten_the_rest():
+    """The scale is that of what comes after a twentieth of the way, what is cut off is said, and no
+    line leads from the score of the first weights to the next."""
+    points = [Point(step, value, value, value) for step, value in (
+        (0, 9.0), (25, 5.0), (50, 4.0), (75, 3.5), (100, 3.0))]
+    chart, lines = Chart("t", ("val_loss",), fit=True), [Line(0, "dots", points)]
+    low, high, _ = limits(chart, lines)
+    assert low == pytest.approx(3 - 0.12) and high == pytest.approx(5 + 0.12)
+    assert cut_off(chart, lines) == 0 and cut_off(Chart("t", ("val_loss",)), lines) is None
+    svg = draw(chart, ["x"], lines)
+    path = re.search(r'<path d="M([-0-9., ]*)h0"', svg)
+    assert path and len(path[1].split()) == 4 and svg.count("<circle") == 5
+    assert limits(chart, [Line(0, "dots", points[:2])])[1] > 9  # too few to leave one out
+
+
+def test_a_running_mean_lags_at_its_end_alone():
+    line = [Point(step, 3.0 * step, 0, 0) for step in range(200)]
+    assert [p.mean for p in smoothed(line)][:196] == pytest.approx([p.mean for p in line][:196])
+    noise = np.random.default_rng(0).normal(size=400)
+    made = smoothed([Point(i, value, value, value) for i, value in enumerate(noise)])
+    weights = 1 - np.abs(np.arange(-8, 9)) / 9  # 2 % on either side
+    assert made[200].mean == pytest.approx(np.sum(weights * noise[192:209]) / weights.sum())
+    assert made[0].mean == noise[0]
+
+
+def test_long_curves_are_thinned_and_keep_their_peaks():
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[54_321], values[77_777] = 50, -50
+    points = [Point(i, value, value, value) for i, value in enumerate(values.tolist())]
+    kept = thinned(points)
+    assert len(kept) <= MOST and kept == sorted(kept) and set(kept) <= set(points)
+    assert {0, 54_321, 77_777, 99_999} <= {point.step for point in kept}
+    assert thinned(points[:MOST]) == points[:MOST]
+
+
+def test_other_axes_of_a_curve(tmp_path):
+    """Hours are those of training: the pause before step 60 does not count."""
+    run = load(make_run(tmp_path / "run"))
+    axes = along(run, [Point(step, 0, 0, 0) for step in (0, 5, 60, 100)])
+    assert axes["tokens"] == [0, 2560, 60 * 512, 51200]
+    assert axes["hours"] == pytest.approx([0, 5 / 3600, 60 / 3600, 100 / 3600])
 
 
 def test_a_logarithmic_curve_is_drawn_where_the_numbers_are():
     points = [Point(step, value, value, value) for step, value in ((0, 1.0), (1, 10.0), (2, 100.0))]
-    svg = draw(Chart("t", ("loss",), log=True), ["x"], [Line(0, "loss", points)])
+    svg = draw(Chart("t", ("loss",), log=True), ["x"], [Line(0, "strong", points)])
     heights = [float(y) for y in re.findall(r",([0-9.]+)", svg.split('<path d="M')[1])]
     grid = [float(y) for y in re.findall(rf'class="rule" d="M{LEFT} ([0-9.]+)H', svg)]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
@@ -412,7 +521,7 @@ def test_values_that_are_not_numbers_are_not_drawn(tmp_path):
     run = make_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 110, "tokens": 1, "loss": NaN, "grad_norm": Infinity, "lr": null}\n')
-    drawn = re.findall("<svg.*?</svg>", build(run)[0], re.DOTALL)
+    drawn = re.findall("<figure.*?</figure>", build(run)[0], re.DOTALL)
     assert len(drawn) == 6 and not re.search(r"\bnan\b|\binf\b", "".join(drawn).lower())
 
 
@@ -421,7 +530,7 @@ def test_no_evaluation_yet(tmp_path):
     write(run / "metrics.jsonl", {"step": 1, "tokens": 512, "loss": 5.0, "tokens_per_second": 512})
     page = build(run)[0]
     assert "validation loss – nats" in page and "No scores yet" in page
-    assert page.count("<svg") == 2  # loss and tokens per second, a point each
+    assert page.count("<figure") == 2  # loss and tokens per second, a point each
 
 
 def test_a_loss_that_is_not_finite_any_more_is_said(tmp_path):
@@ -442,7 +551,8 @@ def test_a_page_takes_the_place_of_no_other(tmp_path):
                        for name, layers in (("one", 4), ("two", 5), ("three", 6)))
     own = build(one)[0]
     both = build(one, two)[0]
-    assert (one / "report.html").read_text() == own and "report_with_two" in str([*one.iterdir()])
+    kept = (one / "report.html").read_text()
+    assert kept.startswith(own[:9000]) and "report_with_two" in str([*one.iterdir()])
     assert build(one)[0] == own and build(one, two)[0] == both  # the same again
     (tmp_path / "mine.html").write_text("mine")
     (tmp_path / "README.md").write_text("mine")
@@ -493,7 +603,7 @@ def test_what_a_file_does_not_say_is_left_out(tmp_path):
 
 
 def test_memory_is_drawn_in_gib(tmp_path):
-    chart = build(make_run(tmp_path / "run"))[0].split("peak memory, GiB")[-1].split("</svg>")[0]
+    chart = build(make_run(tmp_path / "run"))[0].split("<b>Peak memory, GiB")[-1].split("</svg>")[0]
     assert ">1</text>" in chart and "B</text>" not in chart  # 2**30 bytes in every row
 
 
@@ -622,3 +732,68 @@ def test_what_a_run_is_not_compared_with(tmp_path, capsys):
     assert run_main([str(runs[1]), f"--compare={tmp_path}/older.json"]) == 0
     write(runs[1] / "status.json", {"state": "stopped", "step": 50})
     assert "is stopped" in fails(runs[1], new) and not (tmp_path / "new.json").exists()
+
+
+# ---- a run that goes on
+
+def test_a_page_is_written_as_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """It says that it loads itself anew until the run ends; the last page holds its last row."""
+    run = make_run(tmp_path / "run")
+    write(run / "status.json", {"state": "running", "step": 100})
+    seen = []
+
+    def sleep(seconds: int) -> None:
+        page = (run / "report.html").read_text()
+        meta = '<noscript><meta http-equiv="refresh" content="3"></noscript>'
+        seen.append((seconds, '"every": 3' in page, meta in page))
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 100 + len(seen), "tokens": 60_000, "loss": 1.0}) + "\n")
+        if len(seen) == 2:
+            write(run / "status.json", {"state": "done", "step": 102})
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    assert run_main([str(run), "--watch", "--every=3"]) == 0
+    assert seen == [(3, True, True)] * 2
+    page = (run / "report.html").read_text()
+    assert '"every": 0' in page and "refresh" not in page.split("<style>")[0]
+    assert "done at step 102 of 100" in page and '"step": 102' in page
+    assert "the last page, nothing goes on" in capsys.readouterr().out
+    assert not list(run.glob("*.tmp"))  # pages appear whole
+
+
+def test_a_run_that_was_killed_is_not_watched_for_ever(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    write(run / "status.json", {"state": "running", "step": 100})
+    assert not silent(run)
+    os.utime(run / "metrics.jsonl", (1e9, 1e9))
+    assert silent(run) and run_main([str(run), "--watch"]) == 0
+    assert "may have been killed" in capsys.readouterr().out
+
+
+def test_a_run_without_rows_is_waited_for(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    rows = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(report.time, "sleep", lambda _: (run / "metrics.jsonl").write_text(rows))
+    assert run_main([str(run), "--watch"]) == 0 and (run / "report.html").is_file()
+
+
+def test_watching_with_other_options(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "--watch writes pages" in fails(run, "--watch", "--compare=x.json")
+    assert "--every has no effect without --watch" in fails(run, "--every=3")
+
+
+def test_what_is_said_of_a_curve(tmp_path):
+    """Still falling, risen since its lowest value, or flat."""
+    run = make_run(tmp_path / "run")
+    rows = metrics_of(run)[:1]
+    for losses, said in (([5, 4, 3, 2, 1], "still fell at the end: by 0.8000 over the last 20%"),
+                         ([5, 3, 2, 2.5, 3], "was lowest at step 40, 2.0000, and has risen by 1.0"),
+                         ([5, 3, 2, 2, 2], "hardly changed over the last 20% of the steps")):
+        with open(run / "metrics.jsonl", "w") as file:
+            file.write(json.dumps(rows[0] | {"val_loss": 5}) + "\n")
+            file.writelines(json.dumps({"step": 20 * i, "val_loss": loss, "skipped": 3}) + "\n"
+                            for i, loss in enumerate(losses) if i)
+        page = build(run)[0]
+        assert said in page and "3 updates were not made" in page

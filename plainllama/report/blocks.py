@@ -11,6 +11,7 @@ class Block(NamedTuple):
 
     html: str
     markdown: str
+    chart: dict | None = None  # a chart's numbers, for page.js
 
 
 def heading(text: str, level: int) -> Block:
@@ -25,10 +26,18 @@ def paragraph(text: str) -> Block:
 
 def table_block(heads: list[str], rows: list[list[str]]) -> Block:
     """Make a table of texts."""
-    html = [f"<td>{'</td><td>'.join(map(escape, row))}</td>" for row in [heads, *rows]]
+    html = [f"<th>{'</th><th>'.join(map(escape, heads))}</th>", *("".join(map(cell, row))
+                                                                for row in rows)]
     rule = ["---"] * len(heads)
     lines = [f"| {' | '.join(map(as_markdown, row))} |" for row in [heads, rule, *rows]]
-    return Block(f"<div><table><tr>{'</tr><tr>'.join(html)}</tr></table></div>", "\n".join(lines))
+    return Block(f'<div class="table"><table><tr>{"</tr><tr>".join(html)}</tr></table></div>',
+                 "\n".join(lines))
+
+
+def cell(text: str) -> str:
+    """Make a table's cell; numbers lie to the right, in digits of one width."""
+    number = re.fullmatch(r"[-+–]?[\d.,:]*[kMBT%]?( ± [\d.]+| \([-\d.]+ to [-\d.]+\))?", text)
+    return f'<td{" class=n" if number else ""}>{escape(text)}</td>'
 
 
 def side_by_side(heads: list[str], values: list[dict]) -> Block:
@@ -39,6 +48,13 @@ def side_by_side(heads: list[str], values: list[dict]) -> Block:
     return table_block(["", *heads], rows)
 
 
+def fold(summary: str, blocks: list[Block], opened: bool = False) -> list[Block]:
+    """Lay blocks behind a line that opens them; in Markdown they are below it."""
+    begin = Block(f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>",
+                  f"**{as_markdown(summary)}**")
+    return [begin, *blocks, Block("</details>", "")]
+
+
 def flatten(value: dict, prefix: str = "") -> dict[str, str]:
     """Bring nested dicts to one level: {'git': {'dirty': True}} -> {'git dirty': 'true'}."""
     flat: dict[str, str] = {}
@@ -46,8 +62,18 @@ def flatten(value: dict, prefix: str = "") -> dict[str, str]:
         if isinstance(part, dict):
             flat |= flatten(part, f"{prefix}{name} ")
         else:
-            flat[prefix + name] = part if isinstance(part, str) else json.dumps(part)
+            flat[prefix + name] = part if isinstance(part, str) else as_said(part)
     return flat
+
+
+def as_said(value) -> str:
+    """Write a value as JSON, text of any script as itself."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def plain(text: str) -> str:
+    """Replace what UTF-8 cannot hold (half a surrogate pair) by a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def as_markdown(text: str) -> str:

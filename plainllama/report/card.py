@@ -1,13 +1,14 @@
 """The model card of an export."""
 
+import json
 import shlex
 from pathlib import Path
 
 from plainllama.files import read_json, run_of
 from plainllama.report.blocks import heading
-from plainllama.report.charts import CHARTS, charts
-from plainllama.report.page import baselines, scores
+from plainllama.report.charts import LOSS, charts
 from plainllama.report.runs import RunFolder, load
+from plainllama.report.scores import baselines, scores
 from plainllama.results import read_scores, unplaced
 from plainllama.settings import DIALOGS, UserError
 
@@ -17,6 +18,32 @@ DIALOG = """tokenizer.apply_chat_template(
     [{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_dict=True,
     return_tensors="pt")"""
 
+TEMPLATES = {"own": "plainllama's own, chat_template.jinja",
+             "model": "the first model's own, chat_template.jinja"}
+VLLM = """
+With vLLM, behind OpenAI's interface:
+
+```sh
+{serve}
+curl http://localhost:8000/v1/{path} -H 'Content-Type: application/json' \\
+  -d '{question}'
+```
+"""
+# plainllama writes the file for both, from the checkpoint, and beside it Ollama's Modelfile
+GGUF = """
+With llama.cpp, and with Ollama, from a GGUF that plainllama writes of the checkpoint:
+
+```sh
+python export.py --ckpt=CHECKPOINT{merge} --to={gguf}
+{talk}
+```
+
+```sh
+ollama create {name} -f Modelfile  # which lies beside the GGUF
+ollama run {name} "{said}"
+```
+"""
+
 
 def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tuple[int, int],
          merged: str = "") -> str:
@@ -24,8 +51,10 @@ def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tupl
     files. `flags`: export.py's; `counts`: all parameters, those without embeddings; `merged`: what
     merging has changed since the run scored it. The curve becomes a picture in `folder`."""
     chat = (folder / "chat_template.jinja").is_file()
+    name = flags.push or Path(flags.to).name
     text = Path(__file__).with_name("card.md").read_text("utf-8").format(
-        license=flags.license or "not stated", name=flags.push or Path(flags.to).name,
+        license=flags.license or "not stated", name=name,
+        elsewhere=elsewhere(name, folder, flags, chat),
         license_line=f"license: {flags.license}\n" if flags.license else "", dtype=flags.dtype,
         total=counts[0], inner=counts[1], trust=", trust_remote_code=True" if flags.code else "",
         documents="dialogs" if chat else "text", asked=DIALOG if chat else TEXT, skips=not chat,
@@ -40,6 +69,27 @@ def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tupl
         text += section("Training", training_facts(read_json(run / "run.json"), state))
         text += curve_and_scores(run, state.get("step", 0), folder)
     return text
+
+
+def elsewhere(name: str, folder: Path, flags, chat: bool) -> str:
+    """Say how vLLM, llama.cpp and Ollama are given the model."""
+    if flags.code:
+        return ("\nThe folder holds code of its own (`--code`), which vLLM, llama.cpp and Ollama "
+                "do not run: exported without it, it is a plain LLaMA, which they open.\n")
+    serve, merge = f"vllm serve {name}", ""
+    if flags.adapter:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        # where the base lies on the machine that trained is nobody's business
+        serve = f"vllm serve {Path(base).name} --enable-lora --lora-modules {name}={name}"
+        merge = " --merge"
+    path, key, asked = ("chat/completions", "messages", [{"role": "user", "content": "Hello!"}]) \
+        if chat else ("completions", "prompt", "The")
+    question = json.dumps({"model": name, key: asked, "max_tokens": 50})
+    gguf = f"{Path(name).name}.gguf"
+    talk = f"llama-cli -m {gguf} -cnv" if chat else f'llama-cli -m {gguf} -no-cnv -p "The" -n 50'
+    return VLLM.format(serve=serve, path=path, question=question) + GGUF.format(
+        gguf=gguf, merge=merge, talk=talk, name=Path(name).name.lower(),
+        said="Hello!" if chat else "The")
 
 
 def section(title: str, values: dict) -> str:
@@ -62,9 +112,19 @@ def training_facts(info: dict, state: dict) -> dict:
     dialogs = config.get("documents", "text") in DIALOGS
     unit = "learned tokens" if dialogs else "tokens trained on"
     edited = " (edited)" if git.get("dirty") else ""
+    learned, whole = data.get("train_learned"), data.get("train_tokens")
+    share = f", {learned / whole:.1%} of the tokens" if learned and whole else ""
+    # what of its documents reached the model, and how they lay in its context
+    recipe = ", ".join(f"{name}={config[name]}" for name in (
+        "packing", "doc_mask", "block_size", "dedup", "min_chars", "max_chars")
+        if config.get(name) not in (None, 0, "none"))
     return {
         "data set": names or data.get("name"), "validated on": data.get("name") if names else None,
         "sources": None if names else sources or None,  # they are of the one that validates
+        "documents": config.get("documents"), "data recipe": recipe or None,
+        "training split": f"{whole:,} tokens" if whole and not names else None,
+        "learned": f"{config.get('train_on')}{share}" if dialogs else None,
+        "chat template": TEMPLATES.get(config.get("chat_template", "")) if dialogs else None,
         "started from": config.get("init_from") or None,
         "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
         "objective": ", ".join(f"{name} {config[name]}" for name in (
@@ -83,7 +143,7 @@ def curve_and_scores(run: Path, step: int, folder: Path) -> str:
     try:
         history = load(run)
         history.metrics = [row for row in history.metrics if row["step"] <= step]
-        blocks = charts([[history]], folder / "curve.html", CHARTS[:1])
+        blocks = charts([[history]], folder / "curve.html", LOSS)
     except UserError as error:
         print(f"no curve in the model card: {error}")
     if scored:

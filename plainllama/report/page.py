@@ -1,90 +1,144 @@
 """The page: everything that is said of runs, panel by panel."""
 
+import hashlib
 import json
 import re
 import shlex
-from datetime import UTC, datetime, timedelta
+from base64 import b64encode
+from datetime import UTC, datetime
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from string import Template
 
 from plainllama.command import read_config
-from plainllama.report.blocks import Block, heading, paragraph, short, side_by_side, table_block
-from plainllama.report.charts import STYLE, Chart, Line, Point, chart_block, charts, trade_offs
+from plainllama.files import write_text
+from plainllama.report.blocks import (
+    Block,
+    as_markdown,
+    as_said,
+    fold,
+    heading,
+    paragraph,
+    plain,
+    side_by_side,
+)
+from plainllama.report.charts import LEARNED, LOSS, MACHINE, charts, trade_offs
+from plainllama.report.drawing import STYLE
 from plainllama.report.runs import RunFolder, grouped, is_number
-from plainllama.results import Score, measured, told_folds
-from plainllama.settings import DIALOGS, Settings, UserError
+from plainllama.report.scores import baselines, folds, growth, scores
+from plainllama.report.texts import answers, masks, samples
+from plainllama.report.verdict import figures, kind_of, outcome, verdict
+from plainllama.settings import Settings, UserError
+
+PARTS = {name: Path(__file__).with_name(name).read_text("utf-8")
+         for name in ("page.html", "page.css", "page.js")}
 
 
-def write_page(runs: list[RunFolder], out: Path) -> Path:
-    """Write the page, its pictures and its Markdown twin, whose path is returned. UserError if
-    something else than an older page of these runs is in its place."""
+def write_page(runs: list[RunFolder], out: Path, every: int = 0) -> Path:
+    """Write the page, its pictures and its Markdown twin, whose path is returned; with `every` the
+    page loads itself anew after so many seconds. UserError if something else than an older page of
+    these runs is in its place."""
     twin, there = out.with_suffix(".md"), runs_of(out)
     if there != [run.name for run in runs] and (out.exists() or twin.exists()):
         what = f"is the page of {', '.join(there)}" if there else f"or {twin} is there already"
         raise UserError(f"{out} {what}; name another with --out=FILE.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     title = ", ".join(run.name for run in runs)
-    blocks = [heading(title, 1), *(paragraph(outcome(run)) for run in runs)]
+    blocks = [heading(title, 1), *head(runs)]
     for name, panel in PANELS.items():
-        blocks += [heading(name, 2), *panel(runs, out)]
-    # without a < nothing in the data can end the element that holds it
-    data = json.dumps({"runs": [vars(run) for run in runs]}).replace("<", "\\u003c")
-    template = Template(Path(__file__).with_name("page.html").read_text("utf-8"))
-    html = template.substitute(title=escape(title), style=STYLE, data=data,
-                               body="\n".join(block.html for block in blocks))
-    out.write_text(html, "utf-8", "replace")
-    twin.write_text("\n\n".join(block.markdown for block in blocks) + "\n", "utf-8", "replace")
+        if content := panel(runs, out):
+            blocks += folded(name, content) if name in FOLDED else [heading(name, 2), *content]
+    data = {"every": every, "charts": [block.chart for block in blocks if block.chart],
+            "runs": [vars(run) for run in runs]}
+    script = PARTS["page.js"]
+    html = Template(PARTS["page.html"]).substitute(
+        title=escape(title), style=STYLE + PARTS["page.css"], data=as_data(data), script=script,
+        script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        refresh=f'<noscript><meta http-equiv="refresh" content="{every}"></noscript>'
+        if every else "", body="\n".join(block.html for block in blocks))
+    text = "\n\n".join(block.markdown for block in blocks if block.markdown)
+    write_text(twin, plain(text) + "\n")
+    write_text(out, plain(html))
     return twin
+
+
+def as_data(value) -> str:
+    """Write JSON for the inside of an element of HTML. Without a < nothing in it can end the
+    element; half a surrogate pair, which UTF-8 cannot hold, is spelt."""
+    text = as_said(value).replace("<", "\\u003c")
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def runs_of(page: Path) -> list[str]:
     """Read the names of its runs off a page; [] if it is no page of ours."""
     text = page.read_text("utf-8", "replace") if page.exists() else ""
-    data = re.search('id="data">(.*)</script>', text)
+    data = re.search('id="data">(.*?)</script>', text)
     return [run["name"] for run in json.loads(data[1])["runs"]] if data else []
 
 
-def outcome(run: RunFolder) -> str:
-    """Say in sentences what came of a run."""
-    timed = [row for row in run.metrics if row.get("tokens_per_second") and "tokens" in row]
-    speed = "learned_tokens_per_second"  # where it is not that of all that is read
-    seconds = sum((row["tokens"] - before["tokens"]) / row.get(speed, row["tokens_per_second"])
-                  for before, row in pairwise([{"tokens": 0}, *timed]))
-    state, device = run.status.get("state", "begun"), run.info["device"]
-    tokens, loss, bits = (short(run.last(name)) for name in ("tokens", "val_loss", "val_bpb"))
-    size, steps = run.info["parameters"].get("total"), run.info["config"].get("max_steps")
-    kind = run.info["config"].get("documents", "text")
-    unit = "learned tokens" if kind in DIALOGS else "tokens"
-    broken = " and ".join(name for name in ("loss", "val_loss") if run.ends_broken(name))
-    said = (f"{run.name}: a LLaMA of {short(size)} parameters, {state} at step {run.last('step')} "
-            f"of {steps}, after {tokens} {unit} and {timedelta(seconds=round(seconds))} of "
-            f"training on {device.get('count')} x {device.get('name')}: validation loss {loss} ")
-    preferred = run.last("val_rewards/accuracies")
-    said += (f"nats per pair, chosen preferred in {preferred or 0:.1%}." if kind == "preference"
-             else f"nats per token, {bits} bits per byte.")
-    older = f" Its newest {broken} is not finite; what is said here is older."
-    return said + older if broken else said
+def head(runs: list[RunFolder]) -> list[Block]:
+    """Say what came of the runs: of one at length, of several beside each other."""
+    if len(runs) == 1:
+        return verdict(runs[0])
+    return [side_by_side([run.name for run in runs], [*map(figures, runs)]),
+            *fold("In sentences", [paragraph(outcome(run)) for run in runs])]
+
+
+def between(runs: list[RunFolder]) -> list[dict]:
+    """Give of each run's config the keys in which the runs differ."""
+    configs = [run.info["config"] for run in runs]
+    known = dict.fromkeys(name for config in configs for name in config)
+    names = [name for name in known if name not in ("out_dir", "resume")
+             and any(config.get(name) != configs[0].get(name) for config in configs)]
+    return [{name: config.get(name) for name in names} for config in configs]
+
+
+def folded(title: str, content: list[Block]) -> list[Block]:
+    """Lay a panel behind its title."""
+    name = heading(title, 2)
+    return [Block(f'<details class="panel"><summary>{name.html}</summary>', name.markdown),
+            *content, Block("</details>", "")]
 
 
 # ---- what was run
 
 def differences(runs: list[RunFolder], out: Path) -> list[Block]:
-    """Show every key in which a run differs from the first one's parent config."""
-    base, parent = runs[0].info.get("base"), vars(Settings())
+    """Show by which commands the runs were started, in what they differ or what the command changed
+    of the config file, and folded every key that differs from the first one's parent config."""
+    blocks = [shell(command_line(run)) for run in runs]
+    parent, base = parent_of(runs[0])
+    named = parent | runs[0].info.get("changed", {})
+    config, said = runs[0].info["config"], runs[0].info.get("overrides", {})
+    names = [name for name in said if config.get(name) != named.get(name) and name != "out_dir"]
+    if len(runs) > 1:
+        blocks.append(side_by_side([run.name for run in runs], between(runs)))
+    elif names:
+        blocks.append(side_by_side(
+            [str(runs[0].info.get("config_file") or "defaults"), "this run"],
+            [{name: values.get(name) for name in names} for values in (named, config)]))
+    configs = [parent, *(run.info["config"] for run in runs)]
+    names = [name for name in config if name != "out_dir"
+             and any(values.get(name) != parent.get(name) for values in configs)]
+    return blocks + fold(
+        f"{len(names)} keys differ from the parent, {base}",
+        [side_by_side(["parent", *(run.name for run in runs)],
+                      [{name: values.get(name) for name in names} for values in configs])])
+
+
+def shell(command: str) -> Block:
+    """Show a command, which breaks at no hyphen."""
+    return Block(f"<pre>{escape(command)}</pre>", as_markdown(command))
+
+
+def parent_of(run: RunFolder) -> tuple[dict, str]:
+    """Give the config that a run's config file is based on, and its name."""
+    base, parent = run.info.get("base"), vars(Settings())
     try:
         for _, layer in read_config(base) if base else ():
             parent |= layer
     except UserError:
-        base = f"the defaults ({base} cannot be read)"
-    configs = [parent, *(run.info["config"] for run in runs)]
-    names = [name for name in runs[0].info["config"] if name != "out_dir"
-             and any(config.get(name) != parent.get(name) for config in configs)]
-    return [*(paragraph(command_line(run)) for run in runs),
-            paragraph(f"{len(names)} keys differ from the parent, {base or 'the defaults'}."),
-            side_by_side(["parent", *(run.name for run in runs)],
-                         [{name: config.get(name) for name in names} for config in configs])]
+        return parent, f"the defaults ({base} cannot be read)"
+    return parent, base or "the defaults"
 
 
 def command_line(run: RunFolder) -> str:
@@ -93,138 +147,13 @@ def command_line(run: RunFolder) -> str:
     keys = {"out_dir": run.info["config"].get("out_dir"), **run.info.get("overrides", {})}
     if keys["out_dir"] in (None, f"out/{Path(config_file).stem}"):
         del keys["out_dir"]
-    options = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+    options = [f"--{name}={value if isinstance(value, str) else as_said(value)}"
                for name, value in keys.items()]
     said = f"{run.name} was last started by: train.py {shlex.join([config_file, *options])}"
     return f"{said} on {ranks} ranks of torchrun" if ranks > 1 else said
 
 
-# ---- scores
-
-def growth(runs: list[RunFolder], out: Path) -> list[Block]:
-    """Draw the tasks' main scores against the tokens trained on, where a run has several."""
-    blocks = []
-    tasks = dict.fromkeys(task for run in runs for evaluation in run.evals
-                          for task in evaluation.get("tasks", {}))
-    for number, task in enumerate(tasks):
-        found = [[(evaluation.get("tokens", 0), score) for evaluation in run.evals
-                  for score in finite_scores(evaluation.get("tasks", {}).get(task, {}))[:1]]
-                 for run in runs]  # of each run the task's first score, which is the main one
-        lines = [Line(place, "strong", [Point(tokens, one.value, one.value - one.margin,
-                                             one.value + one.margin) for tokens, one in pairs])
-                 for place, pairs in enumerate(found) if len(pairs) > 1]
-        if lines:
-            name = next(score.name for pairs in found for _, score in pairs)
-            chart = Chart(f"{task} {name} against tokens (with 95 % interval)",
-                          (f"score_{number}",), axis="tokens")
-            blocks.append(chart_block(chart, [run.name for run in runs], lines, out))
-    return blocks
-
-
-def baselines(runs: list[RunFolder]) -> list[Block]:
-    """Rank the models beside those that only count, on the same windows, whoever wins."""
-    blocks = []
-    for run in runs:
-        for newest in [evaluation for evaluation in run.evals
-                       if "unigram_bpb" in evaluation.get("baselines", {})][-1:]:
-            bits = newest["baselines"] | {f"{run.name}_bpb": newest.get("val_bpb")}
-            ranking = sorted((value, name.removesuffix("_bpb")) for name, value in bits.items()
-                             if name.endswith("_bpb") and is_number(value))
-            blocks.append(table_block(
-                [f"step {newest.get('step')}", "bits per byte", "below unigram"],
-                [[name, f"{value:.4f}", f"{1 - value / bits['unigram_bpb']:.1%}"]
-                 for value, name in ranking]))
-    return blocks
-
-
-def scores(runs: list[RunFolder]) -> list[Block]:
-    """Show every score with its 95 % interval and what chance would score."""
-    rows = [[f"{run.name}, step {evaluation.get('step')}", f"{title} {score.name}",
-             f"{score.value:.4f}{interval(score)}", short(score.chance)]
-            for run in runs for evaluation in run.evals
-            for title, metrics in metrics_by_title(evaluation).items()
-            for score in finite_scores(metrics)]
-    if not rows:
-        return [paragraph("No scores yet: eval.py --ckpt RUN --tasks= writes them.")]
-    return [table_block(["", "score", "value ± 95 % interval", "chance"], rows)]
-
-
-def metrics_by_title(evaluation: dict) -> dict[str, dict]:
-    """Collect the metrics of an evaluation: of the validation split, of texts, of tasks."""
-    contexts, tables = evaluation.get("contexts", {}), {}
-    shorter = {f"validation in windows of {n}": result for n, result in contexts.items()}
-    sections = {"validation": evaluation} | shorter | evaluation.get("texts", {})
-    for title, result in sections.items():
-        preferred = {name: result[f"{kind}/accuracies{end}"] for kind in ("rewards", "logps")
-                     for name, end in (("chosen preferred", ""), ("chosen preferred_stderr",
-                                                                 "_stderr"))
-                     if f"{kind}/accuracies{end}" in result}
-        unit = "pair" if preferred else "token"
-        tables[title] = {f"loss, nats per {unit}": result.get("val_loss"),
-                         "bits per byte": result.get("val_bpb"), **preferred}
-        whose = f" of {title}".removeprefix(" of validation")
-        tables[f"loss by position{whose}, at"] = result.get("by_position", {})
-    return tables | evaluation.get("tasks", {})
-
-
-def finite_scores(metrics: dict) -> list[Score]:
-    """List the scores that are numbers; an error that is none is left out."""
-    return [score._replace(error=score.error if is_number(score.error) else None)
-            for score in measured(metrics) if is_number(score.value)]
-
-
-def interval(score: Score) -> str:
-    """Write the 95 % interval of a score, '' if it has none."""
-    if score.interval:
-        return " ({:.3f} to {:.3f})".format(*score.interval)
-    return f" ± {score.margin:.4f}" if score.error or score.half is not None else ""
-
-
-def folds(runs: list[RunFolder]) -> list[Block]:
-    """Show, of scores that were taken in folds, the value of each fold."""
-    rows = [[f"{run.name}, step {evaluation.get('step')}", f"{title} {score.name}",
-             f"{score.value:.4f}{interval(score)}", told_folds(metrics["folds"][score.name]),
-             short(score.chance)]
-            for run in runs for evaluation in run.evals
-            for title, metrics in evaluation.get("tasks", {}).items()
-            for score in finite_scores(metrics) if score.name in metrics.get("folds", {})]
-    head = ["", "score", "mean ± 95 % t-interval", "by fold", "chance"]
-    return [table_block(head, rows)] if rows else []
-
-
-# ---- answers, samples, environment
-
-def answers(runs: list[RunFolder], out: Path) -> list[Block]:
-    """Show, of each run's newest scores of a file, the worst answers and the best beside prompt and
-    reference, and what the libraries say of how they counted."""
-    blocks = []
-    for run in runs:
-        newest = {title: (evaluation.get("step"), metrics) for evaluation in run.evals
-                  for title, metrics in evaluation.get("tasks", {}).items()}
-        for title, (step, metrics) in newest.items():
-            if "examples" not in metrics:
-                continue
-            blocks += [heading(f"{run.name}, step {step}, {title}", 3), table_block(
-                ["row", "score", "prompt", "answer", "reference"],
-                [[str(each["row"]), short(each["score"]), each["prompt"], each["answer"],
-                  each["reference"]] for each in metrics["examples"]])]
-            blocks += [paragraph(f"{name}: {signature}")
-                       for name, signature in metrics.get("signatures", {}).items()]
-    return blocks or [paragraph("No answers yet: eval.py --ckpt RUN --generate=FILE scores some.")]
-
-
-def samples(runs: list[RunFolder], out: Path) -> list[Block]:
-    """Show the samples of the first, the middle and the last step that has some."""
-    blocks = []
-    for run in runs:
-        steps = sorted({row["step"] for row in run.samples if is_number(row.get("step"))})
-        for step in sorted({steps[i] for i in (0, len(steps) // 2, -1) if steps}):
-            blocks.append(heading(f"{run.name}, step {step}", 3))
-            for row in [row for row in run.samples if row.get("step") == step]:
-                text = escape(f"{row.get('prompt', '')}{row.get('completion', '')}")
-                blocks.append(Block(f"<pre>{text}</pre>", f"<pre>{text}</pre>"))
-    return blocks or [paragraph("No samples yet: sample.py --ckpt RUN --save adds some.")]
-
+# ---- environment
 
 def environment(runs: list[RunFolder], out: Path) -> list[Block]:
     """Show on what data, by which program and on which device the runs were made."""
@@ -240,14 +169,52 @@ def environment(runs: list[RunFolder], out: Path) -> list[Block]:
     return [side_by_side([run.name for run in runs], columns)]
 
 
+def curves(runs: list[RunFolder], out: Path) -> list[Block]:
+    """Draw the loss, and small beside each other what else is learned."""
+    groups = grouped(runs)
+    kinds = {kind_of(run) == "preference" for run in runs}
+    unit = "token or pair" if len(kinds) > 1 else "pair" if True in kinds else "token"
+    loss = tuple(chart._replace(title=f"Loss, nats per {unit}") for chart in LOSS)
+    return [CONTROLS, *charts(groups, out, loss),
+            *grid([*charts(groups, out, LEARNED), *trade_offs(groups, out)])]
+
+
+def grid(blocks: list[Block]) -> list[Block]:
+    """Lay charts beside each other, as many as there is room for."""
+    return [Block('<div class="grid">', ""), *blocks, Block("</div>", "")] if blocks else []
+
+
+def scored(runs: list[RunFolder], out: Path) -> list[Block]:
+    """Show all scores."""
+    return [*grid(growth(runs, out)), *baselines(runs), *scores(runs), *folds(runs)]
+
+
+def machine(runs: list[RunFolder], out: Path) -> list[Block]:
+    """Draw the course of the optimizer and of the machine."""
+    return grid(charts(grouped(runs), out, MACHINE))
+
+
+# of all charts; page.js shows it, as it does nothing without a script
+CONTROLS = Block("""<form id="controls" hidden>
+<fieldset><legend>x</legend><label><input type="radio" name="x" value="step" checked>steps</label>
+<label><input type="radio" name="x" value="tokens">tokens</label>
+<label><input type="radio" name="x" value="hours">hours</label></fieldset>
+<label>smoothing
+<input type="range" name="smooth" min="0" max="0.1" step="0.005" value="0.02"></label>
+<label><input type="checkbox" name="log">log y</label>
+<label><input type="checkbox" name="whole">with the first steps</label>
+<small>drag: zoom; double click: back</small></form>""", "")
 # what the page shows, in order: title -> function of the runs and the page's path, in whose folder
-# pictures are written. To add a panel: an entry here, its function, a test.
+# pictures are written. A panel without blocks is left out. To add one: an entry here, its function,
+# a test.
 PANELS = {
-    "What was run": differences,
-    "Curves": lambda runs, out: [*charts(grouped(runs), out), *trade_offs(grouped(runs), out)],
-    "Scores": lambda runs, out: [*growth(runs, out), *baselines(runs), *scores(runs),
-                                 *folds(runs)],
+    "Curves": curves,
+    "Scores": scored,
     "Answers": answers,
     "Samples": samples,
+    "What was run": differences,
+    "Optimizer and machine": machine,
+    "What is learned of a dialog": masks,
     "Data, tokenizer and environment": environment,
 }
+FOLDED = ("Optimizer and machine", "What is learned of a dialog", "Data, tokenizer and environment")

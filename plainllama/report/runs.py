@@ -2,12 +2,16 @@
 
 import json
 import math
+import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from plainllama.files import newest_run, read_json, read_rows
 from plainllama.results import are_of, unplaced
 from plainllama.settings import UserError
+
+SILENCE = 600  # seconds without a row after which a run may be taken to be gone
 
 
 @dataclass
@@ -63,6 +67,21 @@ def load(folder: Path) -> RunFolder:
     evals.sort(key=lambda evaluation: evaluation.get("step", 0))
     return RunFolder("/".join(folder.resolve().parts[-2:]), info, metrics,
                      read_json(folder / "status.json"), read_rows(folder / "samples.jsonl"), evals)
+
+
+def started(folder: Path) -> bool:
+    """Whether a run has rows to be shown."""
+    return bool(read_rows(folder / "metrics.jsonl"))
+
+
+def silent(folder: Path) -> bool:
+    """Whether a run has written no row for SILENCE seconds, or for five times its longest pause
+    until now, if that is longer."""
+    times = [row["time"] for row in read_rows(folder / "metrics.jsonl")
+             if is_number(row.get("time"))]
+    longest = max((after - before for before, after in pairwise(times)), default=0)
+    age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
+    return age > max(SILENCE, 5 * longest)
 
 
 def grouped(runs: list[RunFolder]) -> list[list[RunFolder]]:

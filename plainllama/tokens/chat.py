@@ -114,22 +114,30 @@ class Chat:
     def show(self, ids: np.ndarray, learned: np.ndarray, colour: bool) -> str:
         """Spell a dialog token by token: the learned ones coloured or, without `colour`, in
         [[...]]; control tokens by name, and what would steer the terminal as \\x1b."""
-        names = {i: name for name, i in self.tokenizer.special_ids.items()}
         begin, end = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
-        shown = []
-        edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
-        for first, last in pairwise(edges):
-            text = ""
-            run: list[int] = []
-            for i in [*ids[first:last].tolist(), None]:
-                if i is not None and i not in names:
-                    run.append(i)
-                    continue
-                text += self.tokenizer.decode_behind(run) + ("" if i is None else names[i])
-                run = []
-            text = STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
-            shown.append(begin + text + end if learned[first] else text)
-        return "".join(shown)
+        return "".join(begin + text + end if is_learned else text for text, is_learned in (
+            (STEERING.sub(lambda found: ascii(found[0])[1:-1], text), is_learned)
+            for text, is_learned in pieces(self.tokenizer, ids, learned)))
+
+
+def pieces(tokenizer: Tokenizer, ids: np.ndarray,
+           learned: np.ndarray) -> list[tuple[str, bool]]:
+    """Cut a dialog where learned tokens begin and end: [(text, whether it is learned)], with
+    control tokens by name."""
+    names = {i: name for name, i in tokenizer.special_ids.items()}
+    made = []
+    edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    for first, last in pairwise(edges):
+        text = ""
+        run: list[int] = []
+        for i in [*ids[first:last].tolist(), None]:
+            if i is not None and i not in names:
+                run.append(i)
+                continue
+            text += tokenizer.decode_behind(run) + ("" if i is None else names[i])
+            run = []
+        made.append((text, bool(learned[first])))
+    return made
 
 
 def with_tools(messages: Iterable[dict], tools: list[dict] | None) -> list[dict]:

@@ -23,7 +23,10 @@ from model import flops_per_token
 from plainllama.command import CommandLine
 from plainllama.files import CHECKOUT, cut_rows, read_json, write_status
 from plainllama.settings import Settings
+from plainllama.tokens.chat import pieces
 from plainllama.tokens.rows import Rows
+from plainllama.tokens.shards import Split
+from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.training.engine import Engine
 from plainllama.weights import adapters
 
@@ -36,6 +39,8 @@ PEAKS = {f"NVIDIA {card}": tera * 1e12 for card, tera in {
     "RTX A6000": 155, "RTX 6000 Ada Generation": 364, "GeForce RTX 5090": 210,
     "GeForce RTX 4090": 165, "GeForce RTX 3090": 71}.items()}
 PEAKS |= {"Tesla V100-SXM2-32GB": 125e12, "Tesla V100-SXM2-16GB": 125e12, "Tesla T4": 65e12}
+
+EXAMPLE = 2000  # tokens at most, of the dialog that run.json keeps to show what is learned
 
 
 def mfu(engine: Engine, speed: float) -> float | None:
@@ -64,13 +69,16 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe(run: Path, command: CommandLine, manifest: dict, data_hash: str,
-             engine: Engine) -> dict:
-    """Give run.json: everything that is needed to say what this run is, as of its last start."""
+def describe(run: Path, command: CommandLine, manifest: dict, data_hash: str, engine: Engine,
+             data: Path) -> dict:
+    """Give run.json: everything that is needed to say what this run is, as of its last start.
+    `data`: the folder of the data set."""
     config, device = command.config, engine.world.device
     recipe, splits = manifest["recipe"], manifest["splits"]
     sizes = {f"{split}_{unit}": splits[split].get(unit)
              for split in ("train", "val") for unit in ("tokens", "bytes")}
+    sizes |= {f"{split}_learned": splits[split]["learned"] for split in ("train", "val")
+              if "learned" in splits[split]}
     total, inner, learning = adapters.parameter_counts(engine.model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     started = read_json(run / "run.json", tolerant=True).get("started", time.time())
@@ -85,7 +93,19 @@ def describe(run: Path, command: CommandLine, manifest: dict, data_hash: str,
                          source["renderer"] for source in manifest.get("source", ())
                          if "renderer" in source], **sizes},
             "started": started, "parameters": {"total": total, "non_embedding": inner} | (
-                {"trained": learning} if learning < total else {})}
+                {"trained": learning} if learning < total else {})} | example(data, manifest)
+
+
+def example(data: Path, manifest: dict) -> dict:
+    """Give {"example": [[text, whether it is learned], ...]} of the first dialog of the validation
+    split, or of the first EXAMPLE tokens of it; {} of a set of which all is learned."""
+    split = Split(data, "val", manifest)
+    if not split.masked or not split.documents:
+        return {}
+    first, last = split.bounds()[:2].tolist()
+    last = min(last, first + EXAMPLE)
+    return {"example": pieces(Tokenizer.load(data), split.read(first, last),
+                              split.read_mask(first, last))}
 
 
 def versions() -> dict[str, str]:
