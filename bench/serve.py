@@ -188,8 +188,8 @@ def stressed(client, model: str, process: int, f: Flags) -> int:
         whole, wrong = (sum(column) for column in zip(*pool.map(one, range(64)), strict=True))
         watched.result()
     third = max(1, len(sizes) // 3)
-    print(f"stress: {whole} whole answers, {wrong} other than alone; memory {median(sizes[:third])} "
-          f"MB in the first third, {median(sizes[-third:])} in the last", flush=True)
+    print(f"stress: {whole} whole answers, {wrong} other than alone; memory in the first third "
+          f"{median(sizes[:third])} MB, in the last {median(sizes[-third:])}", flush=True)
     return int(wrong > 0)
 
 
