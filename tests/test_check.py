@@ -145,7 +145,7 @@ def test_a_wrong_tokenizer_is_caught(home, monkeypatch, capsys):
     """Manifest, hash and number of entries fit; the ids were made by another one."""
     (home / "data").unlink()
     data, texts = home / "data/toy", documents(60)
-    one, other = (tokenizer.make_tokenizer("bpe:280", lambda t=t: t) for t in (texts, [
+    one, other = (tokenizer.make_tokenizer("bpe:270", lambda t=t: t) for t in (texts, [
         text[::-1] for text in texts]))
     monkeypatch.setattr(tokenizer, "make_tokenizer", lambda _: one)
     write_data_set(data, {"train": texts, "val": documents(9)[5:]})

@@ -438,7 +438,7 @@ def test_several_validation_sets_are_measured_and_drawn(home, capsys):
     assert done.returncode == 0, done.stderr
     page = Path("both.html").read_text()
     assert Path("both_val_loss.svg").is_file()
-    assert "trade-off: loss on toy against loss on digits" in page
+    assert "Trade-off: loss on toy against loss on digits" in page
     assert "validation by set" in page and "digits: out/a" in page
 
 

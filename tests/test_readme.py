@@ -158,6 +158,9 @@ def test_make_demo_is_the_readme():
 def test_what_the_readme_names_is_there():
     text = (ROOT / "README.md").read_text()
     for _, link in re.findall(r"\[([^]]*)\]\(([^)]+)\)", text):
-        assert "://" in link or (ROOT / link).exists(), link
+        if link.startswith("#"):
+            assert f"\n## {link[1:].replace('-', ' ')}\n" in text.lower(), link
+        else:
+            assert "://" in link or (ROOT / link).exists(), link
     for name in re.findall(r"`(?:config/)?(\w+\.py)`", text):
         assert (ROOT / name).exists() or (ROOT / "config" / name).exists(), name
