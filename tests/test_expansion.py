@@ -439,7 +439,7 @@ def test_several_validation_sets_are_measured_and_drawn(home, capsys):
     page = Path("both.html").read_text()
     assert Path("both_val_loss.svg").is_file()
     assert "Trade-off: loss on toy against loss on digits" in page
-    assert "validation by set" in page and "digits: out/a" in page
+    assert "Validation by set" in page and "digits, out/a" in page
 
 
 def test_a_set_sees_documents_as_the_run_does(home):
