@@ -93,7 +93,8 @@ def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dic
         if name not in known:
             raise UserError(f"unknown option --{name}{nearest(name, known)}")
         if not equals:
-            text = "true" if known[name].type is bool else next(words, None)
+            bare = "true" if known[name].type is bool else known[name].metadata["bare"]
+            text = bare or next(words, None)
         if text is None:
             raise UserError(f"--{name} needs a value: --{name}=VALUE")
         if name in given:
