@@ -42,7 +42,7 @@ command goes on with what is missing. The bytes are the same for any number of w
 import sys
 from dataclasses import dataclass, replace
 
-from plainllama.cluster import HERE, Cluster, JobsLost
+from plainllama.cluster import HERE, Cluster
 from plainllama.command import CommandLine, complain, parse_arguments, run_command
 from plainllama.settings import Settings, UserError, ceil_div, deciding, key, settle_documents
 
@@ -142,8 +142,6 @@ def main(command: CommandLine) -> int:
         except BrokenProcessPool:
             return complain("a worker process was killed (out of memory? take fewer --workers); "
                             "the same command goes on from the finished parts", 1)
-        except JobsLost as error:
-            return complain(str(error), 1)
     if look.show:
         show(folder, shards.read_manifest(folder), look.show)
     if "dataset" in given:

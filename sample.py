@@ -34,8 +34,8 @@ in the order in which they stand here, which is that of transformers.
 
 from dataclasses import dataclass
 
-from plainllama.cluster import HERE, Cluster, JobsLost
-from plainllama.command import complain, parse_arguments, run_command
+from plainllama.cluster import HERE, Cluster
+from plainllama.command import parse_arguments, run_command
 from plainllama.files import read_rows, run_of, step_of
 from plainllama.settings import Sampling, UserError, key
 
@@ -133,11 +133,8 @@ def main(command) -> int:
         idle = set(command.overrides) & (idle if columns else idle | {"column"})
         if idle and world.rank == 0:
             print(f"without effect here: {', '.join(sorted(idle))}", flush=True)
-        try:
-            return checkpoint.with_checkpoint(f.ckpt, world,
-                                              partial(work, f, prompts, schemas, world, stack))
-        except JobsLost as error:
-            return complain(str(error), 1)
+        return checkpoint.with_checkpoint(f.ckpt, world,
+                                          partial(work, f, prompts, schemas, world, stack))
 
 
 def start_talk(command) -> int:

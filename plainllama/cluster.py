@@ -7,6 +7,7 @@ run twice, when the node that had it is believed dead: then it makes the same by
 import contextlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import socket
@@ -19,7 +20,7 @@ from typing import Any
 
 from plainllama.command import complain
 from plainllama.files import CHECKOUT
-from plainllama.settings import UserError, install
+from plainllama.settings import Incomplete, UserError, install
 
 HERE = "here"  # the address of a bare --ray: the cluster of $RAY_ADDRESS, or one of this machine
 TRIES = 3  # of a job that fails by itself
@@ -28,10 +29,6 @@ ALIKE = ("torch", "numpy", "tokenizers", "tiktoken")  # packages that decide byt
 QUIET = 120  # seconds without a sign of a job, after which its node is named
 GONE = 15  # seconds without the cluster's head, after which it is given up
 PROBE = ".plainllama-probe-"  # files by which nodes prove that they share a folder
-
-
-class JobsLost(Exception):
-    """Jobs that failed again and again: one line. Exit code 1."""
 
 
 class Cluster:
@@ -44,6 +41,7 @@ class Cluster:
         if not importlib.util.find_spec("ray"):
             raise UserError(f"--ray needs the package ray: {install('ray')}")
         self.address, self.gpus = address, False
+        self.seats: list = []  # processes that wait for jobs
 
     def __enter__(self) -> "Cluster":
         """Connect. UserError where there is no such cluster."""
@@ -60,10 +58,10 @@ class Cluster:
         elif not os.environ.get("RAY_ADDRESS"):
             settings |= {"address": "local", "include_dashboard": False}
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR", **settings)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
         except Exception as error:  # whatever it raises, bare ones too
             raise UserError(f"--ray={self.address}: {reason(error)}") from None
-        self.ray = ray
+        self.ray: Any = ray
         self.head = ray.get_runtime_context().gcs_address
         threading.Thread(target=watch_head, args=[self.head], daemon=True).start()
         print(f"Ray at {self.head}: {self}", flush=True)
@@ -144,26 +142,28 @@ class Cluster:
         goes to heard({number: what came last}), every second.
 
         A job whose process or node dies runs again. One that fails by itself TRIES times, or whose
-        process dies DEATHS times, is left out; when all others are done, JobsLost names it.
+        process dies DEATHS times, is left out; when all others are done, Incomplete names it.
         A UserError ends all.
         """
-        ray: Any = self.ray
+        ray = self.ray
         board = ray.remote(num_cpus=0, scheduling_strategy=self.beside_us())(Board).remote()
         amount: dict = {"num_gpus": 1} if self.gpus else {"num_cpus": 1}
-        seat_of = ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **amount)(Seat)
+        new_seat = ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **amount)(Seat).remote
         common = ray.put((make, load, os.getcwd(), board))
         waiting, lost = deque(jobs), {}
         trouble: Counter = Counter()
-        busy: dict[Any, tuple[Any, int | None]] = {}  # what is awaited: seat, job (None: it loads)
-        free: list = []
+        # what is awaited: seat, job (None: it loads)
+        busy: dict[Any, tuple[Any, int | None]] = {
+            seat.ready.remote(common): (seat, None) for seat in self.seats}
+        free = self.seats = []
         seen: dict[int, tuple[Any, float]] = {}
         while waiting or any(number is not None for _, number in busy.values()):
             while waiting and free:
                 seat, job = free.pop(), waiting.popleft()
                 busy[seat.do.remote(job, ray.put(jobs[job]))] = seat, job
             for _ in range(min(len(waiting), self.places(len(jobs)) - len(busy))):
-                seat = seat_of.remote(common)
-                busy[seat.ready.remote()] = seat, None
+                seat = new_seat()
+                busy[seat.ready.remote(common)] = seat, None
             for done in ray.wait([*busy], timeout=1)[0]:
                 seat, number = busy.pop(done)
                 try:
@@ -185,7 +185,7 @@ class Cluster:
                           f"{what}", flush=True)
                     waiting.extend([] if number is None else [number])
                 elif number is None:
-                    raise JobsLost(f"no process of the cluster lives: {what}")
+                    raise Incomplete(f"no process of the cluster lives: {what}")
                 else:
                     lost[number] = what
             with contextlib.suppress(ray.exceptions.RayError):
@@ -194,7 +194,7 @@ class Cluster:
                 heard({number: report for number, (_, report) in reports.items()})
         if lost:
             listed = "; ".join(f"{number}: {what}" for number, what in [*lost.items()][:3])
-            raise JobsLost(f"{len(lost)} of {len(jobs)} jobs failed again and again ({listed})"
+            raise Incomplete(f"{len(lost)} of {len(jobs)} jobs failed again and again ({listed})"
                                "; the others are done, and the same command goes on from these")
 
     def beside_us(self) -> Any:
@@ -309,14 +309,17 @@ class Board:
 class Seat:
     """A process of a node that does jobs, one after another."""
 
-    def __init__(self, common: tuple):
-        self.make, self.load, self.cwd, self.board = common
-        self.tools, self.said = None, 0.0
+    def __init__(self):
+        self.said = 0.0
+        self.make: Any
+        self.tools: Any
+        self.board: Any
 
-    def ready(self) -> None:
-        """Load the tools."""
-        os.chdir(self.cwd)
-        self.tools = self.load()
+    def ready(self, common: tuple) -> None:
+        """Get ready for jobs of one kind: load their tools."""
+        self.make, load, cwd, self.board = common
+        os.chdir(cwd)
+        self.tools = load()
 
     def do(self, number: int, job: Any) -> Any:
         """Do a job; what it reports goes to the board, at most once a second."""

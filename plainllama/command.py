@@ -23,7 +23,7 @@ from typing import Any
 
 from plainllama.files import CHECKOUT
 from plainllama.progress import Screen
-from plainllama.settings import PATHS, Settings, UserError, check_keys, install, nearest
+from plainllama.settings import PATHS, Incomplete, Settings, UserError, check_keys, install, nearest
 
 DEFAULT_CONFIG = "config/llama100m.py"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # it is full or broken
@@ -355,6 +355,8 @@ def ended(call, *args):
         return call(*args)
     except UserError as error:
         code = complain(str(error), 2)
+    except Incomplete as error:
+        code = complain(str(error), 1)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # we are leaving: no more of it
         code = complain(INTERRUPTED, 1)
