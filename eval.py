@@ -46,6 +46,7 @@ values of --label: AUROC of two classes, accuracy of more, on the rest of each f
 
 from dataclasses import dataclass
 
+from plainllama.cluster import HERE
 from plainllama.command import parse_arguments, run_command
 from plainllama.files import read_json, run_of, step_of, steps_of
 from plainllama.settings import Settings, UserError, key
@@ -76,6 +77,7 @@ class Flags:
     temperature: float = key(0.0, "draw answers; 0: always the likeliest token", low=0)
     top_p: float = key(1.0, "draw from the likeliest tokens of this joint probability", (), 0, 1)
     seed: int = key(1337, "seeds the draws", low=0)
+    ray: str = key("", "of --generate: the address of a Ray cluster whose nodes answer", bare=HERE)
     bleu_tokenizer: str = key("auto", "sacrebleu's (auto: by the script of the references)",
                               ("auto", "13a", "intl", "zh", "char"))
     probe: bool = key(False, "what do vectors know of a label? without a model")
@@ -258,7 +260,7 @@ class Evaluation:
         local = [name for name in asked if name.startswith("local:")]
         generate = self.flags.generate
         useful = {("shots", "answers"): local,
-                  (*generated.DECIDES, "metrics", "bleu_tokenizer"): generate,
+                  (*generated.DECIDES, "metrics", "bleu_tokenizer", "ray"): generate,
                   ("limit", "log_samples", "contamination"): asked or generate,
                   ("include_path",): set(asked) - {*local, "passkey"},
                   ("context", "eval_tokens"): self.windows,

@@ -2,8 +2,9 @@
 
   prepare.py [CONFIG] [--key=value ...]   the sources of CONFIG, or of config/llama100m.py; other
                                           --sources are another data set: give --dataset=NAME
-  prepare.py CONFIG --part=3/8            the third of eight shares, for a job array; the same
-                                          command without --part then makes one data set of them
+  prepare.py CONFIG --ray[=HOST:PORT]     the same by all nodes of a Ray cluster, which share this
+                                          folder; without an address the cluster of $RAY_ADDRESS,
+                                          or this machine as one
   prepare.py --verify data/NAME           check every byte: exit 0 good, 1 damaged, 2 not a data set
   prepare.py --inspect data/NAME          what it holds, and how its documents begin
 
@@ -35,21 +36,22 @@ hash is; a single document, or each of a few long ones, gives its end. A documen
 several, cut before a space. Off unless asked: --min_chars and --max_chars; --dedup=exact keeps the
 first of equal documents, near also the first of those that share most runs of three words; --strict
 stops at a record that cannot be read, which else is only counted. After an interruption the same
-command goes on with what is missing. The bytes are the same for any number of workers and shares.
+command goes on with what is missing. The bytes are the same for any number of workers and nodes.
 """
 
 import sys
 from dataclasses import dataclass, replace
 
+from plainllama.cluster import HERE, Cluster
 from plainllama.command import CommandLine, complain, parse_arguments, run_command
-from plainllama.settings import Settings, UserError, deciding, key, settle_documents
+from plainllama.settings import Settings, UserError, ceil_div, deciding, key, settle_documents
 
 
 @dataclass
 class Flags:
     """What prepare.py takes beside a config."""
 
-    part: str = key("", "i/n: only the i-th of n shares of the work, i from 1 to n")
+    ray: str = key("", "the address of a Ray cluster whose nodes do the work", bare=HERE)
     verify: str = key("", "check every byte of the data set in this folder")
     inspect: str = key("", "show what the data set in this folder holds")
     show: int = key(0, "print so many dialogs or clients of the set, what is learned marked", low=0)
@@ -78,7 +80,7 @@ from plainllama.files import read_json, write_json
 from plainllama.text import selection
 from plainllama.text.documents import Part, Rules, grouped
 from plainllama.text.sources import check_sources, described, state_of, survey
-from plainllama.text.workers import NOTES
+from plainllama.text.workers import NOTES, Nodes, Processes
 from plainllama.tokens import shards
 from plainllama.tokens.newest import refuse_divided
 from plainllama.tokens.parts import (
@@ -97,7 +99,7 @@ from plainllama.tokens.templates import chat_of
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 
 RECIPE = deciding("recipe")
-WHOLE = slice(0, None, 1)  # of the parts; a share is every n-th of them
+LOOKED_AT = 500  # files that each node of a cluster shall see
 
 
 def main(command: CommandLine) -> int:
@@ -114,7 +116,9 @@ def main(command: CommandLine) -> int:
     if "sources" in named and "dataset" not in named:
         raise UserError(f"sources without a dataset would be {config.dataset}, with the tokenizer "
                         f"{config.tokenizer}; add --dataset=NAME, best also config/quickstart.py")
-    share = share_of(look.part)
+    if look.ray and "workers" in given:
+        raise UserError("--workers counts processes of this machine, and --ray takes all places of "
+                        "a cluster; leave one out")
     for_train = {key: given[key] for key in given if key not in deciding("recipe", "prepare")}
     idle = for_train.keys() - {"dataset", "block_size", "init_from"}
     if idle:
@@ -129,41 +133,34 @@ def main(command: CommandLine) -> int:
         lacking = f"note: init_from={config.init_from} holds no model yet"
         for remark in remarks if model else [lacking]:
             print(remark)
-    with held(Path("data") / config.dataset, shared=share != WHOLE) as folder:
+    with held(Path("data") / config.dataset) as folder, contextlib.ExitStack() as stack:
+        crew: Processes | Nodes = Processes(config.workers)
+        if look.ray:
+            crew = Nodes(stack.enter_context(Cluster(look.ray)))
         try:
-            whole = prepare(config, folder, share)
+            prepare(config, folder, crew)
         except BrokenProcessPool:
             return complain("a worker process was killed (out of memory? take fewer --workers); "
                             "the same command goes on from the finished parts", 1)
-    if whole and look.show:
+    if look.show:
         show(folder, shards.read_manifest(folder), look.show)
-    if whole:
-        if "dataset" in given:
-            for_train = {"out_dir": f"out/{config.dataset}"} | for_train
-        words = [f"--{key}={value}" for key, value in sorted(for_train.items())]
-        print("next:", shlex.join(["python", "train.py", *command.files, *words]))
+    if "dataset" in given:
+        for_train = {"out_dir": f"out/{config.dataset}"} | for_train
+    words = [f"--{key}={value}" for key, value in sorted(for_train.items())]
+    print("next:", shlex.join(["python", "train.py", *command.files, *words]))
     return 0
 
 
-def share_of(text: str) -> slice:
-    """Read --part=i/n as a slice of the parts."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--part={text} is not i/n with i from 1 to n, such as 3/8")
-    return slice(int(match[1]) - 1, None, int(match[2]))
-
-
 @contextlib.contextmanager
-def held(folder: Path, shared: bool) -> Iterator[Path]:
-    """Make the folder and lock it; `shared`: others that say so may work in it too."""
+def held(folder: Path) -> Iterator[Path]:
+    """Make the folder and lock it."""
     for path in (folder.parent, folder):
         shards.refuse_a_file(path)
     new = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        # on the folder: it dies with its owner
-        fcntl.flock(handle, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+        fcntl.flock(handle, fcntl.LOCK_NB | fcntl.LOCK_EX)  # on the folder: it dies with its owner
         yield folder
     except BlockingIOError:
         new = []
@@ -178,8 +175,8 @@ def held(folder: Path, shared: bool) -> Iterator[Path]:
 
 # ---- the steps
 
-def prepare(config: Settings, folder: Path, share: slice) -> bool:
-    """Make the data set, or what is missing of it, or a share of it; return whether it is whole."""
+def prepare(config: Settings, folder: Path, crew: Processes | Nodes) -> None:
+    """Make the data set, or what is missing of it."""
     recipe = {key: getattr(config, key) for key in RECIPE}
     recipe["sources"] = described(config.sources)
     check_sources(recipe["sources"], config.documents)
@@ -196,10 +193,7 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
             write_json(folder / SEEN, seen)
     else:
         begun = {"recipe": recipe, "source": records}
-        rest = make_parts(config, folder, share, begun, parts, seen)
-        if not rest:
-            return False
-        state = begun | rest
+        state = begun | make_parts(config, folder, crew, begun, parts, seen)
     refuse_many_dropped(state, config.max_dropped)
     if lacking := what_is_lacking(config, state["splits"]):
         if not complete:  # nothing of it stays: else more text would be another source
@@ -218,7 +212,6 @@ def prepare(config: Settings, folder: Path, share: slice) -> bool:
     print_counts(state)
     if "by_source" in state:
         print_sources(folder, state)
-    return True
 
 
 def unfinished(folder: Path) -> dict:
@@ -273,10 +266,9 @@ def what_is_there(folder: Path, recipe: dict, state: dict, complete: bool,
     return records, parts
 
 
-def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts: list[Part],
-               seen: dict) -> dict:
-    """Make what is missing of a share of the parts; return the rest of the manifest, {} if others
-    must be made first."""
+def make_parts(config: Settings, folder: Path, crew: Processes | Nodes, begun: dict,
+               parts: list[Part], seen: dict) -> dict:
+    """Make the parts that are missing; return the rest of the manifest."""
     rules = Rules(config.strict, config.min_chars, config.max_chars)
     parts = [replace(part, rules=rules) for part in parts]
     if config.documents == "table":
@@ -290,26 +282,20 @@ def make_parts(config: Settings, folder: Path, share: slice, begun: dict, parts:
     tokenizer.base = tokenizer.base or noted.get("base", "")
     note_beginning(folder, begun | ({"base": tokenizer.base} if tokenizer.base else {}), seen,
                    tokenizer)
-    mine = range(len(parts))[share]
-    if config.dedup != "none":
-        missing = selection.mark_parts(folder, parts, mine, config.dedup, config.workers)
-        if missing:
-            print(f"{folder}: {missing} parts are not yet searched for repeated documents; "
-                  "when the other shares have ended, start all of them once more")
-            return {}
-        parts = selection.without_repeats(folder, parts, config.dedup)
-        hold_out = choose(parts)
-    make_shards(config, folder, parts, mine, hold_out, tokenizer)
     files = {path for part in parts for piece in part.pieces for path in (
         [path for _, path in piece.table.files] if piece.table else [piece.path])}
+    if isinstance(crew, Nodes):
+        read = {piece.path for part in parts for piece in part.pieces}
+        crew.cluster.check(folder, sorted(read)[::ceil_div(len(read), LOOKED_AT)])
+    if config.dedup != "none":
+        selection.mark_parts(folder, parts, config.dedup, crew)
+        parts = selection.without_repeats(folder, parts, config.dedup, crew)
+        hold_out = choose(parts)
+    make_shards(config, folder, parts, crew, hold_out, tokenizer)
     changed = sorted(path for path in files & seen.keys() if state_of(path) != seen[path][:3])
     if changed:
         raise UserError(f"{', '.join(changed[:3])} changed while it was read; remove {folder} and "
                         "start again")
-    if share != WHOLE:
-        print(f"{folder}: share {share.start + 1} of {share.step} is done; when all are, the same "
-              "command without --part makes the data set")
-        return {}
     return merged(folder, parts, config, tokenizer)
 
 

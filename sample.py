@@ -37,6 +37,7 @@ in the order in which they stand here, which is that of transformers.
 
 from dataclasses import dataclass
 
+from plainllama.cluster import HERE, Cluster
 from plainllama.command import parse_arguments, run_command
 from plainllama.files import read_rows, run_of, step_of
 from plainllama.settings import Sampling, UserError, install, key
@@ -70,6 +71,8 @@ class Flags(Sampling):
     system: str = key("", "the system message of --chat, of rows of messages and of --template")
     tools: str = key("", "a Python file, which is run: functions for --chat, schemas for rows")
     compile: str = key("auto", "torch.compile (auto: --out on CUDA)", ("auto", "true", "false"))
+    ray: str = key("", "for --prompts: the address of a Ray cluster whose nodes share the rows",
+                   bare=HERE)
     serve: bool = key(False, "answer OpenAI's requests over HTTP; --batch texts side by side")
     host: str = key("127.0.0.1", "of --serve: the address to listen on (0.0.0.0: all)")
     port: int = key(8000, "of --serve: the port to listen on (0: any)", (), 0, 65535)
@@ -83,6 +86,7 @@ if __name__ == "__main__":  # --help and a misspelt key are answered before torc
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -93,6 +97,7 @@ import torch
 from model import LLaMA
 from plainllama import parallel
 from plainllama.generation import generate, prompt_files
+from plainllama.generation.decoding import Decoder, Made, Row, decoded_on
 from plainllama.generation.talk import talk
 from plainllama.generation.tools import Tools
 from plainllama.progress import Progress
@@ -122,15 +127,19 @@ def main(command) -> int:
         raise UserError("--template is for texts that are made of --prompts F.jsonl")
     if bool(f.prompts) != bool(f.out) or (f.prompts and f.prompt):
         raise UserError("--prompts F.jsonl and --out G.jsonl go together, without --prompt")
+    if f.ray and (not f.prompts or f.compile == "true"):
+        raise UserError("--ray shares the rows of --prompts among nodes, without --compile=true")
     if f.embed != "none" and (not f.out.endswith(".parquet") or f.save):
         raise UserError("--embed writes states, and those to a .parquet (--out), without --save")
     prompts = prompt_files.read_prompts(f)
     if (f.system or f.tools) and not any(prompts.talks(f.column)):
         raise UserError("--system and --tools are for --chat; rows of messages take them too")
     schemas = Tools(f.tools).schemas if f.tools else []
-    with contextlib.closing(parallel.start(f.device, "auto")) as world:
-        if world.size > 1 and not f.out:
-            raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl")
+    with (contextlib.closing(parallel.start("cpu" if f.ray else f.device, "auto")) as world,
+          contextlib.ExitStack() as stack):
+        if world.size > 1 and (f.ray or not f.out):
+            raise UserError("several processes share a file: --prompts F.jsonl --out G.jsonl, and "
+                            "without --ray, whose nodes share it by themselves")
         world.set_timeout(timedelta(days=7))  # ranks do not end together
         idle = {"layers", "id"} if f.embed == "none" else FOR_TEXTS
         lines = f.prompts.lower().endswith(".txt")  # the one file whose fields a column names
@@ -138,14 +147,15 @@ def main(command) -> int:
         idle = set(command.overrides) & (idle if columns else idle | {"column"})
         if idle and world.rank == 0:
             print(f"without effect here: {', '.join(sorted(idle))}", flush=True)
-        return checkpoint.with_checkpoint(f.ckpt, world, partial(work, f, prompts, schemas, world))
+        return checkpoint.with_checkpoint(f.ckpt, world,
+                                          partial(work, f, prompts, schemas, world, stack))
 
 
 def start_talk(command) -> int:
     """Talk with a model; the exit code."""
     f = command.flags
     if idle := {"prompt", "prompts", "template", "column", "out", "num_samples", "batch",
-                "embed", "layers", "id", "save", "compile"} & set(command.overrides):
+                "embed", "layers", "id", "save", "compile", "ray"} & set(command.overrides):
         raise UserError(f"--{min(idle)} has no effect on --chat")
     tools = Tools(f.tools) if f.tools else None
     with contextlib.closing(parallel.start(f.device, "auto")) as world:
@@ -188,7 +198,7 @@ def start_server(command) -> int:
 
 
 def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: parallel.World,
-         folder: Path) -> int:
+         stack: contextlib.ExitStack, folder: Path) -> int:
     """Decode this rank's share of the rows; rank 0 then writes or shows what was made of all."""
     run, rows = run_of(folder), prompts.rows
     if f.save and run is None:
@@ -206,12 +216,15 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
             "--chat wraps what is said as training did)"))
     generate.layers_of(f.layers, config.n_layer + 1)  # a UserError without them
     chat = chat_of(tokenizer) if any(talks) else None
-    chats = [chat if talk else None for talk in talks]
     ids = [*prompts.ids] or prompt_ids(f, prompts, talks, chat, schemas, tokenizer,
                                        config.block_size)
     if (longest := max(map(len, ids))) > config.block_size:
         raise UserError(f"{f.prompts} has a client of {longest} tokens, the model's context "
                         f"{config.block_size}; prepare it with that block_size")
+    stream = not f.out and len(ids) == 1
+    cluster = stack.enter_context(Cluster(f.ray)) if f.ray else None
+    if cluster:
+        cluster.choose_device(f)
     dtype = parallel.pick_dtype(f.dtype, world.device)
     journal = prompt_files.Journal(f, folder, dtype) if f.out else None
     done = world.decide(lambda: list(journal.read()) if journal else [])
@@ -222,13 +235,20 @@ def work(f: Any, prompts: prompt_files.Prompts, schemas: list[dict], world: para
         return 0
     if journal:
         journal.begin(world.rank)
-    model = peft.load_model(folder, world.device, dtype, f.base)
     if done and world.rank == 0:
         print(f"{len(done)} of {len(rows)} rows were done before", flush=True)
     todo = sorted(set(range(len(rows))).difference(done), key=lambda i: (-len(ids[i]), i))
     batches = [todo[first:first + f.batch] for first in range(0, len(todo), f.batch)]
-    made, line = decode(f, model, tokenizer, ids, batches[world.rank::world.size], journal, world,
-                        chats)
+    jobs = [[Row(i, ids[i], bool(talks[i])) for i in batch] for batch in batches]
+    if cluster:
+        files = [str(path) for path in folder.iterdir() if path.is_file()]
+        cluster.check(Path(f.out).absolute().parent, files)
+        results: Any = decoded_on(cluster, f, folder, jobs)
+    else:
+        model = peft.load_model(folder, world.device, dtype, f.base)
+        jobs = jobs[world.rank::world.size]
+        results = decoded_here(f, model, tokenizer, jobs, world, stream)
+    made, line = gather(f, results, sum(map(len, jobs)), journal, world, config.block_size, stream)
     if world.rank > 0:
         return 0
     if journal:
@@ -270,49 +290,39 @@ def prompt_ids(f: Any, prompts: prompt_files.Prompts, talks: list[dict | None],
     return ids
 
 
-def decode(f: Any, model: LLaMA, tokenizer: Tokenizer, ids: list[list[int]], mine: list[list[int]],
-           journal: prompt_files.Journal | None, world: parallel.World,
-           chats: list[Chat | None]) -> tuple[dict, str]:
-    """Decode the batches of rows that are `mine`; `chats` reads the answers to rows of messages.
-    Return {row: what was made of it}, empty if the journal keeps it, and a line about what all
-    ranks did."""
-    block_size, embed, compiled = model.config.block_size, f.embed != "none", None
-    stream = not f.out and len(ids) == 1
+def decoded_here(f: Any, model: LLaMA, tokenizer: Tokenizer, jobs: list[list[Row]],
+                 world: parallel.World, stream: bool) -> Iterator[Made]:
+    """Give what this process makes of its batches, the longest of which comes first."""
+    compiled = None
     pays = f.compile == "auto" and f.out and world.device.type == "cuda"
-    if mine and not embed and (f.compile == "true" or pays):
-        capacity = min(block_size, len(ids[mine[0][0]]) + f.max_new_tokens)
+    if jobs and f.embed == "none" and (f.compile == "true" or pays):
+        capacity = min(model.config.block_size, len(jobs[0][0].ids) + f.max_new_tokens)
         compiled = generate.compile_step(model, f.batch, capacity, f.compile == "true")
     if stream:
         print(f.prompt, end="", flush=True)
-    progress = Progress("embedding" if embed else "sampling", sum(map(len, mine)), "rows",
-                        not stream and world.rank == 0)
+    yield from map(Decoder(f, model, tokenizer, compiled, stream), jobs)
+    if stream:
+        print()
+
+
+def gather(f: Any, results: Iterator[Made], count: int, journal: prompt_files.Journal | None,
+           world: parallel.World, block_size: int, quiet: bool) -> tuple[dict, str]:
+    """Keep what is made of `count` rows, as it comes. Return {row: what was made of it}, empty if
+    the journal keeps it, and a line about what all ranks did."""
+    embed = f.embed != "none"
+    progress = Progress("embedding" if embed else "sampling", count, "rows",
+                        not quiet and world.rank == 0)
     made: dict[int, dict] = {}
     keep = journal.add if journal else made.update
     start, tokens, cut = time.perf_counter(), 0, 0
-    for batch in mine:
-        prompts = [ids[i] for i in batch]
-        if embed:
-            states = generate.embed(model, prompts, f.embed, f.layers)
-            new: list[dict] = [{"embedding": prompt_files.pack(state)} for state in states]
-            tokens += sum(map(len, prompts))
-        else:
-            seeds = [generate.row_seed(f.seed, i) for i in batch]
-            texts = generate.complete(model, tokenizer, prompts, f.max_new_tokens, f, seeds, f.stop,
-                                      stream, compiled)
-            new = [{"completion": text.text, "stop": text.ended} | (
-                {"message": generate.message_of(chat, text.text)} if (chat := chats[i]) else {})
-                   for i, text in zip(batch, texts, strict=True)]
-            tokens += sum(len(text.ids) for text in texts)
-            cut += sum(text.ended == "length" and len(prompt) + len(text.ids) == block_size
-                       for prompt, text in zip(prompts, texts, strict=True))
-        keep(dict(zip(batch, new, strict=True)))
-        progress.add(len(batch))
+    for batch in results:
+        keep(batch.rows)
+        tokens, cut = tokens + batch.tokens, cut + batch.cut
+        progress.add(len(batch.rows))
     progress.close()
     if journal:
         journal.file.close()
     tokens, cut = world.sum(torch.tensor([tokens, cut], device=world.device)).tolist()
-    if stream:
-        print()
     seconds = time.perf_counter() - start
     kind, where = "tokens" if embed else "new tokens", f" -> {f.out}" if f.out else ""
     full = f"; {cut} ended where the context ends, at {block_size} tokens" if cut else ""

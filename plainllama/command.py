@@ -23,7 +23,7 @@ from typing import Any
 
 from plainllama.files import CHECKOUT
 from plainllama.progress import Screen
-from plainllama.settings import PATHS, Settings, UserError, check_keys, install, nearest
+from plainllama.settings import PATHS, Incomplete, Settings, UserError, check_keys, install, nearest
 
 DEFAULT_CONFIG = "config/llama100m.py"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # it is full or broken
@@ -93,7 +93,8 @@ def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dic
         if name not in known:
             raise UserError(f"unknown option --{name}{nearest(name, known)}")
         if not equals:
-            text = "true" if known[name].type is bool else next(words, None)
+            bare = "true" if known[name].type is bool else known[name].metadata["bare"]
+            text = bare or next(words, None)
         if text is None:
             raise UserError(f"--{name} needs a value: --{name}=VALUE")
         if name in given:
@@ -354,6 +355,8 @@ def ended(call, *args):
         return call(*args)
     except UserError as error:
         code = complain(str(error), 2)
+    except Incomplete as error:
+        code = complain(str(error), 1)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # we are leaving: no more of it
         code = complain(INTERRUPTED, 1)

@@ -10,10 +10,16 @@ class UserError(Exception):
     """What the user can mend: one line that says what was found and what to do. Exit code 2."""
 
 
-def key(default, why: str, choices: tuple = (), low=None, high=None, decides: str = ""):
-    """A key or flag: its default, a line for --help, what values it may take, and what a key of
-    Settings decides."""
-    meta = {"why": why, "choices": choices, "low": low, "high": high, "decides": decides}
+class Incomplete(Exception):
+    """Work of which a part failed again and again, and the rest is kept: one line. Exit code 1."""
+
+
+def key(default, why: str, choices: tuple = (), low=None, high=None, decides: str = "",
+        bare: str = ""):
+    """A key or flag: its default, a line for --help, what values it may take, what a key of
+    Settings decides, and what a flag means without a value ('': it needs one)."""
+    meta = {"why": why, "choices": choices, "low": low, "high": high, "decides": decides,
+            "bare": bare}
     return field(default=default, metadata=meta)
 
 

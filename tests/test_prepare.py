@@ -680,27 +680,7 @@ def test_help_loads_nothing_slow():
     assert out.returncode == 0 and b"--verify" in out.stdout
 
 
-# ---- shares, long texts, cleaning
-
-@pytest.mark.parametrize("dedup", ["none", "exact"])
-def test_shares_and_a_merge_write_the_same_bytes(dedup, tmp_path):
-    lines = texts(400) + texts(60, seed=1) + texts(200)
-    (tmp_path / "big.jsonl").write_bytes(jsonl(lines))
-    words = (*COMMON, f"--dedup={dedup}", "--workers=1")
-    run(tmp_path, *words, "--dataset=one")
-    shares = [(*words, "--dataset=shares", f"--part={i}/3") for i in (1, 2, 3)]
-    for _ in range(1 if dedup == "none" else 2):
-        together = [run(tmp_path, *share, start=True) for share in shares[1:]]
-        run(tmp_path, *shares[0])
-        assert [process.wait() for process in together] == [0, 0]
-        with pytest.raises(UserError, match="unfinished"):
-            shards.read_manifest(tmp_path / "data/shares")
-    out, _ = run(tmp_path, *words, "--dataset=shares")
-    assert "0 workers" in out  # nothing was left to do
-    assert contents(tmp_path / "data/shares") == contents(tmp_path / "data/one")
-    _, error = run(tmp_path, *words, "--dataset=x", "--part=4/3", code=2)
-    assert "4/3" in error
-
+# ---- long texts, cleaning
 
 def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path, monkeypatch):
 
@@ -843,9 +823,9 @@ def test_near_duplicates(tmp_path, monkeypatch):
 
 def test_who_may_not_work_in_a_folder_leaves_it_there(tmp_path):
     folder = tmp_path / "data" / "x"
-    with prepare.held(folder, shared=False):
+    with prepare.held(folder):
         with pytest.raises(UserError, match="another prepare"), \
-                prepare.held(folder, shared=False):
+                prepare.held(folder):
             pass
         assert folder.is_dir()
     assert not folder.parent.exists()  # nothing was begun

@@ -464,7 +464,7 @@ def test_a_file_is_complete_only_if_it_was_made_in_this_way(ckpt, tmp_path, monk
             "dtype": "bf16", "embed": "mean", "layers": "0", "id": "prompt"}
     assert {f.name for f in dataclasses.fields(sample.Flags)} == checked | set(ways) | {
         "prompt", "base", "batch", "save", "device", "compile", "chat", "system", "tools",
-        "template", "serve", "host", "port", "queue", "cors"}
+        "template", "serve", "host", "port", "queue", "cors", "ray"}
     Path("T.jsonl").write_text("".join(json.dumps({"text": "a"} | row) + "\n" for row in rows))
     for name, value in ways.items():
         words = [*same, f"--{name}={value}"]

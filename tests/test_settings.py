@@ -174,7 +174,7 @@ def test_home_is_expanded_in_every_key_that_names_a_path(tmp_path, monkeypatch):
     """Every key of text is a choice, a path, or listed here as neither: none is forgotten."""
     monkeypatch.setenv("HOME", str(tmp_path))
     neither = {"dataset", "sample_prompt", "prompt", "column", "stop", "layers", "tasks", "license",
-               "push", "part", "system", "host", "cors", "train_only", "lora_targets", "metrics",
+               "push", "ray", "system", "host", "cors", "train_only", "lora_targets", "metrics",
                "id", "label",
                "seeds", "embeddings", "against"}  # the last two are several, expanded where read
     kinds = [None, *(module.Flags for module in (

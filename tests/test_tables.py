@@ -692,7 +692,7 @@ def test_tables_of_all_tokenizers_have_room(tmp_path, monkeypatch, tokenizer):
             assert text.endswith("</table>")
 
 
-def test_workers_and_shares_give_the_same_bytes(tmp_path):
+def test_workers_give_the_same_bytes(tmp_path):
     write_clients(tmp_path / "t.csv", 400)
     code = "from plainllama.text import clients\nclients.PIECE = 4000\n"
 
@@ -707,10 +707,7 @@ def test_workers_and_shares_give_the_same_bytes(tmp_path):
     one = files("one", "--workers=1")
     assert len([name for name in one if name.endswith(".ids")]) >= 4
     assert files("two", "--workers=2") == one
-    for share in ("1/2", "2/2"):
-        files("three", f"--part={share}", "--workers=1")
-    assert files("three", "--workers=1") == one
-    assert not (tmp_path / "data/three/work.tmp").exists()
+    assert not (tmp_path / "data/two/work.tmp").exists()
 
 
 def test_one_transaction_that_is_too_long_drops_its_client(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ end in _gen; that of the tokens that are likeliest behind the true reference is 
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,12 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from model import ANY_SHAPE, LLaMA
+from plainllama.cluster import Cluster
 from plainllama.evaluation import metrics
 from plainllama.evaluation.likelihood import WORTH, Scorer, common_length
 from plainllama.evaluation.tasks import Task
 from plainllama.files import run_of, sha256_bytes
-from plainllama.generation import generate
+from plainllama.generation import decoding, generate
 from plainllama.generation.prompt_files import Journal
 from plainllama.parallel import World
 from plainllama.progress import Progress
@@ -37,6 +39,7 @@ FIELDS = ("prompt", "messages", "tools", "reference")
 DECIDES = ("fields", "chat", "max_new_tokens", "stop", "temperature", "top_p", "seed")
 FEW = 16  # rows that an evaluation along a run answers
 SPARE = 16  # tokens that such an answer may be longer than the longest reference
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHOWN, MOST = 4, 1000  # of the worst and of the best answers in a report; characters of each text
 TOO_LONG = {"text": "", "stop": "too long"}  # what is made of a prompt without room
 
@@ -170,32 +173,54 @@ def generate_batches(prompts: dict[int, list[int]], batches: list[list[int]], ho
                      scorer: Scorer, journal: Journal | None) -> dict[int, dict]:
     """Generate this rank's share, {row: {text, stop}}, and write it down batch by batch; what the
     prompts of a batch begin with is computed once, and again only where another begins so."""
-    model, world = scorer.model, scorer.world
+    world = scorer.world
     made: dict[int, dict] = {}
     if journal:
         journal.begin(world.rank)
     progress = Progress("answering", len(prompts), "rows", world.rank == 0, world.device.type)
-    begin: list[int] = []
-    cache = None
-    for batch in batches[world.rank::world.size]:
-        ids = [prompts[i] for i in batch]
-        shared = min(common_length(ids[0], row[:-1]) for row in ids)
-        if not begin or shared < len(begin) or ids[0][:len(begin)] != begin:
-            begin = ids[0][:shared] if shared >= WORTH and len(ids) > 1 else []
-            cache = generate.begun(model, begin) if begin else None
-        texts = generate.complete(
-            model, scorer.tokenizer, ids, how.max_new_tokens, how,
-            [generate.row_seed(how.seed, i) for i in batch], how.stop, begin=cache)
-        new = {i: {"text": text.text, "stop": text.ended}
-               for i, text in zip(batch, texts, strict=True)}
+    answer = answer_there if getattr(how, "ray", "") and batches else answer_here
+    for new in answer(prompts, batches, how, scorer):
         if journal:
             journal.add(new)
         made |= new
-        progress.add(min(len(batch) * world.size, len(prompts) - progress.done))
+        progress.add(min(len(new) * world.size, len(prompts) - progress.done))
     progress.close()
     if journal:
         journal.file.close()
     return made
+
+
+def answer_here(prompts: dict[int, list[int]], batches: list[list[int]], how: Any,
+                scorer: Scorer) -> Iterator[dict[int, dict]]:
+    """Give {row: {text, stop}} of each batch of this rank."""
+    begin: list[int] = []
+    cache = None
+    for batch in batches[scorer.world.rank::scorer.world.size]:
+        ids = [prompts[i] for i in batch]
+        shared = min(common_length(ids[0], row[:-1]) for row in ids)
+        if not begin or shared < len(begin) or ids[0][:len(begin)] != begin:
+            begin = ids[0][:shared] if shared >= WORTH and len(ids) > 1 else []
+            cache = generate.begun(scorer.model, begin) if begin else None
+        texts = generate.complete(
+            scorer.model, scorer.tokenizer, ids, how.max_new_tokens, how,
+            [generate.row_seed(how.seed, i) for i in batch], how.stop, begin=cache)
+        yield {i: {"text": text.text, "stop": text.ended}
+               for i, text in zip(batch, texts, strict=True)}
+
+
+def answer_there(prompts: dict[int, list[int]], batches: list[list[int]], how: Any,
+                 scorer: Scorer) -> Iterator[dict[int, dict]]:
+    """Give {row: {text, stop}} of each batch, as the nodes of a cluster make it, in our dtype."""
+    assert scorer.folder
+    there = SimpleNamespace(**vars(how) | {"embed": "none",
+                                           "dtype": NAMES[scorer.model.compute_dtype]})
+    with Cluster(how.ray) as cluster:
+        cluster.choose_device(there)
+        cluster.check(scorer.folder, [])
+        jobs = [[decoding.Row(i, prompts[i]) for i in batch] for batch in batches]
+        for made in decoding.decoded_on(cluster, there, scorer.folder, jobs):
+            yield {i: {"text": new["completion"], "stop": new["stop"]}
+                   for i, new in made.rows.items()}
 
 
 def journal_of(how: Any, folder: Path) -> Journal:

@@ -29,7 +29,8 @@ from plainllama.weights import peft
 
 # flags without a say in what is made; the content of the model and of the files has one
 NO_MATTER = {"ckpt", "base", "prompt", "prompts", "out", "batch", "save", "device", "compile",
-             "chat", "tools", "template", "serve", "host", "port", "queue", "cors"}
+             "chat", "tools", "template", "serve", "host", "port", "queue", "cors",
+             "ray"}
 
 
 # ---- read

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plainllama.settings import UserError, install
+from plainllama.settings import UserError, ceil_div, install
 from plainllama.text.dialogs import spoken
 from plainllama.text.documents import Part, Tally, documents
 from plainllama.text.records import Dialog
 from plainllama.text.tables import Table
-from plainllama.text.workers import NOTES, Worker, own_folder, run_workers
+from plainllama.text.workers import NOTES, Nodes, Processes, Worker, own_folder
 
 SCAN = 16 << 20  # characters read before any work: bad input is met before anything is written
 # Where fewer than FEW documents make up most of the text and their hashes miss the fraction by more
@@ -28,6 +28,7 @@ FEW, NEARLY, LONG, TAIL = 64, 0.2, 4096, 100
 # Near duplicates: signatures of 32 bands of 4 hashes; two texts whose runs of three words have the
 # Jaccard similarity J meet in some band with probability 1 - (1 - J^4)^32, 0.97 for J = 0.57.
 BANDS, NEAR = 32, 0.5
+KEYS = 1 << 22  # documents a shard of the search for repeated ones: 32 bytes each, and their copies
 
 
 # ---- documents -> their split
@@ -180,41 +181,78 @@ def make_marks(folder: Path, dedup: str, worker: Worker, number: int, part: Part
         os.replace(Path(own) / "marks.npy", marks_of(folder, number))
 
 
-def mark_parts(folder: Path, parts: list[Part], mine: range, dedup: str, workers: int) -> int:
-    """Make the marks that my parts lack; return how many parts of others have none yet."""
-    todo = {i: parts[i] for i in mine if not marks_of(folder, i).exists()}
+def mark_parts(folder: Path, parts: list[Part], dedup: str, crew: Processes | Nodes) -> None:
+    """Make the marks that parts lack."""
+    todo = {i: part for i, part in enumerate(parts) if not marks_of(folder, i).exists()}
     if todo:
         print(f"{folder}: looking for repeated documents", flush=True)
-        run_workers(folder, partial(make_marks, folder, dedup), todo, workers)
-    return sum(not marks_of(folder, i).exists() for i in range(len(parts)))
+        crew.run(folder, partial(make_marks, folder, dedup), todo)
 
 
-def repeats(marks: np.ndarray, kind: Marks) -> np.ndarray:
-    """Tell which rows (n,) of marks (n, width) repeat an earlier one."""
-    repeated = np.zeros(len(marks), bool)
-    for band in np.split(np.arange(kind.width), kind.bands):
-        bits = np.ascontiguousarray(marks[:, band[0]:band[-1] + 1]).view("<u8")
+def gather_marks(folder: Path, count: int, kind: Marks) -> tuple[Path, list[int]]:
+    """Write the marks of all parts as one file (bands, documents, width / bands), which is read
+    band by band; give it, and the documents of each part."""
+    sizes = [len(np.load(marks_of(folder, number), mmap_mode="r")) for number in range(count)]
+    path = folder / NOTES / f"marks-{sum(sizes)}.bin"
+    shape = kind.bands, sum(sizes), kind.width // kind.bands
+    together = np.memmap(path, kind.dtype, "w+", shape=shape)
+    for number, end in enumerate(np.cumsum(sizes).tolist()):
+        marks = np.load(marks_of(folder, number))
+        together[:, end - sizes[number]:end] = marks.reshape(len(marks), *shape[::2]).swapaxes(0, 1)
+    together.flush()
+    return path, sizes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A share of all keys of all bands: those that are `number` modulo `of`."""
+
+    number: int
+    of: int
+    size: int  # bytes of the marks that it reads, roughly
+
+
+def repeats(marks: np.ndarray, shard: Shard) -> np.ndarray:
+    """Tell which rows (n,) of marks (bands, n, width / bands) repeat an earlier one that has the
+    same key in some band, and that key in the shard."""
+    repeated = np.zeros(marks.shape[1], bool)
+    for band in marks:
+        bits = np.ascontiguousarray(band).view("<u8")
         keys = (bits[:, 0] * np.uint64(0x9E3779B97F4A7C15)) ^ bits[:, -1]
+        rows = np.flatnonzero(keys % np.uint64(shard.of) == shard.number)
+        keys = keys[rows]
         order = np.argsort(keys, kind="stable")  # rows with one key in the order of the corpus
         for back in (1, 2, 3):  # one that agrees in this band by chance may stand between
             first, second = order[:-back], order[back:]
             pairs = np.flatnonzero(keys[first] == keys[second])
             for chunk in np.split(pairs, range(1 << 14, len(pairs), 1 << 14)):
-                a, b = first[chunk], second[chunk]
-                repeated[b[(marks[a] == marks[b]).mean(1) >= NEAR]] = True
+                a, b = rows[first[chunk]], rows[second[chunk]]
+                repeated[b[(marks[:, a] == marks[:, b]).mean((0, 2)) >= NEAR]] = True
     return repeated
 
 
-def without_repeats(folder: Path, parts: list[Part], dedup: str) -> list[Part]:
+def write_repeats(folder: Path, path: Path, shape: tuple, dtype: str, worker: Worker, number: int,
+                  shard: Shard) -> None:
+    """Write which documents of all repeat an earlier one, by the keys of a shard."""
+    found = np.flatnonzero(repeats(np.memmap(path, dtype, "r", shape=shape), shard))
+    with own_folder(folder) as own:
+        np.save(Path(own) / "repeats.npy", found)
+        os.replace(Path(own) / "repeats.npy", folder / NOTES / f"repeats-{number:05}.npy")
+    worker.report(number, len(found), 0, shard.size)
+
+
+def without_repeats(folder: Path, parts: list[Part], dedup: str,
+                    crew: Processes | Nodes) -> list[Part]:
     """Tell each part which of its documents an earlier one repeats; needs the marks of all."""
-    kind, sizes = DEDUP[dedup], []
-    path = folder / NOTES / f"marks-{os.getpid()}.bin"  # all as one, on disk: the memory is bounded
-    with open(path, "wb") as file:
-        for number in range(len(parts)):
-            marks = np.load(marks_of(folder, number))
-            marks.tofile(file)
-            sizes.append(len(marks))
-    repeated = repeats(np.memmap(path, kind.dtype, "r").reshape(-1, kind.width), kind)
+    kind = DEDUP[dedup]
+    path, sizes = gather_marks(folder, len(parts), kind)
+    shape = kind.bands, sum(sizes), kind.width // kind.bands
+    shards = ceil_div(sum(sizes), KEYS)
+    jobs = {i: Shard(i, shards, path.stat().st_size) for i in range(shards)}
+    crew.run(folder, partial(write_repeats, folder, path, shape, kind.dtype), jobs)
+    repeated = np.zeros(sum(sizes), bool)
+    for number in jobs:
+        repeated[np.load(folder / NOTES / f"repeats-{number:05}.npy")] = True
     path.unlink()
     by_part = np.split(repeated, np.cumsum(sizes)[:-1])
     return [replace(part, repeated=dict.fromkeys(np.flatnonzero(rows).tolist(), kind.rule))

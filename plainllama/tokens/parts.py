@@ -24,7 +24,7 @@ from plainllama.text.records import Dialog
 from plainllama.text.selection import HoldOut, placed
 from plainllama.text.sources import described
 from plainllama.text.tables import Table
-from plainllama.text.workers import COUNTS, NOTES, Worker, own_folder, run_workers, worker_count
+from plainllama.text.workers import COUNTS, NOTES, Nodes, Processes, Worker, own_folder
 from plainllama.tokens.chat import TEMPLATE, Rendered, with_roles
 from plainllama.tokens.newest import TableEncoder
 from plainllama.tokens.rows import added, takes
@@ -83,8 +83,7 @@ def for_documents(recipe: dict, base: Tokenizer) -> Tokenizer:
 
 
 def note_beginning(folder: Path, begun: dict, seen: dict, tokenizer: Tokenizer) -> None:
-    """Write down what is begun, of which files and with which tokenizer; other shares may do the
-    same now."""
+    """Write down what is begun, of which files and with which tokenizer."""
     (folder / NOTES).mkdir(exist_ok=True)
     with own_folder(folder) as own:
         write_json(Path(own) / "state.json", begun)
@@ -100,16 +99,16 @@ def note_beginning(folder: Path, begun: dict, seen: dict, tokenizer: Tokenizer) 
 
 # ---- a part -> its shards
 
-def make_shards(config: Settings, folder: Path, parts: list[Part], mine: range,
+def make_shards(config: Settings, folder: Path, parts: list[Part], crew: Processes | Nodes,
                 hold_out: HoldOut, tokenizer: Tokenizer) -> None:
-    """Make the shards that my parts lack."""
-    todo = {i: parts[i] for i in mine if not finished_part(folder, i)}
-    print(f"{folder}: {len(mine)} parts, {len(mine) - len(todo)} of them done; "
-          f"{worker_count(config.workers, len(todo))} workers; tokenizer {config.tokenizer}, "
+    """Make the shards that parts lack."""
+    todo = {i: part for i, part in enumerate(parts) if not finished_part(folder, i)}
+    print(f"{folder}: {len(parts)} parts, {len(parts) - len(todo)} of them done; "
+          f"{crew.count(len(todo))} workers; tokenizer {config.tokenizer}, "
           f"{tokenizer.vocab_size:,} entries ({tokenizer.engine})", flush=True)
     if todo:
-        run_workers(folder, partial(make_part, folder, hold_out, encoder_of(config)), todo,
-                    config.workers, partial(load_tokenizer, folder, tokenizer.engine), tokenizer)
+        crew.run(folder, partial(make_part, folder, hold_out, encoder_of(config)), todo,
+                 partial(load_tokenizer, folder, tokenizer.engine), tokenizer)
 
 
 def load_tokenizer(folder: Path, engine: str) -> Tokenizer:
