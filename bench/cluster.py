@@ -1,0 +1,124 @@
+"""prepare.py on a Ray cluster beside one machine: python bench/cluster.py [CORPUS] [--megabytes=300]
+
+Starts a cluster of two places on this machine and prepares the same text in turn with --workers=2
+and on the cluster: whole commands, with the start-up, which a set of ten documents measures, apart.
+Then the peak memory of all processes that work, added up by their share (PSS), for so much text and
+for ten times as much.
+"""
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench.prepare import gather
+
+from plainllama.command import CommandLine, parse_arguments, run_command
+from plainllama.settings import key
+
+
+@dataclass
+class Flags:
+    """What bench/cluster.py takes."""
+
+    megabytes: float = key(300.0, "of text", low=0.1)
+    rounds: int = key(3, "turns of each side", low=1)
+    tokenizer: str = key("bytes", "as prepare.py takes it")
+    dedup: str = key("none", "as prepare.py takes it", choices=("none", "exact", "near"))
+    memory: bool = key(False, "also measure the peak memory, for ten times as much text too")
+
+
+def share_of(ids: list[str]) -> float:
+    """Megabytes of processes; what several have in common counts once."""
+    total = 0
+    for number in ids:
+        try:
+            lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        except (OSError, StopIteration):
+            pass  # it has ended
+    return total / 1024
+
+
+def working() -> list[str]:
+    """Find the processes that prepare."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"prepare.py\0--sources" in words or b"ray::Seat" in words or b"spawn_main" in words:
+            found.append(path.name)
+    return found
+
+
+def run(home: Path, name: str, f: Flags, side: list[str], text: str) -> tuple[float, float]:
+    """Prepare a set; its seconds and the peak megabytes. It is removed afterwards."""
+    peak, done = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.25):
+            peak[0] = max(peak[0], share_of(working()))
+
+    if f.memory:
+        threading.Thread(target=watch, daemon=True).start()
+    words = [sys.executable, str(ROOT / "prepare.py"), f"--sources={text}", f"--dataset={name}",
+             f"--tokenizer={f.tokenizer}", f"--dedup={f.dedup}", *side]
+    begin = time.perf_counter()
+    subprocess.run(words, cwd=home, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - begin
+    done.set()
+    subprocess.run(["rm", "-r", str(home / "data" / name)], check=True)
+    return seconds, peak[0]
+
+
+def main(command: CommandLine) -> int:
+    """Measure and print."""
+    f = command.flags
+    with tempfile.TemporaryDirectory() as folder:
+        home, address = Path(folder), "127.0.0.1:6399"
+        size = gather((command.files or ["embedded"])[0], f.megabytes, home / "text.jsonl")
+        (home / "few.jsonl").write_text("".join(
+            f'{{"text": "{str(row) * 9999}"}}\n' for row in range(10)))
+        ray = str(Path(sys.executable).with_name("ray"))
+        subprocess.run([ray, "start", "--head", "--port=6399", "--num-cpus=2",
+                        "--include-dashboard=false", "--disable-usage-stats"],
+                       check=True, stdout=subprocess.DEVNULL)
+        try:
+            sides = {"--workers=2": ["--workers=2"], "--ray": [f"--ray={address}"]}
+            found: dict = {name: [] for name in sides}
+            for turn in range(f.rounds):
+                for name, words in sides.items():
+                    start, _ = run(home, f"s{turn}", f, words, "few.jsonl")
+                    seconds, peak = run(home, f"t{turn}", f, words, "text.jsonl")
+                    found[name].append((seconds, start, seconds - start, peak))
+            table = {name: [median(column) for column in zip(*rows, strict=True)]
+                     for name, rows in found.items()}
+            for name, (seconds, start, work, _) in table.items():
+                print(f"| prepare {size:.0f} MB, {f.tokenizer}, dedup {f.dedup}, {name} | "
+                      f"{seconds:.1f} s, of them {start:.1f} s start-up | without it {work:.1f} s, "
+                      f"{work / table['--workers=2'][2]:.2f} of one machine |", flush=True)
+            if f.memory:
+                with open(home / "ten.jsonl", "w") as ten:
+                    for copy in range(10):  # no copy repeats another one
+                        for line in open(home / "text.jsonl"):
+                            ten.write(line.replace('"text": "', f'"text": "{copy} ', 1))
+                for name, words in sides.items():
+                    _, peak = run(home, "ten", f, words, "ten.jsonl")
+                    print(f"| peak memory, {name} | {table[name][3]:.0f} MB for {size:.0f} MB of "
+                          f"text | {peak:.0f} MB for ten times as much | "
+                          f"{peak / table[name][3]:.2f} |", flush=True)
+        finally:
+            subprocess.run([ray, "stop"], check=False, stdout=subprocess.DEVNULL)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, parse_arguments(__doc__, Flags, takes="files"))
