@@ -1,4 +1,4 @@
-"""prepare.py on a Ray cluster beside one machine: python bench/cluster.py [CORPUS] [--megabytes=300]
+"""prepare.py on a Ray cluster beside one machine: python bench/cluster.py [CORPUS] [--memory]
 
 Starts a cluster of two places on this machine and prepares the same text in turn with --workers=2
 and on the cluster: whole commands, with the start-up, which a set of ten documents measures, apart.
@@ -18,7 +18,6 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.prepare import gather
-
 from plainllama.command import CommandLine, parse_arguments, run_command
 from plainllama.settings import key
 
@@ -106,10 +105,11 @@ def main(command: CommandLine) -> int:
                       f"{seconds:.1f} s, of them {start:.1f} s start-up | without it {work:.1f} s, "
                       f"{work / table['--workers=2'][2]:.2f} of one machine |", flush=True)
             if f.memory:
-                with open(home / "ten.jsonl", "w") as ten:
+                with open(home / "ten.jsonl", "w") as ten, open(home / "text.jsonl") as text:
                     for copy in range(10):  # no copy repeats another one
-                        for line in open(home / "text.jsonl"):
-                            ten.write(line.replace('"text": "', f'"text": "{copy} ', 1))
+                        text.seek(0)
+                        ten.writelines(line.replace('"text": "', f'"text": "{copy} ', 1)
+                                       for line in text)
                 for name, words in sides.items():
                     _, peak = run(home, "ten", f, words, "ten.jsonl")
                     print(f"| peak memory, {name} | {table[name][3]:.0f} MB for {size:.0f} MB of "

@@ -148,8 +148,8 @@ def compare(clients: dict, models: dict, streams: int, f: Flags) -> None:
         for name, client in clients.items():
             begin = time.perf_counter()
             with ThreadPoolExecutor(streams) as pool:  # texts that no server has seen
-                found = list(pool.map(lambda number, c=client, n=name: stream(
-                    c, models[n], turn * streams + number, f.tokens), range(streams)))
+                found = list(pool.map(lambda number, c=client, n=name, t=turn: stream(
+                    c, models[n], t * streams + number, f.tokens), range(streams)))
             seconds = time.perf_counter() - begin
             firsts = sorted(first for first, *_ in found)
             if turn > 0:  # the first one warms up

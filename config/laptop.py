@@ -1,7 +1,7 @@
 """One night on a laptop: 20 M parameters, 66 M tokens, by default of TinyStories.
 
 Your own text: --sources=FOLDER --dataset=NAME; below some 20 MB of it quickstart.py is the better
-size. The README has the hours; --max_minutes=480 stops in the morning with a whole checkpoint.
+size. docs/configs.md has the hours; --max_minutes=480 stops in the morning with a whole checkpoint.
 """
 
 dataset = "tinystories"

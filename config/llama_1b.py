@@ -1,7 +1,7 @@
 """A LLaMA of 1.1 billion parameters, with the blocks of Llama 3.2 1B.
 
-22 billion tokens are 20 for each parameter (https://arxiv.org/abs/2203.15556). The README has the
-memory and the hours.
+22 billion tokens are 20 for each parameter (https://arxiv.org/abs/2203.15556). docs/configs.md has
+memory and hours.
 """
 
 base = "llama_350m.py"

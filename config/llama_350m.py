@@ -1,7 +1,7 @@
 """A LLaMA of 369 M parameters, of GPT-3 medium's depth and width.
 
-7 billion tokens are 20 for each parameter (https://arxiv.org/abs/2203.15556). The README has the
-memory and the hours.
+7 billion tokens are 20 for each parameter (https://arxiv.org/abs/2203.15556). docs/configs.md has
+memory and hours.
 """
 
 base = "llama100m.py"

@@ -1,4 +1,5 @@
-"""Every command of the README is run as it stands there, in its order, on configs made small."""
+"""Every command of the README and of its chapters is run as it stands there, in order, on configs
+made small."""
 
 import json
 import os
@@ -37,6 +38,9 @@ warmup_steps = 2
 LEFT_OUT = {"make": "test_make_demo_is_the_readme; `make test` is what runs this",
             "python -m pip install": "no network", "python3 -m venv": "there is one",
             "torchrun --nnodes": "needs several machines"}
+CHAPTERS = ("README.md", *(f"docs/{name}.md" for name in (
+    "text", "pretraining", "dialogs", "preferences", "tables", "adapters", "expansion", "serving",
+    "scores", "runs", "scale")))
 # the lines that must work exactly as written
 FOUR = ("python prepare.py", "torchrun --nproc_per_node=8 train.py config/llama100m.py",
         "python sample.py --ckpt out/", "python eval.py")
@@ -44,11 +48,12 @@ SLOW = r"torchrun|python (export|eval)\.py|python prepare\.py$|.*--sources=hf:|.
 
 
 def commands() -> list[str]:
-    """The commands in the README's blocks (indented lines), without comments, in their order."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The commands in the blocks (indented lines), without comments, in their order, each once."""
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in CHAPTERS)
     lines = [line.strip().split("  #")[0].strip() for line in text.split("\n")
              if line.startswith("    ")]
-    return [line for line in lines if re.match(r"(make|python3?|torchrun|git|tensorboard) ", line)]
+    return [line for line in dict.fromkeys(lines)
+            if re.match(r"(make|python3?|torchrun|git|tensorboard) ", line)]
 
 
 def place(folder: Path) -> dict:
@@ -156,11 +161,14 @@ def test_make_demo_is_the_readme():
 
 
 def test_what_the_readme_names_is_there():
-    text = (ROOT / "README.md").read_text()
-    for _, link in re.findall(r"\[([^]]*)\]\(([^)]+)\)", text):
-        if link.startswith("#"):
-            assert f"\n## {link[1:].replace('-', ' ')}\n" in text.lower(), link
-        else:
-            assert "://" in link or (ROOT / link).exists(), link
-    for name in re.findall(r"`(?:config/)?(\w+\.py)`", text):
-        assert (ROOT / name).exists() or (ROOT / "config" / name).exists(), name
+    known = {path.name for folder in ("config", "bench", "runs", "plainllama", "tests")
+             for path in (ROOT / folder).rglob("*.py")} | {path.name for path in ROOT.glob("*.py")}
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        for _, link in re.findall(r"\[([^]]*)\]\(([^)]+)\)", text):
+            if link.startswith("#"):
+                assert f"\n## {link[1:].replace('-', ' ')}\n" in text.lower(), (page, link)
+            else:
+                assert "://" in link or (page.parent / link).exists(), (page, link)
+        for name in re.findall(r"`(?:config/)?(\w+\.py)`", text):
+            assert name in known, (page, name)

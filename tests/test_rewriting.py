@@ -442,10 +442,10 @@ def test_the_clients_of_a_set_of_tables(scripted, tmp_path, monkeypatch):
 
 
 def test_what_was_rewritten_is_learned_from(scripted, tmp_path, monkeypatch):
-    """As the README says: the rows that are whole, new and without other numbers."""
+    """As docs/tables.md says: the rows that are whole, new and without other numbers."""
     assert run(*WORDS, "--out=G.jsonl") == 0
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    line = re.search(r"^    jq -c '(.*)' (\S+) > (\S+)$", readme, re.MULTILINE)
+    page = (Path(__file__).parent.parent / "docs/tables.md").read_text()
+    line = re.search(r"^    jq -c '(.*)' (\S+) > (\S+)$", page, re.MULTILINE)
     if jq := shutil.which("jq"):
         kept = subprocess.run([jq, "-c", line[1], "G.jsonl"], capture_output=True, check=True)
         Path("kept.jsonl").write_bytes(kept.stdout)
