@@ -6,6 +6,8 @@ Then the peak memory of all processes that work, added up by their share (PSS), 
 for ten times as much.
 """
 
+import json
+import string
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,9 @@ sys.path.insert(0, str(ROOT))
 from bench.prepare import gather
 from plainllama.command import CommandLine, parse_arguments, run_command
 from plainllama.settings import key
+
+
+LETTERS = string.ascii_lowercase
 
 
 @dataclass
@@ -106,10 +111,12 @@ def main(command: CommandLine) -> int:
                       f"{work / table['--workers=2'][2]:.2f} of one machine |", flush=True)
             if f.memory:
                 with open(home / "ten.jsonl", "w") as ten, open(home / "text.jsonl") as text:
-                    for copy in range(10):  # no copy repeats another one
+                    for copy in range(10):  # other letters, so that no copy repeats another one
+                        turned = str.maketrans(LETTERS, LETTERS[copy:] + LETTERS[:copy])
                         text.seek(0)
-                        ten.writelines(line.replace('"text": "', f'"text": "{copy} ', 1)
-                                       for line in text)
+                        for line in text:
+                            row = {"text": json.loads(line)["text"].translate(turned)}
+                            ten.write(json.dumps(row, ensure_ascii=False) + "\n")
                 for name, words in sides.items():
                     _, peak = run(home, "ten", f, words, "ten.jsonl")
                     print(f"| peak memory, {name} | {table[name][3]:.0f} MB for {size:.0f} MB of "
