@@ -23,7 +23,6 @@ from bench.prepare import gather
 from plainllama.command import CommandLine, parse_arguments, run_command
 from plainllama.settings import key
 
-
 LETTERS = string.ascii_lowercase
 
 
