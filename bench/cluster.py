@@ -2,8 +2,8 @@
 
 Starts a cluster of two places on this machine and prepares the same text in turn with --workers=2
 and on the cluster: whole commands, with the start-up, which a set of ten documents measures, apart.
-Then the peak memory of all processes that work, added up by their share (PSS), for so much text and
-for ten times as much.
+Then the peak memory of all processes that work, added up (what they share once, pages of files not),
+for so much text and for ten times as much.
 """
 
 import json
@@ -43,7 +43,7 @@ def share_of(ids: list[str]) -> float:
     for number in ids:
         try:
             lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
-            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
         except (OSError, StopIteration):
             pass  # it has ended
     return total / 1024
