@@ -2,11 +2,14 @@
 
 Starts a cluster of two places on this machine and prepares the same text in turn with --workers=2
 and on the cluster: whole commands, with the start-up, which a set of ten documents measures, apart.
-Then the peak memory of all processes that work, added up (what they share once, pages of files not),
-for so much text and for ten times as much.
+Then the peak memory of all processes that work, added up (what they share once, pages of files
+not), for so much text and for ten times as much.
 """
 
+import contextlib
 import json
+import os
+import signal
 import string
 import subprocess
 import sys
@@ -21,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.prepare import gather
 from plainllama.command import CommandLine, parse_arguments, run_command
-from plainllama.settings import key
+from plainllama.settings import UserError, key
 
 LETTERS = string.ascii_lowercase
 
@@ -91,10 +94,14 @@ def main(command: CommandLine) -> int:
         (home / "few.jsonl").write_text("".join(
             f'{{"text": "{str(row) * 9999}"}}\n' for row in range(10)))
         ray = str(Path(sys.executable).with_name("ray"))
-        subprocess.run([ray, "start", "--head", "--port=6399", "--num-cpus=2",
-                        "--include-dashboard=false", "--disable-usage-stats"],
-                       check=True, stdout=subprocess.DEVNULL)
+        head = subprocess.Popen(
+            [ray, "start", "--head", "--port=6399", "--num-cpus=2",
+             "--include-dashboard=false", "--disable-usage-stats"], start_new_session=True,
+            env=os.environ | {"RAY_raylet_start_wait_time_s": "180"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
+            if head.wait():
+                raise UserError("ray start fails")
             sides = {"--workers=2": ["--workers=2"], "--ray": [f"--ray={address}"]}
             found: dict = {name: [] for name in sides}
             for turn in range(f.rounds):
@@ -122,7 +129,8 @@ def main(command: CommandLine) -> int:
                           f"text | {peak:.0f} MB for ten times as much | "
                           f"{peak / table[name][3]:.2f} |", flush=True)
         finally:
-            subprocess.run([ray, "stop"], check=False, stdout=subprocess.DEVNULL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(head.pid, signal.SIGKILL)  # what it left running
     return 0
 
 
