@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,6 +174,25 @@ def run_script(*words: str, cwd: Path, processes: int = 0, code: str = "", timeo
     command = [sys.executable, *(["-m", forks.TORCHRUN] if processes else []), *launcher, *script]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     return subprocess.run(command, cwd=cwd, text=True, timeout=timeout, env=env, **streams)
+
+
+@pytest.fixture
+def checked_here(monkeypatch):
+    """export.py's check with transformers runs in this process, which may have it already."""
+    import export
+
+    def run(words: list, cwd: str, env: dict, **_) -> subprocess.CompletedProcess:
+        assert words[1] == "-c"
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", ["-c", *map(str, words[3:])])
+            try:
+                exec(words[2], {"__name__": "check"})
+            except Exception as error:
+                return subprocess.CompletedProcess(words, 1, "", repr(error))
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(export, "subprocess", SimpleNamespace(run=run))
 
 
 SERVERS: list[forks.Server] = []  # none or one

@@ -218,6 +218,23 @@ def fork_ranks(code: str) -> None:
     SubprocessHandler._popen = popen  # type: ignore[assignment]
 
 
+def fork_scripts() -> None:
+    """This process starts Python's scripts by the server."""
+    class Popen(subprocess.Popen):
+        def __new__(cls, words, *others, **how):
+            if words[0] != sys.executable or not str(words[1]).endswith(".py"):
+                return super().__new__(cls)
+            streams = {name: how[name] for name in ("stdout", "stderr") if name in how}
+            own = {name: end if isinstance(end, int) else end.fileno()
+                   for name, end in streams.items()}
+            if own.get("stderr") == subprocess.STDOUT:
+                own["stderr"] = own["stdout"]
+            env = how.get("env") or dict(os.environ)
+            return Forked(words[1:], how.get("cwd") or os.getcwd(), env, **own)
+
+    subprocess.Popen = Popen  # type: ignore[misc]
+
+
 def run(argv: list[str], code: str) -> None:
     """Run a script as Python does and leave as Python does, but for taking its modules apart, which
     would copy every page that is shared."""

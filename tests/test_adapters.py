@@ -316,7 +316,7 @@ def test_only_rows_of_new_tokens_learn_beside_an_adapter(home, tied):
 
 # ---- commands, and what is refused
 
-def test_an_adapter_is_sampled_scored_and_exported(home, capsys):
+def test_an_adapter_is_sampled_scored_and_exported(home, checked_here, capsys):
     import eval as scoring
     import sample
 

@@ -343,7 +343,8 @@ def test_compiled_blocks_have_no_break_and_the_same_gradient():
         assert torch.allclose(p.grad, q.grad, atol=1e-6, rtol=1e-4), name
 
 
-def test_stack_exports_as_a_plain_llama_and_concat_by_merge_back_alone(home, capsys, monkeypatch):
+def test_stack_exports_as_a_plain_llama_and_concat_by_merge_back_alone(home, checked_here, capsys,
+                                                                       monkeypatch):
     for kind in ("stack", "concat", "hybrid"):
         assert run(*GROW, f"--expand={kind}", f"--out_dir=out/{kind}") == 0
     capsys.readouterr()

@@ -79,7 +79,7 @@ def test_the_card_says_what_was_learned(tmp_path, unchecked):
     assert "a.txt" not in card
 
 
-def test_the_card_of_a_model_of_dialogs_shows_how_to_talk_with_it(tmp_path):
+def test_the_card_of_a_model_of_dialogs_shows_how_to_talk_with_it(tmp_path, checked_here):
     transformers = pytest.importorskip("transformers")
     step = write_run(tmp_path / "run", vocab_size=263)
     _, data = with_roles(json.loads((step / "tokenizer.json").read_text()), "bytes")
@@ -195,7 +195,8 @@ def test_a_flipped_weight_is_caught(tmp_path, monkeypatch, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_what_transformers_would_compute_otherwise_is_caught(tmp_path, monkeypatch, capsys):
+def test_what_transformers_would_compute_otherwise_is_caught(tmp_path, checked_here, monkeypatch,
+                                                             capsys):
     pytest.importorskip("transformers")
     step, right = write_run(tmp_path / "run"), config_json
     monkeypatch.setattr(huggingface, "config_json", lambda *args: {
@@ -239,7 +240,7 @@ def test_push(tmp_path, unchecked, monkeypatch, capsys):
     assert (tmp_path / "b" / "model.safetensors").is_file()
 
 
-def test_every_text_is_compared(tmp_path, monkeypatch):
+def test_every_text_is_compared(tmp_path, checked_here, monkeypatch):
     """Token ids that the fresh process does not hand over are not taken for equal ones."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(export, "CHECK", export.CHECK.replace('in asked["texts"]', "in []"))

@@ -40,7 +40,7 @@ LEFT_OUT = {"make": "test_make_demo_is_the_readme; `make test` is what runs this
             "torchrun --nnodes": "needs several machines"}
 CHAPTERS = ("README.md", *(f"docs/{name}.md" for name in (
     "text", "pretraining", "dialogs", "preferences", "tables", "adapters", "expansion", "serving",
-    "scores", "runs", "scale")))
+    "scores", "runs")))
 # the lines that must work exactly as written
 FOUR = ("python prepare.py", "torchrun --nproc_per_node=8 train.py config/llama100m.py",
         "python sample.py --ckpt out/", "python eval.py")

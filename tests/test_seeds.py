@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from statistics import mean, stdev
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import ROOT, TUNED, documents, run_script, write_data_set
 from plainllama.files import hold, read_json
 
 ARGUMENTS = "c.py", "--seeds=3,1,2", "--recipe=recipe.txt"
+run_script = partial(run_script, code="import forks; forks.fork_scripts()")
 
 
 def test_seeds_are_trained_scored_and_told(tmp_path):
