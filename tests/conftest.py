@@ -96,12 +96,6 @@ save_interval = 10
 keep_last = 10
 """
 
-# what must not change the curve of a run
-SAME_CURVE = [
-    [("--micro_batch=1",), ("--micro_batch=8", "--activation_checkpointing"), ("--deterministic",)],
-    pytest.param([("--compile=true",), ("--compile=true", "--activation_checkpointing")],
-                 marks=pytest.mark.slow)]
-
 # a base of a moment, and what goes on from it
 TUNED = """
 dataset = 'toy'

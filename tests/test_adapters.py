@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SAME_CURVE, TUNED, documents, metrics, write_data_set
+from conftest import TUNED, documents, metrics, write_data_set
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -454,19 +454,6 @@ def test_partial_tuning_keeps_the_rest_to_the_bit(home, patterns, blocks):
     assert ("lm_head.weight" in moved) == ("lm_head" in patterns)
     moments = load_file(newest("out/p") / "training/optimizer-00000.safetensors")
     assert {key.rpartition("/")[0] for key in moments} == moved
-
-
-# ---- configs that must give one curve
-
-@pytest.mark.parametrize("keys", [
-    LORA, (*LORA, "--frozen_dtype=nf4"), (*LORA, "--frozen_dtype=bf16"),
-    ("--init_from=out/base", "--train_only=last:1,lm_head")])
-@pytest.mark.parametrize("others", SAME_CURVE)
-def test_one_curve(home, keys, others):
-    assert run(*keys, "--out_dir=out/one") == 0
-    for number, other in enumerate(others):
-        assert run(*keys, *other, f"--out_dir=out/{number}") == 0
-        assert losses("out/one") == pytest.approx(losses(f"out/{number}"), abs=2e-5), other
 
 
 def test_a_full_rank_adapter_starts_where_its_merged_model_starts(home, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SAME_CURVE, TUNED, documents, metrics, run_script, write_data_set
+from conftest import TUNED, documents, metrics, run_script, write_data_set
 from safetensors.torch import load_file, save_file
 
 import export
@@ -456,17 +456,6 @@ def test_a_set_sees_documents_as_the_run_does(home):
 
 
 CONCAT = (*GROW, "--expand=concat", "--divergence_weight=1")
-
-
-@pytest.mark.parametrize("keys", [CONCAT, (*GROW, "--expand=hybrid", "--expand_merge=dlerp")])
-@pytest.mark.parametrize("others", SAME_CURVE)
-def test_one_curve(home, keys, others):
-    assert run(*keys, "--out_dir=out/one") == 0
-    for number, other in enumerate(others):
-        assert run(*keys, *other, f"--out_dir=out/{number}") == 0
-        for name in ("loss", "divergence/mse"):
-            assert rows_of("out/one", name) == pytest.approx(rows_of(f"out/{number}", name),
-                                                             abs=2e-5), other
 
 
 @pytest.mark.parametrize("kind", KINDS)
