@@ -171,7 +171,8 @@ def test_a_whole_export(tmp_path, capsys):
                  "5-gram | 2.5000", "](curve_loss.svg)",
                  "python train.py config/quickstart.py --max_steps=7",
                  'AutoModelForCausalLM.from_pretrained("hub")', "rope_factor", "vllm serve hub",
-                 "export.py --ckpt=CHECKPOINT --to=hub.gguf", "ollama create hub -f Modelfile",
+                 "export.py --ckpt=CHECKPOINT --to=hub.gguf", "ollama create hub -f hub.Modelfile",
+                 "llama-completion -m hub.gguf", "| objective | the next token |",
                  '-d \'{"model": "hub", "prompt": "The", "max_tokens": 50}\''):
         assert part in card, part
     assert str(tmp_path) not in card and "trust_remote_code" not in card

@@ -30,8 +30,10 @@ FIELDS = {"completions": (*BOTH, "prompt", "echo"),
 # what clients send although it changes nothing: as long as it does
 NEUTRAL: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1,
                            "logit_bias": {}, "suffix": "", "store": False,
-                           "parallel_tool_calls": True, "response_format": {"type": "text"}}
-MOST_TOP, MOST_TEXTS, MOST_STOPS = 20, 128, 64
+                           "parallel_tool_calls": True, "response_format": {"type": "text"},
+                           "service_tier": "auto"}
+LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # for the client's own books
+MOST_TOP, MOST_TEXTS, MOST_STOPS, LONGEST_STOP = 20, 128, 64, 256
 
 
 class Wrong(Exception):
@@ -129,9 +131,9 @@ class Model:
         stops = body.get("stop") or []
         asked.stops = [stops] if isinstance(stops, str) else stops
         if not isinstance(asked.stops, list) or len(asked.stops) > MOST_STOPS or not all(
-                isinstance(stop, str) and stop for stop in asked.stops):
-            raise Wrong(f"stop is a text that is not empty, or a list of at most {MOST_STOPS}",
-                        "stop")
+                isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in asked.stops):
+            raise Wrong(f"stop is a text of 1 to {LONGEST_STOP} characters, or a list of at most "
+                        f"{MOST_STOPS}", "stop")
         ids = body.get("stop_token_ids") or []
         if not isinstance(ids, list) or len(ids) > MOST_STOPS:
             raise Wrong(f"stop_token_ids is a list of at most {MOST_STOPS} ids", "stop_token_ids")
@@ -145,6 +147,9 @@ class Model:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise Wrong("messages is a list of messages, at least one", "messages")
+        if len(messages) > self.block_size:  # each takes a token at least
+            raise Wrong(f"messages: {len(messages)} do not fit into a context of "
+                        f"{self.block_size} tokens", "messages", code="context_length_exceeded")
         if flag(body, "logprobs"):
             asked.top = number(body, "top_logprobs", 0, 0, MOST_TOP)
         elif body.get("top_logprobs") is not None:
@@ -308,7 +313,7 @@ def check_fields(kind: str, body: dict) -> None:
         del body[name]
     for name, value in body.items():
         same = name in NEUTRAL and value == NEUTRAL[name]
-        if name not in FIELDS[kind] and not same:
+        if name not in FIELDS[kind] and name not in LABELS and not same:
             raise Wrong(f"the field {name[:80]!r} is not supported"
                         f"{nearest(name, FIELDS[kind], 0.8)}", name[:80])
 

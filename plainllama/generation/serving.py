@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from plainllama.generation.batching import Batch, Full
+from plainllama.generation.connections import Connection
 from plainllama.generation.protocol import Asked, Model, Wrong, vector
 from plainllama.generation.replies import Reply
 from plainllama.settings import UserError
@@ -37,8 +38,9 @@ from plainllama.settings import UserError
 KEY = "PLAINLLAMA_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-BODY = 8 * 2**20  # bytes
+BODY = 2 * 2**20  # bytes
 BODY_SECONDS = 30.0  # that a client has to send them
+END_SECONDS = 10  # that answers which are complete have to be taken, when the server ends
 ALIVE_SECONDS = 5.0  # after which a stream without news says that it lives
 OPEN = ("/", "/health")  # asked for without a key
 GONE = Response(status_code=499)  # nobody reads it
@@ -62,6 +64,7 @@ class Service:
             routes.append(Route(path, partial(self.answer, kind), methods=["POST"]))
         middleware = [Middleware(CORSMiddleware, allow_origins=[cors], allow_methods=["*"],
                                  allow_headers=["*"])] if cors else []
+        self.paths = {route.path for route in routes}
         self.app = Starlette(routes=routes, middleware=middleware, exception_handlers={
             HTTPException: not_there, Exception: broken})
 
@@ -73,8 +76,8 @@ class Service:
 
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
-                known = scope["path"] if "endpoint" in scope else "other"
-                self.statuses[known, message["status"]] += 1
+                path = scope["path"] if scope["path"] in self.paths else "other"
+                self.statuses[path, message["status"]] += 1
             await send(message)
 
         answer: Any = self.app
@@ -147,14 +150,14 @@ class Service:
     async def answer(self, kind: str, request: Request) -> Response:
         """Answer a request for texts or vectors."""
         try:
-            if self.draining:
-                raise Wrong("the server is ending", None, 503, None, {"Retry-After": "10"})
             if request.headers.get("content-type", "").partition(";")[0] != "application/json":
                 # else a page elsewhere could ask without being allowed to
                 raise Wrong("Content-Type must be application/json", None, 415)
             raw = await read_body(request)
             loop = asyncio.get_running_loop()
             asked = await loop.run_in_executor(self.reader, self.model.read, kind, raw)
+            if self.draining:
+                raise Wrong("the server is ending", None, 503, None, {"Retry-After": "10"})
             reply = Reply(self.model, kind, asked)
             try:
                 self.batch.add(reply.texts)
@@ -306,16 +309,19 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service):
         super().__init__(uvicorn.Config(service, log_level="warning", access_log=False,
                                         lifespan="off", timeout_keep_alive=30, server_header=False,
-                                        h11_max_incomplete_event_size=64 * 1024, http="h11"))
+                                        h11_max_incomplete_event_size=64 * 1024, http=Connection,
+                                        ws="none", timeout_graceful_shutdown=END_SECONDS))
         self.service = service
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Take a signal."""
-        if self.service.draining:
+        name, running = signal.Signals(sig).name, self.service.answering
+        if self.service.draining:  # print() might be at work when a signal comes
+            os.write(2, f"{name}: ended at once; answers cut short: {running}\n".encode())
             os._exit(143)
         self.service.draining = True
-        print(f"{signal.Signals(sig).name}: {self.service.answering} running answers come to their "
-              "end; a second signal ends at once", flush=True)
+        print(f"{name}: {running} running answers come to their end; a second signal ends at once"
+              if running else f"{name}: the server ends, nothing was running", flush=True)
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; asked ten times a second."""
