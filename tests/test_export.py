@@ -96,7 +96,7 @@ def test_the_card_of_a_model_of_dialogs_shows_how_to_talk_with_it(tmp_path):
     assert "| learned tokens | 7,000 |" in card and "trained from dialogs by" in card
     assert "| learned | assistant, 25.0% of the tokens |" in card
     assert "| chat template | plainllama's own, chat_template.jinja |" in card
-    assert "/v1/chat/completions" in card and "llama-cli -m hub.gguf -cnv" in card
+    assert "/v1/chat/completions" in card and "llama-cli -m hub.gguf\n" in card
     sent = json.loads(card.partition("-d '")[2].partition("'")[0])
     assert sent["messages"] == [{"role": "user", "content": "Hello!"}]
     code = card.partition("```python\n")[2].partition("```")[0]

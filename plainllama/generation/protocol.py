@@ -17,7 +17,7 @@ from plainllama.generation.answers import Spelling, forced_call
 from plainllama.generation.batching import Score
 from plainllama.settings import Sampling, UserError, nearest
 from plainllama.text.dialogs import Refused, message_of, plain, tools_of
-from plainllama.tokens.chat import Chat
+from plainllama.tokens.chat import CALL, Chat
 from plainllama.tokens.tokenizer import Tokenizer
 
 SAMPLING = tuple(item.name for item in fields(Sampling))
@@ -77,6 +77,7 @@ class Model:
 
     def __init__(self, name: str, block_size: int, tokenizer: Tokenizer, chat: Chat | None):
         self.name, self.block_size, self.tokenizer, self.chat = name, block_size, tokenizer, chat
+        self.calls = not tokenizer.template or CALL.strip() in tokenizer.template  # as we read them
         self.spelling = Spelling(tokenizer)
         self.created = int(time.time())
         self.longest = self.spelling.longest()  # characters of a token
@@ -193,6 +194,9 @@ class Model:
         names = [tool["name"] for tool in tools]
         if choice == "none":
             return []
+        if not self.calls:
+            raise Wrong(f"tools: the template of this model writes calls otherwise than in "
+                        f"{CALL.strip()}, so that they would not be found", "tools")
         asked.tools = True
         if choice == "required":
             asked.forced = forced_call(names[0] if len(names) == 1 else None)
