@@ -93,7 +93,7 @@ def begin(service):
         thread.join(20)
 
     return SimpleNamespace(port=port, close=close, service=service, batch=service.batch,
-                           server=server, url=f"http://127.0.0.1:{port}")
+                           server=server, thread=thread, url=f"http://127.0.0.1:{port}")
 
 
 @pytest.fixture(scope="module")
@@ -508,6 +508,7 @@ BAD: list[tuple] = [
     ("chat/completions", CHAT | {"messages": ["hello"]}, "messages"),
     ("chat/completions", CHAT | {"messages": [{"role": "king", "content": "a"}]}, "messages"),
     ("chat/completions", CHAT | {"messages": [{"role": "user", "content": 5}]}, "messages"),
+    ("chat/completions", CHAT | {"messages": [{"role": "user", "contents": "a"}]}, "messages"),
     ("chat/completions", CHAT | {"messages": [{"role": ["user"], "content": "a"}]}, "messages"),
     ("chat/completions", CHAT | {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "http://x"}}]}]}, "messages"),
@@ -792,6 +793,21 @@ def test_a_signal_lets_answers_end(capsys, monkeypatch):
     assert until(lambda: not server.server.server_state.connections)
     late.close(), server.close(), batch.close()
     assert "SIGTERM: 1 running answers come to their end" in capsys.readouterr().out
+
+
+def test_the_end_does_not_wait_for_who_takes_nothing(monkeypatch):
+    monkeypatch.setattr(serving, "END_SECONDS", 1)
+    batch = Batch(tiny(block_size=CONTEXT), TOKENIZER.vocab_size, 2, 9)
+    server = begin(service_of(None, batch))
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(("127.0.0.1", server.port))
+        lazy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 300)
+        assert until(lambda: server.server.server_state.tasks)
+        server.server.handle_exit(signal.SIGINT, None)
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+    batch.close()
 
 
 def test_a_second_signal_ends_at_once(folder):

@@ -130,7 +130,7 @@ class Batch:
 
     def leave_gone(self) -> None:
         """Free what nobody wants any more."""
-        there = sum(map(list, self.waiting), self.running[:])
+        there = [text for texts in self.waiting for text in texts] + self.running
         there += [self.begun] if self.begun else []
         self.counts["cancelled"] += sum(text.gone for text in there)
         for text in there:

@@ -358,6 +358,8 @@ def read_sampling(body: dict) -> Sampling:
 def history(raw: Any) -> dict:
     """Bring a message to ours. An answer that is no well-formed one is taken as the text that it
     was: a client sends back what the model said."""
+    if isinstance(raw, dict) and raw.get("content") is None and raw.get("role") != "assistant":
+        raise Refused("a message has no content")
     try:
         return message_of(raw)
     except Refused:

@@ -307,7 +307,7 @@ class Server(uvicorn.Server):
     """uvicorn, but a first signal lets answers end and refuses new requests meanwhile."""
 
     def __init__(self, service: Service):
-        super().__init__(uvicorn.Config(service, log_level="warning", access_log=False,
+        super().__init__(uvicorn.Config(service, log_level="error", access_log=False,
                                         lifespan="off", timeout_keep_alive=30, server_header=False,
                                         h11_max_incomplete_event_size=64 * 1024, http=Connection,
                                         ws="none", timeout_graceful_shutdown=END_SECONDS))
