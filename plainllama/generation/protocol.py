@@ -383,12 +383,6 @@ def calls_of(calls: list[dict], stream: bool) -> list[dict]:
         for i, call in enumerate(calls)]
 
 
-def usage_of(prompt: int, new: int, cached: int) -> dict:
-    """Write how many tokens went in and came out."""
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": cached}}
-
-
 def vector(values: list[float], as_base64: bool) -> Any:
     """Write a vector as numbers, or as little-endian fp32 in base64."""
     if not as_base64:
