@@ -823,7 +823,8 @@ def test_a_second_signal_ends_at_once(folder):
         url = re.search("http://127.0.0.1:[0-9]+/v1", said[-1]).group()
         body = {"prompt": "x", "max_tokens": 500, "n": 128, "stream": True}
         with httpx.stream("POST", url + "/completions", json=body, timeout=60) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # which closes the stream where nobody holds it
+            next(lines)
             process.send_signal(signal.SIGTERM)
             assert "SIGTERM: 1 running answers come to their end" in process.stdout.readline()
             process.send_signal(signal.SIGINT)

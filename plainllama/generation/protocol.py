@@ -20,9 +20,8 @@ from plainllama.text.dialogs import Refused, message_of, plain, tools_of
 from plainllama.tokens.chat import CALL, Chat
 from plainllama.tokens.tokenizer import Tokenizer
 
-SAMPLING = tuple(item.name for item in fields(Sampling))
 BOTH = ("model", "n", "stream", "stream_options", "stop", "stop_token_ids", "seed", "max_tokens",
-        "logprobs", *SAMPLING)
+        "logprobs", *(item.name for item in fields(Sampling)))
 FIELDS = {"completions": (*BOTH, "prompt", "echo"),
           "chat": (*BOTH, "messages", "tools", "tool_choice", "max_completion_tokens",
                    "top_logprobs"),
@@ -32,7 +31,7 @@ NEUTRAL: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "best_
                            "logit_bias": {}, "suffix": "", "store": False,
                            "parallel_tool_calls": True, "response_format": {"type": "text"},
                            "service_tier": "auto"}
-LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # for the client's own books
+LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # of no effect
 MOST_TOP, MOST_TEXTS, MOST_STOPS, LONGEST_STOP = 20, 128, 64, 256
 
 
@@ -317,9 +316,9 @@ def check_fields(kind: str, body: dict) -> None:
         del body[name]
     for name, value in body.items():
         same = name in NEUTRAL and value == NEUTRAL[name]
-        if name not in FIELDS[kind] and name not in LABELS and not same:
-            raise Wrong(f"the field {name[:80]!r} is not supported"
-                        f"{nearest(name, FIELDS[kind], 0.8)}", name[:80])
+        if name not in (*FIELDS[kind], *LABELS) and not same:
+            close = nearest(name, FIELDS[kind], 0.8)
+            raise Wrong(f"the field {name[:80]!r} is not supported{close}", name[:80])
 
 
 def number(body: dict, name: str, default: Any, low: int, high: int, why: str = "") -> Any:
