@@ -748,6 +748,9 @@ def test_a_key_cors_and_a_model_without_dialogs(model):
         asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
         answer = httpx.options(server.url + "/v1/completions", headers=asked)
         assert answer.headers.get("access-control-allow-origin") == allowed
+        answer = httpx.get(server.url + "/v1/models", headers={"Origin": origin})
+        assert answer.status_code == 401  # and its page may read that
+        assert answer.headers.get("access-control-allow-origin") == allowed
     server.close()
     batch.close()
 
@@ -825,6 +828,7 @@ def test_a_second_signal_ends_at_once(folder):
         with httpx.stream("POST", url + "/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()  # which closes the stream where nobody holds it
             next(lines)
+            assert process.stdout.readline() == f"in a browser: {url.removesuffix('/v1')}\n"
             process.send_signal(signal.SIGTERM)
             assert "SIGTERM: 1 running answers come to their end" in process.stdout.readline()
             process.send_signal(signal.SIGINT)
@@ -862,7 +866,7 @@ def command_on(folder, monkeypatch, *words):
     assert ended.result() == 0
 
 
-def test_an_adapter_is_served_on_its_base(folder, tmp_path, monkeypatch, capsys):
+def test_an_adapter_is_served_on_its_base(folder, tmp_path, monkeypatch):
     adapted, source = tmp_path / "adapted", torch.Generator().manual_seed(3)
     adapted.mkdir()
     for name in ("tokenizer.json", "chat_template.jinja"):
@@ -895,7 +899,8 @@ def test_a_template_of_others_is_served(tmp_path, monkeypatch, shape, capsys):
     save_model(folder, words("bytes", shape, tmp_path), template_of(shape))
     messages = [{"role": "user", "content": "hi <|im_end|>"}]
     chat = ModelChat(words("bytes", shape, tmp_path), template_of(shape))
-    with command_on(folder, monkeypatch) as client:
+    with command_on(folder, monkeypatch, "--host=0.0.0.0") as client:
+        assert "whoever reaches this machine may ask" in capsys.readouterr().out
         made = client.chat.completions.create(model="theirs", messages=messages, max_tokens=5)
         assert made.usage.prompt_tokens == len(chat.prompt(messages))
         if shape == "inst":

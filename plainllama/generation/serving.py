@@ -23,7 +23,6 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -62,30 +61,32 @@ class Service:
         for path, kind in (("/v1/completions", "completions"), ("/v1/embeddings", "embeddings"),
                            ("/v1/chat/completions", "chat")):
             routes.append(Route(path, partial(self.answer, kind), methods=["POST"]))
-        middleware = [Middleware(CORSMiddleware, allow_origins=[cors], allow_methods=["*"],
-                                 allow_headers=["*"])] if cors else []
         self.paths = {route.path for route in routes}
-        self.app = Starlette(routes=routes, middleware=middleware, exception_handlers={
+        self.app = Starlette(routes=routes, exception_handlers={
             HTTPException: not_there, Exception: broken})
+        self.door: Any = self.enter
+        if cors:  # around the door, so that its pages may read why they are refused
+            self.door = CORSMiddleware(self.enter, allow_origins=[cors], allow_methods=["*"],
+                                       allow_headers=["*"])
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Check who asks, before anything is read; then answer."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
+        """Answer, and count the answer."""
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in self.paths else "other"
                 self.statuses[path, message["status"]] += 1
             await send(message)
 
+        await self.door(scope, receive, counted)
+
+    async def enter(self, scope: Any, receive: Any, send: Any) -> None:
+        """Check who asks, before anything is read; then answer."""
         answer: Any = self.app
         try:
             self.admit(Request(scope))
         except Wrong as wrong:
             answer = refused(wrong)
-        await answer(scope, receive, counted)
+        await answer(scope, receive, send)
 
     def admit(self, request: Request) -> None:
         """Refuse a request to another host's name (a page elsewhere may have its name point here),
@@ -349,7 +350,10 @@ def serve(service: Service, place: socket.socket) -> int:
     kind = "chat and completions" if service.model.chat else "completions, no chat"
     print(f"serving {service.model.name} on http://{name}:{port}/v1: {kind}, a context of "
           f"{service.model.block_size} tokens, {len(service.batch.slots.all)} texts side by side"
-          + (f", with the key of {KEY}" if service.key else ""), flush=True)
+          + (f", with the key of {KEY}" if service.key else ""))
+    if service.hosts == set() and not service.key:
+        print(f"whoever reaches this machine may ask: {KEY} in the environment is a key to ask for")
+    print(f"in a browser: http://{name}:{port}", flush=True)
     Server(service).run(sockets=[place])
     service.batch.close()
     return 0
