@@ -680,6 +680,21 @@ def test_a_head_that_does_not_come(server, monkeypatch):
         assert said.startswith(b"HTTP/1.1 200") and said.count(b"HTTP/1.1") == 1
 
 
+def test_more_connections_than_there_is_room_for(server, client, monkeypatch):
+    there = server.server.server_state.connections
+    before = len(there)
+    monkeypatch.setattr(connections, "MOST", before + 5)
+    with contextlib.ExitStack() as stack:
+        many = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                for _ in range(9)]
+        assert until(lambda: len(there) <= before + 5)
+        many[-1].settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            assert many[-1].recv(9) == b""
+    assert until(lambda: len(there) <= before)
+    assert client.completions.create(model="tiny", prompt="SAY[abc]YAS").choices[0].text == "abc"
+
+
 def test_an_answer_has_all_the_time_that_it_needs(server, monkeypatch):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
     monkeypatch.setattr(Scripted, "slow", 0.1)

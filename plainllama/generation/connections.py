@@ -1,6 +1,7 @@
 """A client's connection: what may not last forever, and requests that are no HTTP."""
 
 import json
+import resource
 from typing import Any
 
 import h11
@@ -10,6 +11,9 @@ from plainllama.generation.protocol import Wrong
 
 HEAD_SECONDS = 30.0  # that a client has to send a request's lines before its body
 TAKEN_SECONDS = 60.0  # within which it takes what is written for it, some 50 kB
+FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+MOST = 1000 if FILES == resource.RLIM_INFINITY else min(1000, FILES // 2)  # connections at once
+BACKLOG = 64  # that are taken before others are closed
 
 
 class Connection(H11Protocol):
@@ -20,6 +24,8 @@ class Connection(H11Protocol):
         """Wait for a first request."""
         super().connection_made(transport)
         self.timeout_keep_alive_task = self.loop.call_later(HEAD_SECONDS, transport.abort)
+        if len(self.connections) > MOST:  # without files asyncio only fills the screen
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes. The time for a request's first lines runs until all of them are there, where

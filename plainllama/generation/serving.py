@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from plainllama.generation.batching import Batch, Full
-from plainllama.generation.connections import Connection
+from plainllama.generation.connections import BACKLOG, Connection
 from plainllama.generation.protocol import Asked, Model, Wrong, vector
 from plainllama.generation.replies import Reply
 from plainllama.settings import UserError
@@ -311,7 +311,8 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(service, log_level="error", access_log=False,
                                         lifespan="off", timeout_keep_alive=30, server_header=False,
                                         h11_max_incomplete_event_size=64 * 1024, http=Connection,
-                                        ws="none", timeout_graceful_shutdown=END_SECONDS))
+                                        ws="none", timeout_graceful_shutdown=END_SECONDS,
+                                        backlog=BACKLOG))
         self.service = service
 
     def handle_exit(self, sig: int, frame: Any) -> None:
