@@ -96,7 +96,7 @@ def test_the_card_of_a_model_of_dialogs_shows_how_to_talk_with_it(tmp_path, chec
     assert "| learned tokens | 7,000 |" in card and "trained from dialogs by" in card
     assert "| learned | assistant, 25.0% of the tokens |" in card
     assert "| chat template | plainllama's own, chat_template.jinja |" in card
-    assert "/v1/chat/completions" in card and "llama-cli -m hub.gguf -cnv" in card
+    assert "/v1/chat/completions" in card and "llama-cli -m hub.gguf\n" in card
     sent = json.loads(card.partition("-d '")[2].partition("'")[0])
     assert sent["messages"] == [{"role": "user", "content": "Hello!"}]
     code = card.partition("```python\n")[2].partition("```")[0]
@@ -171,7 +171,8 @@ def test_a_whole_export(tmp_path, capsys):
                  "5-gram | 2.5000", "](curve_loss.svg)",
                  "python train.py config/quickstart.py --max_steps=7",
                  'AutoModelForCausalLM.from_pretrained("hub")', "rope_factor", "vllm serve hub",
-                 "export.py --ckpt=CHECKPOINT --to=hub.gguf", "ollama create hub -f Modelfile",
+                 "export.py --ckpt=CHECKPOINT --to=hub.gguf", "ollama create hub -f hub.Modelfile",
+                 "llama-completion -m hub.gguf", "| objective | the next token |",
                  '-d \'{"model": "hub", "prompt": "The", "max_tokens": 50}\''):
         assert part in card, part
     assert str(tmp_path) not in card and "trust_remote_code" not in card

@@ -33,6 +33,7 @@ from plainllama.report.curves import (
 from plainllama.report.drawing import HEIGHT, LEFT, STYLE, cut_off, draw, limits, ticks
 from plainllama.report.page import PANELS, PARTS
 from plainllama.report.runs import find_run, grouped, load, silent
+from plainllama.report.scores import metrics_by_title
 from plainllama.weights import checkpoint
 
 NASTY = '</script><script>alert("x")</script> <b>&amp; ``` | \ud800'
@@ -236,6 +237,14 @@ def test_scores_by_position_and_of_shorter_windows(tmp_path):
     assert rows["loss by position in windows of 256, at 0-63"] == ["4.0000", "–"]
     assert rows["passkey acc"] == ["0.5000 ± 0.0980", "0.1"]
     assert rows["passkey acc_512"] == ["0.2500", "0.1"]
+
+
+def test_two_measures_of_pairs_have_two_names():
+    found = metrics_by_title({"val_loss": 0.1, "rewards/accuracies": 0.97, "logps/accuracies": 0.89,
+                              "logps/accuracies_stderr": 0.02})["validation"]
+    assert found == {"loss, nats per pair": 0.1, "bits per byte": None,
+                     "chosen preferred by rewards": 0.97, "chosen preferred by likelihood": 0.89,
+                     "chosen preferred by likelihood_stderr": 0.02}
 
 
 def test_scores_are_drawn_along_the_run(tmp_path):

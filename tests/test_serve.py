@@ -5,9 +5,12 @@ import contextlib
 import hashlib
 import json
 import os
+import queue
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +19,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import start_fork
 from test_chat import made
 from test_sample import tiny
+from test_templates import template_of, words
 
 import sample
 from plainllama.command import parse
@@ -27,12 +30,16 @@ from plainllama.generation import generate, slots
 from plainllama.generation.batching import Batch, Text
 from plainllama.settings import Sampling, UserError
 from plainllama.tokens.chat import TEMPLATE, Chat
+from plainllama.tokens.templates import ModelChat
+from plainllama.weights.adapters import Adapter
 from plainllama.weights.huggingface import config_json
+from plainllama.weights.peft import write_adapter
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 serving = pytest.importorskip("plainllama.generation.serving")
 
+from plainllama.generation import connections  # noqa: E402
 from plainllama.generation.protocol import Model  # noqa: E402
 
 CONTEXT = 512
@@ -86,7 +93,7 @@ def begin(service):
         thread.join(20)
 
     return SimpleNamespace(port=port, close=close, service=service, batch=service.batch,
-                           url=f"http://127.0.0.1:{port}")
+                           server=server, thread=thread, url=f"http://127.0.0.1:{port}")
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +217,69 @@ def test_one_that_fails_harms_no_other(monkeypatch):
     found = drawn(batch, [{"ids": [256, n], "room": 5} for n in (1, 77, 2)], True)
     assert [reason for *_, reason in found] == ["length", "error: RuntimeError: planted", "length"]
     assert not any(slot.busy for slot in batch.slots.all)
+    batch.close()
+
+
+def test_a_listener_or_a_draw_that_fails_harms_no_other_text(monkeypatch):
+    batch = Batch(tiny(block_size=CONTEXT), 258, 4, 9)
+    real = batch.choice
+
+    def ended(reason):
+        if reason == "length":
+            raise ValueError("planted")
+        reasons.put(reason)
+
+    def choice(text, logits):
+        if text.seed == 77 and text.new:
+            raise RuntimeError("planted too")
+        return real(text, logits)
+
+    reasons = queue.Queue()
+    batch.add([Text([256], 3, SimpleNamespace(heard=lambda *_: False, ended=ended))])
+    assert reasons.get(timeout=30) == "error: ValueError: planted"
+    monkeypatch.setattr(batch, "choice", choice)
+    [(new, _, reason)] = drawn(batch, [{"ids": [256], "room": 5, "seed": 77}], True)
+    assert (len(new), reason) == (1, "error: RuntimeError: planted too")
+    monkeypatch.undo()
+    assert drawn(batch, [{"ids": [256], "room": 5}], True)[0][2] == "length"
+    assert batch.load() == (0, 0)
+    batch.close()
+
+
+def test_a_prompt_that_nobody_wants_is_left_within_a_step(monkeypatch):
+    monkeypatch.setitem(slots.PIECES, "cpu", 16)
+    batch = Batch(tiny(block_size=CONTEXT), 258, 2, 9)
+    real, fed = batch.slots.feed, []
+
+    def feed(slot, ids):
+        fed.append(ids)
+        if len(fed) == 3:
+            batch.cancel([text])
+        return real(slot, ids)
+
+    monkeypatch.setattr(batch.slots, "feed", feed)
+    text = Text([256] * 500, 5, SimpleNamespace())
+    batch.add([text])
+    assert until(lambda: batch.counts["cancelled"] == 1) and batch.load() == (0, 0)
+    assert len(fed) == 3 and not text.new
+    batch.close()
+
+
+def test_requests_take_turns():
+    batch = Batch(tiny(block_size=CONTEXT), 258, 1, 99)
+    order, started = [], threading.Event()
+
+    def text(name):
+        def heard(*_):
+            return not started.wait(30)
+        return Text([256], 1, SimpleNamespace(heard=heard, ended=lambda _: order.append(name)))
+
+    for name, number in (("a", 6), ("b", 1), ("c", 3)):
+        batch.add([text(name) for _ in range(number)])
+    started.set()
+    assert until(lambda: len(order) == 10)
+    # b need not wait for all of a; of a one or two are begun before b is there
+    assert order.index("b") <= 2 and order.index("c") <= 3 and order[-3:] == ["a", "a", "a"]
     batch.close()
 
 
@@ -386,12 +456,16 @@ def test_embeddings(client, model):
     assert len(base64.b64decode(json.loads(raw.content)["data"][0]["embedding"])) == 4 * 32
 
 
-def test_requests_have_the_same_answer_in_company(client):
+def test_requests_have_the_same_answer_in_company(client, server):
     asked = [{"model": "tiny", "prompt": [256, *range(n, n + 40)], "max_tokens": 10, "seed": n,
               "temperature": n % 2, "logprobs": 3} for n in range(10)]
     alone = [client.completions.create(**each).choices[0] for each in asked]
     with ThreadPoolExecutor(10) as pool:
-        company = list(pool.map(lambda each: client.completions.create(**each).choices[0], asked))
+        going = pool.map(lambda each: client.completions.create(**each).choices[0], asked)
+        for n in range(8):  # others come and go meanwhile
+            with raw_post(server, {"prompt": [256, *range(n, n + 90)], "stream": n % 2 == 0}):
+                time.sleep(0.02)
+        company = list(going)
     assert company == alone
 
 
@@ -418,6 +492,8 @@ BAD: list[tuple] = [
     ("chat/completions", CHAT | {"stop": [""]}, "stop"),
     ("chat/completions", CHAT | {"stop": ["a"] * 999}, "stop"),
     ("chat/completions", CHAT | {"stop": {"a": 1}}, "stop"),
+    ("chat/completions", CHAT | {"stop": "x" * 999_999}, "stop"),
+    ("chat/completions", CHAT | {"messages": CHAT["messages"] * 9999}, "messages"),
     ("chat/completions", CHAT | {"stream": "yes"}, "stream"),
     ("chat/completions", CHAT | {"stream_options": {"include_usage": True}}, "stream_options"),
     ("chat/completions", CHAT | {"top_logprobs": 3}, "top_logprobs"),
@@ -432,6 +508,7 @@ BAD: list[tuple] = [
     ("chat/completions", CHAT | {"messages": ["hello"]}, "messages"),
     ("chat/completions", CHAT | {"messages": [{"role": "king", "content": "a"}]}, "messages"),
     ("chat/completions", CHAT | {"messages": [{"role": "user", "content": 5}]}, "messages"),
+    ("chat/completions", CHAT | {"messages": [{"role": "user", "contents": "a"}]}, "messages"),
     ("chat/completions", CHAT | {"messages": [{"role": ["user"], "content": "a"}]}, "messages"),
     ("chat/completions", CHAT | {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "http://x"}}]}]}, "messages"),
@@ -476,7 +553,8 @@ def test_a_wrong_body_is_refused(server, raw, status):
 
 def test_other_doors(server):
     for method, path, status, headers in (
-            ("GET", "/nothing", 404, {}), ("GET", "/v1/completions", 405, {}),
+            ("GET", "/nothing", 404, {}), ("GET", "/v1/models/%22%0Aevil%201", 404, {}),
+            ("GET", "/v1/completions", 405, {}),
             ("POST", "/v1/models", 405, {}), ("GET", "/v1/models/other", 404, {}),
             ("POST", "/v1/completions", 415, {"Content-Type": "text/plain"}),
             ("GET", "/health", 403, {"Host": "evil.example"}),
@@ -510,6 +588,14 @@ def test_metrics(server, client):
     assert float(values["plainllama_new_tokens_total"]) >= 3
     assert float(values["plainllama_running"]) == 0
     assert float(values['plainllama_requests_total{path="/v1/completions",status="200"}']) >= 1
+    client.models.retrieve("tiny")
+    assert "/v1/models/" not in httpx.get(server.url + "/metrics").text  # others choose that name
+
+
+def test_what_clients_write_into_their_own_books_is_taken(client):
+    made = client.chat.completions.create(model="tiny", messages=say("abc"), user="me",
+                                          metadata={"a": "b"}, service_tier="auto")
+    assert made.choices[0].message.content == "abc"
 
 
 # ---- clients that go, and the end
@@ -570,19 +656,96 @@ def test_a_body_that_does_not_come_and_a_stream_without_news(server, monkeypatch
     assert ": waiting" in lines and lines[-1] == "data: [DONE]"
 
 
+def test_a_head_that_does_not_come(server, monkeypatch):
+    """Byte by byte, or in part, behind nothing or behind another request."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        assert until(lambda: len(server.server.server_state.connections) > 0)
+
+        def gone() -> bool:
+            with contextlib.suppress(ConnectionError):
+                slow.sendall(b"X: y\r\n")
+                return False
+            return True
+
+        slow.sendall(head)
+        assert until(gone, 5)
+    monkeypatch.setattr(server.server.config, "timeout_keep_alive", 0.3)
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(head + b"\r\n")
+        slow.sendall(head)
+        slow.settimeout(5)
+        said = b"".join(iter(lambda: slow.recv(4096), b""))
+        assert said.startswith(b"HTTP/1.1 200") and said.count(b"HTTP/1.1") == 1
+
+
+def test_more_connections_than_there_is_room_for(server, client, monkeypatch):
+    there = server.server.server_state.connections
+    before = len(there)
+    monkeypatch.setattr(connections, "MOST", before + 5)
+    with contextlib.ExitStack() as stack:
+        many = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                for _ in range(9)]
+        assert until(lambda: len(there) <= before + 5)
+        many[-1].settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            assert many[-1].recv(9) == b""
+    assert until(lambda: len(there) <= before)
+    assert client.completions.create(model="tiny", prompt="SAY[abc]YAS").choices[0].text == "abc"
+
+
+def test_an_answer_has_all_the_time_that_it_needs(server, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(Scripted, "slow", 0.1)
+    answer = httpx.post(server.url + "/v1/completions", json={"prompt": "SAY[abcde]YAS"})
+    assert answer.json()["choices"][0]["text"] == "abcde"
+
+
+def test_an_answer_that_is_not_taken(server, monkeypatch):
+    monkeypatch.setattr(connections, "TAKEN_SECONDS", 0.2)
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(("127.0.0.1", server.port))
+        port = lazy.getsockname()[1]
+
+        def there() -> bool:
+            return port in [each.client[1] for each in [*server.server.server_state.connections]]
+
+        lazy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 300)  # some 12 MB to take
+        assert until(there) and until(lambda: not there())
+
+
 def test_garbage_on_the_wire_harms_nobody(server, client):
+    post = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for data in (b"\x00\xff garbage\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST", b"",
                  b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
-                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n"):
+                 post + b"Content-Length: -5\r\n\r\n",
+                 post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
+                 b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+                 b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\n"
+                 b"Upgrade: websocket\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", server.port)) as made:
             made.sendall(data)
             made.shutdown(socket.SHUT_WR)
             made.settimeout(5)
-            with_reset = b""
+            said = b""
             with contextlib.suppress(ConnectionError):
-                with_reset = made.recv(100)
-            assert not with_reset.startswith(b"HTTP/1.1 2")
+                while piece := made.recv(4096):
+                    said += piece
+            assert not said.startswith(b"HTTP/1.1 2")
+            assert not said or json.loads(said.partition(b"\r\n\r\n")[2])["error"]["message"]
     assert client.completions.create(model="tiny", prompt="SAY[abc]YAS").choices[0].text == "abc"
+
+
+def test_who_closes_one_half_has_gone(server, monkeypatch):
+    monkeypatch.setattr(Scripted, "slow", 0.05)
+    with raw_post(server, {"prompt": f"SAY[{'a' * 150}]YAS", "max_tokens": 150}) as half:
+        assert until(lambda: server.batch.load() == (1, 0))
+        half.shutdown(socket.SHUT_WR)
+        assert until(lambda: server.batch.load() == (0, 0), 3)
+        half.settimeout(5)
+        assert half.recv(100) == b""
 
 
 def test_a_key_cors_and_a_model_without_dialogs(model):
@@ -600,67 +763,164 @@ def test_a_key_cors_and_a_model_without_dialogs(model):
         asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
         answer = httpx.options(server.url + "/v1/completions", headers=asked)
         assert answer.headers.get("access-control-allow-origin") == allowed
+        answer = httpx.get(server.url + "/v1/models", headers={"Origin": origin})
+        assert answer.status_code == 401  # and its page may read that
+        assert answer.headers.get("access-control-allow-origin") == allowed
     server.close()
     batch.close()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A checkpoint of a model that was tuned on dialogs."""
+def save_model(folder: Path, tokenizer, template: str) -> Path:
+    """Write a model that was tuned on dialogs."""
     from safetensors.torch import save_file
 
-    made_at = tmp_path_factory.mktemp("run") / "talker"
-    made_at.mkdir()
+    folder.mkdir()
     model = tiny(block_size=512)
-    TOKENIZER.save(made_at)
-    (made_at / "chat_template.jinja").write_text(TEMPLATE)
-    write_json(made_at / "config.json", config_json(model.config, TOKENIZER.bos_id,
-                                                    TOKENIZER.eos_id))
-    save_file(dict(model.named_parameters()), made_at / "model.safetensors", {"format": "pt"})
-    return made_at
+    tokenizer.save(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    write_json(folder / "config.json", config_json(model.config, tokenizer.bos_id,
+                                                   tokenizer.eos_id))
+    save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
-def test_the_command_ends_gracefully(folder):
-    process = start_fork([str(Path(sample.__file__)), f"--ckpt={folder}", "--serve", "--port=0",
-                          "--device=cpu", "--dtype=fp32"], cwd=folder,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("run") / "talker", TOKENIZER, TEMPLATE)
+
+
+def test_a_signal_lets_answers_end(capsys, monkeypatch):
+    monkeypatch.setattr(Scripted, "slow", 0.02)
+    batch = Scripted(tiny(block_size=CONTEXT), TOKENIZER.vocab_size, 2, 9)
+    server = begin(service_of(None, batch))
+    body = {"prompt": f"SAY[{'a' * 40}]YAS", "max_tokens": 40}
+    late = socket.create_connection(("127.0.0.1", server.port))  # its body comes after the signal
+    late.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                 b"Content-Type: application/json\r\nContent-Length: 14\r\n\r\n{")
+    url = server.url + "/v1/completions"
+    with httpx.stream("POST", url, json=body | {"stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.server.handle_exit(signal.SIGTERM, None)
+        late.sendall(b'"prompt":"a"}')
+        assert late.recv(4096).startswith(b"HTTP/1.1 503")
+        assert httpx.post(url, json=body).status_code == 503
+        assert httpx.get(server.url + "/health").status_code == 503
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and sum('"text": "a"' in line for line in rest) == 39
+    assert until(lambda: not server.server.server_state.connections)
+    late.close(), server.close(), batch.close()
+    assert "SIGTERM: 1 running answers come to their end" in capsys.readouterr().out
+
+
+def test_the_end_does_not_wait_for_who_takes_nothing(monkeypatch):
+    monkeypatch.setattr(serving, "END_SECONDS", 1)
+    batch = Batch(tiny(block_size=CONTEXT), TOKENIZER.vocab_size, 2, 9)
+    server = begin(service_of(None, batch))
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(("127.0.0.1", server.port))
+        lazy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 300)
+        assert until(lambda: server.server.server_state.tasks)
+        server.server.handle_exit(signal.SIGINT, None)
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+    batch.close()
+
+
+def test_a_second_signal_ends_at_once(folder):
+    process = subprocess.Popen(
+        [sys.executable, str(Path(sample.__file__)), f"--ckpt={folder}", "--serve", "--port=0",
+         "--device=cpu", "--dtype=fp32", "--batch=1"], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        port = wait_for_port(process.pid)
-        url = f"http://127.0.0.1:{port}/v1"
-        body = {"prompt": "x", "max_tokens": 400, "temperature": 0, "stream": True,
-                "stop_token_ids": []}
+        said = []
+        while not said or not said[-1].startswith("serving"):
+            said.append(process.stdout.readline())
+            assert said[-1], process.stderr.read()
+        url = re.search("http://127.0.0.1:[0-9]+/v1", said[-1]).group()
+        body = {"prompt": "x", "max_tokens": 500, "n": 128, "stream": True}
         with httpx.stream("POST", url + "/completions", json=body, timeout=60) as answer:
-            lines = answer.iter_lines()
+            lines = answer.iter_lines()  # which closes the stream where nobody holds it
             next(lines)
-            os.kill(process.pid, signal.SIGTERM)
-            refused = until(lambda: httpx.post(url + "/completions", json={"prompt": "y"}
-                                               ).status_code == 503)
-            rest = [line for line in lines if line]
-        assert refused and rest[-1] == "data: [DONE]"
-        ended = json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
-        assert ended in ("length", "stop")
+            assert process.stdout.readline() == f"in a browser: {url.removesuffix('/v1')}\n"
+            process.send_signal(signal.SIGTERM)
+            assert "SIGTERM: 1 running answers come to their end" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            out, error = process.communicate(timeout=10)
     finally:
-        out, error = process.communicate(30)
-    assert process.returncode == 0, error
-    assert "serving talker on http://127.0.0.1:" in out and "come to their end" in out
+        process.kill()
+        process.wait()
+    assert process.returncode == 143 and out == ""
+    assert error == "SIGINT: ended at once; answers cut short: 1\n"
+    assert "serving talker on" in said[-1]
 
 
-def wait_for_port(pid: int) -> int:
-    """The port that a process listens on, as Linux says it."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        sockets = set()
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                sockets.add(os.readlink(link))
-            except OSError:
-                continue
-        for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
-                return int(words[1].split(":")[1], 16)
-        time.sleep(0.05)
-    raise AssertionError("it does not listen")
+@contextlib.contextmanager
+def command_on(folder, monkeypatch, *words):
+    """sample.py --serve in a thread of this process, and a client to it."""
+    servers = queue.Queue()
+
+    class Told(serving.Server):
+        def run(self, sockets=None):
+            servers.put((self, sockets[0].getsockname()[1]))
+            super().run(sockets)
+
+    monkeypatch.setattr(serving, "Server", Told)
+    asked = parse([f"--ckpt={folder}", "--serve", "--port=0", "--device=cpu", "--dtype=fp32",
+                   "--batch=2", *words], "", sample.Flags, "files")
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(sample.main, asked)
+        try:
+            server, port = servers.get(timeout=60)
+            assert until(lambda: server.started, 20)
+            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none",
+                                max_retries=0, timeout=30)
+        finally:
+            server.should_exit = True
+    assert ended.result() == 0
+
+
+def test_an_adapter_is_served_on_its_base(folder, tmp_path, monkeypatch):
+    adapted, source = tmp_path / "adapted", torch.Generator().manual_seed(3)
+    adapted.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (adapted / name).write_bytes((folder / name).read_bytes())
+    model = tiny(block_size=512)
+    target, width = "model.layers.0.mlp.down_proj", model.config.d_ff
+    weights = {f"{target}.lora_A": torch.randn(4, width, generator=source),
+               f"{target}.lora_B": torch.randn(32, 4, generator=source)}
+    write_adapter(adapted, weights, Adapter(4, 8.0, 0.0, (target,), "fp32",
+                                            model.config.vocab_size, str(folder), ""), model.config)
+    texts = {}
+    for name in (folder, adapted):
+        with command_on(name, monkeypatch) as client:
+            made = client.completions.create(model=name.name, prompt=[256, 5, 6], max_tokens=9,
+                                             temperature=0, logprobs=0)
+            texts[name] = made.choices[0].logprobs.token_logprobs
+    with torch.no_grad():  # W + B A alpha / r
+        merged = model.get_parameter(f"{target}.weight")
+        merged += 2 * weights[f"{target}.lora_B"] @ weights[f"{target}.lora_A"]
+        wanted = float(model(torch.tensor([[256, 5, 6]]))[0, -1, :263].log_softmax(-1).max())
+    assert texts[adapted][0] == pytest.approx(wanted, abs=1e-4)
+    assert texts[folder] != texts[adapted]
+
+
+@pytest.mark.parametrize("shape", ["im", "inst"])
+def test_a_template_of_others_is_served(tmp_path, monkeypatch, shape, capsys):
+    """What ends an answer, and what a prompt is, are the template's; calls that it writes in its
+    own way would not be found, so that tools are then refused."""
+    folder = tmp_path / "theirs"
+    save_model(folder, words("bytes", shape, tmp_path), template_of(shape))
+    messages = [{"role": "user", "content": "hi <|im_end|>"}]
+    chat = ModelChat(words("bytes", shape, tmp_path), template_of(shape))
+    with command_on(folder, monkeypatch, "--host=0.0.0.0") as client:
+        assert "whoever reaches this machine may ask" in capsys.readouterr().out
+        made = client.chat.completions.create(model="theirs", messages=messages, max_tokens=5)
+        assert made.usage.prompt_tokens == len(chat.prompt(messages))
+        if shape == "inst":
+            with pytest.raises(openai.BadRequestError, match="writes calls otherwise"):
+                client.chat.completions.create(model="theirs", messages=messages, tools=[TOOL])
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -74,7 +74,7 @@ class Batch:
     def __init__(self, model: LLaMA, vocab_size: int, places: int, queue: int):
         self.slots, self.vocab_size, self.queue = Slots(model, places), vocab_size, queue
         self.model, self.block_size = model, model.config.block_size
-        self.waiting: deque[Text] = deque()
+        self.waiting: deque[deque[Text]] = deque()  # requests, whose turn goes round
         self.begun: Text | None = None  # whose prompt is being fed
         self.running: list[Text] = []
         self.changed = threading.Condition()
@@ -89,9 +89,9 @@ class Batch:
     def add(self, texts: list[Text]) -> None:
         """Ask for texts; Full if the queue has no room for all of them."""
         with self.changed:
-            if len(self.waiting) + len(texts) > self.queue:
+            if self.load()[1] + len(texts) > self.queue:
                 raise Full
-            self.waiting.extend(texts)
+            self.waiting.append(deque(texts))
             self.changed.notify()
 
     def cancel(self, texts: list[Text]) -> None:
@@ -103,7 +103,7 @@ class Batch:
 
     def load(self) -> tuple[int, int]:
         """Count the texts in the batch, and those that wait."""
-        return sum(slot.busy for slot in self.slots.all), len(self.waiting)
+        return sum(slot.busy for slot in self.slots.all), sum(map(len, list(self.waiting)))
 
     def close(self) -> None:
         """End the thread; texts that go on hear nothing more."""
@@ -130,12 +130,14 @@ class Batch:
 
     def leave_gone(self) -> None:
         """Free what nobody wants any more."""
-        there = [*self.waiting, *self.running] + ([self.begun] if self.begun else [])
+        there = [text for texts in self.waiting for text in texts] + self.running
+        there += [self.begun] if self.begun else []
         self.counts["cancelled"] += sum(text.gone for text in there)
         for text in there:
             if text.gone:
                 self.free(text)
-        self.waiting = deque(text for text in self.waiting if not text.gone)
+        kept = [deque(text for text in texts if not text.gone) for texts in self.waiting]
+        self.waiting = deque(texts for texts in kept if texts)
         self.running = [text for text in self.running if not text.gone]
         if self.begun and self.begun.gone:
             self.begun = None
@@ -152,7 +154,19 @@ class Batch:
         self.counts["prompt_tokens"] += len(text.ids)
         self.counts["cached_tokens"] += text.cached
         self.counts["new_tokens"] += len(text.new)
-        text.listener.ended(reason)
+        try:
+            text.listener.ended(reason)
+        except Exception as error:  # a listener to an error has nothing to read
+            text.listener.ended(problem(error))
+
+    def next(self) -> Text:
+        """Take the next text of the request whose turn it is, so that one which asks for many
+        does not keep the others waiting for all of them."""
+        texts = self.waiting.popleft()
+        text = texts.popleft()
+        if texts:
+            self.waiting.append(texts)
+        return text
 
     def feed(self) -> None:
         """Feed as many tokens of prompts as a piece has."""
@@ -160,7 +174,7 @@ class Batch:
         while fed < self.slots.piece:
             with self.changed:
                 if not self.begun and self.waiting and self.slots.free():
-                    self.begun = self.waiting.popleft()
+                    self.begun = self.next()
             if (text := self.begun) is None or text.gone:
                 return
             try:
@@ -205,12 +219,12 @@ class Batch:
             return
         try:
             slots = [text.slot for text in texts if text.slot]
-            logits = self.slots.step(slots, [text.new[-1] for text in texts])
+            self.draw(texts, self.slots.step(slots, [text.new[-1] for text in texts]))
         except Exception as error:
+            self.running = []
             for text in texts:
-                self.end(text, problem(error))
-        else:
-            self.draw(texts, logits)
+                if text.slot:  # else it has ended
+                    self.end(text, problem(error))
 
     def draw(self, texts: list[Text], logits: Tensor) -> None:
         """Draw a token of each text by its logits (B, V); the texts that then go on are running."""

@@ -292,8 +292,8 @@ class TextStream:
 
 def begun_marks(text: str, marks: Iterable[str]) -> int:
     """Count the characters at the end of a text that may begin one of `marks`."""
-    return max((n for mark in marks for n in range(len(mark)) if text.endswith(mark[:n])),
-               default=0)
+    return max((n for mark in marks for n in range(min(len(mark), len(text) + 1))
+                if text.endswith(mark[:n])), default=0)
 
 
 class Completion(NamedTuple):

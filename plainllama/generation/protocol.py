@@ -17,12 +17,11 @@ from plainllama.generation.answers import Spelling, forced_call
 from plainllama.generation.batching import Score
 from plainllama.settings import Sampling, UserError, nearest
 from plainllama.text.dialogs import Refused, message_of, plain, tools_of
-from plainllama.tokens.chat import Chat
+from plainllama.tokens.chat import CALL, Chat
 from plainllama.tokens.tokenizer import Tokenizer
 
-SAMPLING = tuple(item.name for item in fields(Sampling))
 BOTH = ("model", "n", "stream", "stream_options", "stop", "stop_token_ids", "seed", "max_tokens",
-        "logprobs", *SAMPLING)
+        "logprobs", *(item.name for item in fields(Sampling)))
 FIELDS = {"completions": (*BOTH, "prompt", "echo"),
           "chat": (*BOTH, "messages", "tools", "tool_choice", "max_completion_tokens",
                    "top_logprobs"),
@@ -30,8 +29,10 @@ FIELDS = {"completions": (*BOTH, "prompt", "echo"),
 # what clients send although it changes nothing: as long as it does
 NEUTRAL: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1,
                            "logit_bias": {}, "suffix": "", "store": False,
-                           "parallel_tool_calls": True, "response_format": {"type": "text"}}
-MOST_TOP, MOST_TEXTS, MOST_STOPS = 20, 128, 64
+                           "parallel_tool_calls": True, "response_format": {"type": "text"},
+                           "service_tier": "auto"}
+LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # of no effect
+MOST_TOP, MOST_TEXTS, MOST_STOPS, LONGEST_STOP = 20, 128, 64, 256
 
 
 class Wrong(Exception):
@@ -75,6 +76,7 @@ class Model:
 
     def __init__(self, name: str, block_size: int, tokenizer: Tokenizer, chat: Chat | None):
         self.name, self.block_size, self.tokenizer, self.chat = name, block_size, tokenizer, chat
+        self.calls = not tokenizer.template or CALL.strip() in tokenizer.template  # as we read them
         self.spelling = Spelling(tokenizer)
         self.created = int(time.time())
         self.longest = self.spelling.longest()  # characters of a token
@@ -129,9 +131,9 @@ class Model:
         stops = body.get("stop") or []
         asked.stops = [stops] if isinstance(stops, str) else stops
         if not isinstance(asked.stops, list) or len(asked.stops) > MOST_STOPS or not all(
-                isinstance(stop, str) and stop for stop in asked.stops):
-            raise Wrong(f"stop is a text that is not empty, or a list of at most {MOST_STOPS}",
-                        "stop")
+                isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in asked.stops):
+            raise Wrong(f"stop is a text of 1 to {LONGEST_STOP} characters, or a list of at most "
+                        f"{MOST_STOPS}", "stop")
         ids = body.get("stop_token_ids") or []
         if not isinstance(ids, list) or len(ids) > MOST_STOPS:
             raise Wrong(f"stop_token_ids is a list of at most {MOST_STOPS} ids", "stop_token_ids")
@@ -145,6 +147,9 @@ class Model:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise Wrong("messages is a list of messages, at least one", "messages")
+        if len(messages) > self.block_size:  # each takes a token at least
+            raise Wrong(f"messages: {len(messages)} do not fit into a context of "
+                        f"{self.block_size} tokens", "messages", code="context_length_exceeded")
         if flag(body, "logprobs"):
             asked.top = number(body, "top_logprobs", 0, 0, MOST_TOP)
         elif body.get("top_logprobs") is not None:
@@ -188,6 +193,9 @@ class Model:
         names = [tool["name"] for tool in tools]
         if choice == "none":
             return []
+        if not self.calls:
+            raise Wrong(f"tools: the template of this model writes calls otherwise than in "
+                        f"{CALL.strip()}, so that they would not be found", "tools")
         asked.tools = True
         if choice == "required":
             asked.forced = forced_call(names[0] if len(names) == 1 else None)
@@ -308,9 +316,9 @@ def check_fields(kind: str, body: dict) -> None:
         del body[name]
     for name, value in body.items():
         same = name in NEUTRAL and value == NEUTRAL[name]
-        if name not in FIELDS[kind] and not same:
-            raise Wrong(f"the field {name[:80]!r} is not supported"
-                        f"{nearest(name, FIELDS[kind], 0.8)}", name[:80])
+        if name not in (*FIELDS[kind], *LABELS) and not same:
+            close = nearest(name, FIELDS[kind], 0.8)
+            raise Wrong(f"the field {name[:80]!r} is not supported{close}", name[:80])
 
 
 def number(body: dict, name: str, default: Any, low: int, high: int, why: str = "") -> Any:
@@ -349,6 +357,8 @@ def read_sampling(body: dict) -> Sampling:
 def history(raw: Any) -> dict:
     """Bring a message to ours. An answer that is no well-formed one is taken as the text that it
     was: a client sends back what the model said."""
+    if isinstance(raw, dict) and raw.get("content") is None and raw.get("role") != "assistant":
+        raise Refused("a message has no content")
     try:
         return message_of(raw)
     except Refused:
@@ -370,12 +380,6 @@ def calls_of(calls: list[dict], stream: bool) -> list[dict]:
             "name": call["name"],
             "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
         for i, call in enumerate(calls)]
-
-
-def usage_of(prompt: int, new: int, cached: int) -> dict:
-    """Write how many tokens went in and came out."""
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def vector(values: list[float], as_base64: bool) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from plainllama.generation.answers import Answer, Part
 from plainllama.generation.batching import Score, Text
 from plainllama.generation.generate import row_seed
-from plainllama.generation.protocol import Asked, Model, calls_of, usage_of
+from plainllama.generation.protocol import Asked, Model, calls_of
 
 OBJECTS = {"chat": ("chatcmpl-", "chat.completion"), "completions": ("cmpl-", "text_completion"),
            "embeddings": ("embd-", "list")}
@@ -124,9 +124,10 @@ class Reply:
 
     def usage(self) -> dict:
         """Count what went in, each prompt once, and what came out."""
-        n = self.asked.n
-        return usage_of(sum(map(len, self.asked.prompts)), sum(len(t.new) for t in self.texts),
-                        sum(text.cached for text in self.texts[::n]))
+        prompt, new = sum(map(len, self.asked.prompts)), sum(len(text.new) for text in self.texts)
+        cached = sum(text.cached for text in self.texts[::self.asked.n])
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+                "prompt_tokens_details": {"cached_tokens": cached}}
 
     # ---- in chunks
 

@@ -23,13 +23,13 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from plainllama.generation.batching import Batch, Full
+from plainllama.generation.connections import BACKLOG, Connection
 from plainllama.generation.protocol import Asked, Model, Wrong, vector
 from plainllama.generation.replies import Reply
 from plainllama.settings import UserError
@@ -37,8 +37,9 @@ from plainllama.settings import UserError
 KEY = "PLAINLLAMA_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-BODY = 8 * 2**20  # bytes
+BODY = 2 * 2**20  # bytes
 BODY_SECONDS = 30.0  # that a client has to send them
+END_SECONDS = 10  # that answers which are complete have to be taken, when the server ends
 ALIVE_SECONDS = 5.0  # after which a stream without news says that it lives
 OPEN = ("/", "/health")  # asked for without a key
 GONE = Response(status_code=499)  # nobody reads it
@@ -60,29 +61,32 @@ class Service:
         for path, kind in (("/v1/completions", "completions"), ("/v1/embeddings", "embeddings"),
                            ("/v1/chat/completions", "chat")):
             routes.append(Route(path, partial(self.answer, kind), methods=["POST"]))
-        middleware = [Middleware(CORSMiddleware, allow_origins=[cors], allow_methods=["*"],
-                                 allow_headers=["*"])] if cors else []
-        self.app = Starlette(routes=routes, middleware=middleware, exception_handlers={
+        self.paths = {route.path for route in routes}
+        self.app = Starlette(routes=routes, exception_handlers={
             HTTPException: not_there, Exception: broken})
+        self.door: Any = self.enter
+        if cors:  # around the door, so that its pages may read why they are refused
+            self.door = CORSMiddleware(self.enter, allow_origins=[cors], allow_methods=["*"],
+                                       allow_headers=["*"])
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Check who asks, before anything is read; then answer."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
+        """Answer, and count the answer."""
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
-                known = scope["path"] if "endpoint" in scope else "other"
-                self.statuses[known, message["status"]] += 1
+                path = scope["path"] if scope["path"] in self.paths else "other"
+                self.statuses[path, message["status"]] += 1
             await send(message)
 
+        await self.door(scope, receive, counted)
+
+    async def enter(self, scope: Any, receive: Any, send: Any) -> None:
+        """Check who asks, before anything is read; then answer."""
         answer: Any = self.app
         try:
             self.admit(Request(scope))
         except Wrong as wrong:
             answer = refused(wrong)
-        await answer(scope, receive, counted)
+        await answer(scope, receive, send)
 
     def admit(self, request: Request) -> None:
         """Refuse a request to another host's name (a page elsewhere may have its name point here),
@@ -147,14 +151,14 @@ class Service:
     async def answer(self, kind: str, request: Request) -> Response:
         """Answer a request for texts or vectors."""
         try:
-            if self.draining:
-                raise Wrong("the server is ending", None, 503, None, {"Retry-After": "10"})
             if request.headers.get("content-type", "").partition(";")[0] != "application/json":
                 # else a page elsewhere could ask without being allowed to
                 raise Wrong("Content-Type must be application/json", None, 415)
             raw = await read_body(request)
             loop = asyncio.get_running_loop()
             asked = await loop.run_in_executor(self.reader, self.model.read, kind, raw)
+            if self.draining:
+                raise Wrong("the server is ending", None, 503, None, {"Retry-After": "10"})
             reply = Reply(self.model, kind, asked)
             try:
                 self.batch.add(reply.texts)
@@ -304,18 +308,22 @@ class Server(uvicorn.Server):
     """uvicorn, but a first signal lets answers end and refuses new requests meanwhile."""
 
     def __init__(self, service: Service):
-        super().__init__(uvicorn.Config(service, log_level="warning", access_log=False,
+        super().__init__(uvicorn.Config(service, log_level="error", access_log=False,
                                         lifespan="off", timeout_keep_alive=30, server_header=False,
-                                        h11_max_incomplete_event_size=64 * 1024, http="h11"))
+                                        h11_max_incomplete_event_size=64 * 1024, http=Connection,
+                                        ws="none", timeout_graceful_shutdown=END_SECONDS,
+                                        backlog=BACKLOG))
         self.service = service
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Take a signal."""
-        if self.service.draining:
+        name, running = signal.Signals(sig).name, self.service.answering
+        if self.service.draining:  # print() might be at work when a signal comes
+            os.write(2, f"{name}: ended at once; answers cut short: {running}\n".encode())
             os._exit(143)
         self.service.draining = True
-        print(f"{signal.Signals(sig).name}: {self.service.answering} running answers come to their "
-              "end; a second signal ends at once", flush=True)
+        print(f"{name}: {running} running answers come to their end; a second signal ends at once"
+              if running else f"{name}: the server ends, nothing was running", flush=True)
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; asked ten times a second."""
@@ -343,7 +351,10 @@ def serve(service: Service, place: socket.socket) -> int:
     kind = "chat and completions" if service.model.chat else "completions, no chat"
     print(f"serving {service.model.name} on http://{name}:{port}/v1: {kind}, a context of "
           f"{service.model.block_size} tokens, {len(service.batch.slots.all)} texts side by side"
-          + (f", with the key of {KEY}" if service.key else ""), flush=True)
+          + (f", with the key of {KEY}" if service.key else ""))
+    if service.hosts == set() and not service.key:
+        print(f"whoever reaches this machine may ask: {KEY} in the environment is a key to ask for")
+    print(f"in a browser: http://{name}:{port}", flush=True)
     Server(service).run(sockets=[place])
     service.batch.close()
     return 0

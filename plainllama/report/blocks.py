@@ -36,7 +36,8 @@ def table_block(heads: list[str], rows: list[list[str]]) -> Block:
 
 def cell(text: str) -> str:
     """Make a table's cell; numbers lie to the right, in digits of one width."""
-    number = re.fullmatch(r"[-+–]?[\d.,:]*[kMBT%]?( ± [\d.]+| \([-\d.]+ to [-\d.]+\))?", text)
+    number = re.fullmatch(
+        r"[-+–]?[\d.,:]*[kMBT%]?( ± [\d.]+| of [\d.,]+| \([-\d.]+ to [-\d.]+\))?", text)
     return f'<td{" class=n" if number else ""}>{escape(text)}</td>'
 
 

@@ -18,8 +18,11 @@ DIALOG = """tokenizer.apply_chat_template(
     [{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_dict=True,
     return_tensors="pt")"""
 
+TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+PEFT = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
 TEMPLATES = {"own": "plainllama's own, chat_template.jinja",
              "model": "the first model's own, chat_template.jinja"}
+OBJECTIVES = {"next": "the next token"}
 VLLM = """
 With vLLM, behind OpenAI's interface:
 
@@ -39,7 +42,7 @@ python export.py --ckpt=CHECKPOINT{merge} --to={gguf}
 ```
 
 ```sh
-ollama create {name} -f Modelfile  # which lies beside the GGUF
+ollama create {name} -f {stem}.Modelfile  # which lies beside the GGUF
 ollama run {name} "{said}"
 ```
 """
@@ -58,6 +61,7 @@ def card(checkpoint: Path, folder: Path, flags, architecture: dict, counts: tupl
         license_line=f"license: {flags.license}\n" if flags.license else "", dtype=flags.dtype,
         total=counts[0], inner=counts[1], trust=", trust_remote_code=True" if flags.code else "",
         documents="dialogs" if chat else "text", asked=DIALOG if chat else TEXT, skips=not chat,
+        imports=PEFT if flags.adapter else TRANSFORMERS,
         library="peft" if flags.adapter else "transformers",
         model=f"Auto{'Peft' if flags.adapter else ''}ModelForCausalLM",
         what="An adapter beside a LLaMA" if flags.adapter else "A LLaMA")
@@ -85,10 +89,11 @@ def elsewhere(name: str, folder: Path, flags, chat: bool) -> str:
     path, key, asked = ("chat/completions", "messages", [{"role": "user", "content": "Hello!"}]) \
         if chat else ("completions", "prompt", "The")
     question = json.dumps({"model": name, key: asked, "max_tokens": 50})
-    gguf = f"{Path(name).name}.gguf"
-    talk = f"llama-cli -m {gguf} -cnv" if chat else f'llama-cli -m {gguf} -no-cnv -p "The" -n 50'
+    stem = Path(name).name
+    gguf = f"{stem}.gguf"
+    talk = f"llama-cli -m {gguf}" if chat else f'llama-completion -m {gguf} -p "The" -n 50'
     return VLLM.format(serve=serve, path=path, question=question) + GGUF.format(
-        gguf=gguf, merge=merge, talk=talk, name=Path(name).name.lower(),
+        gguf=gguf, stem=stem, merge=merge, talk=talk, name=stem.lower(),
         said="Hello!" if chat else "The")
 
 
@@ -112,6 +117,7 @@ def training_facts(info: dict, state: dict) -> dict:
     dialogs = config.get("documents", "text") in DIALOGS
     unit = "learned tokens" if dialogs else "tokens trained on"
     edited = " (edited)" if git.get("dirty") else ""
+    objective = config.get("objective", "next")
     learned, whole = data.get("train_learned"), data.get("train_tokens")
     share = f", {learned / whole:.1%} of the tokens" if learned and whole else ""
     # what of its documents reached the model, and how they lay in its context
@@ -126,15 +132,24 @@ def training_facts(info: dict, state: dict) -> dict:
         "learned": f"{config.get('train_on')}{share}" if dialogs else None,
         "chat template": TEMPLATES.get(config.get("chat_template", "")) if dialogs else None,
         "started from": config.get("init_from") or None,
-        "tokenizer": data.get("tokenizer"), "data's sha256": data.get("manifest_sha256"),
-        "objective": ", ".join(f"{name} {config[name]}" for name in (
-            "objective", "preference_beta", "nll_weight", "lora_r") if config.get(name)
-            and (name != "preference_beta" or config.get("objective") != "next")),
+        "tokenizer": tokenizer_of(data), "data's sha256": data.get("manifest_sha256"),
+        "objective": ", ".join([OBJECTIVES.get(objective, objective), *(
+            f"{name} {config[name]}" for name in ("preference_beta", "nll_weight", "lora_r")
+            if config.get(name) and (name != "preference_beta" or objective != "next"))]),
         "steps": state.get("step", 0),
         unit: f"{state.get('tokens', seen):,}",
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,
         "commit": f"{git.get('commit')}{edited}" if git else None,
         "command": shlex.join(["python", "train.py", info.get("config_file") or "", *given])}
+
+
+def tokenizer_of(data: dict) -> str | None:
+    """Name the tokenizer of a run's data set."""
+    found = data.get("tokenizer")
+    if not isinstance(found, dict):
+        return found
+    size = f", {found['vocab_size']:,} entries" if found.get("vocab_size") else ""
+    return f"{found.get('spec')}{size}, sha256 {found.get('sha256')}"
 
 
 def curve_and_scores(run: Path, step: int, folder: Path) -> str:

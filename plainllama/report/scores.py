@@ -75,6 +75,9 @@ def scores(runs: list[RunFolder]) -> list[Block]:
     heads = ["", "score", "value ± 95 % interval", "chance"]
     if not newest + earlier:
         return [paragraph("No scores yet: eval.py --ckpt RUN --tasks= writes them.")]
+    if all(row[-1] == "–" for row in newest + earlier):  # nothing here has a chance level
+        heads, newest, earlier = heads[:-1], [row[:-1] for row in newest], [
+            row[:-1] for row in earlier]
     blocks = [table_block(heads, newest)] if newest else []
     if earlier:
         blocks += fold("Scores of earlier steps", [table_block(heads, earlier)])
@@ -87,10 +90,9 @@ def metrics_by_title(evaluation: dict) -> dict[str, dict]:
     shorter = {f"validation in windows of {n}": result for n, result in contexts.items()}
     sections = {"validation": evaluation} | shorter | evaluation.get("texts", {})
     for title, result in sections.items():
-        preferred = {name: result[f"{kind}/accuracies{end}"] for kind in ("rewards", "logps")
-                     for name, end in (("chosen preferred", ""), ("chosen preferred_stderr",
-                                                                 "_stderr"))
-                     if f"{kind}/accuracies{end}" in result}
+        preferred = {f"chosen preferred by {how}{end}": result[f"{kind}/accuracies{end}"]
+                     for kind, how in (("rewards", "rewards"), ("logps", "likelihood"))
+                     for end in ("", "_stderr") if f"{kind}/accuracies{end}" in result}
         unit = "pair" if preferred else "token"
         tables[title] = {f"loss, nats per {unit}": result.get("val_loss"),
                          "bits per byte": result.get("val_bpb"), **preferred}
