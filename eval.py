@@ -1,4 +1,4 @@
-"""Score a checkpoint: python eval.py [--ckpt X] [--tasks a,b] [--by_position] [--json]
+"""Score a checkpoint: python eval.py [X | --ckpt X] [--tasks a,b] [--by_position] [--json]
 
 Bits per byte and perplexity of the validation split (or, with --text=FILE, of any text), of a set
 of pairs how often the chosen answer is preferred, then tasks: tinyMMLU (the default, with its IRT
@@ -104,7 +104,7 @@ class Flags:
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
-    COMMAND = parse_arguments(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="model")
 
 import json
 import math
@@ -129,8 +129,6 @@ BITS = "bits per byte"
 def main(command) -> int:
     """Score, the ranks of torchrun together; the exit code."""
     flags, given = command.flags, command.overrides
-    if command.files:
-        raise UserError(f"unexpected argument {command.files[0]}; name the model with --ckpt=")
     if flags.all and "ckpt" in given:
         raise UserError("--all and --ckpt both name what is scored; leave one out")
     if flags.probe or given.keys() & set(probe.OPTIONS):

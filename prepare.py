@@ -57,9 +57,13 @@ class Flags:
     show: int = key(0, "print so many dialogs or clients of the set, what is learned marked", low=0)
 
 
+# what of a config is read here; of other keys it only says that they are train.py's
+READS = (*deciding("recipe", "prepare"), "dataset", "block_size", "init_from")
+
+
 if __name__ == "__main__":  # --help and a misspelt key are answered before anything slow is loaded
     LOOKS = any(word.startswith(("--verify", "--inspect")) for word in sys.argv[1:])
-    COMMAND = parse_arguments(__doc__, Flags, "files" if LOOKS else "config")
+    COMMAND = parse_arguments(__doc__, Flags, "files" if LOOKS else "config", reads=READS)
 
 import contextlib
 import fcntl
@@ -120,7 +124,7 @@ def main(command: CommandLine) -> int:
         raise UserError("--workers counts processes of this machine, and --ray takes all places of "
                         "a cluster; leave one out")
     for_train = {key: given[key] for key in given if key not in deciding("recipe", "prepare")}
-    idle = for_train.keys() - {"dataset", "block_size", "init_from"}
+    idle = for_train.keys() - set(READS)
     if idle:
         print(f"no effect here, but on train.py: {', '.join(sorted(idle))}")
     if look.show and config.documents == "text":

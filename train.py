@@ -9,8 +9,9 @@ stopped early with a whole checkpoint (start me again), 143 on a second signal.
 from dataclasses import asdict, dataclass
 
 from plainllama import settings
-from plainllama.command import CommandLine, complain, crowded, parse_arguments, run_command
+from plainllama.command import CommandLine, complain, parse_arguments, run_command
 from plainllama.files import newest_run, read_status, steps_of, write_json, write_status
+from plainllama.machine import crowded
 from plainllama.settings import DIALOGS, UserError
 
 

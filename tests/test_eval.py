@@ -126,7 +126,7 @@ def hf(folder):
 
 def main(*words: str) -> int:
     """eval.py in this process."""
-    return eval.main(parse(list(words), "", eval.Flags, "files"))
+    return eval.main(parse(list(words), "", eval.Flags, "model"))
 
 
 # ---- bits per byte

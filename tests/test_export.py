@@ -108,7 +108,7 @@ def test_the_card_of_a_model_of_dialogs_shows_how_to_talk_with_it(tmp_path, chec
 
 
 def run(*words) -> int:
-    return export.main(parse([str(word) for word in words], "", export.Flags, "files"))
+    return export.main(parse([str(word) for word in words], "", export.Flags, "model"))
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import train
 from plainllama import settings
-from plainllama.command import parse, work
+from plainllama.command import parse
+from plainllama.machine import work
 from plainllama.training import resume
 
 
