@@ -121,7 +121,7 @@ def train(command: CommandLine, manifest: dict, world: World) -> int:
         def failed() -> None:
             with contextlib.suppress(OSError):  # a full disk's: why the run ends says more
                 if world.rank == 0:
-                    write_status(run.folder, "failed", run.step)
+                    write_status(run.folder, "failed", max(run.saver.saved, 0))
 
         signs.farewell = failed
         try:
@@ -186,6 +186,10 @@ class Run:
             write_json(self.folder / "run.json", log.describe(
                 self.folder, self.command, self.manifest, self.data_hash, self.engine, self.data))
         self.log.announce(self.engine, self.rows)
+        if changed := self.command.instead:
+            self.log.say(f"changed of {self.command.config_file}: " + ", ".join(
+                f"{name} {getattr(config, name)!s:.80} (there: {was})" for name, was in changed.items()))
+        self.saver.tell = partial(self.log.status, "running")
         alone = world.size == 1 and world.device.type == "cpu"
         if alone and (remark := crowded(self.command.began, torch.get_num_threads())):
             self.log.say(remark)
@@ -250,7 +254,7 @@ class Run:
         with self.clock.apart("save_seconds"), self.world.patient():
             self.saver.wait()
         if self.saver.saved != self.step:
-            self.log.status("failed", self.step)
+            self.log.status("failed", max(self.saver.saved, 0))
             return complain(f"no checkpoint could be written at step {self.step}", 1)
         state, code, after = "stopped", STOPPED, "the same command goes on from there"
         if self.step == self.config.max_steps:

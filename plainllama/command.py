@@ -14,7 +14,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class CommandLine:
     overrides: dict  # keys set on the command line
     given: frozenset = frozenset()  # all keys that somebody set, its bases too
     began: tuple = ()  # work() when the process began
+    # what the config file has of `overrides` that are otherwise there
+    instead: dict = field(default_factory=dict)
 
 
 def parse(argv: list, doc: str | None, flags: type | None = None,
@@ -70,14 +72,17 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
     layers = read_config(config_file)
     overrides = {k: v for k, v in given.items() if k in keys}
     config = Settings()
-    for layer in (*(values for _, values in layers), overrides):
+    for _, layer in layers:
         vars(config).update(layer)
+    instead = {name: getattr(config, name) for name, value in overrides.items()
+               if name != "out_dir" and value != getattr(config, name)}
+    vars(config).update(overrides)
     config.out_dir = config.out_dir or f"out/{Path(config_file).stem}"
     check_keys(config, shape=not config.init_from)  # which train.py may still take over
     base = layers[-2][0] if len(layers) > 1 else ""
     keys_given = frozenset().union(overrides, *(values for _, values in layers))
     return CommandLine(config, chosen, files, config_file, base, layers[-1][1], overrides,
-                       keys_given)
+                       keys_given, instead=instead)
 
 
 def name_model(files: list[str], given: dict, own: dict) -> dict:

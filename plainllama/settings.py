@@ -124,7 +124,8 @@ class Settings:
     min_lr: float = course(6e-5, "learning rate at the end", low=0)
     schedule: str = course(
         "cosine", "how the rate falls to min_lr: along the whole run, or (wsd) in its last fifth "
-        "alone: until then the run can be made longer as if it had been planned so (--extend)", ("cosine", "wsd", "linear"))
+        "alone: until then the run can be made longer as if it had been planned so (--extend)",
+        ("cosine", "wsd", "linear"))
     warmup_steps: int = course(200, "steps of linear warm-up", low=0)
     weight_decay: float = course(0.1, "decoupled decay, on matrices only", low=0)
     beta1: float = course(0.9, "AdamW first moment (Muon's momentum is 0.95)", low=0, high=1)

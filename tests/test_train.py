@@ -296,6 +296,26 @@ def test_init_from_refuses_another_architecture(home):
     assert metrics(home / "out/b")[0]["val_loss"] < metrics(home / "out/a")[0]["val_loss"]
 
 
+def test_the_status_tells_what_is_saved_and_the_start_what_is_changed(home, monkeypatch, capsys):
+    seen, settle = [], train.Run.settle
+
+    def watched(run, step, *args):
+        if step in (5, 8):
+            run.saver.wait()
+            seen.append(json.loads((home / "out/s/status.json").read_text()))
+        if step == 8:
+            raise RuntimeError("planted")
+        return settle(run, step, *args)
+
+    monkeypatch.setattr(train.Run, "settle", watched)
+    with pytest.raises(RuntimeError, match="planted"):
+        run("toy.py", "--out_dir=out/s", "--save_interval=6", "--seed=3", "--n_layer=2")
+    assert seen == [{"state": "running", "step": 0}, {"state": "running", "step": 6}]
+    assert json.loads((home / "out/s/status.json").read_text()) == {"state": "failed", "step": 6}
+    lines = [line for line in capsys.readouterr().out.splitlines() if "changed of" in line]
+    assert lines == ["changed of toy.py: save_interval 6 (there: 10), seed 3 (there: 1337)"]
+
+
 def test_a_model_that_its_run_deletes_before_it_is_loaded_is_looked_for_again(home, monkeypatch):
     """keep_last=1 in the run that init_from names: the newer checkpoint is taken, whole."""
     assert run("toy.py", "--out_dir=out/a", "--max_steps=20", "--save_interval=10") == 0

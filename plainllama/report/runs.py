@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from plainllama.command import read_config
 from plainllama.files import newest_run, read_json, read_rows, run_of
 from plainllama.results import are_of, unplaced
-from plainllama.settings import UserError
+from plainllama.settings import Settings, UserError
 
 SILENCE = 600  # seconds without a row after which a run may be taken to be gone
 
@@ -85,6 +86,25 @@ def load(folder: Path) -> RunFolder:
     evals.sort(key=lambda evaluation: evaluation.get("step", 0))
     return RunFolder("/".join(folder.resolve().parts[-2:]), info, metrics,
                      read_json(folder / "status.json"), read_rows(folder / "samples.jsonl"), evals)
+
+
+def parent_of(info: dict) -> tuple[dict, str]:
+    """Give the config that a run's config file is based on, and its name."""
+    base, parent = info.get("base"), vars(Settings())
+    try:
+        for _, layer in read_config(base) if base else ():
+            parent |= layer
+    except UserError:
+        return parent, f"the defaults ({base} cannot be read)"
+    return parent, base or "the defaults"
+
+
+def changes(info: dict) -> dict[str, tuple]:
+    """Give what the command changed of the config file that it named: key -> (there, in the run).
+    The run's folder is no such key."""
+    named, config = parent_of(info)[0] | info.get("changed", {}), info["config"]
+    return {name: (named.get(name), config.get(name)) for name in info.get("overrides") or ()
+            if name != "out_dir" and config.get(name) != named.get(name)}
 
 
 def started(folder: Path) -> bool:
