@@ -11,7 +11,7 @@
 A source (--sources=A,B or `sources` in the config) is
   PATH        a file, a folder or a glob of .txt (the file is one document), .jsonl (a line is
               one), .json (an object of its array is one) and .parquet (a row is one); all but the
-              last also as .gz, .xz or .zst
+              last also as .gz, .xz or .zst; .md, where it is named, is read as .txt
   -           standard input: JSON lines if it begins with {, else one document
   hf:NAME[@REVISION][:SPLIT]   a data set of the Hugging Face hub; split train unless it is named
   embedded    the Python files of the installed sympy, networkx and mpmath; embedded:chat: dialogs
