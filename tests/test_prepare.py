@@ -852,11 +852,11 @@ def test_a_folder_is_read_once_and_whole(tmp_path, capsys, monkeypatch):
             ["a.txt", "B.TXT", "deep/c.Txt.GZ", "d.JSONL"])
         assert set(records[0]["files"]) == {"a.txt", "B.TXT", "deep/c.Txt.GZ", "d.JSONL"}
         out = capsys.readouterr().out
-        assert ("not read: 1 .csv, 2 .md, 1 links to files that are read, "
-                "2 links to folders that are read, 1 links to nothing, 1 pipes or devices (read") in out
+        assert ("not read: 1 .csv, 2 .md, 1 links to files that are read, 2 links to folders that "
+                "are read, 1 links to nothing, 1 pipes or devices (read") in out
     assert len(survey([f"{folder}/*.txt"])[0][0]["files"]) == 1
     for given in (["~/f/*"], {"path": "~/f/*"}):
-        with pytest.raises(UserError, match="md: unknown kind"):
+        with pytest.raises(UserError, match="csv: unknown kind"):
             survey(given)
     assert "not read: 3 folders, 1 links" in capsys.readouterr().out
     survey(["~/f/a.txt", "~/f"])
