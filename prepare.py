@@ -85,7 +85,7 @@ from plainllama.text import selection
 from plainllama.text.documents import Part, Rules, grouped
 from plainllama.text.sources import check_sources, described, state_of, survey
 from plainllama.text.workers import NOTES, Nodes, Processes
-from plainllama.tokens import shards
+from plainllama.tokens import advice, shards
 from plainllama.tokens.newest import refuse_divided
 from plainllama.tokens.parts import (
     choose_tokenizer,
@@ -146,11 +146,17 @@ def main(command: CommandLine) -> int:
         except BrokenProcessPool:
             return complain("a worker process was killed (out of memory? take fewer --workers); "
                             "the same command goes on from the finished parts", 1)
+    manifest = shards.read_manifest(folder)
     if look.show:
-        show(folder, shards.read_manifest(folder), look.show)
+        show(folder, manifest, look.show)
     if "dataset" in given:
         for_train = {"out_dir": f"out/{config.dataset}"} | for_train
-    words = [f"--{key}={value}" for key, value in sorted(for_train.items())]
+    if remark := advice.small(config, manifest["splits"]):
+        print(remark)
+    if better := advice.suited(config, given, manifest["splits"]):
+        print("\n".join(advice.suggestion(config, better, manifest["splits"],
+                                          manifest["tokenizer"]["vocab_size"])))
+    words = [f"--{key}={value}" for key, value in [*sorted(for_train.items()), *better.items()]]
     print("next:", shlex.join(["python", "train.py", *command.files, *words]))
     return 0
 

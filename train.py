@@ -40,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -71,8 +72,9 @@ def main(command: CommandLine) -> int:
     runs = not (run / "run.json").exists() and newest_run(run)
     if runs or (run / "manifest.json").exists():
         raise UserError(f"out_dir {run} holds {'runs' if runs else 'a data set'}; name another")
+    named = resume.name_data_set(command)
     manifest = shards.read_manifest(Path("data") / config.dataset)
-    for remark in resume.settle(command, manifest):
+    for remark in filter(None, (named, *resume.settle(command, manifest))):
         if os.environ.get("RANK", "0") == "0":
             print(remark, flush=True)
     if problem := parallel.attention_refusal(config.attention, device, dtype, config.doc_mask):
@@ -186,9 +188,6 @@ class Run:
             write_json(self.folder / "run.json", log.describe(
                 self.folder, self.command, self.manifest, self.data_hash, self.engine, self.data))
         self.log.announce(self.engine, self.rows)
-        if changed := self.command.instead:
-            self.log.say(f"changed of {self.command.config_file}: " + ", ".join(
-                f"{name} {getattr(config, name)!s:.80} (there: {was})" for name, was in changed.items()))
         self.saver.tell = partial(self.log.status, "running")
         alone = world.size == 1 and world.device.type == "cpu"
         if alone and (remark := crowded(self.command.began, torch.get_num_threads())):
@@ -258,10 +257,14 @@ class Run:
             return complain(f"no checkpoint could be written at step {self.step}", 1)
         state, code, after = "stopped", STOPPED, "the same command goes on from there"
         if self.step == self.config.max_steps:
-            state, code, after = "done", 0, f"next: python sample.py --ckpt {self.folder}"
+            state, code = "done", 0
+            after = f"next: python sample.py --ckpt {quote(str(self.folder))}"
             after += " --chat" if self.config.documents in DIALOGS else ""
         self.log.status(state, self.step)
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
+        if not code:
+            self.log.say(f"curves: python report.py {quote(str(self.folder))}; or tensorboard "
+                         f"--logdir {quote(str(self.folder.parent))}")
         self.log.say(after)
         return code
 

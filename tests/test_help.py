@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import subprocess
 
 import pytest
 from conftest import ROOT
@@ -137,3 +138,11 @@ def test_a_model_may_stand_without_a_name(name, tmp_path, monkeypatch):
     with pytest.raises(UserError) as found:
         parse(["a b"], "", flags, "model")
     assert ("--prompt=TEXT" in str(found.value)) == (name == "sample.py")
+
+
+def test_bare_make_shows_every_target():
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    for target in targets:
+        assert target == "help" or re.search(rf"make {target}\b", done.stdout), target
+    assert done.stdout.startswith("make         these lines\nmake demo ")

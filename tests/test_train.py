@@ -296,6 +296,19 @@ def test_init_from_refuses_another_architecture(home):
     assert metrics(home / "out/b")[0]["val_loss"] < metrics(home / "out/a")[0]["val_loss"]
 
 
+def test_a_mixture_needs_no_data_set_that_nobody_named(home, capsys):
+    (home / "toy.py").write_text((home / "toy.py").read_text().replace("'toy'", "'nowhere'"))
+    words = ("toy.py", "--mixture={'toy': 1}", "--max_steps=2", "--sample_tokens=0")
+    assert run(*words, "--out_dir=out/m") == 0
+    out = capsys.readouterr().out
+    assert "validated on data/toy, the first set of the mixture; --dataset=NAME names" in out
+    assert "curves: python report.py out/m; or tensorboard --logdir out\n" in out
+    assert json.loads((home / "out/m/run.json").read_text())["config"]["dataset"] == "toy"
+    assert run(*words, "--out_dir=out/m") == 0  # the same command goes on
+    with pytest.raises(settings.UserError, match="nowhere"):
+        run(*words, "--dataset=nowhere", "--out_dir=out/n")
+
+
 def test_the_status_tells_what_is_saved_and_the_start_what_is_changed(home, monkeypatch, capsys):
     seen, settle = [], train.Run.settle
 

@@ -164,8 +164,8 @@ class Saver:
         copies = (model.config, gather_weights(kept, self.world),
                   *slices_of(model, moments, self.world), {"format": FORMAT, **state}, adapter)
         whole = [*kept.values(), *(t for kinds in moments.values() for t in kinds.values())]
-        self.thread = threading.Thread(
-            target=self.write, daemon=True, args=(step, 4 * sum(t.numel() for t in whole), *copies))
+        self.thread = threading.Thread(target=self.write, daemon=True, name="saver", args=(
+            step, 4 * sum(t.numel() for t in whole), *copies))
         self.thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
