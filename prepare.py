@@ -123,6 +123,9 @@ def main(command: CommandLine) -> int:
     if look.ray and "workers" in given:
         raise UserError("--workers counts processes of this machine, and --ray takes all places of "
                         "a cluster; leave one out")
+    if not command.files and "sources" not in given:
+        print(f"its text is {config.sources}; for your own: python prepare.py config/quickstart.py "
+              "--dataset=mine --sources=my.txt", flush=True)
     for_train = {key: given[key] for key in given if key not in deciding("recipe", "prepare")}
     idle = for_train.keys() - set(READS)
     if idle:

@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 import export
 import prepare
@@ -146,3 +146,12 @@ def test_bare_make_shows_every_target():
     for target in targets:
         assert target == "help" or re.search(rf"make {target}\b", done.stdout), target
     assert done.stdout.startswith("make         these lines\nmake demo ")
+
+
+def test_prepare_without_a_config_says_which_it_takes_before_it_asks_the_network(tmp_path):
+    done = run_script("prepare.py", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and "hf:ashaba1in/small_openwebtext: " in done.stderr
+    assert done.stdout.splitlines()[:2] == [
+        "no config named: taking config/llama100m.py",
+        "its text is hf:ashaba1in/small_openwebtext; for your own: python prepare.py "
+        "config/quickstart.py --dataset=mine --sources=my.txt"]

@@ -15,7 +15,7 @@ SHAPES = tuple(dict(zip(("n_layer", "n_head", "d_model", "d_ff", "block_size",
                          "global_batch_tokens"), shape, strict=True)) for shape in (
     (2, 6, 192, 512, 256, 2048), (4, 4, 256, 688, 256, 8192), (8, 6, 384, 1024, 512, 16384),
     (12, 8, 512, 1376, 1024, 65536), (16, 12, 768, 2048, 1024, 524288)))
-LEAST = 20  # steps of a run that is worth suggesting
+LEAST = 100  # steps of a run that is worth suggesting
 SECONDS = 1.5  # of measuring
 ENDED = ("the quickstart, of this size, ends at 1.43 bits per byte on Python code after 2.05 M "
          "tokens")
