@@ -187,7 +187,7 @@ class Run:
         if first:
             write_json(self.folder / "run.json", log.describe(
                 self.folder, self.command, self.manifest, self.data_hash, self.engine, self.data))
-        self.log.announce(self.engine, self.rows)
+        self.log.announce(self.engine, self.rows, resume.changed(self.command))
         self.saver.tell = partial(self.log.status, "running")
         alone = world.size == 1 and world.device.type == "cpu"
         if alone and (remark := crowded(self.command.began, torch.get_num_threads())):

@@ -82,7 +82,7 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
     from that; returns lines that say so. UserError where the config or the command line asks for
     something else."""
     config = command.config
-    said = [changed(command), keep_recipe(command, manifest)]
+    said = [keep_recipe(command, manifest)]
     settle_documents(config)
     if config.init_from and not model_folder(config):
         checkpoint.find_checkpoint(config.init_from)  # which says what is not there
