@@ -1,9 +1,11 @@
+# make         these lines
 # make demo    environment, data, training, samples, score, report: some minutes on two cores
 # make chat    a small model to talk with, that calls functions: ten minutes on two cores
 # make preferences   that model learns which answers are preferred: two minutes more
 # make tables  clients of a bank: what a model's states know of who will leave: five minutes
 # make test    some minutes of tests, offline, on the CPU; make test-all: all of them
 # make bench   what can be measured on this machine
+# make lint    ruff and mypy; make clean: what make has installed goes
 VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALL = python3 -m venv $(VENV) && $(PY) -m pip install -q --no-compile -c constraints.txt -e
@@ -12,7 +14,10 @@ RUN = out/quickstart
 # methods as sympy has many, each up to the empty line behind it
 SAMPLES = --prompt '    def _eval_' --stop '["\n\n"]' --temperature 0.5 --num_samples 6
 
-.PHONY: demo chat preferences tables test test-all bench lint clean
+.PHONY: help demo chat preferences tables test test-all bench lint clean
+
+help:
+	@sed -n 's/^# \(make\)/\1/p' Makefile
 
 demo: $(VENV)/.core
 	$(PY) prepare.py $(CONFIG)

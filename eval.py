@@ -1,4 +1,4 @@
-"""Score a checkpoint: python eval.py [--ckpt X] [--tasks a,b] [--by_position] [--json]
+"""Score a checkpoint: python eval.py [X | --ckpt X] [--tasks a,b] [--by_position] [--json]
 
 Bits per byte and perplexity of the validation split (or, with --text=FILE, of any text), of a set
 of pairs how often the chosen answer is preferred, then tasks: tinyMMLU (the default, with its IRT
@@ -104,10 +104,9 @@ class Flags:
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
-    COMMAND = parse_arguments(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="model")
 
 import json
-import math
 import os
 from contextlib import closing
 from functools import partial
@@ -129,8 +128,6 @@ BITS = "bits per byte"
 def main(command) -> int:
     """Score, the ranks of torchrun together; the exit code."""
     flags, given = command.flags, command.overrides
-    if command.files:
-        raise UserError(f"unexpected argument {command.files[0]}; name the model with --ckpt=")
     if flags.all and "ckpt" in given:
         raise UserError("--all and --ckpt both name what is scored; leave one out")
     if flags.probe or given.keys() & set(probe.OPTIONS):
@@ -190,7 +187,9 @@ class Evaluation:
         self.keep = None if special or world.rank > 0 else self.run
         whole = peft.whole_config(first, flags.base).block_size
         self.open_windows(whole)
-        names = "" if flags.generate and "tasks" not in given else flags.tasks
+        names, lacking = tasks.default_names(flags, given)
+        if lacking:
+            self.say(lacking)
         asked = list(dict.fromkeys(filter(None, map(str.strip, names.split(",")))))
         self.name_idle(asked)
         self.tasks, self.unavailable = tasks.find_tasks(asked, flags, world)
@@ -220,9 +219,11 @@ class Evaluation:
             text = likelihood.TextRows(flags.text, self.tokenizer, length, flags.eval_tokens)
             self.tokens = flags.eval_tokens or text.windows * length
             self.windows, self.section = text, ("texts", flags.text + self.shorter)
+            self.measured_on = f"the text {flags.text}"
             self.windows_made_of |= {"text": text.hash}
         elif data:
             self.windows = likelihood.validation_rows(data, self.home, length)
+            self.measured_on = f"validation split of {data}"
             digest = (data / "manifest.sha256").read_text().strip()
             self.windows_made_of |= {"data": digest, "tokens": self.tokens}
             if self.of_pairs() and self.run:
@@ -358,11 +359,10 @@ class Evaluation:
                       result: dict) -> None:
         """Score the validation split or a text, say so, and add to `result` {val_loss, val_bpb,
         ppl, val_tokens, val_bytes, by_position, baselines, made_of}."""
-        rows = min(self.batch_tokens // windows.block_size,
-                   likelihood.window_count(windows, self.tokens))
+        rows = likelihood.rows_of_a_pass(windows, self.tokens, self.batch_tokens)
         packed = self.config.doc_mask or isinstance(windows, FitRows)
         bos_id = self.tokenizer.bos_id if packed else None
-        how = self.tokens, max(1, rows), self.world, bos_id
+        how = self.tokens, rows, self.world, bos_id
         if self.of_pairs():
             pairs = score_pairs(model, windows, *how, self.config, self.run)  # type: ignore
             self.say(score_table(f"validation, {pairs['n']} pairs (rewards: against step 0; logps: "
@@ -370,14 +370,9 @@ class Evaluation:
             results.section(result, self.section).update(
                 pairs | self.repeated | {"made_of": self.windows_made_of})
             return
-        found = likelihood.evaluate(model, windows, byte_info(self.home), *how)
-        if not math.isfinite(found["val_loss"]):
-            raise UserError(likelihood.NOT_FINITE)
-        scores = {name: found[name] for name in ("val_loss", "val_bpb", "ppl")}
-        title = f"{self.flags.text or 'validation'}{self.shorter}, {found['tokens']:,} tokens"
-        self.say(score_table(f"{title}, {found['bytes']:,} bytes", scores))
-        scores |= {"val_tokens": found["tokens"], "val_bytes": found["bytes"], **self.repeated,
-                   "made_of": self.windows_made_of}
+        scores = likelihood.measured(model, windows, byte_info(self.home), *how)
+        self.say(likelihood.told(scores, self.measured_on + self.shorter, bool(self.flags.text)))
+        scores |= {**self.repeated, "made_of": self.windows_made_of}
         if self.flags.by_position:
             losses = scores["by_position"] = likelihood.by_position(model, windows, *how)
             self.say(score_table(f"loss by position{self.shorter}, nats per token", losses))

@@ -1,7 +1,7 @@
 """A checkpoint -> a Hugging Face folder that transformers, vLLM and others open as it is, or one
 .gguf file for llama.cpp and Ollama.
 
-  export.py --ckpt=out/RUN --to=DIR [--dtype=bf16] [--code] [--push=user/name]
+  export.py out/RUN --to=DIR [--dtype=bf16] [--code] [--push=user/name]
   export.py --ckpt=out/ADAPTER --to=DIR [--merge [--original] | --adapter] [--base=FOLDER]
   export.py --ckpt=out/EXPANDED --to=DIR [--merge_back]
   export.py --ckpt=out/RUN --to=M.gguf [--type=q8_0] [--verify]
@@ -54,7 +54,7 @@ class Flags:
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
-    COMMAND = parse_arguments(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="model")
 
 import importlib.util
 import os
@@ -106,9 +106,9 @@ def main(command) -> int:
     """Write the folder under a temporary name, check it, rename it, upload it; the exit code."""
     flags = command.flags
     final = Path(os.path.realpath(flags.to))
-    if command.files or not flags.to:
+    if not flags.to:
         raise UserError("name the folder to write with --to=DIR, or a file with --to=M.gguf, and "
-                        "the model with --ckpt")
+                        "the model in front: export.py out/RUN --to=DIR")
     if any(map(run_of, (final, final.parent))):  # where train.py deletes
         raise UserError(f"--to {flags.to} lies among a run's checkpoints; name another place")
     if not re.fullmatch(r"[\w.+-]*", flags.license):

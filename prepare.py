@@ -11,7 +11,7 @@
 A source (--sources=A,B or `sources` in the config) is
   PATH        a file, a folder or a glob of .txt (the file is one document), .jsonl (a line is
               one), .json (an object of its array is one) and .parquet (a row is one); all but the
-              last also as .gz, .xz or .zst
+              last also as .gz, .xz or .zst; .md, where it is named, is read as .txt
   -           standard input: JSON lines if it begins with {, else one document
   hf:NAME[@REVISION][:SPLIT]   a data set of the Hugging Face hub; split train unless it is named
   embedded    the Python files of the installed sympy, networkx and mpmath; embedded:chat: dialogs
@@ -57,9 +57,13 @@ class Flags:
     show: int = key(0, "print so many dialogs or clients of the set, what is learned marked", low=0)
 
 
+# what of a config is read here; of other keys it only says that they are train.py's
+READS = (*deciding("recipe", "prepare"), "dataset", "block_size", "init_from")
+
+
 if __name__ == "__main__":  # --help and a misspelt key are answered before anything slow is loaded
     LOOKS = any(word.startswith(("--verify", "--inspect")) for word in sys.argv[1:])
-    COMMAND = parse_arguments(__doc__, Flags, "files" if LOOKS else "config")
+    COMMAND = parse_arguments(__doc__, Flags, "files" if LOOKS else "config", reads=READS)
 
 import contextlib
 import fcntl
@@ -81,7 +85,7 @@ from plainllama.text import selection
 from plainllama.text.documents import Part, Rules, grouped
 from plainllama.text.sources import check_sources, described, state_of, survey
 from plainllama.text.workers import NOTES, Nodes, Processes
-from plainllama.tokens import shards
+from plainllama.tokens import advice, shards
 from plainllama.tokens.newest import refuse_divided
 from plainllama.tokens.parts import (
     choose_tokenizer,
@@ -119,8 +123,11 @@ def main(command: CommandLine) -> int:
     if look.ray and "workers" in given:
         raise UserError("--workers counts processes of this machine, and --ray takes all places of "
                         "a cluster; leave one out")
+    if not command.files and "sources" not in given:
+        print(f"its text is {config.sources}; for your own: python prepare.py config/quickstart.py "
+              "--dataset=mine --sources=my.txt", flush=True)
     for_train = {key: given[key] for key in given if key not in deciding("recipe", "prepare")}
-    idle = for_train.keys() - {"dataset", "block_size", "init_from"}
+    idle = for_train.keys() - set(READS)
     if idle:
         print(f"no effect here, but on train.py: {', '.join(sorted(idle))}")
     if look.show and config.documents == "text":
@@ -142,11 +149,17 @@ def main(command: CommandLine) -> int:
         except BrokenProcessPool:
             return complain("a worker process was killed (out of memory? take fewer --workers); "
                             "the same command goes on from the finished parts", 1)
+    manifest = shards.read_manifest(folder)
     if look.show:
-        show(folder, shards.read_manifest(folder), look.show)
+        show(folder, manifest, look.show)
     if "dataset" in given:
         for_train = {"out_dir": f"out/{config.dataset}"} | for_train
-    words = [f"--{key}={value}" for key, value in sorted(for_train.items())]
+    if remark := advice.small(config, manifest["splits"]):
+        print(remark)
+    if better := advice.suited(config, given, manifest["splits"]):
+        print("\n".join(advice.suggestion(config, better, manifest["splits"],
+                                          manifest["tokenizer"]["vocab_size"])))
+    words = [f"--{key}={value}" for key, value in [*sorted(for_train.items()), *better.items()]]
     print("next:", shlex.join(["python", "train.py", *command.files, *words]))
     return 0
 

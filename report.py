@@ -4,7 +4,8 @@
   report.py out/RUN              writes out/RUN/report.html, and report.md with report_*.svg
   report.py out/RUN --watch      writes it again as the run goes on, and ends when the run ends; the
                                  open page loads itself anew and keeps its reader's place
-  report.py out/A out/B out/C    one page for several, out/A/report_with_B_C.html; runs that differ
+  report.py out/A out/B out/C    one page for several, out/A/report_with_B_C.html, out/* for all
+                                 runs of a folder; what is no run is left out; runs that differ
                                  only in their seed are drawn as their mean and a band around it,
                                  from the lowest to the highest
   report.py out/RUN --compare=reference/quickstart.json
@@ -26,7 +27,7 @@ from plainllama.command import CommandLine, parse_arguments, run_command
 from plainllama.files import read_status
 from plainllama.report import compare
 from plainllama.report.page import write_page
-from plainllama.report.runs import find_run, load, silent, started
+from plainllama.report.runs import find_runs, load, silent, started
 from plainllama.settings import UserError, key
 
 
@@ -34,6 +35,7 @@ from plainllama.settings import UserError, key
 class Flags:
     """What report.py takes besides run folders."""
 
+    ckpt: str = key("", "a run, as one that stands without a name")
     out: str = key("", "the page to write (default: in the first run's folder)")
     watch: bool = key(False, "write the page again and again until the runs end")
     every: int = key(10, "seconds between two pages of --watch", low=1)
@@ -43,8 +45,8 @@ class Flags:
 
 def main(command: CommandLine) -> int:
     """Write the page and its Markdown twin; or compare the runs with reference curves."""
-    folders = list(dict.fromkeys(map(find_run, command.files or ["out"])))
     flags = command.flags
+    folders = find_runs(command.files + ([flags.ckpt] if flags.ckpt else []) or ["out"])
     if len([name for name in ("out", "compare", "save_reference") if getattr(flags, name)]) > 1:
         raise UserError("--compare, --save_reference and --out exclude each other")
     if flags.watch and (flags.compare or flags.save_reference):
@@ -56,6 +58,10 @@ def main(command: CommandLine) -> int:
     out = Path(flags.out or folders[0] / name)
     if out.suffix != ".html":
         raise UserError(f"--out={out} must end in .html; the Markdown goes beside it")
+    own = [folder / "report.html" for folder in folders]
+    if len(folders) > 1 and out.resolve() in [page.resolve() for page in own]:
+        raise UserError(f"--out={out} is the page of that run alone; name another for the "
+                        f"comparison: --out={out.with_name(name)}")
     if flags.watch:
         return watch(folders, out, flags.every)
     runs = [load(folder) for folder in folders]

@@ -1,7 +1,7 @@
 """Prompts -> text.
 
   sample.py                        the newest run under out/, from the begin token alone
-  sample.py --ckpt=out/RUN --prompt="The sea" --num_samples=3 --temperature=0.8 --top_p=0.95
+  sample.py out/RUN --prompt="The sea" --num_samples=3 --temperature=0.8 --top_p=0.95
   sample.py --prompts=F.jsonl --out=G.jsonl
                                    rows {"prompt": ...} -> the same rows in the same order, with
                                    `completion` and `stop` added; rows {"messages": ...}, also with
@@ -81,7 +81,7 @@ class Flags(Sampling):
 
 
 if __name__ == "__main__":  # --help and a misspelt key are answered before torch is loaded
-    COMMAND = parse_arguments(__doc__, Flags, takes="files")
+    COMMAND = parse_arguments(__doc__, Flags, takes="model")
 
 import contextlib
 import os
@@ -115,8 +115,6 @@ def main(command) -> int:
     """Check what was asked, and do this rank's share of it."""
     f = command.flags
     f.stop = generate.stops_of(f.stop)
-    if command.files:
-        raise UserError(f"cannot use {command.files[0]!r}: say --ckpt=MODEL and --prompt=TEXT")
     if f.serve:
         return start_server(command)
     if idle := set(FOR_SERVER) & set(command.overrides):

@@ -9,8 +9,9 @@ stopped early with a whole checkpoint (start me again), 143 on a second signal.
 from dataclasses import asdict, dataclass
 
 from plainllama import settings
-from plainllama.command import CommandLine, complain, crowded, parse_arguments, run_command
+from plainllama.command import CommandLine, complain, parse_arguments, run_command
 from plainllama.files import newest_run, read_status, steps_of, write_json, write_status
+from plainllama.machine import crowded
 from plainllama.settings import DIALOGS, UserError
 
 
@@ -39,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -70,8 +72,9 @@ def main(command: CommandLine) -> int:
     runs = not (run / "run.json").exists() and newest_run(run)
     if runs or (run / "manifest.json").exists():
         raise UserError(f"out_dir {run} holds {'runs' if runs else 'a data set'}; name another")
+    named = resume.name_data_set(command)
     manifest = shards.read_manifest(Path("data") / config.dataset)
-    for remark in resume.settle(command, manifest):
+    for remark in filter(None, (named, *resume.settle(command, manifest))):
         if os.environ.get("RANK", "0") == "0":
             print(remark, flush=True)
     if problem := parallel.attention_refusal(config.attention, device, dtype, config.doc_mask):
@@ -120,7 +123,7 @@ def train(command: CommandLine, manifest: dict, world: World) -> int:
         def failed() -> None:
             with contextlib.suppress(OSError):  # a full disk's: why the run ends says more
                 if world.rank == 0:
-                    write_status(run.folder, "failed", run.step)
+                    write_status(run.folder, "failed", max(run.saver.saved, 0))
 
         signs.farewell = failed
         try:
@@ -184,7 +187,8 @@ class Run:
         if first:
             write_json(self.folder / "run.json", log.describe(
                 self.folder, self.command, self.manifest, self.data_hash, self.engine, self.data))
-        self.log.announce(self.engine, self.rows)
+        self.log.announce(self.engine, self.rows, resume.changed(self.command))
+        self.saver.tell = partial(self.log.status, "running")
         alone = world.size == 1 and world.device.type == "cpu"
         if alone and (remark := crowded(self.command.began, torch.get_num_threads())):
             self.log.say(remark)
@@ -249,14 +253,18 @@ class Run:
         with self.clock.apart("save_seconds"), self.world.patient():
             self.saver.wait()
         if self.saver.saved != self.step:
-            self.log.status("failed", self.step)
+            self.log.status("failed", max(self.saver.saved, 0))
             return complain(f"no checkpoint could be written at step {self.step}", 1)
         state, code, after = "stopped", STOPPED, "the same command goes on from there"
         if self.step == self.config.max_steps:
-            state, code, after = "done", 0, f"next: python sample.py --ckpt {self.folder}"
+            state, code = "done", 0
+            after = f"next: python sample.py --ckpt {quote(str(self.folder))}"
             after += " --chat" if self.config.documents in DIALOGS else ""
         self.log.status(state, self.step)
         self.log.say(f"{state} at step {self.step}; {self.folder}/checkpoints/step_{self.step}")
+        if not code:
+            self.log.say(f"curves: python report.py {quote(str(self.folder))}; or tensorboard "
+                         f"--logdir {quote(str(self.folder.parent))}")
         self.log.say(after)
         return code
 

@@ -6,7 +6,6 @@ base, file, command line.
 """
 
 import ast
-import contextlib
 import errno
 import importlib.util
 import math
@@ -15,13 +14,14 @@ import os
 import re
 import signal
 import sys
-import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from plainllama.files import CHECKOUT
+from plainllama.help import help_text, unknown
+from plainllama.machine import share_the_machine, work
 from plainllama.progress import Screen
 from plainllama.settings import PATHS, Incomplete, Settings, UserError, check_keys, install, nearest
 
@@ -29,7 +29,6 @@ DEFAULT_CONFIG = "config/llama100m.py"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # it is full or broken
 INTERRUPTED = "interrupted; the same command goes on from what is complete"
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-GROUPS = {"dataset": "data", "n_layer": "model", "out_dir": "training", "log_interval": "cadence"}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
 
@@ -47,17 +46,23 @@ class CommandLine:
     overrides: dict  # keys set on the command line
     given: frozenset = frozenset()  # all keys that somebody set, its bases too
     began: tuple = ()  # work() when the process began
+    # what the config file has of `overrides` that are otherwise there
+    instead: dict = field(default_factory=dict)
 
 
 def parse(argv: list, doc: str | None, flags: type | None = None,
-          takes: str = "config") -> CommandLine:
-    """Read a command line. `takes`: 'config' (a file and all its keys) or 'files' (flags alone).
+          takes: str = "config", reads: tuple = ()) -> CommandLine:
+    """Read a command line. `takes`: 'config' (a file and all its keys), 'files' (flags and names)
+    or 'model' (flags; a name that stands alone is that of --ckpt). `reads`: the keys that --help
+    shows, if the command has no use for the others.
 
     Answers --help and exits. Raises UserError for anything it does not understand.
     """
     own = {item.name: item for item in (fields(flags) if flags else ())}
     keys = {item.name: item for item in fields(Settings)} if takes == "config" else {}
-    files, given = read_words(argv, doc, own | keys)
+    files, given = read_words(argv, doc, own | keys, [*own, *(reads or keys)])
+    if takes == "model":
+        files, given = [], name_model(files, given, own)
     chosen = flags(**{k: v for k, v in given.items() if k not in keys}) if flags else None
     if takes != "config":
         return CommandLine(Settings(), chosen, files, "", "", {}, given)
@@ -67,23 +72,53 @@ def parse(argv: list, doc: str | None, flags: type | None = None,
     layers = read_config(config_file)
     overrides = {k: v for k, v in given.items() if k in keys}
     config = Settings()
-    for layer in (*(values for _, values in layers), overrides):
+    for _, layer in layers:
         vars(config).update(layer)
+    instead = {name: getattr(config, name) for name, value in overrides.items()
+               if name != "out_dir" and value != getattr(config, name)}
+    vars(config).update(overrides)
     config.out_dir = config.out_dir or f"out/{Path(config_file).stem}"
     check_keys(config, shape=not config.init_from)  # which train.py may still take over
     base = layers[-2][0] if len(layers) > 1 else ""
     keys_given = frozenset().union(overrides, *(values for _, values in layers))
     return CommandLine(config, chosen, files, config_file, base, layers[-1][1], overrides,
-                       keys_given)
+                       keys_given, instead=instead)
 
 
-def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dict]:
-    """Split a command line into (positional arguments, {option: value}); `known`: name -> field."""
-    files, given = [], {}
+def name_model(files: list[str], given: dict, own: dict) -> dict:
+    """Take what stands without a name for that of --ckpt; the options that are given then."""
+    if not files:
+        return given
+    for name in files:
+        parts = [name] if os.path.exists(os.path.expanduser(name)) else name.split(",")
+        if not all(os.path.exists(os.path.expanduser(part)) for part in parts):
+            text = "; a text to go on from is --prompt=TEXT" if "prompt" in own else ""
+            raise UserError(f"cannot use {name!r}: no run or checkpoint is called so{text}")
+    if "ckpt" in given or len(files) > 1:
+        raise UserError(f"expected one model, found {' '.join(files)}"
+                        f"{' beside --ckpt' if 'ckpt' in given else ''}; name it once")
+    return given | {"ckpt": checked(own["ckpt"], files[0], "--ckpt")}
+
+
+def show_help(doc: str | None, known: dict, names: list[str]) -> None:
+    """Print the help; of a config file among `names` also its values."""
+    path = next((name for name in names if name.endswith(".py") and "n_layer" in known), "")
+    values: dict = {}
+    for _, layer in read_config(path) if path else ():
+        values |= layer
+    print(help_text(doc, known, path, values), flush=True)
+
+
+def read_words(argv: list, doc: str | None, known: dict,
+               shown: list[str]) -> tuple[list[str], dict]:
+    """Split a command line into (positional arguments, {option: value}); `known`: name -> field;
+    `shown`: of these in the help."""
+    files: list[str] = []
+    given: dict = {}
     words = iter(argv)
     for word in words:
         if word in ("--help", "-h"):
-            print(help_text(doc, known), flush=True)
+            show_help(doc, {name: known[name] for name in shown}, [*files, *words])
             raise SystemExit(0)
         if not word.startswith("--"):
             files.append(word)
@@ -91,7 +126,7 @@ def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dic
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in known:
-            raise UserError(f"unknown option --{name}{nearest(name, known)}")
+            raise UserError(f"unknown option --{name}{unknown(name, known)}")
         if not equals:
             bare = "true" if known[name].type is bool else known[name].metadata["bare"]
             text = bare or next(words, None)
@@ -103,8 +138,8 @@ def read_words(argv: list, doc: str | None, known: dict) -> tuple[list[str], dic
     return files, given
 
 
-def parse_arguments(doc: str | None, flags: type | None = None,
-                    takes: str = "config", outlives: str = "") -> CommandLine:
+def parse_arguments(doc: str | None, flags: type | None = None, takes: str = "config",
+                    outlives: str = "", reads: tuple = ()) -> CommandLine:
     """parse() of this process's arguments; what the user can mend is one line and exit code 2.
     `outlives`: what to say when the screen has gone, of a command that then goes on.
 
@@ -114,7 +149,7 @@ def parse_arguments(doc: str | None, flags: type | None = None,
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed (>&-): else the next file would take its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-    found = ended(parse, sys.argv[1:], doc, flags, takes)
+    found = ended(parse, sys.argv[1:], doc, flags, takes, reads)
     if outlives:
         sys.stdout = Screen(sys.stdout, outlives)  # type: ignore[assignment]
     if takes == "config" and not found.files:
@@ -129,68 +164,6 @@ def parse_arguments(doc: str | None, flags: type | None = None,
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: started with &
         signal.signal(signal.SIGINT, lambda *_: os._exit(complain(INTERRUPTED, 1)))
     return found
-
-
-def share_the_machine() -> None:
-    """Say, before torch is loaded, how its threads wait for each other and how many there are,
-    unless the user or torchrun has."""
-    # threads that spin while they wait take the time of other processes, and lose their own; the
-    # name is understood by GNU's OpenMP, which torch ships for Linux, and by LLVM's
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    if (allowed := cores()) < affinity():  # of which OpenMP knows, but of no container's quota
-        os.environ.setdefault("OMP_NUM_THREADS", str(allowed))
-
-
-def work() -> tuple[float, ...]:
-    """Give the time, and the seconds that all cores and that this process have worked until now;
-    () on a system that does not say."""
-    if not os.path.exists("/proc/stat"):
-        return ()
-    ticks = [int(count) for count in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
-    busy = sum(ticks) - ticks[3] - ticks[4]  # without idle and waiting for a disk
-    return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
-
-
-def crowded(began: tuple, threads: int) -> str:
-    """Say what other processes have kept busy since `began`, a work(), if that leaves no cores for
-    so many threads; else ''."""
-    if not began:
-        return ""
-    seconds, busy, own = (now - then for now, then in zip(work(), began, strict=True))
-    there, others = os.cpu_count() or 1, (busy - own) / max(seconds, 1e-9)
-    idle = there - others
-    if idle > threads - 0.5:
-        return ""
-    fewer = f", or start again with OMP_NUM_THREADS={round(idle)}" if idle > 0.75 else ""
-    return (f"other processes keep {others:.1f} of {there} cores busy, and this run's {threads} "
-            f"threads share them: it gets faster when they end{fewer}")
-
-
-def affinity() -> int:
-    """Count the cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cores(groups: str = "/proc/self/cgroup", mount: str = "/sys/fs/cgroup") -> int:
-    """Count the cores that this process may use: those it may run on or, if that is less, what the
-    quotas of its control groups allow (Linux, version 1 or 2)."""
-    found: float = affinity()
-    for line in Path(groups).read_text().splitlines() if os.path.exists(groups) else ():
-        _, controllers, group = line.split(":", 2)
-        if not controllers or "cpu" in controllers.split(","):
-            inner = Path(mount, "cpu" if controllers else "", group.lstrip("/"))
-            found = min(found, *(quota(folder) for folder in (inner, *inner.parents)))
-    return max(1, int(found))
-
-
-def quota(group: Path) -> float:
-    """Give how many cores a control group may keep busy, infinity if it does not say."""
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError, ValueError):  # no bound: 'max', or no such file
-            share, period = " ".join((group / name).read_text() for name in names).split()
-            return int(share) / int(period) if int(share) > 0 else math.inf
-    return math.inf
 
 
 def read_config(path: str, seen: tuple = ()) -> list:
@@ -221,7 +194,7 @@ def read_config(path: str, seen: tuple = ()) -> list:
             beside = str(Path(path).parent / os.path.expanduser(str(value)))
             bases = read_config(beside, (*seen, os.path.realpath(path)))
         elif name not in known and not name.startswith("_"):  # _name: for the arithmetic below it
-            raise UserError(f"{where}: unknown key {name}{nearest(name, known)}")
+            raise UserError(f"{where}: unknown key {name}{unknown(name, known)}")
     return [*bases, (path, {name: value for name, value in names.items() if name in known})]
 
 
@@ -318,18 +291,6 @@ def configs_beside(path: str) -> str:
     names = sorted(p.name for p in folder.glob("*.py"))
     listed = ", ".join(str(folder / name) for name in names[:12])
     return listed + nearest(Path(path).name, names) if names else "none here"
-
-
-def help_text(doc: str | None, known: dict) -> str:
-    """The command's docstring and a line for every option."""
-    lines = [(doc or "").strip(), "", "options:"]
-    for name, item in known.items():
-        if name in GROUPS:
-            lines.append(f"\n  {GROUPS[name]} (config file or command line)")
-        choices = " | ".join(item.metadata["choices"])
-        shown = item.metadata["why"] + (f": {choices}" if choices else "")
-        lines.append(f"  --{name + '=' + str(item.default):<36} {shown}")
-    return "\n".join(lines)
 
 
 def run_command(main, *args) -> None:

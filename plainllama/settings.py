@@ -47,7 +47,9 @@ class Settings:
                             ("text", "chat", "preference", "table"))
     tokenizer: str = recipe(
         "mistral", "mistral, gpt2, bytes, bpe:4096 (trained here), a .model, a tokenizer.json")
-    val_fraction: float = recipe(0.005, "share of documents held out", low=1e-9, high=0.5)
+    val_fraction: float = recipe(
+        0.005, "share of documents held out: enough for some hundred windows of block_size, such "
+        "as 0.005 of a GB of text, 0.02 of 20 MB, 0.1 of 1 MB", low=1e-9, high=0.5)
     min_chars: int = recipe(0, "documents with fewer characters are dropped", low=0)
     max_chars: int = recipe(0, "documents with more characters are dropped (0: no bound)", low=0)
     dedup: str = recipe("none", "which repeated documents are dropped", ("none", "exact", "near"))
@@ -116,9 +118,14 @@ class Settings:
     global_batch_tokens: int = course(524288, "tokens per optimizer update, of all devices", low=1)
     micro_batch: int = free(0, "rows per forward pass and device (0: as many as fit)", low=0)
     optimizer: str = fixed("adamw", "muon is for the blocks' matrices only", ("adamw", "muon"))
-    learning_rate: float = course(6e-4, "peak learning rate", low=0)
+    learning_rate: float = course(
+        6e-4, "peak learning rate: adamw 1e-3 to 2e-3 for a few M parameters, 6e-4 for 100 M, 3e-4 "
+        "for 1 B; muon 2e-3 to 8e-3 for a few M; with lora_r 2e-4", low=0)
     min_lr: float = course(6e-5, "learning rate at the end", low=0)
-    schedule: str = course("cosine", "shape of the learning rate", ("cosine", "wsd", "linear"))
+    schedule: str = course(
+        "cosine", "how the rate falls to min_lr: along the whole run, or (wsd) in its last fifth "
+        "alone: until then the run can be made longer as if it had been planned so (--extend)",
+        ("cosine", "wsd", "linear"))
     warmup_steps: int = course(200, "steps of linear warm-up", low=0)
     weight_decay: float = course(0.1, "decoupled decay, on matrices only", low=0)
     beta1: float = course(0.9, "AdamW first moment (Muon's momentum is 0.95)", low=0, high=1)

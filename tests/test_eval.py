@@ -1,5 +1,6 @@
 """eval.py: bits per byte and log-likelihoods against transformers and lm-eval's own `hf` model."""
 
+import importlib.util
 import json
 import math
 import random
@@ -126,7 +127,7 @@ def hf(folder):
 
 def main(*words: str) -> int:
     """eval.py in this process."""
-    return eval.main(parse(list(words), "", eval.Flags, "files"))
+    return eval.main(parse(list(words), "", eval.Flags, "model"))
 
 
 # ---- bits per byte
@@ -683,6 +684,52 @@ def test_without_a_network_the_default_gives_the_other_scores(here):
     assert result["val_bpb"] > 0 and "val_bpb" in done.stdout
 
 
+def test_the_loss_has_its_interval_and_says_what_it_was_measured_on(here, capsys):
+    """The interval is that of the windows' own losses, each of which goes alone, as they are few;
+    a text is no validation."""
+    (here / "t.txt").write_text("def add(a, b):\n" * 60)
+    half = BLOCK // 2
+    for words, title, name in (
+            ((), "validation split of data/toy, ", "val_loss"),
+            ((f"--context={half}",), f"validation split of data/toy in windows of {half}",
+             "val_loss"), (("--text=t.txt",), "the text t.txt, ", "loss")):
+        assert main("--tasks=", "--json", *words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        result = json.loads(lines[-1])
+        scores = result["contexts"][str(half)] if "--context" in str(words) else (
+            result["texts"]["t.txt"] if words else result)
+        at = next(i for i, line in enumerate(lines) if line.startswith(title))
+        assert lines[at + 1].split() == [name, f"{scores['val_loss']:.4f}", "±",
+                                         f"{1.96 * scores['val_loss_stderr']:.4f}"]
+        assert scores["val_loss_stderr"] > 0
+        assert lines[at + 2].split()[0] == name.replace("loss", "bpb")
+
+
+def test_the_standard_error_is_that_of_the_windows(rows, folder):
+    """Beside the formula of a mean, which it is where all windows have as many targets."""
+    info, model = byte_info(folder), load_model(folder)
+    ids = torch.from_numpy(rows.read_windows(range(5)).astype(np.int64))
+    with torch.no_grad():
+        each = [model(row[None, :-1], row[None, 1:]).item() / BLOCK for row in ids]
+    found = likelihood.measured(model, rows, info, 5 * BLOCK, 1, World())
+    assert found["val_loss_stderr"] == pytest.approx(np.std(each, ddof=1) / math.sqrt(5), rel=1e-5)
+    assert "val_loss_stderr" not in likelihood.measured(model, rows, info, BLOCK, 1, World())
+    assert [likelihood.rows_of_a_pass(rows, n * BLOCK, 4 * BLOCK) for n in (1, 5)] == [1, 1]
+    many = type("Many", (), {"block_size": 8, "windows": 999})
+    assert [likelihood.rows_of_a_pass(many, 8 * n, 64) for n in (16, 40, 900)] == [1, 2, 8]
+
+
+def test_the_default_task_is_not_asked_of_a_machine_without_lm_eval(here, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(tasks.importlib.util, "find_spec",
+                        lambda name, *more: None if name == "lm_eval" else find(name, *more))
+    monkeypatch.setattr(tasks.irt, "load", lambda *_: pytest.fail("asked for estimates"))
+    assert main() == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tinyMMLU" in line]
+    assert lines == ["no tinyMMLU: lm-eval is not installed (python -m pip install -c "
+                     "constraints.txt -e '.[eval]'); or score a file: --tasks=local:FILE.jsonl"]
+
+
 def test_a_named_task_without_data_is_an_error_and_the_others_are_kept(here, questions, capsys):
     task = f"local:{questions[0]}"
     path = here / "out" / "toy" / "eval" / "step_30.json"
@@ -729,7 +776,8 @@ def test_a_model_folder_without_a_run(here, folder, capsys):
 
 def test_what_the_user_can_mend_is_said(here):
     words = [("--ckpt=nowhere", "no folder nowhere"), ("--data=nothing", "no data set nothing"),
-             ("--tasks=local:no.jsonl", "no file no.jsonl"), ("out/toy", "--ckpt=")]
+             ("--tasks=local:no.jsonl", "no file no.jsonl"),
+             ("nowhere", "cannot use 'nowhere': no run")]
     for word, said in words:
         with pytest.raises(UserError, match=said):
             main(word)

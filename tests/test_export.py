@@ -77,6 +77,13 @@ def test_the_card_says_what_was_learned(tmp_path, unchecked):
                  "| tokens trained on | 5,244 |", "| started from | out/first |"):
         assert part in card, part
     assert "a.txt" not in card
+    info["overrides"] |= {"learning_rate": 1e-3, "out_dir": "x"}
+    info["config"] |= {"learning_rate": 1e-3, "max_steps": 7, "out_dir": "x"}
+    info["changed"] = {"max_steps": 7}  # as the command has it
+    write_json(tmp_path / "run" / "run.json", info)
+    assert run("--ckpt", step, "--to", tmp_path / "again") == 0
+    assert ("| changed of config/quickstart.py | learning_rate 0.001 (there: 0.0006) |"
+            in (tmp_path / "again/README.md").read_text())
 
 
 def test_the_card_of_a_model_of_dialogs_shows_how_to_talk_with_it(tmp_path, checked_here):
@@ -108,7 +115,7 @@ def test_the_card_of_a_model_of_dialogs_shows_how_to_talk_with_it(tmp_path, chec
 
 
 def run(*words) -> int:
-    return export.main(parse([str(word) for word in words], "", export.Flags, "files"))
+    return export.main(parse([str(word) for word in words], "", export.Flags, "model"))
 
 
 @pytest.fixture

@@ -187,14 +187,14 @@ def test_the_table_of_kinds_is_all_there_is_to_a_kind(tmp_path, monkeypatch):
             want = LINES[:1] if kind == ".txt" else LINES
             assert list(documents.documents(parts, Tally())) == want
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.md").write_text("# text")
-    for name in ("a.parquet.gz", "a.gz", "in/a.md"):
+    (tmp_path / "in" / "a.log").write_text("# text")
+    for name in ("a.parquet.gz", "a.gz", "in/a.log"):
         (tmp_path / name).write_bytes(b"text")
         with pytest.raises(UserError, match=rf"{name}: unknown kind .*\.txt, \.jsonl, \.json, "):
             survey(str(tmp_path / name))
     with pytest.raises(UserError, match=r"with a file of a known kind \(\.txt, \.jsonl, \.json, "):
         survey(str(tmp_path / "in"))
-    monkeypatch.setitem(records.KINDS, ".md", records.KINDS[".txt"])
+    monkeypatch.setitem(records.KINDS, ".log", records.KINDS[".txt"])
     _, parts = survey(str(tmp_path / "in"))
     assert list(documents.documents(parts, Tally())) == ["text"]
 
@@ -626,7 +626,7 @@ def bad_sources(folder):
         "absent parquet column": ("body.parquet", "no column 'text'; it has id, body"),
         "number column": ("number.parquet", "int64, not text"),
         "quotes in a name": ("it's $1 b.parquet", re.escape("--sources=" + shlex.quote(
-            str({"path": "it's $1 b.parquet", "column": "id"})))),
+            str({"path": "it's $1 b.parquet", "column": "body"})))),
         "latin-1": ("latin.txt", r"invalid utf-8 \(first latin.txt\)"),
         "only broken lines": ("broken.jsonl", r"3 broken line \(first broken.jsonl:1\)"),
         "no sources": ([], "sources"),
@@ -852,11 +852,11 @@ def test_a_folder_is_read_once_and_whole(tmp_path, capsys, monkeypatch):
             ["a.txt", "B.TXT", "deep/c.Txt.GZ", "d.JSONL"])
         assert set(records[0]["files"]) == {"a.txt", "B.TXT", "deep/c.Txt.GZ", "d.JSONL"}
         out = capsys.readouterr().out
-        assert ("not read: 1 .csv, 2 .md, 1 links to files that are read, "
-                "2 links to folders that are read, 1 links to nothing, 1 pipes or devices\n") in out
+        assert ("not read: 1 .csv, 2 .md, 1 links to files that are read, 2 links to folders that "
+                "are read, 1 links to nothing, 1 pipes or devices (read") in out
     assert len(survey([f"{folder}/*.txt"])[0][0]["files"]) == 1
     for given in (["~/f/*"], {"path": "~/f/*"}):
-        with pytest.raises(UserError, match="md: unknown kind"):
+        with pytest.raises(UserError, match="csv: unknown kind"):
             survey(given)
     assert "not read: 3 folders, 1 links" in capsys.readouterr().out
     survey(["~/f/a.txt", "~/f"])

@@ -144,7 +144,7 @@ def test_differences_from_the_parent(tmp_path):
     first, whole = page.split("What was run")[1].split("</table>")[:2]
     assert cells(first) == [["", "child.py", "this run"], ["max_steps", "2300", "100"]]
     assert cells(whole) == [["", "parent", f"{tmp_path.name}/run"], ["vocab_size", "0", "259"],
-                            ["max_steps", "2300", "100"], ["learning_rate", "0.001", "0.002"],
+                            ["learning_rate", "0.001", "0.002"],
                             ["device", "auto", "cpu"]]
     assert "<details>" in whole  # what the file itself changes lies in a fold
     assert "| learning_rate | 0.001 | 0.002 |" in markdown
@@ -153,16 +153,61 @@ def test_differences_from_the_parent(tmp_path):
 
 
 def test_differences_of_several_runs(tmp_path):
-    """What differs between them alone; in a fold what does from the parent."""
+    """First what differs between them alone; later what each command changed, and in a fold what
+    else differs from the parent."""
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", n_layer=5)
     page = build(one, two)[0]
-    rows, first = cells(page), cells(page.split("</table>")[0])
-    differ = cells(page.split("What was run")[1].split("</table>")[0])
+    rows, (differ, first) = cells(page), map(cells, page.split("</table>")[:2])
+    assert page.index("<h2>What differs between these runs</h2>") < page.index("<table")
+    for run, said in zip((one, two), page.split("What was run")[1].split("</table>"), strict=False):
+        assert cells(said) == [["", "child.py", f"{tmp_path.name}/{run.name}"],
+                               ["max_steps", "2300", "100"]]
     assert ["n_layer", "4", "4", "5"] in rows and ["device", "auto", "cpu", "cpu"] in rows
     assert ["n_layer", "4", "5"] in differ and not {"device", "max_steps"} & {r[0] for r in differ}
     losses = [[row["val_loss"] for row in metrics_of(run) if "val_loss" in row][-1]
               for run in (one, two)]
     assert ["validation loss, nats per token", *(f"{loss:.4f}" for loss in losses)] in first
+    same = make_run(tmp_path / "same")
+    assert "Nothing of their configs." in build(one, same)[0]
+
+
+def test_a_status_behind_the_metrics_says_what_is_saved(tmp_path):
+    run = make_run(tmp_path / "run")
+    for step, says in ((0, "Nothing is saved yet."), (60, "Its newest checkpoint is of step 60."),
+                       (100, "")):
+        write(run / "status.json", {"state": "failed", "step": step})
+        page = build(run)[0]
+        assert says in page and ("checkpoint is of" in page) == (step == 60)
+        assert "failed at step 100 of 100" in page
+
+
+def test_runs_are_named_in_several_ways(tmp_path, monkeypatch, capsys):
+    """By --ckpt as well, by a checkpoint; out/* is all runs of out, and what else lies there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        make_run(tmp_path / "out" / name)
+        (tmp_path / "out" / name / "checkpoints/step_5").mkdir(parents=True)
+    (tmp_path / "out/labels.csv").write_text("x")
+    (tmp_path / "out/empty").mkdir()
+    for words in (["--ckpt=out/a"], ["out/a/checkpoints/step_5"], ["out/a", "--ckpt=out/a"]):
+        (tmp_path / "out/a/report.html").unlink(missing_ok=True)
+        (tmp_path / "out/a/report.md").unlink(missing_ok=True)
+        assert run_main(words) == 0 and (tmp_path / "out/a/report.html").exists()
+    capsys.readouterr()
+    assert run_main(["out"]) == 0
+    hint = capsys.readouterr().out.split("python report.py ")[1].splitlines()[0]
+    assert hint == "out/*"
+    own = (tmp_path / "out/a/report.html").read_text()
+    assert run_main(sorted(map(str, Path().glob(hint)))) == 0
+    assert "left out, since they hold no run: out/empty, out/labels.csv" in capsys.readouterr().out
+    assert (tmp_path / "out/a/report_with_b.html").exists()
+    assert (tmp_path / "out/a/report.html").read_text() == own
+    (tmp_path / "out/a/report.html").unlink()  # nor takes it the place of one that is to come
+    with pytest.raises(settings.UserError, match=r"name another .*--out=out/a/report_with_b.html"):
+        run_main(["out/a", "out/b", "--out=out/a/report.html"])
+    for words in (["out/empty"], ["out/a", "out/mispelt"]):
+        with pytest.raises(settings.UserError, match=f"{words[-1]} is not a run and holds none"):
+            run_main(words)
 
 
 def test_panels_come_in_the_order_of_their_table(tmp_path, monkeypatch):
@@ -566,7 +611,7 @@ def test_a_page_takes_the_place_of_no_other(tmp_path):
     (tmp_path / "mine.html").write_text("mine")
     (tmp_path / "README.md").write_text("mine")
     for out, folders, said in (
-            (one / "report.html", (one, two), "is the page of .*/one; name another"),
+            (one / "report.html", (one, two), "is the page of that run alone; name another"),
             (one / "report_with_two.html", (one, three), "is the page of .*/one, .*/two; name"),
             (tmp_path / "mine.html", (one,), "is there already; name another"),
             (tmp_path / "README.html", (one,), r"README\.md is there already; name another")):
@@ -642,7 +687,7 @@ def test_newest_run_is_the_default(tmp_path, monkeypatch, capsys):
         os.utime(run / "metrics.jsonl", (1e9 - age, 1e9 - age))
     monkeypatch.chdir(tmp_path)
     assert run_main([]) == 0
-    assert "newest run, out/new" in capsys.readouterr().out
+    assert "taking out/new, its newest run" in capsys.readouterr().out
     assert (tmp_path / "out" / "new" / "report.html").exists()
 
 

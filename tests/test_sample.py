@@ -359,7 +359,7 @@ def flags_of(*words) -> sample.Flags:
 
 
 def run(*words) -> int:
-    return sample.main(parse([str(word) for word in words], "", sample.Flags, "files"))
+    return sample.main(parse([str(word) for word in words], "", sample.Flags, "model"))
 
 
 @pytest.mark.parametrize("script", ["sample.py", "export.py"])

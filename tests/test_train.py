@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import train
 from plainllama import settings
-from plainllama.command import parse, work
+from plainllama.command import parse
+from plainllama.machine import work
 from plainllama.training import resume
 
 
@@ -293,6 +294,39 @@ def test_init_from_refuses_another_architecture(home):
     assert run("toy.py", "--out_dir=out/b", "--init_from=out/a", "--block_size=64",
                "--rope_scaling=linear", "--rope_factor=2", "--max_steps=2") == 0
     assert metrics(home / "out/b")[0]["val_loss"] < metrics(home / "out/a")[0]["val_loss"]
+
+
+def test_a_mixture_needs_no_data_set_that_nobody_named(home, capsys):
+    (home / "toy.py").write_text((home / "toy.py").read_text().replace("'toy'", "'nowhere'"))
+    words = ("toy.py", "--mixture={'toy': 1}", "--max_steps=2", "--sample_tokens=0")
+    assert run(*words, "--out_dir=out/m") == 0
+    out = capsys.readouterr().out
+    assert "validated on data/toy, the first set of the mixture; --dataset=NAME names" in out
+    assert "curves: python report.py out/m; or tensorboard --logdir out\n" in out
+    assert json.loads((home / "out/m/run.json").read_text())["config"]["dataset"] == "toy"
+    assert run(*words, "--out_dir=out/m") == 0  # the same command goes on
+    with pytest.raises(settings.UserError, match="nowhere"):
+        run(*words, "--dataset=nowhere", "--out_dir=out/n")
+
+
+def test_the_status_tells_what_is_saved_and_the_start_what_is_changed(home, monkeypatch, capsys):
+    seen, settle = [], train.Run.settle
+
+    def watched(run, step, *args):
+        if step in (5, 8):
+            run.saver.wait()
+            seen.append(json.loads((home / "out/s/status.json").read_text()))
+        if step == 8:
+            raise RuntimeError("planted")
+        return settle(run, step, *args)
+
+    monkeypatch.setattr(train.Run, "settle", watched)
+    with pytest.raises(RuntimeError, match="planted"):
+        run("toy.py", "--out_dir=out/s", "--save_interval=6", "--seed=3", "--n_layer=2")
+    assert seen == [{"state": "running", "step": 0}, {"state": "running", "step": 6}]
+    assert json.loads((home / "out/s/status.json").read_text()) == {"state": "failed", "step": 6}
+    lines = [line for line in capsys.readouterr().out.splitlines() if "changed of" in line]
+    assert lines == ["changed of toy.py: save_interval 6 (there: 10), seed 3 (there: 1337)"]
 
 
 def test_a_model_that_its_run_deletes_before_it_is_loaded_is_looked_for_again(home, monkeypatch):

@@ -16,12 +16,14 @@ from model import ANY_SHAPE, IGNORE, KVCache, LLaMA
 from plainllama.files import sha256_bytes
 from plainllama.parallel import World
 from plainllama.progress import Progress
+from plainllama.results import score_table
 from plainllama.settings import UserError, ceil_div
 from plainllama.tokens.rows import CONTEXT, PAD, Rows, to_batch, val_rows
 from plainllama.tokens.shards import read_manifest
 from plainllama.tokens.tokenizer import Tokenizer
 from plainllama.tokens.tokenizer_json import ByteInfo, decoded_bytes, sha256_of
 
+PASSES = 16  # of an evaluation at least, where there are as many windows
 WORTH = 16  # tokens that rows must share before they are computed once for all of them
 MARGIN = 64  # tokens before a cut in a text, which without the cut may be others
 NOT_FINITE = "the model's losses are not finite: its weights are broken, and it has no score"
@@ -107,19 +109,61 @@ def evaluate(model: nn.Module, rows: Windows, token_byte_info: ByteInfo, tokens:
     a document, if tokens see their own document only (doc_mask). Calls only
     model(ids, targets, documents), the summed loss. Collective.
     """
-    losses, n_bytes, targets = [], 0, 0
+    return evaluate_passes(model, rows, token_byte_info, tokens, micro_batch, world, bos_id)[0]
+
+
+@torch.no_grad()
+def evaluate_passes(model: nn.Module, rows: Windows, token_byte_info: ByteInfo, tokens: int,
+                    micro_batch: int, world: World,
+                    bos_id: int | None = None) -> tuple[dict, float | None]:
+    """Give what evaluate() does, and the loss's standard error by the spread of its passes, None of
+    a single one. Collective."""
+    losses, counts, n_bytes = [], [], 0
     for _, ids in passes("validation", rows, tokens, micro_batch, world):
         batch = to_batch(ids, micro_batch, bos_id)
         known = np.where((ids == PAD) | (ids >= CONTEXT), token_byte_info.bos_id, ids)
         n_bytes += decoded_bytes(known, token_byte_info)  # what is only read counts as a boundary
-        targets += int((batch.targets != IGNORE).sum())
+        counts.append(int((batch.targets != IGNORE).sum()))
         losses.append(model(*batch.to(world.device)))
-    nll = torch.stack(losses).cpu().double().sum().item()  # read once: passes are not held up
-    sums = torch.tensor([nll, n_bytes, targets], dtype=torch.float64)
-    nll, n_bytes, targets = world.sum(sums).tolist()
-    loss = nll / targets
-    return {"val_loss": loss, "val_bpb": nll / math.log(2) / max(n_bytes, 1),
-            "tokens": int(targets), "bytes": int(n_bytes), "ppl": math.exp(min(loss, 700))}
+    # nats and targets of each pass of each rank
+    table = torch.zeros(world.size, 2, len(counts), dtype=torch.float64)
+    table[world.rank, 0] = torch.stack(losses).cpu()  # read once: passes are not held up
+    table[world.rank, 1] = torch.tensor(counts)
+    nats, targets = world.sum(table).transpose(0, 1).flatten(1)
+    nll, total = nats.sum().item(), targets.sum().item()
+    n_bytes = int(world.sum(torch.tensor([n_bytes], dtype=torch.float64)).item())
+    loss, k = nll / total, int((targets > 0).sum())
+    scores = {"val_loss": loss, "val_bpb": nll / math.log(2) / max(n_bytes, 1),
+              "tokens": int(total), "bytes": n_bytes, "ppl": math.exp(min(loss, 700))}
+    if k < 2:
+        return scores, None
+    # of a ratio, its passes being k draws
+    return scores, math.sqrt(k / (k - 1) * (nats - loss * targets).square().sum().item()) / total
+
+
+def rows_of_a_pass(rows: Windows, tokens: int, batch_tokens: int) -> int:
+    """Say how many windows go through the model together: few enough for PASSES passes, where there
+    are as many windows, since their spread gives the interval."""
+    return max(1, min(batch_tokens // rows.block_size, window_count(rows, tokens) // PASSES))
+
+
+def measured(model: nn.Module, rows: Windows, *how) -> dict:
+    """Give what eval.py records of windows: evaluate() and val_loss_stderr; `how`: as there.
+    UserError if the loss is not finite. Collective."""
+    found, error = evaluate_passes(model, rows, *how)
+    if not math.isfinite(found["val_loss"]):
+        raise UserError(NOT_FINITE)
+    scores = {"val_loss": found["val_loss"]} | ({} if error is None else {"val_loss_stderr": error})
+    return scores | {"val_bpb": found["val_bpb"], "ppl": found["ppl"],
+                     "val_tokens": found["tokens"], "val_bytes": found["bytes"]}
+
+
+def told(scores: dict, what: str, text: bool) -> str:
+    """Show what measured() gave of `what`; the scores of a `text` are not called validation."""
+    shown = {name.removeprefix("val_") if text else name: scores[name] for name in scores
+             if name not in ("val_tokens", "val_bytes")}
+    return score_table(f"{what}, {scores['val_tokens']:,} tokens, {scores['val_bytes']:,} bytes",
+                       shown)
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plainllama import results
-from plainllama.command import cores
 from plainllama.evaluation.vectors import FOLDS, Joined, ask, parts_of
 from plainllama.files import file_entry, read_json, run_of, write_json
+from plainllama.machine import cores
 from plainllama.progress import Progress
 from plainllama.results import score_table
 from plainllama.settings import UserError

@@ -1,5 +1,6 @@
 """Benchmark tasks: the passkey probe, local files, tinyMMLU and whatever lm-eval knows."""
 
+import importlib.util
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from plainllama.evaluation.irt import LETTERS, Known
 from plainllama.evaluation.likelihood import Scorer, mean
 from plainllama.files import sha256_bytes
 from plainllama.parallel import World
-from plainllama.settings import UserError, nearest
+from plainllama.settings import UserError, install, nearest
 from plainllama.text.records import naming_damage, opened
 
 SHOTS = 5  # worked examples before a question, as MMLU has them (https://arxiv.org/abs/2009.03300)
@@ -77,6 +78,19 @@ def find_tasks(asked: list[str], flags: Any, world: World) -> tuple[dict[str, Ta
     if world.rank > 0 and make(names) != names:
         raise UserError(f"rank {world.rank} cannot have what rank 0 has: {unavailable[0]}")
     return tasks, unavailable
+
+
+def default_names(flags: Any, given: dict) -> tuple[str, str]:
+    """Give the names of the tasks that are asked for, and why the default ones are not: beside
+    --generate, and of a machine without lm-eval, which is said."""
+    if "tasks" in given or flags.irt_file:
+        return flags.tasks, ""
+    if flags.generate:
+        return "", ""
+    if importlib.util.find_spec("lm_eval") is None:
+        return "", (f"no {flags.tasks}: lm-eval is not installed ({install('eval')}); or score a "
+                    "file: --tasks=local:FILE.jsonl")
+    return flags.tasks, ""
 
 
 def is_tiny(name: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from plainllama.files import read_json, run_of
 from plainllama.report.blocks import heading
 from plainllama.report.charts import LOSS, charts
-from plainllama.report.runs import RunFolder, load
+from plainllama.report.runs import RunFolder, changes, load
 from plainllama.report.scores import baselines, scores
 from plainllama.results import read_scores, unplaced
 from plainllama.settings import DIALOGS, UserError
@@ -116,6 +116,9 @@ def training_facts(info: dict, state: dict) -> dict:
     given = [f"--{name}={value}" for name, value in (info.get("overrides") or {}).items()]
     dialogs = config.get("documents", "text") in DIALOGS
     unit = "learned tokens" if dialogs else "tokens trained on"
+    named = info.get("config_file") or "the defaults"
+    changed = "; ".join(f"{name} {is_now} (there: {was})"
+                        for name, (was, is_now) in changes(info).items()) if config else ""
     edited = " (edited)" if git.get("dirty") else ""
     objective = config.get("objective", "next")
     learned, whole = data.get("train_learned"), data.get("train_tokens")
@@ -140,6 +143,7 @@ def training_facts(info: dict, state: dict) -> dict:
         unit: f"{state.get('tokens', seen):,}",
         "device": f"{device.get('count')} x {device.get('name')}" if device else None,
         "commit": f"{git.get('commit')}{edited}" if git else None,
+        f"changed of {named}": changed or None,
         "command": shlex.join(["python", "train.py", info.get("config_file") or "", *given])}
 
 

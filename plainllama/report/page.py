@@ -10,7 +10,6 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from plainllama.command import read_config
 from plainllama.files import write_text
 from plainllama.report.blocks import (
     Block,
@@ -24,11 +23,11 @@ from plainllama.report.blocks import (
 )
 from plainllama.report.charts import LEARNED, LOSS, MACHINE, charts, trade_offs
 from plainllama.report.drawing import STYLE
-from plainllama.report.runs import RunFolder, grouped, is_number
+from plainllama.report.runs import RunFolder, changes, grouped, is_number, parent_of
 from plainllama.report.scores import baselines, folds, growth, scores
 from plainllama.report.texts import answers, masks, samples
 from plainllama.report.verdict import figures, kind_of, outcome, verdict
-from plainllama.settings import Settings, UserError
+from plainllama.settings import UserError
 
 PARTS = {name: Path(__file__).with_name(name).read_text("utf-8")
          for name in ("page.html", "page.css", "page.js")}
@@ -77,10 +76,14 @@ def runs_of(page: Path) -> list[str]:
 
 
 def head(runs: list[RunFolder]) -> list[Block]:
-    """Say what came of the runs: of one at length, of several beside each other."""
+    """Say what came of the runs: of one at length; of several in what they differ, and then their
+    figures beside each other."""
     if len(runs) == 1:
         return verdict(runs[0])
-    return [side_by_side([run.name for run in runs], [*map(figures, runs)]),
+    names, differ = [run.name for run in runs], between(runs)
+    return [heading("What differs between these runs", 2),
+            side_by_side(names, differ) if any(differ) else paragraph("Nothing of their configs."),
+            heading("What came of them", 2), side_by_side(names, [*map(figures, runs)]),
             *fold("In sentences", [paragraph(outcome(run)) for run in runs])]
 
 
@@ -103,24 +106,25 @@ def folded(title: str, content: list[Block]) -> list[Block]:
 # ---- what was run
 
 def differences(runs: list[RunFolder], out: Path) -> list[Block]:
-    """Show by which commands the runs were started, in what they differ or what the command changed
-    of the config file, and folded every key that differs from the first one's parent config."""
-    blocks = [shell(command_line(run)) for run in runs]
-    parent, base = parent_of(runs[0])
-    named = parent | runs[0].info.get("changed", {})
-    config, said = runs[0].info["config"], runs[0].info.get("overrides", {})
-    names = [name for name in said if config.get(name) != named.get(name) and name != "out_dir"]
-    if len(runs) > 1:
-        blocks.append(side_by_side([run.name for run in runs], between(runs)))
-    elif names:
-        blocks.append(side_by_side(
-            [str(runs[0].info.get("config_file") or "defaults"), "this run"],
-            [{name: values.get(name) for name in names} for values in (named, config)]))
+    """Show by which commands the runs were started, what each command changed of its config file,
+    and folded, apart from that, what the files themselves set: every other key that differs from
+    the first one's parent config."""
+    blocks: list[Block] = []
+    changed: set[str] = set()
+    for run in runs:
+        blocks.append(shell(command_line(run)))
+        if found := changes(run.info):
+            changed |= found.keys()
+            blocks.append(side_by_side(
+                [str(run.info.get("config_file") or "defaults"),
+                 run.name if len(runs) > 1 else "this run"],
+                [{name: pair[i] for name, pair in found.items()} for i in (0, 1)]))
+    parent, base = parent_of(runs[0].info)
     configs = [parent, *(run.info["config"] for run in runs)]
-    names = [name for name in config if name != "out_dir"
+    names = [name for name in runs[0].info["config"] if name not in changed | {"out_dir"}
              and any(values.get(name) != parent.get(name) for values in configs)]
     return blocks + fold(
-        f"{len(names)} keys differ from the parent, {base}",
+        f"{len(names)} other keys differ from the parent, {base}",
         [side_by_side(["parent", *(run.name for run in runs)],
                       [{name: values.get(name) for name in names} for values in configs])])
 
@@ -128,17 +132,6 @@ def differences(runs: list[RunFolder], out: Path) -> list[Block]:
 def shell(command: str) -> Block:
     """Show a command, which breaks at no hyphen."""
     return Block(f"<pre>{escape(command)}</pre>", as_markdown(command))
-
-
-def parent_of(run: RunFolder) -> tuple[dict, str]:
-    """Give the config that a run's config file is based on, and its name."""
-    base, parent = run.info.get("base"), vars(Settings())
-    try:
-        for _, layer in read_config(base) if base else ():
-            parent |= layer
-    except UserError:
-        return parent, f"the defaults ({base} cannot be read)"
-    return parent, base or "the defaults"
 
 
 def command_line(run: RunFolder) -> str:

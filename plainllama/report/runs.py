@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
+import shlex
 import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from plainllama.files import newest_run, read_json, read_rows
+from plainllama.command import read_config
+from plainllama.files import newest_run, read_json, read_rows, run_of
 from plainllama.results import are_of, unplaced
-from plainllama.settings import UserError
+from plainllama.settings import Settings, UserError
 
 SILENCE = 600  # seconds without a row after which a run may be taken to be gone
 
@@ -36,15 +39,31 @@ class RunFolder:
         return bool(values) and not is_number(values[-1])
 
 
-def find_run(name: str) -> Path:
-    """Return the run folder meant by `name`: itself, or the newest run in it."""
+def find_runs(names: list[str]) -> list[Path]:
+    """Find the run folders that are meant, each once. UserError for a name that is none; of several
+    what holds no run is left out, and said."""
+    found = {name: find_run(name) for name in names}
+    lacking = [name for name in names if found[name] is None]
+    if len(lacking) == len(found) or not all(map(os.path.exists, lacking)):
+        raise UserError(f"{', '.join(lacking)} is not a run and holds none (no run.json); "
+                        "train.py makes one")
+    if lacking:
+        print(f"left out, since they hold no run: {', '.join(lacking)}", flush=True)
+    return list(dict.fromkeys(run for run in found.values() if run))
+
+
+def find_run(name: str) -> Path | None:
+    """Find the run folder meant by `name`: itself, that of a checkpoint, or the newest run in it,
+    which is said; None if it holds none."""
     folder = Path(name)
     if (folder / "run.json").is_file():
         return folder
-    run = newest_run(folder)
-    if run is None:
-        raise UserError(f"{name} is not a run and holds none (no run.json); train.py makes one")
-    print(f"{name}: taking its newest run, {run}", flush=True)
+    run = run_of(folder) or newest_run(folder)
+    if run:
+        runs = len({path.parent for path in folder.glob("*/run.json")})
+        others = f"; all {runs} of them: python report.py {shlex.quote(name.rstrip('/'))}/*"
+        print(f"{name}: taking {run}{', its newest run' if run.parent == folder else ''}"
+              f"{others if runs > 1 else ''}", flush=True)
     return run
 
 
@@ -67,6 +86,25 @@ def load(folder: Path) -> RunFolder:
     evals.sort(key=lambda evaluation: evaluation.get("step", 0))
     return RunFolder("/".join(folder.resolve().parts[-2:]), info, metrics,
                      read_json(folder / "status.json"), read_rows(folder / "samples.jsonl"), evals)
+
+
+def parent_of(info: dict) -> tuple[dict, str]:
+    """Give the config that a run's config file is based on, and its name."""
+    base, parent = info.get("base"), vars(Settings())
+    try:
+        for _, layer in read_config(base) if base else ():
+            parent |= layer
+    except UserError:
+        return parent, f"the defaults ({base} cannot be read)"
+    return parent, base or "the defaults"
+
+
+def changes(info: dict) -> dict[str, tuple]:
+    """Give what the command changed of the config file that it named: key -> (there, in the run).
+    The run's folder is no such key."""
+    named, config = parent_of(info)[0] | info.get("changed", {}), info["config"]
+    return {name: (named.get(name), config.get(name)) for name in info.get("overrides") or ()
+            if name != "out_dir" and config.get(name) != named.get(name)}
 
 
 def started(folder: Path) -> bool:

@@ -36,6 +36,9 @@ def outcome(run: RunFolder) -> str:
     preferred = run.last("val_rewards/accuracies")
     said += (f"nats per pair, chosen preferred in {preferred or 0:.1%}."
              if kind_of(run) == "preference" else f"nats per token, {bits} bits per byte.")
+    saved = run.status.get("step")
+    if is_number(saved) and saved != run.last("step"):
+        said += f" Its newest checkpoint is of step {saved}." if saved else " Nothing is saved yet."
     older = f" Its newest {broken} is not finite; what is said here is older."
     return said + older if broken else said
 

@@ -11,7 +11,6 @@ import itertools
 import json
 import lzma
 import re
-import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plainllama.settings import UserError, ceil_div, install
+from plainllama.text import cures
 from plainllama.text.dialogs import How, converted
 from plainllama.text.forms import Refused
 from plainllama.text.pairs import paired
@@ -315,9 +315,8 @@ def row_pieces(file: Piece, few: int) -> Iterator[Piece]:
             yield replace(file, size=table.metadata.row_group(i).total_byte_size, start=i)
         return
     if column not in names:
-        source = shlex.quote(str({"path": path, "column": names[0]}))
-        raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}; say which is "
-                        f"the text: --sources={source}; or say documents=chat")
+        raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}; "
+                        f"{cures.for_column(path, names)}")
     kind = str(table.schema_arrow.field(column).type)
     if not re.search("string|binary", kind) or "<" in kind.removeprefix("dictionary<values="):
         raise UserError(f"{path}: column {column!r} is {kind}, not text")
@@ -392,6 +391,17 @@ def kind_of(name: str, known: Iterable[str] = KINDS) -> str:
         if name.lower().endswith((kind, *packed)):
             return kind
     return ""
+
+
+def kind_named(name: str) -> str:
+    """Tell the kind of a file that was named itself, as kind_of(); Markdown is then text."""
+    return kind_of(re.sub(r"\.md(?=\.|$)", ".txt", name.lower()))
+
+
+def unknown(path: str) -> UserError:
+    """Say of a file of another kind which there are, and how it becomes one of them."""
+    return UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}, also packed: "
+                     f"{', '.join(PACKINGS)}{cures.for_kind(path)}")
 
 
 def records_of(piece: Piece) -> Iterator[Record]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plainllama.settings import UserError, ceil_div, install
+from plainllama.text import cures
 from plainllama.text.dialogs import spoken
 from plainllama.text.documents import Part, Tally, documents
 from plainllama.text.records import Dialog
@@ -85,12 +86,8 @@ def choose_hold_out(parts: list[Part], fraction: float, whole: bool = False) -> 
     reasons = [f"{entry['count']} {rule} (first {entry['first']})"
                for rule, entry in dropped.items()]
     if count == 0:
-        if any(rule.startswith("no column") for rule in dropped):
-            reasons.append("name another: --sources=\"{'path': 'my.jsonl', 'column': 'content'}\"; "
-                           "or say documents=chat")
-        if any(rule.startswith("no known fields") for rule in dropped):
-            reasons.append("say which they are, as fields={'prompt': 'YOURS', ...}, or give a "
-                           "converter")
+        reasons += cures.for_dropped(dropped, {
+            piece.label: piece.path for part in parts for piece in part.pieces})
         why = f"; dropped: {'; '.join(reasons)}" if reasons else ": there is no record in them"
         raise UserError(f"sources: no document is left{why}")
     if whole and smallest == largest:

@@ -27,6 +27,7 @@ from plainllama.settings import UserError, install, nearest
 from plainllama.text import embedded_chat, embedded_preference, embedded_table, forms, tables
 from plainllama.text import records as kinds
 from plainllama.text.clients import FILES, clients_in, clients_pieces
+from plainllama.text.cures import for_left
 from plainllama.text.dialogs import How
 from plainllama.text.documents import Part, grouped
 from plainllama.text.records import KINDS, Piece, kind_of, naming_damage, records_of
@@ -217,7 +218,7 @@ def local_files(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
             left[Path(name).suffix.lower() or "without an ending"] += 1
         elif read.setdefault(os.path.realpath(name), name) != name:
             left["links to files that are read"] += 1
-    said = ", ".join(f"{count} {what}" for what, count in sorted((+left).items()))
+    said = for_left(path, left)
     if not read:
         raise UserError(f"sources: {path} is no file, and no glob or folder with a file of a known "
                         f"kind ({', '.join(known)}){f'; it has {said}' if said else ''}")
@@ -335,13 +336,12 @@ def state_of(path: Path | str) -> list[int]:
 def whole_file(source: dict, label: str, path: Path, how: How | None) -> Piece:
     """Describe a file of a source. UserError if its kind is unknown, or holds no dialogs and shall
     (`how`)."""
-    kind = ".txt" if source["path"] == "embedded" else kind_of(path.name)
+    kind = ".txt" if source["path"] == "embedded" else kinds.kind_named(path.name)
     if source["path"] in SPOOLS:
         begin = path.open("rb").read(1 << 16).lstrip()[:1]
         kind = {b"{": ".jsonl", b"[": ".json" if how else ".txt"}.get(begin, ".txt")
     if not kind:
-        raise UserError(f"{path}: unknown kind of file; known are {', '.join(KINDS)}, also packed: "
-                        f"{', '.join(kinds.PACKINGS)}")
+        raise kinds.unknown(str(path))
     if how and kind == ".txt":
         raise UserError(f"{path}: dialogs are rows of .jsonl, .json or .parquet, not plain text")
     size = path.stat().st_size * kinds.packing_of(str(path)).growth

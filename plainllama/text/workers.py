@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plainllama.cluster import Cluster
-from plainllama.command import cores
+from plainllama.machine import cores
 from plainllama.progress import Progress
 
 NOTES = "work.tmp"  # state.json, part-*.json and half-made shards, until the manifest is written

@@ -232,15 +232,15 @@ class Log:
         if self.active:
             print(text, flush=True)
 
-    def announce(self, engine: Engine, rows: Rows) -> None:
-        """Say what is about to be trained, and on what."""
+    def announce(self, engine: Engine, rows: Rows, changed: str) -> None:
+        """Say what is about to be trained, and on what, and what was `changed` of the config."""
         config, world = engine.config, engine.world
         device, block = world.device.type, config.block_size
         total, inner, _ = adapters.parameter_counts(engine.model)
         self.say(f"model: {total / 1e6:.1f} M parameters, {inner / 1e6:.1f} M without embeddings; "
                  f"{device}, {engine.summary}, {world.mode.replace('one', 'one process')}")
         learns = adapters.summary(engine.model, engine.adapter, config.frozen_dtype)
-        for line in (learns, world.why):
+        for line in (learns, world.why, changed):
             if line:
                 self.say(line)
         self.say(f"batch: global {engine.batch_rows * block:,} tok = {world.size} {device} x "

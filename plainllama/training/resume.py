@@ -65,6 +65,18 @@ class Start:
         return self.state.get("step", 0)
 
 
+def name_data_set(command: CommandLine) -> str:
+    """Let a mixture be validated on its first set, where no other is named that is here; what to
+    say of that, or ''."""
+    config = command.config
+    here = (Path("data") / config.dataset / "manifest.json").exists()
+    if here or not config.mixture or "dataset" in command.overrides:
+        return ""
+    config.dataset = next(iter(config.mixture))  # type: ignore[call-overload]
+    return (f"validated on data/{config.dataset}, the first set of the mixture; --dataset=NAME "
+            "names another")
+
+
 def settle(command: CommandLine, manifest: dict) -> list[str]:
     """Give the config what its data set and the model of init_from have settled, and what follows
     from that; returns lines that say so. UserError where the config or the command line asks for
@@ -103,6 +115,13 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
         said.append(f"epochs {config.epochs:g}: {steps} steps of {batch} rows{instead}")
         config.max_steps = steps
     return [remark for remark in (*said, optim.fit_warmup(config)) if remark]
+
+
+def changed(command: CommandLine) -> str:
+    """Say what the command line changes of the config file that it names, '' for nothing."""
+    said = ", ".join(f"{name} {command.overrides[name]!s:.80} (there: {was!s:.80})"
+                     for name, was in command.instead.items())
+    return f"changed of {command.config_file}: {said}" if said else ""
 
 
 def keep_recipe(command: CommandLine, manifest: dict) -> str:

@@ -141,8 +141,8 @@ def no_folder(path: str) -> str:
 class Saver:
     """Writes the checkpoints of a run beside its training, one at a time. Collective.
 
-    `saved`: the last step that was committed; `problem`: why the last save failed, or '';
-    `template`: of dialogs, for checkpoints of a data set that has none.
+    `saved`: the last step that was committed, which `tell` is told; `problem`: why the last save
+    failed, or ''; `template`: of dialogs, for checkpoints of a data set that has none.
     """
 
     template = ""
@@ -152,6 +152,7 @@ class Saver:
         self.run, self.tokenizer_json, self.world, self.say = run, tokenizer_json, world, say
         self.keep_last, self.keep_every = keep_last, keep_every  # keep_last=0: all
         self.saved, self.problem = -1, ""
+        self.tell: Callable[[int], None] = lambda step: None
         self.thread: threading.Thread | None = None
 
     def start(self, step: int, model: LLaMA, moments: Moments, state: dict,
@@ -163,8 +164,8 @@ class Saver:
         copies = (model.config, gather_weights(kept, self.world),
                   *slices_of(model, moments, self.world), {"format": FORMAT, **state}, adapter)
         whole = [*kept.values(), *(t for kinds in moments.values() for t in kinds.values())]
-        self.thread = threading.Thread(
-            target=self.write, daemon=True, args=(step, 4 * sum(t.numel() for t in whole), *copies))
+        self.thread = threading.Thread(target=self.write, daemon=True, name="saver", args=(
+            step, 4 * sum(t.numel() for t in whole), *copies))
         self.thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -182,6 +183,7 @@ class Saver:
             entries = self.together(self.write_files, folder, *copies)
             self.together(self.commit, folder, final, entries)
             self.saved, self.problem = step, ""
+            self.tell(step)
         except Exception as error:  # also that another rank failed or is gone
             self.problem = str(error) or repr(error)
             self.say(f"WARNING: no checkpoint at step {step}: {self.problem}; going on")

@@ -1,0 +1,120 @@
+"""What prepare.py says of a text that is small for its config, or that another run suits better."""
+
+import re
+import shlex
+
+import pytest
+
+import prepare
+from model import LLaMA, ModelConfig
+from plainllama.command import parse
+from plainllama.settings import Settings, check_keys
+from plainllama.tokens import advice
+
+SMALL = """
+dataset = 'x'
+tokenizer = 'bytes'
+block_size = 32
+global_batch_tokens = 320
+max_steps = 50
+"""
+
+
+def splits(train: int, val: int = 0) -> dict:
+    return {name: {"documents": 3, "tokens": n} for name, n in (("train", train), ("val", val))}
+
+
+def prepared(tmp_path, monkeypatch, capsys, text: str, *words: str) -> list[str]:
+    """The lines of prepare.py on a text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text(text)
+    (tmp_path / "c.py").write_text(SMALL)
+    assert prepare.main(parse(["c.py", "--sources=t.txt", "--val_fraction=0.1", *words], "",
+                              prepare.Flags)) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_text_too_small_for_its_config_is_said(tmp_path, monkeypatch, capsys):
+    """With what there is of each split, counted here from the text, and the remedy."""
+    lines = prepared(tmp_path, monkeypatch, capsys, "word " * 60)
+    note, = [line for line in lines if line.startswith("note: little text: ")]
+    trained, held = (int(found) for found in re.findall(r" ([\d,]+) tokens", note))
+    assert trained + held == 300 + 2 + 2  # bytes, and both ends of two documents
+    assert f"train 1 documents, {trained} tokens, {(trained - 1) // 32} windows of" in note
+    assert "a step takes 10 rows" in note and "fewer than 20 windows" in note
+    assert "--val_fraction" in note and lines[-1].startswith("next: python train.py c.py")
+
+
+def test_enough_text_is_not_remarked_on(tmp_path, monkeypatch, capsys):
+    lines = prepared(tmp_path, monkeypatch, capsys, "word " * 2000, "--val_fraction=0.2")
+    assert not [line for line in lines if "note:" in line or "suggested" in line]
+    config = Settings(block_size=32, global_batch_tokens=320)
+    assert advice.small(config, splits(10 * 32 + 1, 20 * 32 + 1)) == ""
+    assert "10 rows" in advice.small(config, splits(10 * 32, 20 * 32 + 1))
+    val = advice.small(config, splits(10 * 32 + 1, 20 * 32))
+    assert "fewer than 20" in val and "a step takes" not in val
+
+
+def test_the_suggestion_is_a_line_that_can_be_copied(tmp_path, monkeypatch, capsys):
+    """Of a text that would be read too often: measured, and the line gives what it says."""
+    monkeypatch.setattr(advice, "SECONDS", 0.05)
+    lines = prepared(tmp_path, monkeypatch, capsys, "some words of a text " * 3000,
+                     "--max_steps=90000", "--dataset=mine")
+    assert not [line for line in lines if "suggested" in line]  # max_steps is given, and stays
+    (tmp_path / "c.py").write_text(SMALL.replace("50", "90000"))
+    assert prepare.main(parse(["c.py", "--sources=t.txt", "--val_fraction=0.1", "--dataset=mine"],
+                              "", prepare.Flags)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = next(line for line in lines if line.startswith("suggested: "))
+    assert "2 layers of 192, context 256" in said and "tokens/s" in said and "(cpu, " in said
+    assert any("1.43 bits per byte" in line for line in lines)
+    words = shlex.split(lines[-1].removeprefix("next: python train.py "))
+    config = parse(words, "").config
+    check_keys(config)
+    assert (config.n_layer, config.d_model, config.block_size) == (2, 192, 256)
+    tokens = int(re.search(r"train +\d+ +([\d,]+)", "\n".join(lines))[1].replace(",", ""))
+    assert config.max_steps == round(4 * tokens / 2048)
+    assert f"{config.max_steps:,} steps of 2,048 tokens" in said
+
+
+@pytest.mark.parametrize(("tokens", "layers", "passes"), [
+    (300_000, 2, 4), (3_000_000, 2, 4), (25_000_000, 4, 4), (100_000_000, 4, 1),
+    (300_000_000, 8, 1), (1_200_000_000, 12, 1), (10_000_000_000, 16, 1)])
+def test_more_text_wants_a_larger_model_and_fewer_passes(tokens, layers, passes):
+    config = Settings(max_steps=10**9)
+    keys = advice.suited(config, {"sources": "x"}, splits(tokens))
+    run = Settings(**vars(config) | keys)
+    check_keys(run)
+    assert run.n_layer == layers
+    assert run.max_steps * run.global_batch_tokens / tokens == pytest.approx(passes, rel=0.01)
+
+
+@pytest.mark.parametrize(("keys", "given", "advised"), [
+    ({}, ("sources",), True), ({}, ("dataset",), False), ({}, ("sources", "max_steps"), False),
+    ({"epochs": 3.0}, ("sources",), False), ({"mixture": {"a": 1}}, ("sources",), False),
+    ({"init_from": "out/a"}, ("sources",), False), ({"max_minutes": 5.0}, ("sources",), False),
+    ({"documents": "chat"}, ("sources",), False), ({"overfit_rows": 1}, ("sources",), False),
+    # 524,288 tokens a step of a text of 3 M: 10.1 and 10.0 passes, 0.52 and 0.35
+    ({"max_steps": 58}, ("sources",), True), ({"max_steps": 57}, ("sources",), False),
+    ({"max_steps": 3}, ("sources",), False), ({"max_steps": 2}, ("sources",), True)])
+def test_who_is_advised(keys, given, advised):
+    config = Settings(**{"max_steps": 10**6} | keys)
+    assert bool(advice.suited(config, given, splits(3_000_000))) == advised
+    assert not advice.suited(config, given, splits(9000))  # too little for any run
+
+
+def test_what_is_given_stays():
+    config = Settings(max_steps=10**6, d_model=64, n_head=2)
+    found = advice.suited(config, {"sources": "x", "d_model": 64, "n_head": 2},
+                          splits(100_000_000))
+    assert "n_layer" not in found and "block_size" not in found
+    assert found["max_steps"] == round(1e8 / 524288)
+
+
+def test_a_shapes_parameters_are_the_models():
+    for shape in advice.SHAPES[:2]:
+        keys = {name: n for name, n in shape.items() if name != "global_batch_tokens"}
+        model = LLaMA(ModelConfig(**keys, vocab_size=300))
+        matrices = sum(p.numel() for name, p in model.named_parameters()
+                       if p.dim() == 2 and "layers" in name)
+        assert advice.parameters(shape) == matrices

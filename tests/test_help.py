@@ -1,0 +1,157 @@
+"""What --help shows, what foreign names lead to, how a model and runs are named."""
+
+import dataclasses
+import importlib
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT, run_script
+
+import export
+import prepare
+import report
+import sample
+import train
+from plainllama.command import from_text, parse
+from plainllama.foreign import NAMES, TABLE
+from plainllama.help import FIRST, KEYS, unknown
+from plainllama.settings import Settings, UserError
+
+COMMANDS = {"prepare.py": prepare, "train.py": train, "sample.py": sample,
+            "eval.py": importlib.import_module("eval"), "export.py": export, "report.py": report}
+FLAGS = {name: {item.name for item in dataclasses.fields(module.Flags)}
+         for name, module in COMMANDS.items()}
+
+
+# ---- foreign names
+
+def test_foreign_names_lead_to_what_there_is():
+    for name, (ours, remark) in NAMES.items():
+        assert ours or remark, name
+        for place in ours.split(" | ") if ours else ():
+            command, _, option = place.rpartition(" --")
+            assert option in (FLAGS[command] if command else KEYS), (name, place)
+        for option in re.findall(r"--(\w+)", remark):
+            known = set(KEYS).union(*FLAGS.values(), {"nproc_per_node", "nnodes"})
+            assert option in known, (name, option)
+        for option, value in re.findall(r"--(\w+)=([\w:]+)", remark):  # which that key takes
+            for item in dataclasses.fields(Settings):
+                if item.name == option:
+                    from_text(item, value)
+
+
+def test_no_foreign_name_is_one_of_ours():
+    assert not NAMES.keys() & set(KEYS).union(*FLAGS.values())
+    assert len(NAMES) == sum(len(names.split()) for names in TABLE) >= 150
+
+
+@pytest.mark.parametrize(("word", "says"), [
+    ("--lr=1e-3", "unknown option --lr; here it is learning_rate"),
+    ("--batch-size=4", "--batch_size; here it is micro_batch \\(rows per"),
+    ("--bf16", "here it is dtype \\(--dtype=bf16"), ("--dropout=0.1", "there is none here: a m"),
+    ("--temp=1", "here it is --temperature of sample.py"), ("--n_layr=2", "did you mean n_layer"),
+    ("--max_length=9", "here it is block_size"), ("--qqq", "unknown option --qqq$")])
+def test_foreign_options(word, says):
+    with pytest.raises(UserError, match=says):
+        parse([word], "", train.Flags)
+
+
+def test_foreign_names_elsewhere(tmp_path):
+    (tmp_path / "c.py").write_text("n_layer = 2\nlr = 1e-3\n")
+    with pytest.raises(UserError, match=r"c.py:2: unknown key lr; here it is learning_rate$"):
+        parse([str(tmp_path / "c.py")], "")
+    for word, says in (("--temp=1", "here it is temperature$"), ("--block_size=8", "of train.py"),
+                       ("--max_length=9", "here it is max_new_tokens"),
+                       ("--lr=1", "here it is --learning_rate of train.py")):
+        with pytest.raises(UserError, match=says):
+            parse([word], "", sample.Flags, "model")
+    assert unknown("batch_size", FLAGS["sample.py"]).startswith("; here it is batch (")
+
+
+# ---- help
+
+def shown(capsys, *words: str, module=train, **how) -> list[str]:
+    """The lines of a command's help."""
+    with pytest.raises(SystemExit) as end:
+        parse(list(words), "Doc.", module.Flags, **how)
+    assert end.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def names_in(lines: list[str]) -> list[str]:
+    """The options of a help, in their order."""
+    return [found[1] for line in lines if (found := re.match(r"  --(\w+)=", line))]
+
+
+def test_help_shows_each_key_once_and_what_is_changed_first(capsys):
+    names = names_in(shown(capsys, "--help"))
+    assert sorted(names) == sorted([*FLAGS["train.py"], *KEYS])
+    assert names[len(FLAGS["train.py"]):][:len(FIRST)] == list(FIRST)
+
+
+def test_help_of_a_config_shows_its_values_where_they_differ(capsys):
+    path = str(ROOT / "config/bench_muon.py")
+    for words in ((path, "--help"), ("--help", path), ("--n_layer=3", path, "-h")):
+        lines = shown(capsys, *words)
+        lines = re.sub(r"\n {41}", " ", "\n".join(lines)).split("\n")  # of several lines one
+        by_name = dict(zip(names_in(lines), [line for line in lines if "  --" in line],
+                           strict=True))
+        assert f"--learning_rate=0.0006 {'':14}" in by_name["learning_rate"]
+        assert f"[{path}: 0.003]" in by_name["learning_rate"]  # of its base's base
+        assert f"[{path}: muon]" in by_name["optimizer"]
+        assert path not in by_name["grad_clip"] and path not in by_name["weight_decay"]
+    assert not any("[" + path in line for line in shown(capsys, "--help"))
+    with pytest.raises(UserError, match=r"no config file config/nothing\.py"):
+        parse(["config/nothing.py", "--help"], "", train.Flags)
+
+
+def test_help_of_prepare_shows_what_it_reads(capsys):
+    names = names_in(shown(capsys, "--help", module=prepare, reads=prepare.READS))
+    assert set(names) == FLAGS["prepare.py"] | set(prepare.READS)
+    assert "learning_rate" not in names and "val_fraction" in names and "block_size" in names
+
+
+def test_help_says_what_to_choose():
+    why = {item.name: item.metadata["why"] for item in dataclasses.fields(Settings)}
+    assert "muon" in why["learning_rate"] and "adamw" in why["learning_rate"]
+    assert "wsd" in why["schedule"] and "--extend" in why["schedule"]
+    assert "0.02" in why["val_fraction"] or "0.05" in why["val_fraction"]
+
+
+# ---- names of models and runs
+
+@pytest.mark.parametrize("name", ["sample.py", "eval.py", "export.py"])
+def test_a_model_may_stand_without_a_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/mine").mkdir(parents=True)
+    (tmp_path / "out/other").mkdir()
+    flags = COMMANDS[name].Flags
+    found = parse(["out/mine", "--base=x"], "", flags, "model")
+    assert (found.flags.ckpt, found.overrides["ckpt"], found.files) == ("out/mine", "out/mine", [])
+    assert parse(["out/mine,out/other"], "", flags, "model").flags.ckpt == "out/mine,out/other"
+    for words, says in ((["out/mine", "out/other"], "expected one model, found out/mine out/other"),
+                        (["out/mine", "--ckpt=out/mine"], "beside --ckpt"),
+                        (["The sea"], "cannot use 'The sea': no run")):
+        with pytest.raises(UserError, match=says):
+            parse(words, "", flags, "model")
+    with pytest.raises(UserError) as found:
+        parse(["a b"], "", flags, "model")
+    assert ("--prompt=TEXT" in str(found.value)) == (name == "sample.py")
+
+
+def test_bare_make_shows_every_target():
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    for target in targets:
+        assert target == "help" or re.search(rf"make {target}\b", done.stdout), target
+    assert done.stdout.startswith("make         these lines\nmake demo ")
+
+
+def test_prepare_without_a_config_says_which_it_takes_before_it_asks_the_network(tmp_path):
+    done = run_script("prepare.py", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and "hf:ashaba1in/small_openwebtext: " in done.stderr
+    assert done.stdout.splitlines()[:2] == [
+        "no config named: taking config/llama100m.py",
+        "its text is hf:ashaba1in/small_openwebtext; for your own: python prepare.py "
+        "config/quickstart.py --dataset=mine --sources=my.txt"]
