@@ -38,7 +38,7 @@ OTHER: dict = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.G
 HOMES = {  # the tests of rooms whose name no file of tests has
     "train": "engine optim check train", "prepare": "prepare_chat prepare", "sample": "sample talk",
     "eval": "eval generated", "command": "settings errors", "files": "checkpoint errors",
-    "progress": "errors train", "results": "eval report", "card": "export report",
+    "foreign": "help settings", "machine": "settings errors", "progress": "errors train", "results": "eval report", "card": "export report",
     **dict.fromkeys(("sources", "records", "documents", "selection", "workers", "parts"),
                     "prepare prepare_chat"),
     **dict.fromkeys(("clients", "embedded_table", "newest"), "tables"), "forms": "dialogs",
@@ -48,7 +48,8 @@ HOMES = {  # the tests of rooms whose name no file of tests has
     "llama_cpp_process": "gguf", "resume": "train checkpoint", "log": "train report",
     "memory": "check", "preflight": "check", "generate": "sample generated", "decoding": "sample",
     "prompt_files": "sample", "tools": "talk", "validation": "eval train", "vectors": "probe",
-    **dict.fromkeys(("slots", "batching", "answers", "protocol", "replies", "serving"), "serve"),
+    **dict.fromkeys(("slots", "batching", "answers", "protocol", "replies", "connections",
+                     "serving"), "serve"),
     **dict.fromkeys(("likelihood", "tasks", "lm_eval_tasks"), "eval"), "metrics": "generated",
     **dict.fromkeys(("runs", "curves", "drawing", "charts", "verdict", "scores", "texts", "blocks",
                      "page", "compare"), "report"), "modeling_plainllama": "export"}
