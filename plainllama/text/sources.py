@@ -343,7 +343,7 @@ def whole_file(source: dict, label: str, path: Path, how: How | None) -> Piece:
     if not kind:
         raise kinds.unknown(str(path))
     if how and kind == ".txt":
-        raise UserError(f"{path}: dialogs are rows of .jsonl, .json or .parquet, not plain text")
+        raise UserError(f"{path}: dialogs are rows of {', '.join(kinds.OF_ROWS)}, not plain text")
     size = path.stat().st_size * kinds.packing_of(str(path)).growth
     return Piece(str(path), label, kind, source.get("column", "text"), size, how=how)
 
