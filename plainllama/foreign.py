@@ -17,8 +17,7 @@ TABLE = {
         ("micro_batch",
          "rows per forward pass and device; the batch is global_batch_tokens, in tokens"),
     "per_device_eval_batch_size eval_batch_size": ("eval.py --batch_tokens", "in tokens"),
-    "total_batch_size": ("global_batch_tokens", "in tokens, of all devices"),
-    "global_batch_size": ("global_batch_tokens", "in tokens: rows times block_size"),
+    "total_batch_size global_batch_size": ("global_batch_tokens", "in tokens, of all devices"),
     "gradient_accumulation gradient_accumulation_steps grad_accum_steps":
         ("global_batch_tokens", "in tokens; accumulation follows from it, micro_batch and devices"),
     "max_iters num_iterations iterations num_steps train_steps max_train_steps total_steps":
