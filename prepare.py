@@ -44,7 +44,15 @@ from dataclasses import dataclass, replace
 
 from plainllama.cluster import HERE, Cluster
 from plainllama.command import CommandLine, complain, parse_arguments, run_command
-from plainllama.settings import Settings, UserError, ceil_div, deciding, key, settle_documents
+from plainllama.settings import (
+    Incomplete,
+    Settings,
+    UserError,
+    ceil_div,
+    deciding,
+    key,
+    settle_documents,
+)
 
 
 @dataclass
@@ -80,6 +88,7 @@ from plainllama.files import read_json, write_json
 from plainllama.text import selection
 from plainllama.text.documents import Part, Rules, grouped
 from plainllama.text.sources import check_sources, described, state_of, survey
+from plainllama.text.stores import look_at
 from plainllama.text.workers import NOTES, Nodes, Processes
 from plainllama.tokens import shards
 from plainllama.tokens.newest import refuse_divided
@@ -253,7 +262,7 @@ def what_is_there(folder: Path, recipe: dict, state: dict, complete: bool,
         return known, []
     try:
         records, parts = survey(sources, known, seen, recipe["documents"], recipe["train_on"])
-    except UserError:
+    except (UserError, Incomplete):
         if complete:  # the source has gone, and what was made of it still stands
             return known, []
         raise
@@ -286,7 +295,7 @@ def make_parts(config: Settings, folder: Path, crew: Processes | Nodes, begun: d
         [path for _, path in piece.table.files] if piece.table else [piece.path])}
     if isinstance(crew, Nodes):
         read = {piece.path for part in parts for piece in part.pieces}
-        crew.cluster.check(folder, sorted(read)[::ceil_div(len(read), LOOKED_AT)])
+        crew.cluster.check(folder, sorted(read)[::ceil_div(len(read), LOOKED_AT)], look_at)
     if config.dedup != "none":
         selection.mark_parts(folder, parts, config.dedup, crew)
         parts = selection.without_repeats(folder, parts, config.dedup, crew)

@@ -100,21 +100,22 @@ class Cluster:
         if f.dtype == "auto":
             f.dtype = "bf16" if self.gpus else "fp32"
 
-    def check(self, folder: Path, files: list[str]) -> None:
+    def check(self, folder: Path, files: list[str], look: Callable = os.path.getsize) -> None:
         """Let each node prove that it is like this machine, writes where we read, in `folder`, and
-        sees the `files` that are read. UserError that names the node and what it lacks."""
+        sees the `files` that are read: look(file) says the same there. UserError that names the
+        node and what it lacks."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         probe = folder / f"{PROBE}{os.getpid()}"
         probe.write_text("here")
-        wanted = {path: os.stat(path).st_size for path in files}
+        wanted = {path: look(path) for path in files}
         tests, made = {}, [probe]
         for node in self.nodes():
             only_there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             run = self.ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=only_there)(prove)
             made.append(Path(f"{probe}-{node['NodeID'][:12]}"))
             tests[run.remote(os.getcwd(), str(probe.absolute()), made[-1].name, wanted,
-                             here())] = node["NodeManagerHostname"], made[-1]
+                             here(), look)] = node["NodeManagerHostname"], made[-1]
         try:
             done, late = self.ray.wait([*tests], num_returns=len(tests), timeout=120)
             for test in done:
@@ -223,7 +224,8 @@ def reason(error: BaseException) -> str:
     """Give the line of an error that says most."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"[:300]
+    kind = "" if isinstance(cause, UserError | Incomplete) else f"{type(cause).__name__}: "
+    return f"{kind}{lines[0] if lines else ''}"[:300]
 
 
 def answers(address: str) -> None:
@@ -273,7 +275,7 @@ def here() -> dict[str, str]:
 
 # ---- on a node
 
-def prove(cwd: str, probe: str, answer: str, wanted: dict[str, int], there: dict) -> str:
+def prove(cwd: str, probe: str, answer: str, wanted: dict, there: dict, look: Callable) -> str:
     """Say what this node lacks, '' if nothing; write the file `answer` beside the `probe`."""
     for name, version in here().items():
         if version != there[name]:
@@ -282,8 +284,8 @@ def prove(cwd: str, probe: str, answer: str, wanted: dict[str, int], there: dict
         os.chdir(cwd)
         if Path(probe).read_text() != "here":
             return f"another file lies at {probe}"
-        for path, size in wanted.items():
-            if os.stat(path).st_size != size:
+        for path, what in wanted.items():
+            if look(path) != what:
                 return f"{path} is another file there"
         Path(probe).with_name(answer).write_text("there")
     except OSError as error:
