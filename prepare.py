@@ -84,10 +84,10 @@ from pathlib import Path
 
 import numpy as np
 
-from plainllama.files import read_json, write_json
+from plainllama.files import read_json, state_of, write_json
 from plainllama.text import selection
 from plainllama.text.documents import Part, Rules, grouped
-from plainllama.text.sources import check_sources, described, state_of, survey
+from plainllama.text.sources import check_sources, described, survey
 from plainllama.text.stores import look_at
 from plainllama.text.workers import NOTES, Nodes, Processes
 from plainllama.tokens import shards

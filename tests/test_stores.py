@@ -11,11 +11,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import prepare
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import prepare
 from plainllama import command
 from plainllama.settings import Incomplete, Settings, UserError
 from plainllama.text import stores

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from plainllama.files import sha256
+from plainllama.files import content_hash, fingerprint, sha256
 from plainllama.settings import UserError, install, nearest
 from plainllama.text import embedded_chat, embedded_preference, embedded_table, forms, tables
 from plainllama.text import records as kinds
@@ -313,30 +313,6 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
         raise UserError(f"{path}: {type(error).__name__}: {str(error)[:300]}. Try again: what is "
                         f"downloaded stays. Offline: copy the files of datasets/{name} into a "
                         f"folder and say --sources=PATH{listed}") from None
-
-
-def fingerprint(path: Path) -> str:
-    """Hash of a file's size and ends, 16 hex digits."""
-    size, end = path.stat().st_size, 64 << 10
-    with open(path, "rb") as file:
-        start = file.read(end)
-        file.seek(max(0, size - end))
-        return hashlib.blake2b(b"%d" % size + start + file.read(end), digest_size=8).hexdigest()
-
-
-def content_hash(path: Path, seen: dict) -> str:
-    """Hash of a whole file: at once if `seen`, {path: [size, both times of its change, hash]}, has
-    it as it is; else it is read, and noted there."""
-    state = state_of(path)
-    if seen.get(str(path), [])[:3] != state:
-        seen[str(path)] = [*state, sha256(path)]
-    return seen[str(path)][3]
-
-
-def state_of(path: Path | str) -> list[int]:
-    """Give a file's size and the times at which its content and its entry were changed, in ns."""
-    stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def whole_file(source: dict, label: str, path: Any, how: How | None) -> Piece:
