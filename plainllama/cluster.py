@@ -60,7 +60,8 @@ class Cluster:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
         except Exception as error:  # whatever it raises, bare ones too
-            raise UserError(f"--ray={self.address}: {reason(error)}") from None
+            said = " ".join(str(error).split())  # of another version, by lines
+            raise UserError(f"--ray={self.address}: {type(error).__name__}: {said[:300]}") from None
         self.ray: Any = ray
         self.head = ray.get_runtime_context().gcs_address
         threading.Thread(target=watch_head, args=[self.head], daemon=True).start()
@@ -158,6 +159,7 @@ class Cluster:
             seat.ready.remote(common): (seat, None) for seat in self.seats}
         free = self.seats = []
         seen: dict[int, tuple[Any, float]] = {}
+        at_work = time.monotonic()  # when a job ran last
         while waiting or any(number is not None for _, number in busy.values()):
             while waiting and free:
                 seat, job = free.pop(), waiting.popleft()
@@ -189,6 +191,12 @@ class Cluster:
                     raise Incomplete(f"no process of the cluster lives: {what}")
                 else:
                     lost[number] = what
+            if any(number is not None for _, number in busy.values()):
+                at_work = time.monotonic()
+            elif time.monotonic() - at_work > QUIET:
+                print(f"no process has begun for {QUIET} s: others hold the places of the cluster",
+                      flush=True)
+                at_work = time.monotonic()
             with contextlib.suppress(ray.exceptions.RayError):
                 reports = ray.get(board.read.remote())
                 name_quiet(reports, [number for _, number in busy.values()], seen)
