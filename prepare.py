@@ -13,6 +13,8 @@ A source (--sources=A,B or `sources` in the config) is
               one), .json (an object of its array is one) and .parquet (a row is one); all but the
               last also as .gz, .xz or .zst
   -           standard input: JSON lines if it begins with {, else one document
+  URL         the same in a store that fsspec knows, read by ranges: s3://bucket/dir, gs://...,
+              https://host/a.jsonl.gz (its package is named if it is missing); no tables
   hf:NAME[@REVISION][:SPLIT]   a data set of the Hugging Face hub; split train unless it is named
   embedded    the Python files of the installed sympy, networkx and mpmath; embedded:chat: dialogs
   a dict      {'path': one of these, 'column': 'text', 'slice': '100:200', 'max_documents': 50};
