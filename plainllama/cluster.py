@@ -11,6 +11,8 @@ import logging
 import os
 import platform
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -28,6 +30,9 @@ DEATHS = 20  # of the processes and nodes that had a job
 ALIKE = ("torch", "numpy", "tokenizers", "tiktoken")  # packages that decide bytes
 QUIET = 120  # seconds without a sign of a job, after which its node is named
 GONE = 15  # seconds without the cluster's head, after which it is given up
+# a process that speaks for us when our node of the cluster dies, with which Ray ends us at once
+GUARD = ("import sys; sys.stdin.buffer.read() or sys.stderr.write('error: Ray has gone from this "
+         "machine, or this command was killed; the same command goes on from what is complete\\n')")
 PROBE = ".plainllama-probe-"  # files by which nodes prove that they share a folder
 
 
@@ -64,12 +69,15 @@ class Cluster:
             raise UserError(f"--ray={self.address}: {type(error).__name__}: {said[:300]}") from None
         self.ray: Any = ray
         self.head = ray.get_runtime_context().gcs_address
-        threading.Thread(target=watch_head, args=[self.head], daemon=True).start()
+        self.guard = subprocess.Popen([sys.executable, "-I", "-c", GUARD],
+                                      stdin=subprocess.PIPE, start_new_session=True)
+        threading.Thread(target=watch_head, args=[self.head, self.guard], daemon=True).start()
         print(f"Ray at {self.head}: {self}", flush=True)
         return self
 
     def __exit__(self, *_: Any) -> None:
         """Disconnect; a cluster that was started here ends."""
+        self.guard.communicate(b"done")
         with contextlib.suppress(Exception):
             self.ray.shutdown()
 
@@ -174,6 +182,7 @@ class Cluster:
                     free.append(seat)
                     if number is not None:
                         yield number, result
+                    trouble[None] = 0  # processes live
                     continue
                 except ray.exceptions.RayTaskError as error:  # its own; the seat lives
                     if isinstance(error.cause, UserError):
@@ -250,7 +259,7 @@ def answers(address: str) -> None:
                         "ray start --head, and on other nodes ray start --address=…") from None
 
 
-def watch_head(address: str) -> None:
+def watch_head(address: str, guard: subprocess.Popen) -> None:
     """End this process with a line when the head of its cluster has gone: Ray would wait, and then
     leave with pages of its own."""
     host, _, port = address.rpartition(":")
@@ -260,6 +269,7 @@ def watch_head(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             last = time.monotonic()
         time.sleep(1)
+    guard.communicate(b"done")
     os._exit(complain(f"the head of the Ray cluster at {address} has gone; when it is back, the "
                       "same command goes on from what is complete", 1))
 

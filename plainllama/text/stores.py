@@ -195,14 +195,13 @@ class Stream(io.RawIOBase):
 
     def fetch(self) -> bytes:
         """Read a block of the object as it was surveyed."""
-        count = min(self.ahead, self.url.size - self.at)
         with self.store.open(self.name, "rb", cache_type="none", size=self.url.size) as file:
             file.seek(self.at)
-            data = file.read(count)
+            data = file.read(min(self.ahead, self.url.size - self.at))
         now = stamp_of(self.store.info(self.name))
         if now != self.url.stamp:
             raise Incomplete(f"{self.url} has changed since it was surveyed: {self.url.stamp}, now "
                              f"{now}; bring that one back, or begin another data set")
-        if len(data) < count:
-            raise EOFError(f"only {len(data)} of {count} bytes have come")
+        if not data:
+            raise EOFError("nothing has come")
         return data
