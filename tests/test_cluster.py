@@ -188,24 +188,31 @@ def nodes(count: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dedup", ["none", "near"])
-def test_three_nodes_write_the_bytes_of_one_machine(dedup, tmp_path):
+@pytest.mark.parametrize(("dedup", "store"), [("none", ""), ("near", ""), ("none", "file://")])
+def test_three_nodes_write_the_bytes_of_one_machine(dedup, store, tmp_path):
     write_text(tmp_path / "a.jsonl", 6000)
-    words = ("--sources=a.jsonl", f"--dedup={dedup}")
-    code, out = prepare(tmp_path, *words, "--dataset=one", "--workers=1")
+    code, out = prepare(tmp_path, "--sources=a.jsonl", f"--dedup={dedup}", "--dataset=one",
+                        "--workers=1")
     assert code == 0, out
+    source = f"{store}{tmp_path}/a.jsonl" if store else "a.jsonl"
     with nodes(3) as there:
-        code, out = prepare(tmp_path, *words, "--dataset=three", f"--ray={there.address}")
+        code, out = prepare(tmp_path, f"--sources={source}", f"--dedup={dedup}", "--dataset=three",
+                            f"--ray={there.address}")
     assert code == 0 and "3 nodes" in out and "3 places" in out, out
-    assert contents(tmp_path / "data/three") == contents(tmp_path / "data/one")
+    one, three = contents(tmp_path / "data/one"), contents(tmp_path / "data/three")
+    if store:  # which the manifest names
+        assert one.keys() == three.keys()
+        for name in ("manifest.json", "manifest.sha256"):
+            del one[name], three[name]
+    assert one == three
 
 
 def worker_ids(address: str) -> list[int]:
-    """Find the processes in which seats of a cluster work."""
+    """Find the processes of a cluster that do a job."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::Seat" in (path / "cmdline").read_bytes():
+            if b"ray::Seat.do" in (path / "cmdline").read_bytes():
                 parent = re.search(r"PPid:\s+(\d+)", (path / "status").read_text())[1]
                 node = Path(f"/proc/{parent}/cmdline").read_text()
                 found += [int(path.name)] if f"--gcs-address={address}" in node else []
@@ -216,7 +223,7 @@ def worker_ids(address: str) -> list[int]:
 
 @pytest.mark.slow
 def test_killed_processes_and_nodes_cost_no_byte(tmp_path):
-    write_text(tmp_path / "a.jsonl", 150_000)
+    write_text(tmp_path / "a.jsonl", 250_000)
     words = ("--sources=a.jsonl", "--dedup=near")
     code, out = prepare(tmp_path, *words, "--dataset=one", "--workers=2")
     assert code == 0, out
@@ -224,7 +231,7 @@ def test_killed_processes_and_nodes_cost_no_byte(tmp_path):
     with nodes(3) as there:
         run = prepare(tmp_path, *words, "--dataset=three", f"--ray={there.address}", wait=False)
         while run.poll() is None and (killed < 20 or gone < 5):
-            time.sleep(draw.uniform(1, 5))
+            time.sleep(draw.uniform(1, 4))
             if killed < 20 and (seats := worker_ids(there.address)):
                 os.kill(draw.choice(seats), signal.SIGKILL)
                 killed += 1
@@ -236,7 +243,7 @@ def test_killed_processes_and_nodes_cost_no_byte(tmp_path):
         out, _ = run.communicate(timeout=500)
     print(f"{killed} processes and {gone} nodes were killed\n{out}")
     says("a process or node is killed", [x for x in out.splitlines() if "starts again" in x][-1])
-    assert run.returncode == 0 and killed > 10 and gone > 2 and "starts again" in out
+    assert run.returncode == 0 and killed >= 15 and gone >= 4 and "starts again" in out
     assert contents(tmp_path / "data/three") == contents(tmp_path / "data/one")
 
 
@@ -355,7 +362,7 @@ def test_rows_of_prompts_come_each_once_whatever_dies(tmp_path):
             for i in range(2000)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ("--ckpt=model", "--prompts=p.jsonl", "--temperature=0", "--max_new_tokens=24",
-             "--device=cpu", "--dtype=fp32")
+             "--device=cpu", "--dtype=fp32", "--batch=2")
     ran("sample.py", tmp_path, *words, "--out=one.jsonl")
     killed = 0
     with nodes(3) as there:
@@ -363,7 +370,7 @@ def test_rows_of_prompts_come_each_once_whatever_dies(tmp_path):
                                 f"--ray={there.address}"], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while run.poll() is None:
-            time.sleep(draw.uniform(0.5, 3))
+            time.sleep(draw.uniform(0.2, 2))
             if killed < 12 and (seats := worker_ids(there.address)):
                 os.kill(draw.choice(seats), signal.SIGKILL)
                 killed += 1
@@ -390,12 +397,13 @@ def test_answers_that_are_scored_are_those_of_one_process(tmp_path):
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ("--generate=f.jsonl", "--device=cpu", "--max_new_tokens=16", "--log_samples",
              "--batch_tokens=512")
-    ran("eval.py", tmp_path, "--ckpt=out/one", *words)
+    ran("eval.py", tmp_path, "--ckpt=out/one/checkpoints/step_5", *words)
     with nodes(3) as there:
-        out = ran("eval.py", tmp_path, "--ckpt=out/three", *words, f"--ray={there.address}")
+        out = ran("eval.py", tmp_path, "--ckpt=out/three/checkpoints/step_5", *words,
+                  f"--ray={there.address}")
     assert "3 nodes" in out
-    found = {name: {path.name: path.read_text() for path in tmp_path.glob(f"out/{name}/eval/*")}
-             for name in ("one", "three")}
+    found = {name: {path.name: path.read_text() for path in tmp_path.glob(f"out/{name}/eval/**/*")
+                    if path.is_file()} for name in ("one", "three")}
     assert len(found["one"]) > 1 and found["one"].keys() == found["three"].keys()
     for name, text in found["one"].items():
         assert text.replace("out/one", "out/three") == found["three"][name], name
