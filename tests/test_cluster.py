@@ -26,14 +26,26 @@ from plainllama.settings import UserError
 COMMON = ("--tokenizer=bytes", "--block_size=64", "--val_fraction=0.05")
 
 
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    """Start a command that writes into a file: of dying nodes Ray says more than a pipe holds."""
+    with open(folder / "said", "w") as said:
+        return subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=folder,
+                                stdout=said, stderr=subprocess.STDOUT)
+
+
+def ended(folder: Path, process: subprocess.Popen) -> str:
+    """Wait for a command, and for its guard; what it said."""
+    process.wait(timeout=500)
+    time.sleep(1)
+    return (folder / "said").read_text()
+
+
 def prepare(folder, *words, wait=True):
-    process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), *COMMON, *words],
-                               cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+    process = start(folder, "prepare.py", *COMMON, *words)
     if not wait:
         return process
-    out, _ = process.communicate(timeout=500)
-    return process.returncode, out
+    said = ended(folder, process)
+    return process.returncode, said
 
 
 def contents(folder: Path) -> dict:
@@ -240,7 +252,7 @@ def test_killed_processes_and_nodes_cost_no_byte(tmp_path):
                                   allow_graceful=False)
                 there.add_node(num_cpus=1)
                 gone += 1
-        out, _ = run.communicate(timeout=500)
+        out = ended(tmp_path, run)
     print(f"{killed} processes and {gone} nodes were killed\n{out}")
     says("a process or node is killed", [x for x in out.splitlines() if "starts again" in x][-1])
     assert run.returncode == 0 and killed >= 15 and gone >= 4 and "starts again" in out
@@ -259,7 +271,7 @@ def test_a_head_that_goes_is_said_and_the_rest_is_kept(kind, tmp_path):
         if kind == "the head goes":  # as for a driver on another machine, whose node lives
             there.head_node.kill_gcs_server(check_alive=False)
             run.wait(timeout=100)
-    out, _ = run.communicate(timeout=100)
+    out = ended(tmp_path, run)
     says(kind, out)
     assert run.returncode == 1
     code, out = prepare(tmp_path, *words, "--workers=1")
@@ -311,20 +323,20 @@ def test_jobs_that_fail_are_named_and_the_others_are_done(tmp_path):
                                 ("bad input met on a node", "bad", 2),
                                 ("a process that dies always", "dies", 1),
                                 ("no place is free", "held", 0)):
-            ended = subprocess.run(
+            run = subprocess.run(
                 [sys.executable, "jobs.py", there.address, "a", job, "c"], cwd=tmp_path, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500, check=False,
                 env={**os.environ, "PYTHONPATH": str(ROOT)})
-            print(kind, ended.stdout)
-            assert ended.returncode == code
-            done = [line for line in ended.stdout.splitlines() if line.startswith("done")]
+            print(kind, run.stdout)
+            assert run.returncode == code
+            done = [line for line in run.stdout.splitlines() if line.startswith("done")]
             if job == "held":
-                says(kind, ended.stdout.partition("\ndone")[0])
+                says(kind, run.stdout.partition("\ndone")[0])
             else:
-                says(kind, ended.stdout)
+                says(kind, run.stdout)
             if job != "bad":
                 assert {"done 0 a", "done 2 c"} <= {*done}
-            assert ended.stdout.count("starts again") == {"fails": 2, "full": 2, "bad": 0,
+            assert run.stdout.count("starts again") == {"fails": 2, "full": 2, "bad": 0,
                                                           "dies": 19, "held": 0}[job]
 
 
@@ -337,7 +349,7 @@ def test_what_is_interrupted_goes_on(tmp_path):
         while run.poll() is None and not [*(tmp_path / "data").glob("x/work.tmp/part-*.json")]:
             time.sleep(0.1)
         run.send_signal(signal.SIGINT)
-        out, _ = run.communicate(timeout=100)
+        out = ended(tmp_path, run)
         says("Ctrl-C", out)
         assert run.returncode == 1
         code, out = prepare(tmp_path, *words, f"--ray={there.address}")
@@ -347,11 +359,10 @@ def test_what_is_interrupted_goes_on(tmp_path):
 # ---- answers
 
 def ran(script: str, folder: Path, *words: str) -> str:
-    ended = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=folder, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500,
-                           check=False)
-    assert ended.returncode == 0, ended.stdout
-    return ended.stdout
+    process = start(folder, script, *words)
+    said = ended(folder, process)
+    assert process.returncode == 0, said
+    return said
 
 
 @pytest.mark.slow
@@ -366,15 +377,13 @@ def test_rows_of_prompts_come_each_once_whatever_dies(tmp_path):
     ran("sample.py", tmp_path, *words, "--out=one.jsonl")
     killed = 0
     with nodes(3) as there:
-        run = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *words, "--out=g.jsonl",
-                                f"--ray={there.address}"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        run = start(tmp_path, "sample.py", *words, "--out=g.jsonl", f"--ray={there.address}")
         while run.poll() is None:
             time.sleep(draw.uniform(0.2, 2))
             if killed < 12 and (seats := worker_ids(there.address)):
                 os.kill(draw.choice(seats), signal.SIGKILL)
                 killed += 1
-        out, _ = run.communicate(timeout=500)
+        out = ended(tmp_path, run)
     print(f"{killed} killed\n{out}")
     assert run.returncode == 0 and killed > 3 and "starts again" in out
     made = [json.loads(line) for line in (tmp_path / "g.jsonl").read_text().splitlines()]
