@@ -156,7 +156,9 @@ class Cluster:
         A UserError ends all.
         """
         ray = self.ray
-        board = ray.remote(num_cpus=0, scheduling_strategy=self.beside_us())(Board).remote()
+        board = ray.remote(num_cpus=0, max_restarts=-1,
+                           scheduling_strategy=self.beside_us())(Board).remote()
+        reports: dict = {}
         amount: dict = {"num_gpus": 1} if self.gpus else {"num_cpus": 1}
         new_seat = ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **amount)(Seat).remote
         common = ray.put((make, load, os.getcwd(), board))
@@ -207,9 +209,9 @@ class Cluster:
                       flush=True)
                 at_work = time.monotonic()
             with contextlib.suppress(ray.exceptions.RayError):
-                reports = ray.get(board.read.remote())
-                name_quiet(reports, [number for _, number in busy.values()], seen)
-                heard({number: report for number, (_, report) in reports.items()})
+                reports = ray.get(board.read.remote(), timeout=10)
+            name_quiet(reports, [number for _, number in busy.values()], seen)
+            heard({number: report for number, (_, report) in reports.items()})
         if lost:
             listed = "; ".join(f"{number}: {what}" for number, what in [*lost.items()][:3])
             raise Incomplete(f"{len(lost)} of {len(jobs)} jobs failed again and again ({listed})"

@@ -256,6 +256,7 @@ def test_killed_processes_and_nodes_cost_no_byte(tmp_path):
     print(f"{killed} processes and {gone} nodes were killed\n{out}")
     says("a process or node is killed", [x for x in out.splitlines() if "starts again" in x][-1])
     assert run.returncode == 0 and killed >= 15 and gone >= 4 and "starts again" in out
+    assert out.count("13 of 13 parts") == 2  # marks and tokens
     assert contents(tmp_path / "data/three") == contents(tmp_path / "data/one")
 
 
@@ -415,4 +416,5 @@ def test_answers_that_are_scored_are_those_of_one_process(tmp_path):
                     if path.is_file()} for name in ("one", "three")}
     assert len(found["one"]) > 1 and found["one"].keys() == found["three"].keys()
     for name, text in found["one"].items():
-        assert text.replace("out/one", "out/three") == found["three"][name], name
+        ours = text.replace("out/one", "out/three").splitlines()  # of a journal, as they came
+        assert sorted(ours) == sorted(found["three"][name].splitlines()), name
