@@ -38,7 +38,8 @@ OTHER: dict = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.G
 HOMES = {  # the tests of rooms whose name no file of tests has
     "train": "engine optim check train", "prepare": "prepare_chat prepare", "sample": "sample talk",
     "eval": "eval generated", "command": "settings errors", "files": "checkpoint errors",
-    "foreign": "help settings", "machine": "settings errors", "progress": "errors train", "results": "eval report", "card": "export report",
+    "foreign": "help settings", "machine": "settings errors",
+    "progress": "errors train", "results": "eval report", "card": "export report",
     **dict.fromkeys(("sources", "records", "documents", "selection", "workers", "parts"),
                     "prepare prepare_chat"),
     **dict.fromkeys(("clients", "embedded_table", "newest"), "tables"), "forms": "dialogs",
