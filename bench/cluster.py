@@ -52,33 +52,35 @@ def share_of(ids: list[str]) -> float:
     return total / 1024
 
 
-def working() -> list[str]:
-    """Find the processes that prepare."""
+def working(sessions: list[int]) -> list[str]:
+    """Find the processes that prepare: a command's own, and the places of the cluster."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"prepare.py\0--sources" in words or b"ray::Seat" in words or b"spawn_main" in words:
-            found.append(path.name)
+        with contextlib.suppress(OSError):
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            seat = b"ray::Seat" in (path / "cmdline").read_bytes()
+            if int(fields[3]) == sessions[0] or (seat and int(fields[3]) == sessions[1]):
+                found.append(path.name)
     return found
 
 
-def run(home: Path, name: str, f: Flags, side: list[str], text: str) -> tuple[float, float]:
+def run(home: Path, name: str, f: Flags, side: list[str], text: str,
+        head: int) -> tuple[float, float]:
     """Prepare a set; its seconds and the peak megabytes. It is removed afterwards."""
     peak, done = [0.0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.25):
-            peak[0] = max(peak[0], share_of(working()))
+            peak[0] = max(peak[0], share_of(working([process.pid, head])))
 
-    if f.memory:
-        threading.Thread(target=watch, daemon=True).start()
     words = [sys.executable, str(ROOT / "prepare.py"), f"--sources={text}", f"--dataset={name}",
              f"--tokenizer={f.tokenizer}", f"--dedup={f.dedup}", *side]
     begin = time.perf_counter()
-    subprocess.run(words, cwd=home, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(words, cwd=home, stdout=subprocess.DEVNULL, start_new_session=True)
+    if f.memory:
+        threading.Thread(target=watch, daemon=True).start()
+    if process.wait():
+        raise UserError(f"prepare.py ends with {process.returncode}")
     seconds = time.perf_counter() - begin
     done.set()
     subprocess.run(["rm", "-r", str(home / "data" / name)], check=True)
@@ -106,8 +108,9 @@ def main(command: CommandLine) -> int:
             found: dict = {name: [] for name in sides}
             for turn in range(f.rounds):
                 for name, words in sides.items():
-                    start, _ = run(home, f"s{turn}", f, words, "few.jsonl")
-                    seconds, peak = run(home, f"t{turn}", f, words, "text.jsonl")
+                    start, _ = run(home, f"s{turn}", f, words, "few.jsonl", head.pid)
+                    seconds, peak = run(home, f"t{turn}", f, words, "text.jsonl",
+                                        head.pid)
                     found[name].append((seconds, start, seconds - start, peak))
             table = {name: [median(column) for column in zip(*rows, strict=True)]
                      for name, rows in found.items()}
@@ -124,7 +127,7 @@ def main(command: CommandLine) -> int:
                             row = {"text": json.loads(line)["text"].translate(turned)}
                             ten.write(json.dumps(row, ensure_ascii=False) + "\n")
                 for name, words in sides.items():
-                    _, peak = run(home, "ten", f, words, "ten.jsonl")
+                    _, peak = run(home, "ten", f, words, "ten.jsonl", head.pid)
                     print(f"| peak memory, {name} | {table[name][3]:.0f} MB for {size:.0f} MB of "
                           f"text | {peak:.0f} MB for ten times as much | "
                           f"{peak / table[name][3]:.2f} |", flush=True)
