@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import string
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def run(home: Path, name: str, f: Flags, side: list[str], text: str,
             peak[0] = max(peak[0], share_of(working([process.pid, head])))
 
     words = [sys.executable, str(ROOT / "prepare.py"), f"--sources={text}", f"--dataset={name}",
-             f"--tokenizer={f.tokenizer}", f"--dedup={f.dedup}", *side]
+             f"--tokenizer={f.tokenizer}", f"--dedup={f.dedup}", "--max_steps=100", *side]
     begin = time.perf_counter()
     process = subprocess.Popen(words, cwd=home, stdout=subprocess.DEVNULL, start_new_session=True)
     if f.memory:
@@ -91,20 +92,23 @@ def main(command: CommandLine) -> int:
     """Measure and print."""
     f = command.flags
     with tempfile.TemporaryDirectory() as folder:
-        home, address = Path(folder), "127.0.0.1:6399"
+        home = Path(folder)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         size = gather((command.files or ["embedded"])[0], f.megabytes, home / "text.jsonl")
         (home / "few.jsonl").write_text("".join(
             f'{{"text": "{str(row) * 9999}"}}\n' for row in range(10)))
         ray = str(Path(sys.executable).with_name("ray"))
         head = subprocess.Popen(
-            [ray, "start", "--head", "--port=6399", "--num-cpus=2",
+            [ray, "start", "--head", f"--port={port}", "--num-cpus=2",
              "--include-dashboard=false", "--disable-usage-stats"], start_new_session=True,
             env=os.environ | {"RAY_raylet_start_wait_time_s": "180"},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             if head.wait():
                 raise UserError("ray start fails")
-            sides = {"--workers=2": ["--workers=2"], "--ray": [f"--ray={address}"]}
+            sides = {"--workers=2": ["--workers=2"], "--ray": [f"--ray=127.0.0.1:{port}"]}
             found: dict = {name: [] for name in sides}
             for turn in range(f.rounds):
                 for name, words in sides.items():
