@@ -13,6 +13,8 @@ A source (--sources=A,B or `sources` in the config) is
               one), .json (an object of its array is one) and .parquet (a row is one); all but the
               last also as .gz, .xz or .zst; .md, where it is named, is read as .txt
   -           standard input: JSON lines if it begins with {, else one document
+  URL         the same in a store that fsspec knows, read by ranges: s3://bucket/dir, gs://...,
+              https://host/a.jsonl.gz (its package is named if it is missing); no tables
   hf:NAME[@REVISION][:SPLIT]   a data set of the Hugging Face hub; split train unless it is named
   embedded    the Python files of the installed sympy, networkx and mpmath; embedded:chat: dialogs
   a dict      {'path': one of these, 'column': 'text', 'slice': '100:200', 'max_documents': 50};
@@ -44,7 +46,15 @@ from dataclasses import dataclass, replace
 
 from plainllama.cluster import HERE, Cluster
 from plainllama.command import CommandLine, complain, parse_arguments, run_command
-from plainllama.settings import Settings, UserError, ceil_div, deciding, key, settle_documents
+from plainllama.settings import (
+    Incomplete,
+    Settings,
+    UserError,
+    ceil_div,
+    deciding,
+    key,
+    settle_documents,
+)
 
 
 @dataclass
@@ -80,10 +90,11 @@ from pathlib import Path
 
 import numpy as np
 
-from plainllama.files import read_json, write_json
+from plainllama.files import read_json, state_of, write_json
 from plainllama.text import selection
 from plainllama.text.documents import Part, Rules, grouped
-from plainllama.text.sources import check_sources, described, state_of, survey
+from plainllama.text.sources import check_sources, described, survey
+from plainllama.text.stores import look_at
 from plainllama.text.workers import NOTES, Nodes, Processes
 from plainllama.tokens import advice, shards
 from plainllama.tokens.newest import refuse_divided
@@ -222,7 +233,7 @@ def prepare(config: Settings, folder: Path, crew: Processes | Nodes) -> None:
         shards.write_manifest(folder, state)
     shutil.rmtree(folder / NOTES, ignore_errors=True)
     print(f"{folder}: {'already prepared' if complete else 'complete'}")
-    print_counts(state)
+    advice.print_counts(state)
     if "by_source" in state:
         print_sources(folder, state)
 
@@ -266,7 +277,7 @@ def what_is_there(folder: Path, recipe: dict, state: dict, complete: bool,
         return known, []
     try:
         records, parts = survey(sources, known, seen, recipe["documents"], recipe["train_on"])
-    except UserError:
+    except (UserError, Incomplete):
         if complete:  # the source has gone, and what was made of it still stands
             return known, []
         raise
@@ -299,7 +310,7 @@ def make_parts(config: Settings, folder: Path, crew: Processes | Nodes, begun: d
         [path for _, path in piece.table.files] if piece.table else [piece.path])}
     if isinstance(crew, Nodes):
         read = {piece.path for part in parts for piece in part.pieces}
-        crew.cluster.check(folder, sorted(read)[::ceil_div(len(read), LOOKED_AT)])
+        crew.cluster.check(folder, sorted(read)[::ceil_div(len(read), LOOKED_AT)], look_at)
     if config.dedup != "none":
         selection.mark_parts(folder, parts, config.dedup, crew)
         parts = selection.without_repeats(folder, parts, config.dedup, crew)
@@ -339,30 +350,6 @@ def show(folder: Path, manifest: dict, count: int) -> None:
             print(chat.show(split.read(first, last), split.read_mask(first, last), colour))
 
 
-def print_counts(manifest: dict) -> None:
-    """Print what came in, what was dropped by which rule, and what there is."""
-    dropped, splits = manifest["dropped"], manifest["splits"]
-    total = sum(x.get("documents", x.get("count")) for x in (*splits.values(), *dropped.values()))
-    kind = manifest["recipe"].get("documents")
-    what = {"preference": "pairs", "table": "clients"}.get(kind, "documents")
-    print(f"{total:>14,} {what} in")
-    for why in ("dropped", "cut"):
-        for rule, entry in manifest.get(why, {}).items():
-            kind = "dropped: " if rule.startswith("a ") else f"{why}: "
-            print(f"{entry['count']:>14,} {'' if rule.startswith('note: ') else kind}{rule} "
-                  f"(first: {entry['first']})")
-    unit, rate = ("learned", "learned") if "by_source" in manifest else ("bytes", "bytes/token")
-    print(f"{'':8}{what:>12}{'tokens':>16}{'MB':>10}{rate:>13}{'longest':>11}")
-    for split, n in splits.items():
-        print(f"{split:8}{n['documents']:>12,}{n['tokens']:>16,}{n['bytes'] / 1e6:>10,.1f}"
-              f"{n.get(unit, 0) / max(n['tokens'], 1):>13.3f}{n['longest']:>11,}")
-    share = splits["val"]["bytes"] / max(1, sum(n["bytes"] for n in splits.values()))
-    asked = manifest["recipe"].get("val_fraction", share)
-    if abs(share - asked) > selection.NEARLY * asked:
-        print(f"note: validation is {100 * share:.3g} % of the text, {100 * asked:.3g} % was asked "
-              "(val_fraction): documents are held out whole")
-
-
 def verify(folder: Path) -> int:
     """Check every byte of a data set; the exit code."""
     code, problems = shards.verify(folder)
@@ -380,7 +367,7 @@ def inspect(folder: Path) -> int:
     manifest, tokenizer = shards.read_manifest(folder), Tokenizer.load(folder)
     for name in ("recipe", "source", "tokenizer"):
         print(f"{name}: {json.dumps(manifest[name])[:1000]}")
-    print_counts(manifest)
+    advice.print_counts(manifest)
     for split in (shards.Split(folder, name, manifest) for name in ("train", "val")):
         for start, end in pairwise(split.bounds()[:4].tolist()):
             ids = split.read(start, min(end, start + 64))

@@ -11,6 +11,8 @@ import logging
 import os
 import platform
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -28,6 +30,9 @@ DEATHS = 20  # of the processes and nodes that had a job
 ALIKE = ("torch", "numpy", "tokenizers", "tiktoken")  # packages that decide bytes
 QUIET = 120  # seconds without a sign of a job, after which its node is named
 GONE = 15  # seconds without the cluster's head, after which it is given up
+# a process that speaks for us when our node of the cluster dies, with which Ray ends us at once
+GUARD = ("import sys; sys.stdin.buffer.read() or sys.stderr.write('error: Ray has gone from this "
+         "machine, or this command was killed; the same command goes on from what is complete\\n')")
 PROBE = ".plainllama-probe-"  # files by which nodes prove that they share a folder
 
 
@@ -47,6 +52,8 @@ class Cluster:
         """Connect. UserError where there is no such cluster."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report home
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 are few where all is busy
+        if tokens():  # a cluster that began with one asks for it, and others do not mind
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
 
         modules = [str(CHECKOUT / "plainllama"), str(CHECKOUT / "model.py")]
@@ -60,15 +67,19 @@ class Cluster:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
         except Exception as error:  # whatever it raises, bare ones too
-            raise UserError(f"--ray={self.address}: {reason(error)}") from None
+            said = " ".join(str(error).split())  # of another version, by lines
+            raise UserError(f"--ray={self.address}: {type(error).__name__}: {said[:300]}") from None
         self.ray: Any = ray
         self.head = ray.get_runtime_context().gcs_address
-        threading.Thread(target=watch_head, args=[self.head], daemon=True).start()
+        self.guard = subprocess.Popen([sys.executable, "-I", "-c", GUARD],
+                                      stdin=subprocess.PIPE, start_new_session=True)
+        threading.Thread(target=watch_head, args=[self.head, self.guard], daemon=True).start()
         print(f"Ray at {self.head}: {self}", flush=True)
         return self
 
     def __exit__(self, *_: Any) -> None:
         """Disconnect; a cluster that was started here ends."""
+        self.guard.communicate(b"done")
         with contextlib.suppress(Exception):
             self.ray.shutdown()
 
@@ -100,21 +111,22 @@ class Cluster:
         if f.dtype == "auto":
             f.dtype = "bf16" if self.gpus else "fp32"
 
-    def check(self, folder: Path, files: list[str]) -> None:
+    def check(self, folder: Path, files: list[str], look: Callable = os.path.getsize) -> None:
         """Let each node prove that it is like this machine, writes where we read, in `folder`, and
-        sees the `files` that are read. UserError that names the node and what it lacks."""
+        sees the `files` that are read: look(file) says the same there. UserError that names the
+        node and what it lacks."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         probe = folder / f"{PROBE}{os.getpid()}"
         probe.write_text("here")
-        wanted = {path: os.stat(path).st_size for path in files}
+        wanted = {path: look(path) for path in files}
         tests, made = {}, [probe]
         for node in self.nodes():
             only_there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             run = self.ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=only_there)(prove)
             made.append(Path(f"{probe}-{node['NodeID'][:12]}"))
             tests[run.remote(os.getcwd(), str(probe.absolute()), made[-1].name, wanted,
-                             here())] = node["NodeManagerHostname"], made[-1]
+                             here(), look)] = node["NodeManagerHostname"], made[-1]
         try:
             done, late = self.ray.wait([*tests], num_returns=len(tests), timeout=120)
             for test in done:
@@ -146,7 +158,9 @@ class Cluster:
         A UserError ends all.
         """
         ray = self.ray
-        board = ray.remote(num_cpus=0, scheduling_strategy=self.beside_us())(Board).remote()
+        board = ray.remote(num_cpus=0, max_restarts=-1,
+                           scheduling_strategy=self.beside_us())(Board).remote()
+        reports: dict = {}
         amount: dict = {"num_gpus": 1} if self.gpus else {"num_cpus": 1}
         new_seat = ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **amount)(Seat).remote
         common = ray.put((make, load, os.getcwd(), board))
@@ -157,6 +171,7 @@ class Cluster:
             seat.ready.remote(common): (seat, None) for seat in self.seats}
         free = self.seats = []
         seen: dict[int, tuple[Any, float]] = {}
+        at_work = time.monotonic()  # when a job ran last
         while waiting or any(number is not None for _, number in busy.values()):
             while waiting and free:
                 seat, job = free.pop(), waiting.popleft()
@@ -171,6 +186,7 @@ class Cluster:
                     free.append(seat)
                     if number is not None:
                         yield number, result
+                    trouble[None] = 0  # processes live
                     continue
                 except ray.exceptions.RayTaskError as error:  # its own; the seat lives
                     if isinstance(error.cause, UserError):
@@ -188,10 +204,16 @@ class Cluster:
                     raise Incomplete(f"no process of the cluster lives: {what}")
                 else:
                     lost[number] = what
+            if any(number is not None for _, number in busy.values()):
+                at_work = time.monotonic()
+            elif time.monotonic() - at_work > QUIET:
+                print(f"no process has begun for {QUIET} s: others hold the places of the cluster",
+                      flush=True)
+                at_work = time.monotonic()
             with contextlib.suppress(ray.exceptions.RayError):
-                reports = ray.get(board.read.remote())
-                name_quiet(reports, [number for _, number in busy.values()], seen)
-                heard({number: report for number, (_, report) in reports.items()})
+                reports = ray.get(board.read.remote(), timeout=10)
+            name_quiet(reports, [number for _, number in busy.values()], seen)
+            heard({number: report for number, (_, report) in reports.items()})
         if lost:
             listed = "; ".join(f"{number}: {what}" for number, what in [*lost.items()][:3])
             raise Incomplete(f"{len(lost)} of {len(jobs)} jobs failed again and again ({listed})"
@@ -223,7 +245,15 @@ def reason(error: BaseException) -> str:
     """Give the line of an error that says most."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"[:300]
+    kind = "" if isinstance(cause, UserError | Incomplete) else f"{type(cause).__name__}: "
+    return f"{kind}{lines[0] if lines else ''}"[:300]
+
+
+def tokens() -> bool:
+    """Whether this user has a token by which clusters know him, as the first bare --ray makes one:
+    https://docs.ray.io/en/latest/ray-security/token-auth.html"""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray/auth_token").is_file()
 
 
 def answers(address: str) -> None:
@@ -240,7 +270,7 @@ def answers(address: str) -> None:
                         "ray start --head, and on other nodes ray start --address=…") from None
 
 
-def watch_head(address: str) -> None:
+def watch_head(address: str, guard: subprocess.Popen) -> None:
     """End this process with a line when the head of its cluster has gone: Ray would wait, and then
     leave with pages of its own."""
     host, _, port = address.rpartition(":")
@@ -250,6 +280,7 @@ def watch_head(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             last = time.monotonic()
         time.sleep(1)
+    guard.communicate(b"done")
     os._exit(complain(f"the head of the Ray cluster at {address} has gone; when it is back, the "
                       "same command goes on from what is complete", 1))
 
@@ -273,7 +304,7 @@ def here() -> dict[str, str]:
 
 # ---- on a node
 
-def prove(cwd: str, probe: str, answer: str, wanted: dict[str, int], there: dict) -> str:
+def prove(cwd: str, probe: str, answer: str, wanted: dict, there: dict, look: Callable) -> str:
     """Say what this node lacks, '' if nothing; write the file `answer` beside the `probe`."""
     for name, version in here().items():
         if version != there[name]:
@@ -282,8 +313,8 @@ def prove(cwd: str, probe: str, answer: str, wanted: dict[str, int], there: dict
         os.chdir(cwd)
         if Path(probe).read_text() != "here":
             return f"another file lies at {probe}"
-        for path, size in wanted.items():
-            if os.stat(path).st_size != size:
+        for path, what in wanted.items():
+            if look(path) != what:
                 return f"{path} is another file there"
         Path(probe).with_name(answer).write_text("there")
     except OSError as error:

@@ -88,6 +88,30 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def fingerprint(path: Path) -> str:
+    """Hash of a file's size and ends, 16 hex digits."""
+    size, end = path.stat().st_size, 64 << 10
+    with open(path, "rb") as file:
+        start = file.read(end)
+        file.seek(max(0, size - end))
+        return hashlib.blake2b(b"%d" % size + start + file.read(end), digest_size=8).hexdigest()
+
+
+def content_hash(path: Path, seen: dict) -> str:
+    """Hash of a whole file: at once if `seen`, {path: [size, both times of its change, hash]}, has
+    it as it is; else it is read, and noted there."""
+    state = state_of(path)
+    if seen.get(str(path), [])[:3] != state:
+        seen[str(path)] = [*state, sha256(path)]
+    return seen[str(path)][3]
+
+
+def state_of(path: Path | str) -> list[int]:
+    """Give a file's size and the times at which its content and its entry were changed, in ns."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def file_entry(path: Path) -> dict:
     """Describe a file as manifests and checksums do: {size, sha256}."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}

@@ -24,6 +24,7 @@ from plainllama.text import cures
 from plainllama.text.dialogs import How, converted
 from plainllama.text.forms import Refused
 from plainllama.text.pairs import paired
+from plainllama.text.stores import Stream, Url, name_of
 
 # The memory is bounded: what is longer is cut before a space, inside a word only if it has none ...
 DOCUMENT = 16 << 20  # utf-8 bytes
@@ -40,7 +41,7 @@ BLANK = codecs.BOM_UTF8 + b" \t\r\n"  # a text of these bytes holds nothing
 class Piece:
     """Consecutive records of one file."""
 
-    path: str  # on this machine
+    path: str  # on this machine, or a Url
     label: str  # in messages and in the manifest: the same on every machine
     kind: str  # a key of KINDS
     column: str
@@ -101,7 +102,7 @@ class Unpacked(io.RawIOBase):
 def unpacked(unpacker: Callable, path: str) -> Iterator[bytes]:
     """Unpack a file's streams, each by an unpacker(). Zeros may pad them, as tapes do; what else is
     no stream is an error, since a damaged one looks like that: the libraries differ in both."""
-    with open(path, "rb") as file:
+    with raw(path) as file:
         data = b""
         while data := data or file.read(READ):
             if data := data.lstrip(b"\0"):
@@ -118,10 +119,20 @@ def open_zst(path: str):
     """Open a file that zstd packed; nothing may pad it."""
     import pyarrow
 
-    return pyarrow.input_stream(path, compression="zstd")
+    return pyarrow.input_stream(for_arrow(path), compression="zstd")
 
 
-PLAIN = Packing(io.FileIO, 1)
+def raw(path: str) -> io.RawIOBase:
+    """Open a file, or an object of a store, for its bytes as they are."""
+    return Stream(path) if isinstance(path, Url) else io.FileIO(path)
+
+
+def for_arrow(path: str) -> Any:
+    """Give pyarrow what it opens: a path, or an object of a store that is open."""
+    return io.BufferedReader(raw(path)) if isinstance(path, Url) else path
+
+
+PLAIN = Packing(raw, 1)
 PACKINGS = {".gz": Packing(partial(Unpacked, partial(zlib.decompressobj, 31)), 3),
             ".xz": Packing(partial(Unpacked, lzma.LZMADecompressor), 4),
             ".zst": Packing(open_zst, 3, seekable=False)}
@@ -129,7 +140,7 @@ PACKINGS = {".gz": Packing(partial(Unpacked, partial(zlib.decompressobj, 31)), 3
 
 def packing_of(path: str) -> Packing:
     """Tell how a file is packed by its name."""
-    return PACKINGS.get(Path(path).suffix.lower(), PLAIN)
+    return PACKINGS.get(Path(name_of(path)).suffix.lower(), PLAIN)
 
 
 def opened(path: str):
@@ -306,7 +317,7 @@ def row_pieces(file: Piece, few: int) -> Iterator[Piece]:
     try:
         import pyarrow.parquet as pq
 
-        table = pq.ParquetFile(path)
+        table = pq.ParquetFile(for_arrow(path))
     except ImportError as error:
         raise UserError(f"{path}: {error}; {install('data')}") from None
     names = table.schema_arrow.names
@@ -332,7 +343,7 @@ def row_records(piece: Piece) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20)
+    table = pq.ParquetFile(for_arrow(piece.path), pre_buffer=False, buffer_size=1 << 20)
     row = sum(table.metadata.row_group(i).num_rows for i in range(piece.start))
     size = piece.size // max(table.metadata.row_group(piece.start).num_rows, 1)
     rows = max(1, min(128, LINE // 8 // max(size, 1)))

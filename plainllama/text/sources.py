@@ -15,14 +15,13 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from plainllama.files import sha256
+from plainllama.files import content_hash, fingerprint, sha256
 from plainllama.settings import UserError, install, nearest
 from plainllama.text import embedded_chat, embedded_preference, embedded_table, forms, tables
 from plainllama.text import records as kinds
@@ -31,10 +30,12 @@ from plainllama.text.cures import for_left
 from plainllama.text.dialogs import How
 from plainllama.text.documents import Part, grouped
 from plainllama.text.records import KINDS, Piece, kind_of, naming_damage, records_of
+from plainllama.text.stores import Url, again, is_url, listed, surveyed
 
 KEYS = {"path": str, "column": str, "slice": str, "max_documents": int}  # of a source,
 DIALOGS = {"name": str, "converter": str, "fields": dict, "system": str, "count": int,
            "weight": float, "max_tokens": int, "train_on": str}  # of one of dialogs; tables.KEYS
+Files = Sequence[tuple[str, Any]]  # a file's label, and its Path or Url
 TAKES = {str: "a text", dict: "a dict", int: "a whole number above 0", float: "a number above 0",
          list: "a list", bool: "True or False"}
 SPOOLED: list = []  # what comes as no file, as files: kept until the program ends
@@ -141,8 +142,8 @@ def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None
         ends = path == "embedded" or path.startswith("hf:")  # what the installer has checked
         ends |= any(len(old) == 16 for old in before.values())  # or of an older data set
         noted = {} if path in SPOOLS else seen  # whose file is a new one every time
-        prints = {label: fingerprint(file) if ends else content_hash(file, noted)
-                  for label, file in files}
+        prints = {label: file.stamp if isinstance(file, Url) else fingerprint(file) if ends else
+                  content_hash(file, noted) for label, file in files}
         real = {os.path.realpath(file) for _, file in files}
         if twice := len(real & earlier):
             print(f"sources: {path}: {twice} of its files belong to an earlier source too")
@@ -154,7 +155,7 @@ def survey(sources: object, known: Sequence[dict] = (), seen: dict | None = None
             settings = tables.settings_of(source)
             records.append({"path": path, **record, "renderer": tables.hash_of(settings),
                             "files": prints})
-            pieces.append(clients_pieces(source, records[-1], files, settings))
+            pieces.append(clients_pieces(source, records[-1], [*files], settings))
             continue
         how = None if documents == "text" else how_of(source, train_on, documents)
         own = how.converter.rpartition(":")[0] if how else ""
@@ -185,7 +186,7 @@ def clients(source: dict) -> Iterator[tables.Client]:
             yield from clients_in(piece.table, piece.path, lambda *_: None)
 
 
-def files_of(path: str, known: dict, documents: str) -> tuple[dict, list[tuple[str, Path]]]:
+def files_of(path: str, known: dict, documents: str) -> tuple[dict, Files]:
     """List a source's files (label, path) in order, and what else the manifest says of it."""
     if path.startswith("hf:"):
         return hub_files(path, known)
@@ -196,6 +197,10 @@ def files_of(path: str, known: dict, documents: str) -> tuple[dict, list[tuple[s
         return {}, [(path, Path(SPOOLED[-1].name))]
     if path == "embedded":
         return {}, embedded_files()
+    if is_url(path) and documents == "table":
+        raise UserError(f"sources: {path}: tables are sorted from files of this machine; copy it")
+    if is_url(path):
+        return {}, stored_files(path)
     return {}, local_files(os.path.expanduser(path), FILES if documents == "table" else [*KINDS])
 
 
@@ -218,14 +223,28 @@ def local_files(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
             left[Path(name).suffix.lower() or "without an ending"] += 1
         elif read.setdefault(os.path.realpath(name), name) != name:
             left["links to files that are read"] += 1
+    say_what_is_left(path, known, read, left)
+    root = path if folder else os.path.commonpath(map(os.path.dirname, read.values()))
+    return sorted((os.path.relpath(name, root or "."), Path(name)) for name in read.values())
+
+
+def stored_files(url: str) -> list[tuple[str, Url]]:
+    """List (label, address) of the objects of known kinds that an address of a store names."""
+    store, found = listed(url)
+    read = {label: name for label, name in found.items() if kind_of(label)}
+    say_what_is_left(url, [*KINDS], read, Counter(
+        Path(label).suffix.lower() or "without an ending" for label in found.keys() - read.keys()))
+    return [(label, surveyed(store, name)) for label, name in sorted(read.items())]
+
+
+def say_what_is_left(path: str, known: Sequence[str], read: dict, left: Counter) -> None:
+    """Print what of a source is not read; UserError if that is all."""
     said = for_left(path, left)
     if not read:
         raise UserError(f"sources: {path} is no file, and no glob or folder with a file of a known "
                         f"kind ({', '.join(known)}){f'; it has {said}' if said else ''}")
     if said:
         print(f"sources: {path}: not read: {said}", flush=True)
-    root = path if folder else os.path.commonpath(map(os.path.dirname, read.values()))
-    return sorted((os.path.relpath(name, root or "."), Path(name)) for name in read.values())
 
 
 def files_below(folder: str) -> list[str]:
@@ -273,7 +292,8 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
             import datasets
 
             # asked first because it fails at once, where `datasets` retries for half a minute
-            revision = again(hub.HfApi().dataset_info, name, revision=revision, timeout=20).sha
+            revision = again(path, hub.HfApi().dataset_info, name, revision=revision,
+                             timeout=20).sha
             splits = datasets.load_dataset_builder(name, revision=revision).config.data_files or {}
             if split not in splits:
                 raise UserError(f"{path}: no split {split!r}; there are {', '.join(splits)}")
@@ -281,8 +301,8 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
         files = []
         for number, label in enumerate(sorted(known["files"]), 1):
             print(f"{path}: file {number} of {len(known['files'])}, {label}", flush=True)
-            file = again(hub.hf_hub_download, name, label, repo_type="dataset", revision=revision,
-                         etag_timeout=20)
+            file = again(path, hub.hf_hub_download, name, label, repo_type="dataset",
+                         revision=revision, etag_timeout=20)
             files.append((label, Path(file)))
         return {"revision": revision}, files
     except ImportError as error:
@@ -296,47 +316,10 @@ def hub_files(path: str, known: dict) -> tuple[dict, list[tuple[str, Path]]]:
                         f"folder and say --sources=PATH{listed}") from None
 
 
-def again(ask: Callable, *args, **options):
-    """ask(...), tried again after a second and after three if network or server failed."""
-    for seconds in (1, 3, None):
-        try:
-            return ask(*args, **options)
-        except Exception as error:
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            may_pass = (status >= 500 or status == 429) and os.environ.get("HF_HUB_OFFLINE") != "1"
-            if not seconds or not may_pass:
-                raise
-            time.sleep(seconds)
-
-
-def fingerprint(path: Path) -> str:
-    """Hash of a file's size and ends, 16 hex digits."""
-    size, end = path.stat().st_size, 64 << 10
-    with open(path, "rb") as file:
-        start = file.read(end)
-        file.seek(max(0, size - end))
-        return hashlib.blake2b(b"%d" % size + start + file.read(end), digest_size=8).hexdigest()
-
-
-def content_hash(path: Path, seen: dict) -> str:
-    """Hash of a whole file: at once if `seen`, {path: [size, both times of its change, hash]}, has
-    it as it is; else it is read, and noted there."""
-    state = state_of(path)
-    if seen.get(str(path), [])[:3] != state:
-        seen[str(path)] = [*state, sha256(path)]
-    return seen[str(path)][3]
-
-
-def state_of(path: Path | str) -> list[int]:
-    """Give a file's size and the times at which its content and its entry were changed, in ns."""
-    stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def whole_file(source: dict, label: str, path: Path, how: How | None) -> Piece:
+def whole_file(source: dict, label: str, path: Any, how: How | None) -> Piece:
     """Describe a file of a source. UserError if its kind is unknown, or holds no dialogs and shall
     (`how`)."""
-    kind = ".txt" if source["path"] == "embedded" else kinds.kind_named(path.name)
+    kind = ".txt" if source["path"] == "embedded" else kinds.kind_named(label)
     if source["path"] in SPOOLS:
         begin = path.open("rb").read(1 << 16).lstrip()[:1]
         kind = {b"{": ".jsonl", b"[": ".json" if how else ".txt"}.get(begin, ".txt")
@@ -344,8 +327,10 @@ def whole_file(source: dict, label: str, path: Path, how: How | None) -> Piece:
         raise kinds.unknown(str(path))
     if how and kind == ".txt":
         raise UserError(f"{path}: dialogs are rows of {', '.join(kinds.OF_ROWS)}, not plain text")
-    size = path.stat().st_size * kinds.packing_of(str(path)).growth
-    return Piece(str(path), label, kind, source.get("column", "text"), size, how=how)
+    size = path.size if isinstance(path, Url) else path.stat().st_size
+    path = path if isinstance(path, Url) else str(path)
+    size *= kinds.packing_of(path).growth
+    return Piece(path, label, kind, source.get("column", "text"), size, how=how)
 
 
 def pieces_of(source: dict, files: list[Piece]) -> Iterator[Piece]:

@@ -116,8 +116,7 @@ class Nodes:
 
         for number, counts in self.cluster.each(partial(make_there, make), parts, load, show):
             overview.waiting.remove(number)
-            made[number] = counts
-            show({})
+            made[number] = counts  # and each() shows them
 
 
 @dataclass

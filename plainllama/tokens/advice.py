@@ -1,9 +1,10 @@
-"""What prepare.py says of a set that is small for its config, and what suits a text better."""
+"""What prepare.py says of a set: its counts, that it is small for its config, what suits better."""
 
 import time
 from typing import Any
 
 from plainllama.settings import Settings
+from plainllama.text.selection import NEARLY
 
 FEW = 20  # windows of validation: fewer make its loss a matter of luck
 OFTEN, SELDOM = 10, 0.5  # passes over the text beyond which another run is suggested
@@ -19,6 +20,30 @@ LEAST = 100  # steps of a run that is worth suggesting
 SECONDS = 1.5  # of measuring
 ENDED = ("the quickstart, of this size, ends at 1.43 bits per byte on Python code after 2.05 M "
          "tokens")
+
+
+def print_counts(manifest: dict) -> None:
+    """Print what came in, what was dropped by which rule, and what there is."""
+    dropped, splits = manifest["dropped"], manifest["splits"]
+    total = sum(x.get("documents", x.get("count")) for x in (*splits.values(), *dropped.values()))
+    kind = manifest["recipe"].get("documents")
+    what = {"preference": "pairs", "table": "clients"}.get(kind, "documents")
+    print(f"{total:>14,} {what} in")
+    for why in ("dropped", "cut"):
+        for rule, entry in manifest.get(why, {}).items():
+            kind = "dropped: " if rule.startswith("a ") else f"{why}: "
+            print(f"{entry['count']:>14,} {'' if rule.startswith('note: ') else kind}{rule} "
+                  f"(first: {entry['first']})")
+    unit, rate = ("learned", "learned") if "by_source" in manifest else ("bytes", "bytes/token")
+    print(f"{'':8}{what:>12}{'tokens':>16}{'MB':>10}{rate:>13}{'longest':>11}")
+    for split, n in splits.items():
+        print(f"{split:8}{n['documents']:>12,}{n['tokens']:>16,}{n['bytes'] / 1e6:>10,.1f}"
+              f"{n.get(unit, 0) / max(n['tokens'], 1):>13.3f}{n['longest']:>11,}")
+    share = splits["val"]["bytes"] / max(1, sum(n["bytes"] for n in splits.values()))
+    asked = manifest["recipe"].get("val_fraction", share)
+    if abs(share - asked) > NEARLY * asked:
+        print(f"note: validation is {100 * share:.3g} % of the text, {100 * asked:.3g} % was asked "
+              "(val_fraction): documents are held out whole")
 
 
 def windows_of(tokens: int, block_size: int) -> int:
