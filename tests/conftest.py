@@ -19,10 +19,11 @@ import forks
 import torch
 
 from plainllama.files import file_entry
-from plainllama.tokens import shards, tokenizer
+from plainllama.tokens import advice, shards, tokenizer
 
 ROOT = Path(__file__).parent.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+advice.SECONDS = 0.01  # every prepare.py would measure so long
 torch.set_num_threads(1)  # tiny matrices lose time on more, most of all beside another test
 
 
