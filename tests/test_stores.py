@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 import prepare
 from plainllama import command
@@ -139,7 +140,8 @@ def made(place: Path, monkeypatch, dataset: str, sources, **keys) -> Path:
     monkeypatch.chdir(place)
     keys = {"dataset": dataset, "sources": sources, "tokenizer": "bytes", "workers": 1,
             "block_size": 64, "val_fraction": 0.1} | keys
-    line = command.CommandLine(Settings(**keys), prepare.Flags(), [], "", "", {},
+    line = command.CommandLine(Settings(**keys), prepare.Flags(), [],
+                               str(ROOT / command.DEFAULT_CONFIG), "", {},
                                {"dataset": dataset} | keys)
     assert prepare.main(line) == 0
     return place / "data" / dataset
