@@ -41,6 +41,8 @@ ODD = {
                   r"300 not|not an object .* make rows of them: (python -c .*)"),
     "table.csv": (f"id,text\n1,\"{TEXT}\"\n2,\"b {TEXT}\"\n".encode(),
                   r"(python -c .*), and then --sources=table.jsonl; of clients"),
+    "excel.csv": (f"\ufefftext;id\n{TEXT * 99};1\nb {TEXT};2\n".encode(),
+                  r"(python -c .*), and then --sources=excel.jsonl; of clients"),
     "table.tsv": (f"id\ttext\n1\t{TEXT}\n2\tb {TEXT}\n".encode(), r"(python -c .*), and then"),
 }
 

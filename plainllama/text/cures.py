@@ -13,7 +13,8 @@ PLAIN = "pandoc -t plain -o {text} {file}"
 KINDS = {".html": PLAIN, ".htm": PLAIN, ".docx": PLAIN, ".epub": PLAIN, ".rtf": PLAIN,
          ".pdf": "pdftotext {file} {text}", ".zip": "unzip {file} -d {folder}",
          ".tar": "mkdir -p {folder} && tar -xf {file} -C {folder}"}
-ROWS = "import csv, json; [print(json.dumps(row)) for row in csv.DictReader(open({file}){how})]"
+ROWS = ("import csv, json; csv.field_size_limit(1 << 30); [print(json.dumps(row)) for row in "
+        "csv.DictReader(open({file}, encoding='utf-8-sig', newline=''){how})]")
 TEXTS = "import json; [print(json.dumps(dict(text=text))) for text in json.load(open({file}))]"
 PLAINLY = "and name the file: what mends it is then said"
 # columns by whose names a record is known
@@ -34,9 +35,13 @@ def for_kind(path: str) -> str:
     if kind not in (".csv", ".tsv"):
         return ""
     rows = unused(name.with_suffix(".jsonl"))
-    code = ROWS.format(file=repr(path), how=", delimiter=chr(9)" if kind == ".tsv" else "")
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        line = file.readline(LOOK).strip()
+    mark = max("\t;,", key=line.count)  # of equally many the first: a tab is no part of a name
+    names = [name.strip('" ') for name in line.split(mark)]
+    code = ROWS.format(file=repr(path), how="" if mark == "," else f", delimiter=chr({ord(mark)})")
     return (f"; make rows of it: python -c {quoted(code)} > {shlex.quote(rows)}, and "
-            f"then {source(rows, columns(path, kind))}; of clients and their transactions, say "
+            f"then {source(rows, names)}; of clients and their transactions, say "
             "--documents=table")
 
 
@@ -54,13 +59,6 @@ def for_left(path: str, left: Counter) -> str:
     if left[".md"]:
         said += f" (read if it is named: --sources={shlex.quote(os.path.join(path, '**/*.md'))})"
     return said
-
-
-def columns(path: str, kind: str) -> list[str]:
-    """Read the names of a table's columns."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        line = file.readline(LOOK).strip()
-    return [name.strip('" ') for name in line.split("\t" if kind == ".tsv" else ",")]
 
 
 def source(path: str, names: Iterable[str]) -> str:
