@@ -216,8 +216,8 @@ def test_a_page_in_place_of_a_range_is_not_taken(server, monkeypatch):
     """What a server answers where it is busy, with 200 and less than was asked for."""
     monkeypatch.setattr(stores, "WAITS", (0,))
     _, parts = survey(f"{server.url}/a.jsonl")
-    server.page = b'{"text": "please slow down"}\n'
-    with pytest.raises(Incomplete, match="29 bytes have come of"):
+    server.page = b'{"text": "please slow down"}\n' * 1000
+    with pytest.raises(Incomplete, match="29,000 bytes have come of"):
         list(documents(parts, Tally()))
 
 
