@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import string
 import subprocess
 import sys
@@ -52,33 +53,35 @@ def share_of(ids: list[str]) -> float:
     return total / 1024
 
 
-def working() -> list[str]:
-    """Find the processes that prepare."""
+def working(sessions: list[int]) -> list[str]:
+    """Find the processes that prepare: a command's own, and the places of the cluster."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"prepare.py\0--sources" in words or b"ray::Seat" in words or b"spawn_main" in words:
-            found.append(path.name)
+        with contextlib.suppress(OSError):
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            seat = b"ray::Seat" in (path / "cmdline").read_bytes()
+            if int(fields[3]) == sessions[0] or (seat and int(fields[3]) == sessions[1]):
+                found.append(path.name)
     return found
 
 
-def run(home: Path, name: str, f: Flags, side: list[str], text: str) -> tuple[float, float]:
+def run(home: Path, name: str, f: Flags, side: list[str], text: str,
+        head: int) -> tuple[float, float]:
     """Prepare a set; its seconds and the peak megabytes. It is removed afterwards."""
     peak, done = [0.0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.25):
-            peak[0] = max(peak[0], share_of(working()))
+            peak[0] = max(peak[0], share_of(working([process.pid, head])))
 
+    words = [sys.executable, str(ROOT / "prepare.py"), f"--sources={text}", f"--dataset={name}",
+             f"--tokenizer={f.tokenizer}", f"--dedup={f.dedup}", "--max_steps=100", *side]
+    begin = time.perf_counter()
+    process = subprocess.Popen(words, cwd=home, stdout=subprocess.DEVNULL, start_new_session=True)
     if f.memory:
         threading.Thread(target=watch, daemon=True).start()
-    words = [sys.executable, str(ROOT / "prepare.py"), f"--sources={text}", f"--dataset={name}",
-             f"--tokenizer={f.tokenizer}", f"--dedup={f.dedup}", *side]
-    begin = time.perf_counter()
-    subprocess.run(words, cwd=home, check=True, stdout=subprocess.DEVNULL)
+    if process.wait():
+        raise UserError(f"prepare.py ends with {process.returncode}")
     seconds = time.perf_counter() - begin
     done.set()
     subprocess.run(["rm", "-r", str(home / "data" / name)], check=True)
@@ -89,25 +92,29 @@ def main(command: CommandLine) -> int:
     """Measure and print."""
     f = command.flags
     with tempfile.TemporaryDirectory() as folder:
-        home, address = Path(folder), "127.0.0.1:6399"
+        home = Path(folder)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         size = gather((command.files or ["embedded"])[0], f.megabytes, home / "text.jsonl")
         (home / "few.jsonl").write_text("".join(
             f'{{"text": "{str(row) * 9999}"}}\n' for row in range(10)))
         ray = str(Path(sys.executable).with_name("ray"))
         head = subprocess.Popen(
-            [ray, "start", "--head", "--port=6399", "--num-cpus=2",
+            [ray, "start", "--head", f"--port={port}", "--num-cpus=2",
              "--include-dashboard=false", "--disable-usage-stats"], start_new_session=True,
             env=os.environ | {"RAY_raylet_start_wait_time_s": "180"},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             if head.wait():
                 raise UserError("ray start fails")
-            sides = {"--workers=2": ["--workers=2"], "--ray": [f"--ray={address}"]}
+            sides = {"--workers=2": ["--workers=2"], "--ray": [f"--ray=127.0.0.1:{port}"]}
             found: dict = {name: [] for name in sides}
             for turn in range(f.rounds):
                 for name, words in sides.items():
-                    start, _ = run(home, f"s{turn}", f, words, "few.jsonl")
-                    seconds, peak = run(home, f"t{turn}", f, words, "text.jsonl")
+                    start, _ = run(home, f"s{turn}", f, words, "few.jsonl", head.pid)
+                    seconds, peak = run(home, f"t{turn}", f, words, "text.jsonl",
+                                        head.pid)
                     found[name].append((seconds, start, seconds - start, peak))
             table = {name: [median(column) for column in zip(*rows, strict=True)]
                      for name, rows in found.items()}
@@ -124,7 +131,7 @@ def main(command: CommandLine) -> int:
                             row = {"text": json.loads(line)["text"].translate(turned)}
                             ten.write(json.dumps(row, ensure_ascii=False) + "\n")
                 for name, words in sides.items():
-                    _, peak = run(home, "ten", f, words, "ten.jsonl")
+                    _, peak = run(home, "ten", f, words, "ten.jsonl", head.pid)
                     print(f"| peak memory, {name} | {table[name][3]:.0f} MB for {size:.0f} MB of "
                           f"text | {peak:.0f} MB for ten times as much | "
                           f"{peak / table[name][3]:.2f} |", flush=True)

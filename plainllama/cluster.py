@@ -52,6 +52,8 @@ class Cluster:
         """Connect. UserError where there is no such cluster."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report home
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 are few where all is busy
+        if tokens():  # a cluster that began with one asks for it, and others do not mind
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
 
         modules = [str(CHECKOUT / "plainllama"), str(CHECKOUT / "model.py")]
@@ -245,6 +247,13 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     kind = "" if isinstance(cause, UserError | Incomplete) else f"{type(cause).__name__}: "
     return f"{kind}{lines[0] if lines else ''}"[:300]
+
+
+def tokens() -> bool:
+    """Whether this user has a token by which clusters know him, as the first bare --ray makes one:
+    https://docs.ray.io/en/latest/ray-security/token-auth.html"""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray/auth_token").is_file()
 
 
 def answers(address: str) -> None:

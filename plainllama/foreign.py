@@ -3,7 +3,8 @@
 From nanoGPT, nanochat, litgpt, transformers and TRL, torchtune, LLaMA-Factory, vLLM, llama.cpp and
 lm-eval. Names of one meaning stand together and lead to a key or to `COMMAND --flag`, or to several
 of these with | between: told is the one that the asked command takes. Behind that stands what is
-otherwise here, of each of several if it differs. What leads nowhere says why.
+otherwise here, of each of several if it differs; without that, which values a key takes. What leads
+nowhere says why.
 """
 
 TABLE = {
@@ -17,13 +18,9 @@ TABLE = {
         ("micro_batch",
          "rows per forward pass and device; the batch is global_batch_tokens, in tokens"),
     "per_device_eval_batch_size eval_batch_size": ("eval.py --batch_tokens", "in tokens"),
-    "total_batch_size": ("global_batch_tokens", "in tokens, of all devices"),
-    "global_batch_size": ("global_batch_tokens", "in tokens: rows times block_size"),
-    "gradient_accumulation_steps":
-        ("global_batch_tokens",
-         "in tokens; the accumulation follows from it, micro_batch and the number of devices"),
-    "gradient_accumulation grad_accum_steps":
-        ("global_batch_tokens", "in tokens; the accumulation follows"),
+    "total_batch_size global_batch_size": ("global_batch_tokens", "in tokens, of all devices"),
+    "gradient_accumulation gradient_accumulation_steps grad_accum_steps":
+        ("global_batch_tokens", "in tokens; accumulation follows from it, micro_batch and devices"),
     "max_iters num_iterations iterations num_steps train_steps max_train_steps total_steps":
         ("max_steps", ""),
     "max_steps_per_epoch": ("max_steps", "of the whole run"),
@@ -36,13 +33,13 @@ TABLE = {
     "lr max_lr peak_lr": ("learning_rate", ""),
     "matrix_lr embedding_lr unembedding_lr":
         ("learning_rate", "with --optimizer=muon one rate for all"),
-    "lr_scheduler_type lr_scheduler lr_schedule scheduler": ("schedule", "cosine, wsd or linear"),
+    "lr_scheduler_type lr_scheduler lr_schedule scheduler": ("schedule", ""),
     "decay_lr": ("schedule", "--min_lr equal to learning_rate keeps it constant"),
     "warmdown_ratio": ("schedule", "--schedule=wsd falls over the last fifth"),
     "min_learning_rate final_lr": ("min_lr", ""),
     "warmup warmup_iters lr_warmup_steps num_warmup_steps": ("warmup_steps", "in steps"),
     "warmup_ratio": ("warmup_steps", "in steps, not as a share of them"),
-    "optim": ("optimizer", "adamw or muon"),
+    "optim": ("optimizer", ""),
     "wd": ("weight_decay", ""),
     "adam_beta1": ("beta1", ""),
     "adam_beta2": ("beta2", ""),
@@ -92,7 +89,7 @@ TABLE = {
         ("resume", "auto goes on by itself; another run: init_from"),
     "output_dir": ("out_dir | sample.py --out | export.py --to", ""),
     "save_dir": ("out_dir | export.py --to", ""),
-    "run_name model_tag exp_name": ("out_dir", "a run is named by its folder"),
+    "run_name model_tag exp_name wandb_run_name": ("out_dir", "a run is named by its folder"),
     "overwrite_output_dir": ("out_dir", "nothing is overwritten: name another"),
     "config": ("", "the config file stands without a name: train.py config/quickstart.py"),
     "do_train": ("", "each command does one thing: prepare.py, train.py, eval.py"),
@@ -159,7 +156,6 @@ TABLE = {
     "report_to": ("logger", "TensorBoard's events are in the run without it"),
     "wandb wandb_log use_wandb": ("logger", "--logger=wandb"),
     "wandb_project": ("logger", "--logger=wandb; the project is plainllama"),
-    "wandb_run_name": ("out_dir", "a run is named by its folder"),
     "metric_logger": ("logger", ""),
     "profiler": ("train.py --profile", ""),
     # what learns
@@ -171,9 +167,8 @@ TABLE = {
     "load_in_8bit": ("frozen_dtype", "--frozen_dtype=int8"),
     "quantization_bit": ("frozen_dtype", "nf4 or int8"),
     "freeze_trainable_layers unfreeze_layers": ("train_only", "--train_only=last:2"),
-    "stage": ("objective", "next, dpo or orpo; the kind of rows is documents"),
-    "loss_type": ("objective", "next, dpo or orpo"),
-    "pref_loss": ("objective", "dpo or orpo"),
+    "stage": ("objective", "the kind of rows is documents"),
+    "loss_type pref_loss": ("objective", ""),
     "pref_beta": ("preference_beta", ""),
     "beta": ("preference_beta", "AdamW's are beta1 and beta2"),
     "rpo_alpha": ("nll_weight", ""),

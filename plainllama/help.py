@@ -15,6 +15,7 @@ FIRST = ("sources", "dataset", "tokenizer", "documents", "out_dir", "max_steps",
 GROUPS = {"dataset": "data", "n_layer": "model", "train_only": "what learns",
           "objective": "training", "log_interval": "cadence"}
 KEYS = tuple(item.name for item in fields(Settings))
+CHOICES = {item.name: item.metadata["choices"] for item in fields(Settings)}
 
 
 def help_text(doc: str | None, known: dict, config_file: str = "",
@@ -68,4 +69,5 @@ def unknown(name: str, known) -> str:
     told = option if here else f"--{option} of {command or 'train.py'}"
     remarks = remark.split(" | ")
     remark = remarks[which] if len(remarks) == len(places) else remark
+    remark = remark or " | ".join(CHOICES.get(option, ()))
     return f"; here it is {told}{f' ({remark})' if remark else ''}"

@@ -248,3 +248,17 @@ def test_a_sound_set_of_dialogs_passes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokenizer.Tokenizer, "load", lambda _: words)
     monkeypatch.setattr(words, "encode_behind", lambda text: words.encode(text.upper()))
     assert check() == 1 and "agree: 32 of 32 documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", model.ROPE_SCALINGS)
+def test_the_formulas_know_every_stretch_of_rope(kind):
+    """What preflight.reference does not know is no stretch there, and equals no other."""
+    stretch = {} if kind == "none" else {"rope_factor": 4.0, "rope_original": 16}
+    net = model.LLaMA(model.ModelConfig(1, 2, 32, 48, 40, 64, rope_scaling=kind, **stretch))
+    torch.manual_seed(0)
+    weights = {name: p.data.normal_() for name, p in net.named_parameters()}
+    ids = torch.randint(40, (64,))
+    theirs = preflight.reference(lambda name: weights[name].double(), net.config, ids)
+    with torch.no_grad():
+        ours = net(ids[None])[0]
+    assert (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()

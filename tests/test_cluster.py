@@ -147,6 +147,19 @@ def test_what_the_commands_refuse(tmp_path, monkeypatch, capsys):
     says("eval.py without --generate", "\n".join(notes))
 
 
+def test_a_token_is_shown_where_there_is_one(tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not cluster.tokens()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("x")
+    assert cluster.tokens()
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    assert cluster.tokens()
+
+
 def test_a_node_proves_what_it_has(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("probe").write_text("here")

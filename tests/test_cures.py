@@ -13,6 +13,7 @@ import pytest
 from plainllama.settings import UserError
 from plainllama.text import cures, documents, selection
 from plainllama.text.documents import Tally
+from plainllama.text.records import KINDS
 from plainllama.text.sources import survey
 
 TEXT = "Käse und Öl, the same words again and again. " * 40
@@ -77,7 +78,7 @@ def test_the_line_of_the_message_makes_the_file_readable(name, tmp_path, monkeyp
      "--documents=preference"),
     ("a b.html", b"<p>hello", "make text of it: pandoc -t plain -o 'a b.txt' 'a b.html'"),
     ("a.pdf", b"%PDF", "pdftotext a.pdf a.txt"), ("a.zip", b"PK", "unzip a.zip -d a"),
-    ("a.xyz", b"", "unknown kind of file; known are .txt, .jsonl, .json, .parquet, also")])
+    ("a.xyz", b"", f"unknown kind of file; known are {', '.join(KINDS)}, also packed")])
 def test_what_is_said_of_odd_files(name, data, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(data)

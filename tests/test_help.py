@@ -49,6 +49,7 @@ def test_no_foreign_name_is_one_of_ours():
 
 @pytest.mark.parametrize(("word", "says"), [
     ("--lr=1e-3", "unknown option --lr; here it is learning_rate"),
+    ("--optim=sgd", r"here it is optimizer \(adamw \| muon"),
     ("--batch-size=4", "--batch_size; here it is micro_batch \\(rows per"),
     ("--bf16", "here it is dtype \\(--dtype=bf16"), ("--dropout=0.1", "there is none here: a m"),
     ("--temp=1", "here it is --temperature of sample.py"), ("--n_layr=2", "did you mean n_layer"),

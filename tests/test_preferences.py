@@ -4,6 +4,7 @@ ORPO make of it, beside formulas that share nothing with the program."""
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -28,7 +29,13 @@ from plainllama.text.forms import Refused
 from plainllama.text.pairs import paired
 from plainllama.tokens import shards
 from plainllama.tokens.rows import FitRows, to_batch
-from plainllama.training.objectives import LOGGED, OBJECTIVES, log1mexp
+from plainllama.training.objectives import (
+    LOGGED,
+    OBJECTIVES,
+    log1mexp,
+    log_probabilities,
+    sums_of,
+)
 from plainllama.weights.adapters import initialise
 from plainllama.weights.peft import load_model
 
@@ -488,8 +495,27 @@ def test_a_start_off_ln_2_ends_the_run(inside_home, monkeypatch):
 
     real = reference.known
     monkeypatch.setattr(reference, "known", lambda *words: real(*words) * 1.001)
-    with pytest.raises(UserError, match="not ln 2"):
+    with pytest.raises(UserError, match=r"of dpo is 0.\d+, not 0.6931472: the model"):
         run("--out_dir=out/off")
+
+
+def test_an_objective_is_its_entry(inside_home, monkeypatch, capsys):
+    """One that compares with a reference is trained and scored by what its entry says: it wants a
+    model to begin with, has a reference computed and no other first loss asked of it."""
+    def squared(model, batch, device, config):  # https://arxiv.org/abs/2310.12036, equation 17
+        logps, _, before = log_probabilities(model, batch, device)
+        gained = logps - before
+        loss = (gained[::2] - gained[1::2] - 1 / (2 * config.preference_beta)) ** 2
+        return sums_of(loss, loss, config.preference_beta * gained, logps)
+
+    monkeypatch.setitem(OBJECTIVES, "orpo", replace(OBJECTIVES["dpo"], loss=squared, first=None))
+    with pytest.raises(UserError, match="objective=orpo compares with the model that it begins"):
+        run("--objective=orpo", "--init_from=")
+    assert run("--objective=orpo", "--max_steps=2", "--out_dir=out/o") == 0
+    assert column(inside_home / "out/o", "loss")[0] == pytest.approx(25)  # (1 / 0.2)^2
+    flags = parse(["--ckpt=out/o", "--tasks="], "", evaluation.Flags, "model")
+    assert evaluation.main(flags) == 0
+    assert "rewards/accuracies" in capsys.readouterr().out
 
 
 def test_falling_chosen_answers_are_said(tmp_path):

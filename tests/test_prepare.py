@@ -30,7 +30,7 @@ from plainllama import command
 from plainllama.settings import Settings, UserError
 from plainllama.text import documents, records, sources
 from plainllama.text.documents import Tally
-from plainllama.text.selection import DEDUP, choose_hold_out, placed
+from plainllama.text.selection import choose_hold_out, placed
 from plainllama.text.sources import survey
 from plainllama.tokens import shards, tokenizer
 
@@ -198,11 +198,6 @@ def test_the_table_of_kinds_is_all_there_is_to_a_kind(tmp_path, monkeypatch):
     monkeypatch.setitem(records.KINDS, ".log", records.KINDS[".txt"])
     _, parts = survey(str(tmp_path / "in"))
     assert list(documents.documents(parts, Tally())) == ["text"]
-
-
-def test_the_choices_of_dedup_are_its_table():
-    choices = Settings.__dataclass_fields__["dedup"].metadata["choices"]
-    assert set(choices) == {"none", *DEDUP}
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "mistral", "bpe:300"])

@@ -433,7 +433,7 @@ IDLE = {"documents": "text"}
 
 
 @pytest.mark.parametrize("source, keys, says", [
-    ({"path": "a.txt"}, {}, "a.txt: dialogs are rows of .jsonl, .json or .parquet, not plain text"),
+    ({"path": "a.txt"}, {}, "a.txt: dialogs are rows of .jsonl, .json, .parquet, not plain text"),
     ({"path": "a.jsonl", "column": "x"}, {}, "column of a.jsonl has no effect on documents=chat"),
     ({"path": "a.jsonl", "train_on": "first"}, {}, "train_on of a.jsonl is assistant, last or all"),
     ({"path": "a.jsonl", "converter": "mesages"}, {}, "did you mean messages?"),

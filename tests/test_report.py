@@ -39,6 +39,9 @@ from plainllama.weights import checkpoint
 NASTY = '</script><script>alert("x")</script> <b>&amp; ``` | \ud800'
 
 
+CHARTS = 6  # of the run that make_run makes
+
+
 def make_run(folder: Path, steps: int = 100, gap_at: int = 60, **keys) -> Path:
     """A run folder as train.py and eval.py leave it."""
     (folder / "eval").mkdir(parents=True)
@@ -406,7 +409,7 @@ def test_runs_that_differ_are_drawn_apart(tmp_path):
     names = [run["name"] for run in data["runs"]]
     assert names == [f"{tmp_path.name}/one", f"{tmp_path.name}/two"] and "<polygon" not in page
     for name in names:
-        assert page.count(f">{name}</span>") == 6
+        assert page.count(f">{name}</span>") == CHARTS
     assert (tmp_path / "new" / "both_loss.svg").exists()
 
 
@@ -466,7 +469,7 @@ def test_pictures_stand_alone(tmp_path):
     run = make_run(tmp_path / "run")
     page, data, markdown = build(run)
     pictures = re.findall(r"!\[([^]]*)\]\(([^)]*)\)", markdown)
-    assert len(pictures) == page.count('<figure class="chart') == len(data["charts"]) == 6
+    assert len(pictures) == page.count('<figure class="chart') == len(data["charts"]) == CHARTS
     figures = page.split("<figure")[1:]
     for figure, (title, name) in zip(figures, pictures, strict=True):
         svg = (run / name).read_text()
@@ -580,7 +583,7 @@ def test_values_that_are_not_numbers_are_not_drawn(tmp_path):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 110, "tokens": 1, "loss": NaN, "grad_norm": Infinity, "lr": null}\n')
     drawn = re.findall("<figure.*?</figure>", build(run)[0], re.DOTALL)
-    assert len(drawn) == 6 and not re.search(r"\bnan\b|\binf\b", "".join(drawn).lower())
+    assert len(drawn) == CHARTS and not re.search(r"\bnan\b|\binf\b", "".join(drawn).lower())
 
 
 def test_no_evaluation_yet(tmp_path):

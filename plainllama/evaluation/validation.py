@@ -95,8 +95,9 @@ def score_pairs(model: nn.Module, rows: FitRows, tokens: int, micro_batch: int, 
     chosen answer is likelier. Collective."""
     digest = (rows.split.folder / "manifest.sha256").read_text().strip()
     dtype = getattr(model, "compute_dtype", torch.float32)
-    there = stored(run, "val", digest, dtype) if run and config.objective == "dpo" else None
-    own = config.objective == "orpo" or there is not None
+    objective = OBJECTIVES[config.objective]
+    there = stored(run, "val", digest, dtype) if run and objective.reference else None
+    own = config.objective != "next" and (there is not None or not objective.reference)
     config = config if own else replace(config, objective="dpo", nll_weight=0.0,
                                         preference_beta=1.0)
     found = evaluate_pairs(model, rows, tokens, micro_batch, world, bos_id, config, there)

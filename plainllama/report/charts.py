@@ -92,7 +92,7 @@ def looks(chart: Chart, metric: str, number: int, points: list[Point], axes: dic
     """Give the lines of one metric: a noisy one behind its running mean, a rare one as dots."""
     if chart.smooth and metric == chart.metrics[0] and len(points) > 2:
         return [Line(number, "pale", points, axes), Line(number, "strong", smoothed(points), axes)]
-    rare = metric.startswith(("val_", "bleu", "chrf", "calls", "expansion"))
+    rare = metric.startswith(("val_", "expansion")) or metric.endswith("_gen")
     return [Line(number, "dots" if rare and len(points) <= 60 else "strong", points, axes)]
 
 

@@ -178,6 +178,6 @@ CONVERTERS = {  # `auto` takes the first that fits
     "instruction": Form(("instruction", "output|response"), instruction_of),
     "prompt": Form(("prompt", "|".join(ANSWERS)), prompt_of),
 }
-FIELDS = ("messages", "conversations", "role", "content", "instruction", "instances", "input",
-          "context", "history", "prompt", *ANSWERS, "system", "tools", "functions", "label",
-          "chosen", "rejected")
+FIELDS = tuple(dict.fromkeys([  # those by which forms are known, and what else a record may have
+    *(name for form in CONVERTERS.values() for name in "|".join(form.fields).split("|")),
+    "input", "context", "history", "system", "tools", "functions", "label"]))

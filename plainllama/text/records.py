@@ -392,6 +392,7 @@ KINDS = {
     ".json": Kind(lambda file, few: [file], object_records, lambda piece, at: f" object {1 + at}"),
     ".parquet": Kind(row_pieces, row_records, lambda piece, at: f" row {1 + at}", packable=False),
 }
+OF_ROWS = [kind for kind in KINDS if kind != ".txt"]  # whose records are objects
 
 
 def kind_of(name: str, known: Iterable[str] = KINDS) -> str:

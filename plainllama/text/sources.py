@@ -327,7 +327,7 @@ def whole_file(source: dict, label: str, path: Any, how: How | None) -> Piece:
     if not kind:
         raise kinds.unknown(str(path))
     if how and kind == ".txt":
-        raise UserError(f"{path}: dialogs are rows of .jsonl, .json or .parquet, not plain text")
+        raise UserError(f"{path}: dialogs are rows of {', '.join(kinds.OF_ROWS)}, not plain text")
     size = path.size if isinstance(path, Url) else path.stat().st_size
     path = path if isinstance(path, Url) else str(path)
     size *= kinds.packing_of(path).growth

@@ -4,6 +4,7 @@ To add one: a function, an entry in OBJECTIVES, a choice in settings, and tests 
 tests/test_engine.py or tests/test_preferences.py.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class Objective:
     count: Callable[[Rows, int, int], int]
     logged: tuple[str, ...] = ()
     reference: bool = False  # the batch brings what the model of step 0 thinks of each document
+    first: float | None = None  # the preference_loss of a model that is its own reference, if fixed
 
 
 def next_token(model: nn.Module, batch: Batch, device: torch.device, config: Settings) -> Tensor:
@@ -101,5 +103,5 @@ def count_pairs(rows: Rows, first: int, n: int) -> int:
 
 
 OBJECTIVES = {"next": Objective(next_token, lambda rows, first, n: rows.targets(first, n)),
-              "dpo": Objective(dpo, count_pairs, LOGGED, reference=True),
+              "dpo": Objective(dpo, count_pairs, LOGGED, reference=True, first=math.log(2)),
               "orpo": Objective(orpo, count_pairs, LOGGED)}

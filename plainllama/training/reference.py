@@ -6,7 +6,6 @@ learned, NaN for a document that no row shows; and made_of.json, which says of w
 and is written last. Until then parts/ holds what is done.
 """
 
-import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ from plainllama.progress import Progress
 from plainllama.settings import Settings, UserError, ceil_div, deciding
 from plainllama.tokens.rows import FitRows, Rows, to_batch
 from plainllama.training.engine import Engine
-from plainllama.training.objectives import log_probabilities
+from plainllama.training.objectives import OBJECTIVES, log_probabilities
 from plainllama.training.resume import Start
 from plainllama.weights import peft
 
@@ -89,12 +88,13 @@ def stored(run: Path, split: str, data_hash: str, dtype: torch.dtype) -> np.ndar
 
 
 def refuse_other_start(logged: dict[str, float], config: Settings, dtype: torch.dtype) -> None:
-    """End a run whose first loss is not ln 2: the model that learns is not its reference. Beside
-    other rows a pair's log-probabilities are rounded otherwise, by about 1e-7 of them in fp32."""
+    """End a run whose first loss is not that of a model which is its own reference (dpo: ln 2).
+    Beside other rows a pair's log-probabilities are rounded otherwise, by about 1e-7 in fp32."""
+    first = OBJECTIVES[config.objective].first
     loss, size = logged["preference_loss"], abs(logged["logps/chosen"] + logged["logps/rejected"])
     most = 1e-6 + 1e-7 * config.preference_beta * size if dtype == torch.float32 else 0.02
-    if not abs(loss - math.log(2)) <= most:  # or it is no number
-        raise UserError(f"the first loss of dpo is {loss:.7f}, not ln 2 = {math.log(2):.7f}: the "
+    if first is not None and not abs(loss - first) <= most:  # or it is no number
+        raise UserError(f"the first loss of {config.objective} is {loss:.7f}, not {first:.7f}: the "
                         "model is not its own reference; remove the run's reference/ and start "
                         "again")
 
@@ -146,7 +146,7 @@ def finish(folder: Path, splits: dict[str, FitRows], made_of: dict) -> None:
             numbers, logps = np.load(path)
             values[numbers.astype(np.int64)] = logps
         if not np.isfinite(values[rows.documents_of(range(rows.windows))]).all():
-            raise UserError("dpo: the model of init_from gives log-probabilities that are not "
+            raise UserError("the model of init_from gives log-probabilities that are not "
                             "finite; take another")
         np.save(folder / f"{split}.npy", values)
         sync(folder / f"{split}.npy")

@@ -27,7 +27,7 @@ from plainllama.tokens.templates import chat_of, find_template
 from plainllama.tokens.tokenizer_json import sha256_of
 from plainllama.training import optim
 from plainllama.training.engine import architecture, outline
-from plainllama.training.objectives import Objective
+from plainllama.training.objectives import OBJECTIVES, Objective
 from plainllama.weights import checkpoint, expansion, peft
 from plainllama.weights.huggingface import (
     GROWN,
@@ -88,14 +88,14 @@ def settle(command: CommandLine, manifest: dict) -> list[str]:
         checkpoint.find_checkpoint(config.init_from)  # which says what is not there
     theirs, inherited = inherit(command)
     said += inherited
-    pairs = config.documents == "preference"
+    pairs, known = config.documents == "preference", [name for name in OBJECTIVES if name != "next"]
     if pairs != (config.objective != "next"):
         raise UserError(f"objective={config.objective} is not for documents={config.documents}; "
-                        + ("say --objective=dpo or orpo" if pairs else
-                           "dpo and orpo want a set of documents=preference"))
-    if config.objective == "dpo" and not config.init_from:
-        raise UserError("objective=dpo compares with the model that it begins with; say "
-                        "--init_from=MODEL")
+                        + (f"say --objective={' or '.join(known)}" if pairs else
+                           f"{' and '.join(known)} want a set of documents=preference"))
+    if OBJECTIVES[config.objective].reference and not config.init_from:
+        raise UserError(f"objective={config.objective} compares with the model that it begins "
+                        "with; say --init_from=MODEL")
     if (config.lora_r or config.expand_blocks) and not config.init_from:
         what = "lora_r" if config.lora_r else "expand"
         raise UserError(f"{what} trains beside a model that is there; say --init_from=MODEL")

@@ -192,7 +192,7 @@ def tensors_of(model: LLaMA) -> dict[str, tuple[str, Tensor]]:
     """List a model's weights by llama.cpp's names, with ours; tied ones once."""
     found = {gguf_name(name): (name, weight.data) for name, weight in model.named_parameters()}
     config = model.config
-    if config.rope_scaling == "llama3":  # theta^(-2i/D) is divided by these
+    if config.rope_scaling not in ("none", "linear"):  # theta^(-2i/D) is divided by these
         plain = 1.0 / config.rope_theta ** (
             torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
         found["rope_freqs.weight"] = "", plain / rope_frequencies(config)
