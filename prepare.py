@@ -167,11 +167,15 @@ def main(command: CommandLine) -> int:
         for_train = {"out_dir": f"out/{config.dataset}"} | for_train
     if remark := advice.small(config, manifest["splits"]):
         print(remark)
-    if better := advice.suited(config, given, manifest["splits"]):
-        print("\n".join(advice.suggestion(config, better, manifest["splits"],
+    file, better = advice.suited(config, command.config_file, given, manifest["splits"])
+    if file:
+        print("\n".join(advice.suggestion(config, file, given | better, manifest["splits"],
                                           manifest["tokenizer"]["vocab_size"])))
+    if file and file != command.config_file:  # which names another set
+        for_train = {"dataset": config.dataset, "out_dir": f"out/{config.dataset}"} | for_train
     words = [f"--{key}={value}" for key, value in [*sorted(for_train.items()), *better.items()]]
-    print("next:", shlex.join(["python", "train.py", *command.files, *words]))
+    files = [file] if file else command.files
+    print("next:", shlex.join(["python", "train.py", *files, *words]))
     return 0
 
 

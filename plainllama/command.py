@@ -102,7 +102,8 @@ def name_model(files: list[str], given: dict, own: dict) -> dict:
 
 def show_help(doc: str | None, known: dict, names: list[str]) -> None:
     """Print the help; of a config file among `names` also its values."""
-    path = next((name for name in names if name.endswith(".py") and "n_layer" in known), "")
+    configs = [name for name in names if re.fullmatch(r"[^-].*\.py", name) and "dataset" in known]
+    path = configs[0] if configs else ""
     values: dict = {}
     for _, layer in read_config(path) if path else ():
         values |= layer

@@ -3,7 +3,8 @@
 From nanoGPT, nanochat, litgpt, transformers and TRL, torchtune, LLaMA-Factory, vLLM, llama.cpp and
 lm-eval. Names of one meaning stand together and lead to a key or to `COMMAND --flag`, or to several
 of these with | between: told is the one that the asked command takes. Behind that stands what is
-otherwise here; without that, which values a key takes. What leads nowhere says why.
+otherwise here, of each of several if it differs; without that, which values a key takes. What leads
+nowhere says why.
 """
 
 TABLE = {
@@ -11,7 +12,7 @@ TABLE = {
     "batch_size":
         ("micro_batch | eval.py --batch_tokens | sample.py --batch",
          "rows per forward pass and device; the batch of an update is global_batch_tokens, in "
-         "tokens"),
+         "tokens | tokens per forward pass | texts side by side"),
     "bs micro_batch_size device_batch_size train_batch_size per_device_train_batch_size "
     "per_gpu_train_batch_size train_micro_batch_size_per_gpu":
         ("micro_batch",
@@ -61,14 +62,15 @@ TABLE = {
     "n_kv_heads num_kv_heads num_key_value_heads n_query_groups": ("n_kv_head", ""),
     "intermediate_size ffn_dim": ("d_ff", ""),
     "hidden_dim": ("d_ff", "the width of the SwiGLU; that of the model is d_model"),
-    "n_ctx ctx_size ctx_len seq_len seq_length sequence_len sequence_length max_seq_len "
+    "n_ctx ctx ctx_size ctx_len seq_len seq_length sequence_len sequence_length max_seq_len "
     "max_seq_length max_position_embeddings cutoff_len":
         ("block_size", "in tokens"),
     "context_length context_size": ("block_size | eval.py --context", "in tokens"),
     "max_model_len": ("block_size", "in tokens, as the model was trained"),
     "max_prompt_length": ("block_size", "in tokens, of prompt and answer together"),
     "max_length":
-        ("block_size | sample.py --max_new_tokens | eval.py --max_new_tokens", "in tokens"),
+        ("block_size | sample.py --max_new_tokens | eval.py --max_new_tokens",
+         "in tokens | without the prompt | without the prompt"),
     "rope_base": ("rope_theta", ""),
     "rms_norm_eps layer_norm_eps": ("norm_eps", ""),
     "tie_word_embeddings weight_tying": ("tie_embeddings", ""),
@@ -95,9 +97,12 @@ TABLE = {
     "eval_only": ("", "eval.py scores a run"),
     # the data
     "dataset_name": ("sources", "--sources=hf:NAME, of prepare.py; dataset names what it makes"),
-    "dataset_path dataset_dir data_dir data_path train_file train_data train_data_dir":
+    "dataset_path dataset_dir data_dir data_path path train_file train_data train_data_dir":
         ("sources", "of prepare.py; dataset names what it makes"),
-    "input": ("sources | sample.py --prompts", ""),
+    "input file files": ("sources | sample.py --prompts", ""),
+    "name": ("dataset", "a folder under data/; a run is named by out_dir"),
+    "overwrite_cache": ("", "nothing is overwritten: take another --dataset"),
+    "trust_remote_code": ("", "no code of others is run"),
     "dataset_text_field text_column":
         ("sources", "--sources=\"{'path': 'my.jsonl', 'column': 'content'}\""),
     "max_samples": ("sources", "--sources=\"{'path': 'my.jsonl', 'max_documents': 500}\""),
@@ -125,7 +130,9 @@ TABLE = {
     "gpu": ("device", "--device=cuda; CUDA_VISIBLE_DEVICES=1 says which"),
     "gpus devices num_gpus":
         ("", "torchrun --nproc_per_node=8 train.py config/llama100m.py says how many"),
-    "num_nodes": ("", "torchrun --nnodes=2 says how many"),
+    "nproc_per_node world_size":
+        ("", "torchrun --nproc_per_node=8 train.py config/llama100m.py says it, in front"),
+    "num_nodes nnodes": ("", "torchrun --nnodes=2 says how many"),
     "no_cuda use_cpu": ("device", "--device=cpu"),
     "threads": ("", "OMP_NUM_THREADS=2 in front of the command says how many"),
     "gradient_checkpointing enable_activation_checkpointing": ("activation_checkpointing", ""),
@@ -170,8 +177,8 @@ TABLE = {
     "temp": ("sample.py --temperature | eval.py --temperature", ""),
     "do_sample greedy": ("sample.py --temperature", "0 takes the likeliest token"),
     "max_tokens":
-        ("sample.py --max_new_tokens | eval.py --max_new_tokens",
-         "a run's length is max_steps times global_batch_tokens"),
+        ("max_steps | sample.py --max_new_tokens | eval.py --max_new_tokens",
+         "a run's tokens are max_steps times global_batch_tokens | of an answer | of an answer"),
     "n_predict num_predict max_gen_len": ("sample.py --max_new_tokens", ""),
     "num_return_sequences n": ("sample.py --num_samples", ""),
     "repeat_penalty": ("sample.py --repetition_penalty", ""),

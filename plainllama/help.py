@@ -53,14 +53,21 @@ def option(item, config_file: str = "", values: dict | None = None) -> str:
 def unknown(name: str, known) -> str:
     """Say what could be meant by a name that is none of `known`: what other programs call so, a key
     of training, the nearest of the known; or why there is none. '' if nothing is near."""
+    last = name.rpartition(".")[2]  # of the nested keys of litgpt and torchtune
+    if last != name and last in known:
+        return f"; here it is {last}"
+    name = last
     if name not in NAMES:
         return "; it is a key of train.py" if name in KEYS else nearest(name, known)
     ours, remark = NAMES[name]
     if not ours:
         return f"; there is none here: {remark}"
     places = [place.rpartition(" --") for place in ours.split(" | ")]
-    here = [option for _, _, option in places if option in known]
-    command, _, option = places[0]
-    told = here[0] if here else f"--{option} of {command or 'train.py'}"
+    here = [number for number, (_, _, option) in enumerate(places) if option in known]
+    which = here[0] if here else 0
+    command, _, option = places[which]
+    told = option if here else f"--{option} of {command or 'train.py'}"
+    remarks = remark.split(" | ")
+    remark = remarks[which] if len(remarks) == len(places) else remark
     remark = remark or " | ".join(CHOICES.get(option, ()))
     return f"; here it is {told}{f' ({remark})' if remark else ''}"

@@ -2,11 +2,12 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import prepare
-from model import LLaMA, ModelConfig
 from plainllama.command import parse
 from plainllama.settings import Settings, check_keys
 from plainllama.tokens import advice
@@ -66,27 +67,48 @@ def test_the_suggestion_is_a_line_that_can_be_copied(tmp_path, monkeypatch, caps
                               "", prepare.Flags)) == 0
     lines = capsys.readouterr().out.splitlines()
     said = next(line for line in lines if line.startswith("suggested: "))
-    assert "2 layers of 192, context 256" in said and "tokens/s" in said and "(cpu, " in said
+    assert "quickstart.py, 2 layers of 192, context 256" in said and "(cpu, " in said
     assert any("1.43 bits per byte" in line for line in lines)
     words = shlex.split(lines[-1].removeprefix("next: python train.py "))
     config = parse(words, "").config
     check_keys(config)
     assert (config.n_layer, config.d_model, config.block_size) == (2, 192, 256)
+    assert (config.dataset, config.out_dir, config.optimizer) == ("mine", "out/mine", "muon")
     tokens = int(re.search(r"train +\d+ +([\d,]+)", "\n".join(lines))[1].replace(",", ""))
     assert config.max_steps == round(4 * tokens / 2048)
     assert f"{config.max_steps:,} steps of 2,048 tokens" in said
 
 
-@pytest.mark.parametrize(("tokens", "layers", "passes"), [
-    (300_000, 2, 4), (3_000_000, 2, 4), (25_000_000, 4, 4), (100_000_000, 4, 1),
-    (300_000_000, 8, 1), (1_200_000_000, 12, 1), (10_000_000_000, 16, 1)])
-def test_more_text_wants_a_larger_model_and_fewer_passes(tokens, layers, passes):
-    config = Settings(max_steps=10**9)
-    keys = advice.suited(config, {"sources": "x"}, splits(tokens))
-    run = Settings(**vars(config) | keys)
-    check_keys(run)
-    assert run.n_layer == layers
-    assert run.max_steps * run.global_batch_tokens / tokens == pytest.approx(passes, rel=0.01)
+def advised(config: Settings, given: dict, n: int, file: str = "mine.py") -> tuple[str, Settings]:
+    """The suggested file's name and run for a text of n tokens, ("", ...) if none is."""
+    file, keys = advice.suited(config, file, {"sources": "x"} | given, splits(n))
+    return Path(file).name, advice.run_of(file, given | keys) if file else config
+
+
+def test_the_suggestion_is_the_one_of_the_chapter():
+    """Of each row of docs/text.md: its config and about its steps."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in (ROOT / "docs/text.md").read_text().splitlines() if ".py" in line
+            and re.match(r"\| 1\d* [MG]B", line)]
+    assert len(rows) == 4
+    for _, tokens, config, _, told, *_ in rows:
+        command = parse(shlex.split(f"{ROOT}/config/{config.strip('`')}"), "")
+        number = float(tokens.split()[0]) * 1e6
+        file, run = advised(Settings(max_steps=10**9), {}, int(number))
+        assert file == Path(command.config_file).name
+        theirs = command.config.max_steps * command.config.global_batch_tokens / number
+        assert float(re.search(r"([\d.]+) epochs", told)[1]) == pytest.approx(theirs, abs=0.1)
+        assert 2.5 < theirs < 4.2
+        assert run.max_steps * run.global_batch_tokens / number == pytest.approx(4, rel=0.01)
+        assert (run.learning_rate, run.d_model) == (
+            command.config.learning_rate, command.config.d_model)
+
+
+def test_much_text_is_read_once():
+    for tokens, passes in ((500_000_000, 2), (10_000_000_000, 1)):
+        file, run = advised(Settings(max_steps=3), {}, tokens)
+        assert file == "llama100m.py"
+        assert run.max_steps * run.global_batch_tokens / tokens == pytest.approx(passes, rel=0.01)
 
 
 @pytest.mark.parametrize(("keys", "given", "advised"), [
@@ -98,23 +120,17 @@ def test_more_text_wants_a_larger_model_and_fewer_passes(tokens, layers, passes)
     ({"max_steps": 58}, ("sources",), True), ({"max_steps": 57}, ("sources",), False),
     ({"max_steps": 3}, ("sources",), False), ({"max_steps": 2}, ("sources",), True)])
 def test_who_is_advised(keys, given, advised):
-    config = Settings(**{"max_steps": 10**6} | keys)
-    assert bool(advice.suited(config, given, splits(3_000_000))) == advised
-    assert not advice.suited(config, given, splits(9000))  # too little for any run
+    config, given = Settings(**{"max_steps": 10**6} | keys), dict.fromkeys(given, "1")
+    assert bool(advice.suited(config, "mine.py", given, splits(3_000_000))[0]) == advised
+    assert not advice.suited(config, "mine.py", given, splits(9000))[0]  # too little for any run
 
 
 def test_what_is_given_stays():
-    config = Settings(max_steps=10**6, d_model=64, n_head=2)
-    found = advice.suited(config, {"sources": "x", "d_model": 64, "n_head": 2},
-                          splits(100_000_000))
-    assert "n_layer" not in found and "block_size" not in found
-    assert found["max_steps"] == round(1e8 / 524288)
-
-
-def test_a_shapes_parameters_are_the_models():
-    for shape in advice.SHAPES[:2]:
-        keys = {name: n for name, n in shape.items() if name != "global_batch_tokens"}
-        model = LLaMA(ModelConfig(**keys, vocab_size=300))
-        matrices = sum(p.numel() for name, p in model.named_parameters()
-                       if p.dim() == 2 and "layers" in name)
-        assert advice.parameters(shape) == matrices
+    named, given = str(ROOT / "config/bench_muon.py"), {"d_model": 64, "n_head": 2, "seed": 3}
+    file, run = advised(Settings(max_steps=10**6), given, 100_000_000, named)
+    assert file == "bench_muon.py" and (run.d_model, run.n_head, run.seed) == (64, 2, 3)
+    assert run.max_steps == round(4e8 / run.global_batch_tokens)
+    for name in ("quickstart", "bench_muon"):
+        named = str(ROOT / f"config/{name}.py")
+        file, run = advised(Settings(max_steps=10**6), {"learning_rate": 0.5}, 3_000_000, named)
+        assert file == "quickstart.py" and run.learning_rate == 0.5

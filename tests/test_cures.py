@@ -1,5 +1,6 @@
 """Files that cannot be read as they are: each error ends with a line that makes them readable."""
 
+import gzip
 import json
 import os
 import re
@@ -41,6 +42,8 @@ ODD = {
                   r"300 not|not an object .* make rows of them: (python -c .*)"),
     "table.csv": (f"id,text\n1,\"{TEXT}\"\n2,\"b {TEXT}\"\n".encode(),
                   r"(python -c .*), and then --sources=table.jsonl; of clients"),
+    "excel.csv": (f"\ufefftext;id\n{TEXT * 99};1\nb {TEXT};2\n".encode(),
+                  r"(python -c .*), and then --sources=excel.jsonl; of clients"),
     "table.tsv": (f"id\ttext\n1\t{TEXT}\n2\tb {TEXT}\n".encode(), r"(python -c .*), and then"),
 }
 
@@ -82,6 +85,26 @@ def test_what_is_said_of_odd_files(name, data, says, tmp_path, monkeypatch):
     with pytest.raises(UserError) as found:
         texts(name)
     assert says in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["table.csv", "list.json", "latin.txt", "a.html", "a.zip"])
+def test_no_line_writes_over_a_file(name, tmp_path, monkeypatch):
+    """The names that it makes are not there yet."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(ODD[name][0] if name in ODD else b"<p>hello")
+    for there in ("table.jsonl", "list.jsonl", "utf8_latin.txt", "a.txt", "a"):
+        Path(there).write_text("mine")
+    with pytest.raises(UserError) as found:
+        texts(name)
+    assert re.search(r" new_(table.jsonl|list.jsonl|utf8_latin.txt|a.txt|a)\b", str(found.value))
+    assert not re.search(r" (> table|> list|> utf8|-o a|-d a)", str(found.value))
+
+
+def test_a_packed_file_is_unpacked_before_it_is_mended(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt.gz").write_bytes(gzip.compress(TEXT.encode("latin1")))
+    with pytest.raises(UserError, match="unpack it, and name the file: what mends it is then"):
+        texts("latin.txt.gz")
 
 
 def test_the_named_column_is_read(tmp_path, monkeypatch):

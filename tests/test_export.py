@@ -79,7 +79,7 @@ def test_the_card_says_what_was_learned(tmp_path, unchecked):
     assert "a.txt" not in card
     info["overrides"] |= {"learning_rate": 1e-3, "out_dir": "x"}
     info["config"] |= {"learning_rate": 1e-3, "max_steps": 7, "out_dir": "x"}
-    info["changed"] = {"max_steps": 7}  # as the command has it
+    info["instead"] = {"learning_rate": 6e-4}
     write_json(tmp_path / "run" / "run.json", info)
     assert run("--ckpt", step, "--to", tmp_path / "again") == 0
     assert ("| changed of config/quickstart.py | learning_rate 0.001 (there: 0.0006) |"

@@ -32,6 +32,7 @@ def test_foreign_names_lead_to_what_there_is():
         for place in ours.split(" | ") if ours else ():
             command, _, option = place.rpartition(" --")
             assert option in (FLAGS[command] if command else KEYS), (name, place)
+        assert remark.count(" | ") in (0, ours.count(" | ")), name
         for option in re.findall(r"--(\w+)", remark):
             known = set(KEYS).union(*FLAGS.values(), {"nproc_per_node", "nnodes"})
             assert option in known, (name, option)
@@ -52,7 +53,10 @@ def test_no_foreign_name_is_one_of_ours():
     ("--batch-size=4", "--batch_size; here it is micro_batch \\(rows per"),
     ("--bf16", "here it is dtype \\(--dtype=bf16"), ("--dropout=0.1", "there is none here: a m"),
     ("--temp=1", "here it is --temperature of sample.py"), ("--n_layr=2", "did you mean n_layer"),
-    ("--max_length=9", "here it is block_size"), ("--qqq", "unknown option --qqq$")])
+    ("--max_length=9", "here it is block_size \\(in tokens\\)$"),
+    ("--optimizer.lr=1", "--optimizer.lr; here it is learning_rate$"),
+    ("--train.max_steps=9", "; here it is max_steps$"), ("--path=my.txt", "here it is sources"),
+    ("--max_tokens=9", "here it is max_steps"), ("--qqq", "unknown option --qqq$")])
 def test_foreign_options(word, says):
     with pytest.raises(UserError, match=says):
         parse([word], "", train.Flags)
@@ -67,7 +71,9 @@ def test_foreign_names_elsewhere(tmp_path):
                        ("--lr=1", "here it is --learning_rate of train.py")):
         with pytest.raises(UserError, match=says):
             parse([word], "", sample.Flags, "model")
-    assert unknown("batch_size", FLAGS["sample.py"]).startswith("; here it is batch (")
+    for command, said in (("sample.py", "batch (texts"), ("eval.py", "batch_tokens (tokens")):
+        assert unknown("batch_size", FLAGS[command]).startswith(f"; here it is {said}")
+    assert unknown("max_length", FLAGS["sample.py"]).endswith("max_new_tokens (without the prompt)")
 
 
 # ---- help
@@ -93,7 +99,8 @@ def test_help_shows_each_key_once_and_what_is_changed_first(capsys):
 
 def test_help_of_a_config_shows_its_values_where_they_differ(capsys):
     path = str(ROOT / "config/bench_muon.py")
-    for words in ((path, "--help"), ("--help", path), ("--n_layer=3", path, "-h")):
+    for words in ((path, "--help"), ("--help", path), ("--n_layer=3", path, "-h"),
+                  ("-h", "--init_from=other.py", path)):
         lines = shown(capsys, *words)
         lines = re.sub(r"\n {41}", " ", "\n".join(lines)).split("\n")  # of several lines one
         by_name = dict(zip(names_in(lines), [line for line in lines if "  --" in line],
@@ -110,6 +117,9 @@ def test_help_of_a_config_shows_its_values_where_they_differ(capsys):
 def test_help_of_prepare_shows_what_it_reads(capsys):
     names = names_in(shown(capsys, "--help", module=prepare, reads=prepare.READS))
     assert set(names) == FLAGS["prepare.py"] | set(prepare.READS)
+    lines = shown(capsys, str(ROOT / "config/laptop.py"), "-h", module=prepare, reads=prepare.READS)
+    assert re.search(r"--tokenizer=mistral +\[.*/config/laptop.py: bpe:8192\]",
+                     re.sub(r"\n {41}", " ", "\n".join(lines)))
     assert "learning_rate" not in names and "val_fraction" in names and "block_size" in names
 
 

@@ -94,7 +94,8 @@ def inside(tmp_path, monkeypatch, **keys):
     monkeypatch.chdir(tmp_path)
     config = Settings(**{"dataset": "d", "tokenizer": "bytes", "workers": 1, "block_size": 64,
                          "val_fraction": 0.1} | keys)
-    given = command.CommandLine(config, prepare.Flags(), [], "", "", {}, {"dataset": "d"} | keys)
+    given = command.CommandLine(config, prepare.Flags(), [], str(ROOT / command.DEFAULT_CONFIG), "",
+                                {}, {"dataset": "d"} | keys)
     assert prepare.main(given) == 0
     return tmp_path / "data" / config.dataset
 

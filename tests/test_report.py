@@ -53,6 +53,7 @@ def make_run(folder: Path, steps: int = 100, gap_at: int = 60, **keys) -> Path:
     write(folder / "run.json", {
         "config": config, "config_file": "child.py", "base": str(parent),
         "changed": {"learning_rate": 2e-3, "warmup_steps": 10}, "overrides": {"max_steps": steps},
+        "instead": {"max_steps": 2300},
         "versions": {"torch": "2.11.0"}, "git": {"commit": "abc123", "dirty": True},
         "device": {"type": "cpu", "name": "<fast> CPU", "count": 2, "threads": 4},
         "data": {"name": "tiny", "tokenizer": {"kind": "bytes"}, "manifest_sha256": "f" * 64},
@@ -150,6 +151,9 @@ def test_differences_from_the_parent(tmp_path):
                             ["learning_rate", "0.001", "0.002"],
                             ["device", "auto", "cpu"]]
     assert "<details>" in whole  # what the file itself changes lies in a fold
+    (tmp_path / "parent.py").write_text("max_steps = 7\n")  # as no file was when the run began
+    assert cells(first) == cells(build(tmp_path / "run")[0].split("What was run")[1].split(
+        "</table>")[0])
     assert "| learning_rate | 0.001 | 0.002 |" in markdown
     assert (f"run was last started by: train.py child.py --out_dir={tmp_path}/run --max_steps=100 "
             "on 2 ranks of torchrun") in page

@@ -14,12 +14,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 import prepare
 from plainllama import command
 from plainllama.settings import Incomplete, Settings, UserError
 from plainllama.text import stores
 from plainllama.text.documents import Tally, documents
+from plainllama.text.selection import choose_hold_out
 from plainllama.text.sources import survey
 
 pytest.importorskip("aiohttp")
@@ -63,6 +65,7 @@ class Server(ThreadingHTTPServer):
         self.asked, self.failed, self.most, self.ranges = 0, 0, 0, True
         self.before = lambda path, first: None  # a range is sent
         self.gone = False  # it answers nothing but 503
+        self.page = b""  # which it answers in place of a range
 
     def handle_error(self, *_):
         """Say nothing of those who hang up."""
@@ -99,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
             server.before(name, int(bounds[1]))
         data = server.files[name]
         named = {"ETag": f'"{hash(data)}"'}
+        if server.page and bounds:
+            return self.answer(200, server.page, named, body)
         if not (bounds and server.ranges):
             return self.answer(200, data, named, body)
         part = data[int(bounds[1]):int(bounds[2]) + 1]
@@ -135,7 +140,8 @@ def made(place: Path, monkeypatch, dataset: str, sources, **keys) -> Path:
     monkeypatch.chdir(place)
     keys = {"dataset": dataset, "sources": sources, "tokenizer": "bytes", "workers": 1,
             "block_size": 64, "val_fraction": 0.1} | keys
-    line = command.CommandLine(Settings(**keys), prepare.Flags(), [], "", "", {},
+    line = command.CommandLine(Settings(**keys), prepare.Flags(), [],
+                               str(ROOT / command.DEFAULT_CONFIG), "", {},
                                {"dataset": dataset} | keys)
     assert prepare.main(line) == 0
     return place / "data" / dataset
@@ -191,6 +197,30 @@ def test_a_folder_of_a_store_is_one_of_the_disk(server, tmp_path, monkeypatch):
     same(made(tmp_path, monkeypatch, "two_webs", f"{server.url}/*[a-h].*"), local)
 
 
+def test_markdown_that_is_named_is_text(server, tmp_path, monkeypatch):
+    """Of a store as of the disk; of a folder it is left, and said."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.md", "b.MD"):
+        server.files[name] = ("# title\n\n" + "\n".join(ROWS)).encode()
+        (tmp_path / "in" / name).write_bytes(server.files[name])
+    same(made(tmp_path, monkeypatch, "web", f"{server.url}/a.md?key=1"),
+         made(tmp_path, monkeypatch, "local", "in/a.md"))
+    same(made(tmp_path, monkeypatch, "glob", f"file://{tmp_path}/in/**/*.[mM][dD]"),
+         made(tmp_path, monkeypatch, "globbed", "in/**/*.[mM][dD]"))
+    (tmp_path / "in/b.MD").unlink()
+    with pytest.raises(UserError, match=r"1 \.md .read if it is named: --sources='file:///.*md'"):
+        survey(f"file://{tmp_path}/in")
+
+
+def test_a_page_in_place_of_a_range_is_not_taken(server, monkeypatch):
+    """What a server answers where it is busy, with 200 and less than was asked for."""
+    monkeypatch.setattr(stores, "WAITS", (0,))
+    _, parts = survey(f"{server.url}/a.jsonl")
+    server.page = b'{"text": "please slow down"}\n' * 1000
+    with pytest.raises(Incomplete, match="29,000 bytes have come of"):
+        list(documents(parts, Tally()))
+
+
 def test_dialogs_and_pairs_come_from_stores_and_tables_do_not(server, tmp_path, monkeypatch):
     rows = [{"messages": [{"role": "user", "content": row}, {"role": "assistant", "content": "ja"}]}
             for row in ROWS[:60]]
@@ -232,7 +262,11 @@ REFUSED = [
     ("nosuch://a/b.jsonl", UserError, "no store is known that begins with nosuch://"),
     ("s3://bucket/a.jsonl", UserError, "python -m pip install s3fs"),
     ("{}/none.jsonl", UserError, "404"),
-    ("{}/x.bin", UserError, "no file, and no glob or folder with a file of a known kind"),
+    ("{}/x.bin", UserError, "x.bin: unknown kind of file; known are"),
+    ("{}/x.csv", UserError, "; download it, and name the file: what mends it is then said"),
+    ("{}/latin.txt", UserError, "invalid utf-8 (first latin.txt); download it, and name the file"),
+    ("{}/list.json", UserError, "; download it, and name the file: what mends it is then said"),
+    ("{}/folder", UserError, "; a folder of a web server ends in /"),
     ("{}/*.nothing", UserError, "no glob or folder"),
     ("{}/empty.jsonl", UserError, "is empty"),
     ("{}/cut.jsonl.gz", UserError, "is damaged or cut short"),
@@ -247,11 +281,13 @@ REFUSED = [
 def test_what_cannot_be_read_is_one_line(source, kind, says, server, monkeypatch):
     if "s3" in source:
         monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
-    server.files |= {"x.bin": b"x", "empty.jsonl": b"", "cut.jsonl.gz": FILES["b.jsonl.gz"][:-99],
+    server.files |= {"x.bin": b"x", "x.csv": b"a,b", "latin.txt": "Öl".encode("latin1"),
+                     "folder": b"", "list.json": b'["a", "b"]', "empty.jsonl": b"",
+                     "cut.jsonl.gz": FILES["b.jsonl.gz"][:-99],
                      "cut.jsonl.zst": FILES["d.jsonl.zst"][:-99],
                      "cut.parquet": FILES["e.parquet"][:-99]}
     with pytest.raises(kind, match=re.escape(says)) as caught:
-        list(documents(survey(source.format(server.url))[1], Tally()))
+        choose_hold_out(survey(source.format(server.url))[1], 0.1)
     assert "\n" not in str(caught.value)
 
 
@@ -277,7 +313,7 @@ def test_an_object_that_changes_while_it_is_read_is_named(server):
 def test_a_server_without_ranges_is_refused(server):
     server.files["a.jsonl"] = LINES * 10
     server.ranges = False
-    with pytest.raises(Incomplete, match="range requests"):
+    with pytest.raises(UserError, match="its server sends no ranges of bytes; download it"):
         list(documents(survey(f"{server.url}/a.jsonl")[1], Tally()))
 
 

@@ -185,6 +185,8 @@ def test_metrics_are_the_contract(home):
     assert metrics(home / "out/a") == rows
     described = json.loads((home / "out/a/run.json").read_text())
     assert described["config"]["d_model"] == 32 and described["overrides"]["log_interval"] == 3
+    assert described["instead"].keys() == described["overrides"].keys() - {"out_dir"}
+    assert described["instead"]["log_interval"] == parse(["toy.py"], "").config.log_interval != 3
 
 
 def test_non_finite_gradients_never_reach_the_weights(home, monkeypatch):

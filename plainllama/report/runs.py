@@ -100,11 +100,11 @@ def parent_of(info: dict) -> tuple[dict, str]:
 
 
 def changes(info: dict) -> dict[str, tuple]:
-    """Give what the command changed of the config file that it named: key -> (there, in the run).
-    The run's folder is no such key."""
-    named, config = parent_of(info)[0] | info.get("changed", {}), info["config"]
-    return {name: (named.get(name), config.get(name)) for name in info.get("overrides") or ()
-            if name != "out_dir" and config.get(name) != named.get(name)}
+    """Give what the command changed of the config file that it named, as that was then: key ->
+    (there, in the run). The run's folder is no such key."""
+    config = info["config"]
+    return {name: (was, config.get(name)) for name, was in info.get("instead", {}).items()
+            if config.get(name) != was}
 
 
 def started(folder: Path) -> bool:

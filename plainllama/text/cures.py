@@ -6,13 +6,17 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from plainllama.text.stores import is_url
+
 LOOK = 1 << 16  # bytes from which an encoding is guessed
 PLAIN = "pandoc -t plain -o {text} {file}"
 KINDS = {".html": PLAIN, ".htm": PLAIN, ".docx": PLAIN, ".epub": PLAIN, ".rtf": PLAIN,
          ".pdf": "pdftotext {file} {text}", ".zip": "unzip {file} -d {folder}",
          ".tar": "mkdir -p {folder} && tar -xf {file} -C {folder}"}
-ROWS = "import csv, json; [print(json.dumps(row)) for row in csv.DictReader(open({file}){how})]"
+ROWS = ("import csv, json; csv.field_size_limit(1 << 30); [print(json.dumps(row)) for row in "
+        "csv.DictReader(open({file}, encoding='utf-8-sig', newline=''){how})]")
 TEXTS = "import json; [print(json.dumps(dict(text=text))) for text in json.load(open({file}))]"
+PLAINLY = "and name the file: what mends it is then said"
 # columns by whose names a record is known
 DIALOG = {"messages", "conversations", "conversation", "dialog", "instruction", "prompt",
           "question", "response"}
@@ -22,17 +26,30 @@ TEXT = ("content", "body", "article", "document", "story", "abstract", "markdown
 def for_kind(path: str) -> str:
     """Say how a file of an unknown kind becomes one that is read; '' if that is not known."""
     name, kind = Path(path), Path(path).suffix.lower()
-    words = {"file": shlex.quote(path), "text": shlex.quote(str(name.with_suffix(".txt"))),
-             "folder": shlex.quote(str(name.with_suffix("")))}
+    if is_url(path):
+        return f"; download it, {PLAINLY}" if kind else "; a folder of a web server ends in /"
+    words = {"file": shlex.quote(path), "text": shlex.quote(unused(name.with_suffix(".txt"))),
+             "folder": shlex.quote(unused(name.with_suffix("")))}
     if kind in KINDS:
         return f"; make text of it: {KINDS[kind].format(**words)}"
     if kind not in (".csv", ".tsv"):
         return ""
-    rows = str(name.with_suffix(".jsonl"))
-    code = ROWS.format(file=repr(path), how=", delimiter=chr(9)" if kind == ".tsv" else "")
+    rows = unused(name.with_suffix(".jsonl"))
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        line = file.readline(LOOK).strip()
+    mark = max("\t;,", key=line.count)  # of equally many the first: a tab is no part of a name
+    names = [name.strip('" ') for name in line.split(mark)]
+    code = ROWS.format(file=repr(path), how="" if mark == "," else f", delimiter=chr({ord(mark)})")
     return (f"; make rows of it: python -c {quoted(code)} > {shlex.quote(rows)}, and "
-            f"then {source(rows, columns(path, kind))}; of clients and their transactions, say "
+            f"then {source(rows, names)}; of clients and their transactions, say "
             "--documents=table")
+
+
+def unused(path: Path) -> str:
+    """Give the name of a file to be made: this one, or one like it if there is such a file."""
+    while path.exists():
+        path = path.with_name(f"new_{path.name}")
+    return str(path)
 
 
 def for_left(path: str, left: Counter) -> str:
@@ -42,13 +59,6 @@ def for_left(path: str, left: Counter) -> str:
     if left[".md"]:
         said += f" (read if it is named: --sources={shlex.quote(os.path.join(path, '**/*.md'))})"
     return said
-
-
-def columns(path: str, kind: str) -> list[str]:
-    """Read the names of a table's columns."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        line = file.readline(LOOK).strip()
-    return [name.strip('" ') for name in line.split("\t" if kind == ".tsv" else ",")]
 
 
 def source(path: str, names: Iterable[str]) -> str:
@@ -85,9 +95,14 @@ def for_bytes(path: str) -> str:
     encoding = "utf-16" if begin[:2] in (b"\xff\xfe", b"\xfe\xff") else (
         "utf-16le" if begin[1:2] == b"\0" else "cp1252" if any(
             0x80 <= byte < 0xa0 for byte in begin) else "latin1")
-    new = Path(path).with_name(f"utf8_{Path(path).name}")
+    new = unused(Path(path).with_name(f"utf8_{Path(path).name}"))
     return (f"it looks like {encoding}: iconv -f {encoding} -t utf-8 {shlex.quote(path)} > "
-            f"{shlex.quote(str(new))}")
+            f"{shlex.quote(new)}")
+
+
+def packed(path: str) -> bool:
+    """Whether a file has to be unpacked before another program can read it."""
+    return Path(path).suffix.lower() in (".gz", ".xz", ".zst")
 
 
 def for_dropped(dropped: dict, paths: dict[str, str]) -> list[str]:
@@ -99,11 +114,13 @@ def for_dropped(dropped: dict, paths: dict[str, str]) -> list[str]:
         path = paths.get(path, "my.jsonl")
         if rule.startswith("no column"):
             said.append(for_column(path, rule.rpartition(", only ")[2].split(", ")))
+        elif rule in ("invalid utf-8", "not an object") and (is_url(path) or packed(path)):
+            said.append(f"{'unpack' if packed(path) else 'download'} it, {PLAINLY}")
         elif rule == "invalid utf-8":
             said.append(for_bytes(path))
         elif rule == "not an object":
             code = TEXTS.format(file=repr(path))
-            rows = shlex.quote(str(Path(path).with_suffix(".jsonl")))
+            rows = shlex.quote(unused(Path(path).with_suffix(".jsonl")))
             said.append(f"if they are texts, make rows of them: python -c {quoted(code)} > "
                         f"{rows}")
         elif rule == "broken line" and entry["first"].endswith(":1"):

@@ -229,9 +229,10 @@ def local_files(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def stored_files(url: str) -> list[tuple[str, Url]]:
-    """List (label, address) of the objects of known kinds that an address of a store names."""
-    store, found = listed(url)
-    read = {label: name for label, name in found.items() if kind_of(label)}
+    """List (label, address) of an object, or of those of known kinds below a folder of a store, or
+    that a glob meets."""
+    store, found, folder = listed(url)
+    read = {label: name for label, name in found.items() if kind_of(label) or not folder}
     say_what_is_left(url, [*KINDS], read, Counter(
         Path(label).suffix.lower() or "without an ending" for label in found.keys() - read.keys()))
     return [(label, surveyed(store, name)) for label, name in sorted(read.items())]

@@ -64,21 +64,23 @@ def store_of(url: str) -> tuple[Any, str]:
         raise UserError(f"{url} needs a package: python -m pip install {package}") from None
 
 
-def listed(url: str) -> tuple[Any, dict[str, str]]:
+def listed(url: str) -> tuple[Any, dict[str, str], bool]:
     """List {label: name} of an object, of all below a folder but the hidden, or of those that a
-    glob meets, and give their store; the labels are those of the same files on a disk."""
-    (store, name), web = store_of(url), url.startswith("http")
+    glob meets; give their store before, and whether it is a folder behind. The labels are those of
+    the same files on a disk."""
+    (store, name), web, folder = store_of(url), url.startswith("http"), False
     if re.search(r"[*[]" if web else r"[*?[]", name):
         found, root = asked(url, store.glob, name, detail=True), ""
     elif url.endswith("/") or asked(url, store.info, name)["type"] == "directory":
         found, root = asked(url, store.find, name, detail=True), name_of(name).rstrip("/")
+        folder = True
     else:
         found, root = {name: {}}, ""
     names = [name for name, info in found.items() if info.get("type") != "directory"]
     root = root or posixpath.commonpath([posixpath.dirname(name_of(name)) for name in names] or "/")
     labels = {posixpath.relpath(name_of(name), root): name for name in names}
     return store, {label: name for label, name in labels.items()
-                   if not re.search(r"(^|/)\.", label)}
+                   if not re.search(r"(^|/)\.", label)}, folder
 
 
 def surveyed(store: Any, name: str) -> Url:
@@ -195,13 +197,20 @@ class Stream(io.RawIOBase):
 
     def fetch(self) -> bytes:
         """Read a block of the object as it was surveyed."""
+        count = min(self.ahead, self.url.size - self.at)
         with self.store.open(self.name, "rb", cache_type="none", size=self.url.size) as file:
             file.seek(self.at)
-            data = file.read(min(self.ahead, self.url.size - self.at))
+            try:
+                data = file.read(count)
+            except ValueError:
+                if not self.url.startswith("http"):
+                    raise
+                raise UserError(f"{self.url}: its server sends no ranges of bytes; download "
+                                "it") from None
         now = stamp_of(self.store.info(self.name))
         if now != self.url.stamp:
             raise Incomplete(f"{self.url} has changed since it was surveyed: {self.url.stamp}, now "
                              f"{now}; bring that one back, or begin another data set")
-        if not data:
-            raise EOFError("nothing has come")
+        if len(data) != count:  # cut short, or no range of it but some page
+            raise EOFError(f"{len(data):,} bytes have come of {count:,}")
         return data

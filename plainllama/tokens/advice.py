@@ -1,23 +1,24 @@
 """What prepare.py says of a set: its counts, that it is small for its config, what suits better."""
 
+import os
 import time
-from typing import Any
 
+from plainllama.command import read_config
+from plainllama.files import CHECKOUT
 from plainllama.settings import Settings
 from plainllama.text.selection import NEARLY
 
 FEW = 20  # windows of validation: fewer make its loss a matter of luck
 OFTEN, SELDOM = 10, 0.5  # passes over the text beyond which another run is suggested
 REPEATED = 4  # passes that are worth nearly as much as new text (https://arxiv.org/abs/2305.16264)
-ENOUGH = 100_000_000  # tokens up to which a text is read so often
-PER_PARAMETER = 20  # tokens (https://arxiv.org/abs/2203.15556)
-# what is suggested, from the quickstart's shape to llama100m's
-SHAPES = tuple(dict(zip(("n_layer", "n_head", "d_model", "d_ff", "block_size",
-                         "global_batch_tokens"), shape, strict=True)) for shape in (
-    (2, 6, 192, 512, 256, 2048), (4, 4, 256, 688, 256, 8192), (8, 6, 384, 1024, 512, 16384),
-    (12, 8, 512, 1376, 1024, 65536), (16, 12, 768, 2048, 1024, 524288)))
+ENOUGH = 1_000_000_000  # tokens of a run, up to which a text is read so often
+# what is suggested, and from how many tokens of text on; docs/text.md has the table
+CONFIGS = {"config/quickstart.py": 0, "config/laptop.py": 6_000_000,
+           "config/llama100m.py": 100_000_000}
+SHAPE = {"n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "block_size", "global_batch_tokens"}
 LEAST = 100  # steps of a run that is worth suggesting
 SECONDS = 1.5  # of measuring
+PASS = 5e9  # parameters times tokens of a pass that a CPU is measured by
 ENDED = ("the quickstart, of this size, ends at 1.43 bits per byte on Python code after 2.05 M "
          "tokens")
 
@@ -79,52 +80,53 @@ def small(config: Settings, splits: dict) -> str:
     return "; ".join(said)
 
 
-def suited(config: Settings, given: Any, splits: dict) -> dict:
-    """Choose the keys of a run that suits a text, where this config's would read it more than OFTEN
-    or less than SELDOM times; {} where that is not so, or the text is not one that the command line
-    names. Keys that are `given` there stay."""
+def suited(config: Settings, named: str, given: dict, splits: dict) -> tuple[str, dict]:
+    """Choose the config file, and what is changed of it, of a run that suits a text, where the one
+    that is `named` would read it more than OFTEN or less than SELDOM times; ("", {}) where that is
+    not so, or the text is not one that the command line names. Keys that are `given` there stay,
+    and the file too if some of its SHAPE are."""
     passes = passes_of(config, splits)
     other = (config.documents != "text" or config.init_from or config.max_minutes
              or "max_steps" in given)
     if other or "sources" not in given or not passes or SELDOM <= passes <= OFTEN:
-        return {}
+        return "", {}
     tokens = splits["train"]["tokens"]
-    seen = max(tokens, min(REPEATED * tokens, ENOUGH))
-    shape = [shape for shape in SHAPES if PER_PARAMETER * parameters(shape) <= seen or
-             shape is SHAPES[0]][-1]
-    if not {"n_head", "d_model", "block_size", "global_batch_tokens", "n_kv_head"} & set(given):
-        keys = {**shape, "n_kv_head": 0}
-    else:
-        keys = {}  # parts of a shape may not go together with what is given
-    batch = keys.get("global_batch_tokens", config.global_batch_tokens)
-    steps = round(seen / batch)
+    path = CHECKOUT / [path for path, least in CONFIGS.items() if tokens >= least][-1]
+    stays = SHAPE & set(given) or os.path.realpath(named) == os.path.realpath(path)
+    file = named if stays else os.path.relpath(path)
+    run = run_of(file, given)
+    steps = round(max(tokens, min(REPEATED * tokens, ENOUGH)) / run.global_batch_tokens)
     if steps < LEAST:
-        return {}  # no run is short enough for so little text: small() has said so
-    keys |= {"max_steps": steps, "warmup_steps": min(config.warmup_steps, steps // 10)}
-    return {name: value for name, value in keys.items()
-            if name not in given and value != getattr(config, name)}
+        return "", {}  # no run is short enough for so little text: small() has said so
+    keys = {"max_steps": steps, "warmup_steps": min(run.warmup_steps, steps // 10)}
+    return file, {name: value for name, value in keys.items()
+                  if name not in given and value != getattr(run, name)}
 
 
-def parameters(shape: dict) -> int:
-    """Count a shape's parameters, without embeddings and gains."""
-    width = shape["d_model"]
-    return shape["n_layer"] * (4 * width ** 2 + 3 * width * shape["d_ff"])
+def run_of(file: str, keys: dict) -> Settings:
+    """Give the config of a file with some keys of a command line."""
+    values = vars(Settings())
+    for _, layer in read_config(file):
+        values |= layer
+    return Settings(**values | keys)
 
 
-def suggestion(config: Settings, keys: dict, splits: dict, vocab_size: int) -> list[str]:
-    """Say in lines what `keys` of suited() are worth: how often this config's run would read the
-    text, and the other's size, context, length and time on this machine, which is measured."""
-    run = Settings(**vars(config) | keys)
+def suggestion(config: Settings, file: str, keys: dict, splits: dict,
+               vocab_size: int) -> list[str]:
+    """Say in lines what `file` and `keys` of suited(), with what else is given, are worth: how
+    often this config's run would read the text, and the other's size, context, length and time on
+    this machine, which is measured."""
+    run = run_of(file, keys)
     speed, device = tokens_per_second(run, vocab_size)
     seconds = run.max_steps * run.global_batch_tokens / speed
     hours = f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
     lines = [f"note: {config.max_steps:,} steps of {config.global_batch_tokens:,} tokens would "
              f"read this text {passes_of(config, splits):,.1f} times",
-             f"suggested: {run.n_layer} layers of {run.d_model}, context {run.block_size}, "
-             f"{run.max_steps:,} steps of {run.global_batch_tokens:,} tokens, "
+             f"suggested: {os.path.basename(file)}, {run.n_layer} layers of {run.d_model}, context "
+             f"{run.block_size}, {run.max_steps:,} steps of {run.global_batch_tokens:,} tokens, "
              f"{passes_of(run, splits):.1f} times the text: about {hours} here ({device}, "
              f"{speed:,.0f} tokens/s, eager, measured for a moment)"]
-    if all(getattr(run, name) == value for name, value in SHAPES[0].items()):
+    if os.path.realpath(file) == str(CHECKOUT / "config/quickstart.py"):
         lines.append(f"for comparison: {ENDED}")
     return lines
 
@@ -144,16 +146,17 @@ def tokens_per_second(run: Settings, vocab_size: int) -> tuple[float, str]:
         model = LLaMA(config)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        rows = min(8 if device.type == "cpu" else 32, run.global_batch_tokens // run.block_size)
+        size = run.block_size * sum(parameter.numel() for parameter in model.parameters())
+        rows = max(1, int(PASS / size)) if device.type == "cpu" else 32
+        rows = min(rows, run.global_batch_tokens // run.block_size)
         ids = torch.randint(vocab_size, (rows, run.block_size))
-    began = done = 0.0
-    for turn in range(1000):  # the first one is not counted
+    began, turns, warm = time.perf_counter(), 0, False
+    while not turns or time.perf_counter() - began < SECONDS:
         with torch.autocast(device.type, pick_dtype("auto", device), device.type == "cuda"):
             model(ids, ids).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        done = time.perf_counter()
-        began = began or done
-        if turn and done - began > SECONDS:
-            break
-    return turn * ids.numel() / (done - began), device.type
+        turns += 1
+        if not warm and time.perf_counter() - began < SECONDS:  # a quick first one is not counted
+            began, turns, warm = time.perf_counter(), 0, True
+    return turns * ids.numel() / (time.perf_counter() - began), device.type

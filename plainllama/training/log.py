@@ -84,7 +84,7 @@ def describe(run: Path, command: CommandLine, manifest: dict, data_hash: str, en
     started = read_json(run / "run.json", tolerant=True).get("started", time.time())
     return {"format": 1, "config": asdict(config), "config_file": command.config_file,
             "base": command.base, "changed": command.changed, "overrides": command.overrides,
-            "versions": versions(), "git": git_state(),
+            "instead": command.instead, "versions": versions(), "git": git_state(),
             "device": {"type": device.type, "name": name, "count": engine.world.size,
                        "threads": torch.get_num_threads()},
             "data": {"name": config.dataset, "tokenizer": manifest["tokenizer"],
