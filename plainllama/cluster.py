@@ -52,8 +52,9 @@ class Cluster:
         """Connect. UserError where there is no such cluster."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report home
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 are few where all is busy
-        if tokens():  # a cluster that began with one asks for it, and others do not mind
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        place = os.environ.get("RAY_ADDRESS", "") if self.address == HERE else self.address
+        if place and "RAY_AUTH_MODE" not in os.environ and tokens() and asks_for_token(place):
+            os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is loaded
         import ray
 
         modules = [str(CHECKOUT / "plainllama"), str(CHECKOUT / "model.py")]
@@ -254,6 +255,15 @@ def tokens() -> bool:
     https://docs.ray.io/en/latest/ray-security/token-auth.html"""
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     return bool(named) or (Path.home() / ".ray/auth_token").is_file()
+
+
+def asks_for_token(address: str) -> bool:
+    """Whether a cluster refuses who shows no token; one that does not would lose its processes."""
+    words = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        return "InvalidAuthToken" in done.stderr + done.stdout
+    return False
 
 
 def answers(address: str) -> None:
