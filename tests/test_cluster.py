@@ -256,7 +256,7 @@ def test_killed_processes_and_nodes_cost_no_byte(tmp_path):
     with nodes(3) as there:
         run = prepare(tmp_path, *words, "--dataset=three", f"--ray={there.address}", wait=False)
         while run.poll() is None and (killed < 20 or gone < 5):
-            time.sleep(draw.uniform(1, 4))
+            time.sleep(draw.uniform(0.1, 0.5))
             if killed < 20 and (seats := worker_ids(there.address)):
                 os.kill(draw.choice(seats), signal.SIGKILL)
                 killed += 1
