@@ -104,7 +104,10 @@ def place(folder: Path) -> dict:
     (folder / "examples.jsonl").write_text(question)
     (folder / "test.jsonl").write_text('{"en": "a cat", "de": "eine Katze"}\n' * 2)
     (folder / "calls.jsonl").write_text(json.dumps({"messages": [
-        {"role": "user", "content": "Hi"}], "reference": "Yes."}) + "\n")
+        {"role": "user", "content": "1 + 1?"}], "tools": [{"type": "function", "function": {
+            "name": "add", "parameters": {"type": "object", "properties": {}}}}],
+        "reference": {"role": "assistant", "tool_calls": [{"type": "function", "function": {
+            "name": "add", "arguments": "{}"}}]}}) + "\n")
     clients = pa.table({"client_id": range(120), "emb_0001": [i % 7 + i % 2 for i in range(120)]})
     pq.write_table(clients, folder / "clients.parquet")
     (folder / "clients.jsonl").write_text("".join(
