@@ -3,7 +3,7 @@
 Draws places in the code by the seed, changes one comparison, operator, constant, flag or condition
 at a time, in a copy of the checkout, and runs the room's own tests. A mutant is killed if one fails
 or hangs; of each its place, its change and its end are printed. A survivor is either equal in
-meaning (docs/log.md lists those that were found to be), or the room lacks a test.
+meaning, or the room lacks a test.
 """
 
 import ast

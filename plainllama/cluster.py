@@ -53,6 +53,8 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report home
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 are few where all is busy
         place = os.environ.get("RAY_ADDRESS", "") if self.address == HERE else self.address
+        if self.address != HERE:
+            answers(place)
         if place and "RAY_AUTH_MODE" not in os.environ and tokens() and asks_for_token(place):
             os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is loaded
         import ray
@@ -60,11 +62,8 @@ class Cluster:
         modules = [str(CHECKOUT / "plainllama"), str(CHECKOUT / "model.py")]
         settings: dict = {"runtime_env": {"py_modules": modules, "env_vars": {
             "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}}}
-        if self.address != HERE:
-            answers(self.address)
-            settings["address"] = self.address
-        elif not os.environ.get("RAY_ADDRESS"):
-            settings |= {"address": "local", "include_dashboard": False}
+        settings |= {"address": place} if place else {"address": "local",
+                                                      "include_dashboard": False}
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
         except Exception as error:  # whatever it raises, bare ones too

@@ -174,7 +174,7 @@ def test_a_node_proves_what_it_has(tmp_path, monkeypatch):
     says("another version of a package", ask(there=cluster.here() | {"numpy": "0.1"}))
     says("another Python", ask(there=cluster.here() | {"python": "2.7"}))
     says("a source of another size", ask(wanted={"text": 5}))
-    says("standard input on another machine", ask(wanted={"/tmp/gone.csv": 5}))
+    says("standard input on another machine", ask(wanted={"gone.csv": 5}))
     says("a folder that is not shared", ask(cwd=str(tmp_path / "nowhere")))
     says("a folder that is not shared", ask(probe=str(tmp_path / "gone")))
     Path("probe").write_text("of another")
@@ -273,22 +273,30 @@ def test_killed_processes_and_nodes_cost_no_byte(tmp_path):
     assert contents(tmp_path / "data/three") == contents(tmp_path / "data/one")
 
 
+BEGUN = ("--sources=a.jsonl", "--dataset=x")
+
+
+def begun(folder: Path, address: str) -> subprocess.Popen:
+    """Start to prepare a set by a cluster; back when a part is done."""
+    write_text(folder / "a.jsonl", 60_000)
+    run = prepare(folder, *BEGUN, f"--ray={address}", wait=False)
+    while run.poll() is None and not [*(folder / "data").glob("x/work.tmp/part-*.json")]:
+        time.sleep(0.1)
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["the head goes", "Ray goes from this machine"])
 def test_a_head_that_goes_is_said_and_the_rest_is_kept(kind, tmp_path):
-    write_text(tmp_path / "a.jsonl", 60_000)
-    words = ("--sources=a.jsonl", "--dataset=x")
     with nodes(1) as there:
-        run = prepare(tmp_path, *words, f"--ray={there.address}", wait=False)
-        while run.poll() is None and not [*(tmp_path / "data").glob("x/work.tmp/part-*.json")]:
-            time.sleep(0.1)
+        run = begun(tmp_path, there.address)
         if kind == "the head goes":  # as for a driver on another machine, whose node lives
             there.head_node.kill_gcs_server(check_alive=False)
             run.wait(timeout=100)
     out = ended(tmp_path, run)
     says(kind, out)
     assert run.returncode == 1
-    code, out = prepare(tmp_path, *words, "--workers=1")
+    code, out = prepare(tmp_path, *BEGUN, "--workers=1")
     assert code == 0 and ", 0 of them done" not in out
 
 
@@ -356,17 +364,13 @@ def test_jobs_that_fail_are_named_and_the_others_are_done(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_interrupted_goes_on(tmp_path):
-    write_text(tmp_path / "a.jsonl", 60_000)
-    words = ("--sources=a.jsonl", "--dataset=x")
     with nodes(2) as there:
-        run = prepare(tmp_path, *words, f"--ray={there.address}", wait=False)
-        while run.poll() is None and not [*(tmp_path / "data").glob("x/work.tmp/part-*.json")]:
-            time.sleep(0.1)
+        run = begun(tmp_path, there.address)
         run.send_signal(signal.SIGINT)
         out = ended(tmp_path, run)
         says("Ctrl-C", out)
         assert run.returncode == 1
-        code, out = prepare(tmp_path, *words, f"--ray={there.address}")
+        code, out = prepare(tmp_path, *BEGUN, f"--ray={there.address}")
     assert code == 0 and ", 0 of them done" not in out
 
 
