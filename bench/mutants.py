@@ -145,29 +145,77 @@ def tests_of(path: str) -> list[str]:
     return names
 
 
-def tried(place: Path, mutant: Mutant, tests: list[str], limit: int) -> str:
-    """Run the tests of a mutant in a copy of the checkout; how it ended."""
-    file = place / mutant.path
-    before = file.read_text(encoding="utf-8")
-    file.write_text(mutant.source, encoding="utf-8")
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    process = subprocess.Popen(words, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, start_new_session=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        out, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return "killed: hangs"
-    finally:
-        file.write_text(before, encoding="utf-8")
-    if process.returncode == 0:
-        return "SURVIVES"
-    if process.returncode not in (1, 2):  # a test fails, or a room cannot be imported
-        raise RuntimeError(f"pytest ends with {process.returncode}: {out[-300:]}")
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", out, re.MULTILINE)
-    return f"killed by {failed[1] if failed else out.strip().splitlines()[-1][:80]}"
+# a process that has loaded what takes seconds, and forks for each mutant's tests
+WARM = """
+import os, sys
+import numpy, pytest, safetensors, tokenizers, torch
+try:
+    import transformers.models.llama.modeling_llama
+except ImportError:
+    pass
+for line in sys.stdin:
+    seconds, out, *words = line.split()
+    if not (child := os.fork()):
+        os.setsid()
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *words])
+        sys.stdout.flush()
+        os._exit(code)
+    if not (watch := os.fork()):
+        import signal, time
+        time.sleep(float(seconds))
+        os.killpg(child, signal.SIGKILL)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    os.kill(watch, 9)
+    os.waitpid(watch, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Place:
+    """A copy of the checkout in `folder` with a process that runs its tests."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder = folder
+        for name in names:
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WARM], cwd=folder, stdin=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+
+    def tried(self, mutant: Mutant, tests: list[str], limit: int) -> str:
+        """Run the tests of a mutant, at most `limit` seconds; how it ended."""
+        file, out = self.folder / mutant.path, self.folder / "out.txt"
+        before = file.read_text(encoding="utf-8")
+        file.write_text(mutant.source, encoding="utf-8")
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(f"{limit} {out} {' '.join(tests)}\n")
+            self.process.stdin.flush()
+            code = int(self.process.stdout.readline())
+        finally:
+            file.write_text(before, encoding="utf-8")
+        said = out.read_text(errors="replace")
+        if code == 0:
+            return "SURVIVES"
+        if code == -signal.SIGKILL:
+            return "killed: hangs"
+        if code not in (1, 2):  # a test fails, or a room cannot be imported
+            raise RuntimeError(f"pytest ends with {code}: {said[-300:]}")
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+        return f"killed by {failed[1] if failed else said.strip().splitlines()[-1][:80]}"
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def main(command: CommandLine) -> int:
@@ -185,20 +233,17 @@ def main(command: CommandLine) -> int:
     drawn = draw.sample(every, min(f.count, len(every)))
     print(f"{len(drawn)} of {len(every)} mutants of {len(files)} files", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        places: SimpleQueue = SimpleQueue()
+        places: SimpleQueue[Place] = SimpleQueue()
         listed = subprocess.run(["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT,
                                 capture_output=True, text=True, check=True).stdout.split("\0")
-        for job in range(f.jobs):
-            for name in filter(None, listed):
-                if (ROOT / name).is_file():
-                    (Path(scratch) / str(job) / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(ROOT / name, Path(scratch) / str(job) / name)
-            places.put(Path(scratch) / str(job))
+        made = [Place(Path(scratch) / str(job), listed) for job in range(f.jobs)]
+        for place in made:
+            places.put(place)
 
         def one(mutant: Mutant) -> bool:
             place, begin = places.get(), time.monotonic()
             try:
-                end = tried(place, mutant, tests_of(mutant.path), f.limit)
+                end = place.tried(mutant, tests_of(mutant.path), f.limit)
             finally:
                 places.put(place)
             print(f"{mutant.path}:{mutant.line}: {' '.join(mutant.before.split())[:70]} -> "
@@ -207,6 +252,8 @@ def main(command: CommandLine) -> int:
 
         with ThreadPoolExecutor(f.jobs) as pool:
             killed = sum(pool.map(one, drawn))
+        for place in made:
+            place.close()
     print(f"{killed} of {len(drawn)} killed ({100 * killed / len(drawn):.0f} %)")
     return int(killed < 0.9 * len(drawn))
 
