@@ -21,7 +21,8 @@ TABLE = {
     "total_batch_size global_batch_size": ("global_batch_tokens", "in tokens, of all devices"),
     "gradient_accumulation gradient_accumulation_steps grad_accum_steps":
         ("global_batch_tokens", "in tokens; accumulation follows from it, micro_batch and devices"),
-    "max_iters num_iterations iterations num_steps train_steps max_train_steps total_steps":
+    "iters max_iters num_iterations iterations steps num_steps train_steps max_train_steps "
+    "total_steps":
         ("max_steps", ""),
     "max_steps_per_epoch": ("max_steps", "of the whole run"),
     "lr_decay_iters": ("max_steps", "where the schedule ends too"),
@@ -30,16 +31,23 @@ TABLE = {
     "max_time": ("max_minutes", "in minutes"),
     "overfit_batches": ("overfit_rows", "in rows"),
     # the optimizer
-    "lr max_lr peak_lr": ("learning_rate", ""),
+    "lr max_lr lr_max peak_lr": ("learning_rate", ""),
     "matrix_lr embedding_lr unembedding_lr":
         ("learning_rate", "with --optimizer=muon one rate for all"),
-    "lr_scheduler_type lr_scheduler lr_schedule scheduler": ("schedule", ""),
+    "lr_decay lr_decay_style lr_scheduler_type lr_scheduler lr_schedule scheduler":
+        ("schedule", ""),
     "decay_lr": ("schedule", "--min_lr equal to learning_rate keeps it constant"),
     "warmdown_ratio": ("schedule", "--schedule=wsd falls over the last fifth"),
-    "min_learning_rate final_lr": ("min_lr", ""),
+    "min_learning_rate lr_min final_lr": ("min_lr", ""),
     "warmup warmup_iters lr_warmup_steps num_warmup_steps": ("warmup_steps", "in steps"),
     "warmup_ratio": ("warmup_steps", "in steps, not as a share of them"),
     "optim": ("optimizer", ""),
+    "muon use_muon": ("optimizer", "--optimizer=muon"),
+    "adam adamw": ("optimizer", "--optimizer=adamw"),
+    "early_stopping early_stopping_patience patience":
+        ("", "a run ends at max_steps or max_minutes; the best checkpoint is kept beside the "
+             "newest"),
+    "z_loss": ("", "the loss is that of the next token"),
     "wd": ("weight_decay", ""),
     "adam_beta1": ("beta1", ""),
     "adam_beta2": ("beta2", ""),
@@ -48,7 +56,8 @@ TABLE = {
     "max_grad_norm clip_grad_norm gradient_clip_val max_norm": ("grad_clip", "a norm"),
     "dropout":
         ("", "a model that reads its text once or twice has none; adapters have lora_dropout"),
-    "attention_dropout": ("", "adapters alone have dropout, lora_dropout"),
+    "attention_dropout attn_dropout attn_pdrop resid_pdrop":
+        ("", "adapters alone have dropout, lora_dropout"),
     "label_smoothing label_smoothing_factor": ("", "the loss is that of the next token"),
     "neftune_noise_alpha": ("", "nothing is added to embeddings"),
     "ema": ("", "no mean of weights is kept"),
@@ -73,13 +82,20 @@ TABLE = {
          "in tokens | without the prompt | without the prompt"),
     "rope_base": ("rope_theta", ""),
     "rms_norm_eps layer_norm_eps": ("norm_eps", ""),
+    "vocab n_vocab padded_vocab_size": ("vocab_size", "0: from the data set"),
+    "activation hidden_act": ("", "a LLaMA's blocks have SwiGLU"),
+    "norm normalization norm_type": ("", "a LLaMA has RMSNorm; its epsilon is norm_eps"),
+    "qk_norm": ("", "a LLaMA norms no queries and keys"),
+    "position_embedding_type pos_encoding pos_emb":
+        ("", "a LLaMA's positions are rotary: rope_theta, rope_scaling"),
     "tie_word_embeddings weight_tying": ("tie_embeddings", ""),
     "bias": ("", "the matrices of a LLaMA have none"),
     "attn_implementation": ("attention", "sdpa, varlen, xformers or reference"),
-    "flash_attn use_flash_attention": ("attention", "sdpa takes flash attention by itself"),
+    "flash_attn flash_attention use_flash_attn use_flash_attention":
+        ("attention", "sdpa takes flash attention by itself"),
     "sliding_window": ("", "all tokens of the context are seen"),
     # where it begins and ends
-    "model model_name model_path":
+    "model model_name model_path pretrained":
         ("init_from | sample.py --ckpt", "a checkpoint, a run or a model's folder"),
     "model_name_or_path pretrained_model_name_or_path":
         ("init_from | sample.py --ckpt", "a folder on this machine"),
@@ -97,7 +113,8 @@ TABLE = {
     "eval_only": ("", "eval.py scores a run"),
     # the data
     "dataset_name": ("sources", "--sources=hf:NAME, of prepare.py; dataset names what it makes"),
-    "dataset_path dataset_dir data_dir data_path path train_file train_data train_data_dir":
+    "datasets data_file data_files dataset_path dataset_dir data_dir data_path path "
+    "train_file train_data train_data_dir":
         ("sources", "of prepare.py; dataset names what it makes"),
     "input file files": ("sources | sample.py --prompts", ""),
     "name": ("dataset", "a folder under data/; a run is named by out_dir"),
@@ -106,11 +123,14 @@ TABLE = {
     "dataset_text_field text_column":
         ("sources", "--sources=\"{'path': 'my.jsonl', 'column': 'content'}\""),
     "max_samples": ("sources", "--sources=\"{'path': 'my.jsonl', 'max_documents': 500}\""),
+    "val_file val_data eval_file validation_file eval_dataset":
+        ("val_fraction", "a share of the documents is held out; eval.py --text scores a file"),
     "val_size val_split validation_split test_size": ("val_fraction", "a share of the documents"),
     "validation_split_percentage": ("val_fraction", "a share: 0.05 are 5 percent"),
     "num_workers": ("workers", "of prepare.py; training reads its rows by itself"),
     "num_proc dataset_num_proc preprocessing_num_workers": ("workers", "of prepare.py"),
-    "dataloader_num_workers": ("", "training reads its rows by itself, beside the step"),
+    "dataloader_num_workers pin_memory prefetch prefetch_factor":
+        ("", "training reads its rows by itself, beside the step"),
     "shuffle": ("", "rows are always shuffled, by --seed"),
     "data_seed": ("seed", "of weights and rows"),
     "train_on_input train_on_prompt": ("train_on", "--train_on=all, of prepare.py"),
@@ -124,7 +144,7 @@ TABLE = {
     "tf32": ("dtype", "fp32 or bf16"),
     "amp": ("dtype", "bf16 or fp16"),
     "mixed_precision precision": ("dtype", "bf16 or fp16; weights stay fp32"),
-    "torch_dtype": ("dtype", ""),
+    "torch_dtype amp_dtype": ("dtype", ""),
     "compile_model torch_compile": ("compile", "auto, true or false"),
     "device_type": ("device", ""),
     "gpu": ("device", "--device=cuda; CUDA_VISIBLE_DEVICES=1 says which"),
@@ -133,9 +153,12 @@ TABLE = {
     "nproc_per_node world_size":
         ("", "torchrun --nproc_per_node=8 train.py config/llama100m.py says it, in front"),
     "num_nodes nnodes": ("", "torchrun --nnodes=2 says how many"),
+    "local_rank": ("", "torchrun says it, in the environment"),
     "no_cuda use_cpu": ("device", "--device=cpu"),
     "threads": ("", "OMP_NUM_THREADS=2 in front of the command says how many"),
     "gradient_checkpointing enable_activation_checkpointing": ("activation_checkpointing", ""),
+    "backend ddp_backend dist_backend":
+        ("", "GPUs speak by NCCL and CPUs by Gloo, as they are"),
     "ddp": ("parallel", "--parallel=ddp"),
     "fsdp": ("parallel", "--parallel=fsdp"),
     "strategy": ("parallel", "auto, ddp, fsdp or hsdp"),
@@ -145,7 +168,9 @@ TABLE = {
     "gpu_memory_utilization": ("sample.py --batch", "texts side by side, which take the memory"),
     # how often
     "logging_steps log_every log_every_n_steps": ("log_interval", "in steps"),
-    "save_steps save_every save_freq save_strategy checkpoint_every": ("save_interval", "in steps"),
+    "checkpoint_interval ckpt_interval save_steps save_every save_freq save_strategy "
+    "checkpoint_every":
+        ("save_interval", "in steps"),
     "always_save_checkpoint": ("save_interval", "in steps; each one is saved"),
     "save_total_limit": ("keep_last", ""),
     "load_best_model_at_end": ("", "the best checkpoint is kept beside the newest, by itself"),
@@ -153,13 +178,15 @@ TABLE = {
         ("eval_interval", "in steps"),
     "eval_iters": ("eval_tokens", "in tokens"),
     "sample_every": ("eval_interval", "an evaluation also writes a sample of sample_tokens"),
+    "log_dir logdir logging_dir tensorboard_dir":
+        ("out_dir", "TensorBoard's events are in the run"),
     "report_to": ("logger", "TensorBoard's events are in the run without it"),
     "wandb wandb_log use_wandb": ("logger", "--logger=wandb"),
-    "wandb_project": ("logger", "--logger=wandb; the project is plainllama"),
+    "wandb_project wandb_entity wandb_run": ("logger", "--logger=wandb; the project is plainllama"),
     "metric_logger": ("logger", ""),
     "profiler": ("train.py --profile", ""),
     # what learns
-    "lora_rank": ("lora_r", ""),
+    "lora_rank rank": ("lora_r", ""),
     "lora use_lora use_peft": ("lora_r", "the rank"),
     "finetuning_type": ("lora_r", "lora_r=16 for adapters, train_only for some blocks"),
     "lora_target lora_target_modules target_modules": ("lora_targets", ""),
@@ -197,7 +224,8 @@ TABLE = {
     "output_file": ("sample.py --out | eval.py --out | export.py --to | report.py --out", ""),
     "outfile": ("export.py --to", ""),
     "outtype": ("export.py --type", ""),
-    "quantize": ("export.py --type", "q8_0, in a .gguf"),
+    "quantize":
+        ("frozen_dtype | export.py --type", "nf4 or int8, of a frozen base | q8_0, in a .gguf"),
     "push_to_hub hub_model_id": ("export.py --push", "user/name"),
     "merge_and_unload": ("export.py --merge", ""),
     "num_fewshot": ("eval.py --shots", "a file of five worked examples"),

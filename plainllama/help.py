@@ -1,5 +1,6 @@
 """What --help prints, and what is said of a name that is none."""
 
+import difflib
 import textwrap
 from dataclasses import fields
 
@@ -52,13 +53,17 @@ def option(item, config_file: str = "", values: dict | None = None) -> str:
 
 def unknown(name: str, known) -> str:
     """Say what could be meant by a name that is none of `known`: what other programs call so, a key
-    of training, the nearest of the known; or why there is none. '' if nothing is near."""
+    of training, the nearest of the known and of those of others; or why there is none."""
     last = name.rpartition(".")[2]  # of the nested keys of litgpt and torchtune
     if last != name and last in known:
         return f"; here it is {last}"
     name = last
+    if name in KEYS:
+        return "; it is a key of train.py"
     if name not in NAMES:
-        return "; it is a key of train.py" if name in KEYS else nearest(name, known)
+        theirs = difflib.get_close_matches(name, NAMES, 1, 0.85)
+        return nearest(name, known, 0.7) or (unknown(theirs[0], known) if theirs else
+                                             "; --help lists what there is")
     ours, remark = NAMES[name]
     if not ours:
         return f"; there is none here: {remark}"

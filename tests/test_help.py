@@ -57,7 +57,11 @@ def test_no_foreign_name_is_one_of_ours():
     ("--max_length=9", "here it is block_size \\(in tokens\\)$"),
     ("--optimizer.lr=1", "--optimizer.lr; here it is learning_rate$"),
     ("--train.max_steps=9", "; here it is max_steps$"), ("--path=my.txt", "here it is sources"),
-    ("--max_tokens=9", "here it is max_steps"), ("--qqq", "unknown option --qqq$")])
+    ("--max_tokens=9", "here it is max_steps"), ("--qqq", "option --qqq; --help lists wh"),
+    ("--early_stopping=3", "none here: a run ends"), ("--vocab=9", "here it is vocab_size"),
+    ("--grad_accumulation_steps=4", "here it is global_batch_tokens"),  # of others, nearly so
+    ("--limit=3", "--help lists what there is$"), ("--val=1", "did you mean val_fraction"),
+    ("--tokens=1", "did you mean global_batch_tokens")])
 def test_foreign_options(word, says):
     with pytest.raises(UserError, match=says):
         parse([word], "", train.Flags)

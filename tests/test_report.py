@@ -625,6 +625,8 @@ def test_a_page_takes_the_place_of_no_other(tmp_path):
         with pytest.raises(settings.UserError, match=said):
             build(*folders, out=str(out))
     assert (tmp_path / "mine.html").read_text() == (tmp_path / "README.md").read_text() == "mine"
+    one.rename(tmp_path / "four")
+    assert "/four</title>" in build(tmp_path / "four")[0]  # its own page, moved
 
 
 def test_scores_of_other_weights_are_left_out(tmp_path, capsys):

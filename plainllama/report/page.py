@@ -36,9 +36,11 @@ PARTS = {name: Path(__file__).with_name(name).read_text("utf-8")
 def write_page(runs: list[RunFolder], out: Path, every: int = 0) -> Path:
     """Write the page, its pictures and its Markdown twin, whose path is returned; with `every` the
     page loads itself anew after so many seconds. UserError if something else than an older page of
-    these runs is in its place."""
+    these runs, or of this run before it was moved, is in its place."""
     twin, there = out.with_suffix(".md"), runs_of(out)
-    if there != [run.name for run in runs] and (out.exists() or twin.exists()):
+    named = [run.name for run in runs]
+    moved = len(there) == 1 and named == ["/".join(out.resolve().parts[-3:-1])]  # the run, since
+    if there != named and not moved and (out.exists() or twin.exists()):
         what = f"is the page of {', '.join(there)}" if there else f"or {twin} is there already"
         raise UserError(f"{out} {what}; name another with --out=FILE.html")
     out.parent.mkdir(parents=True, exist_ok=True)
