@@ -151,6 +151,7 @@ def main(command: CommandLine) -> int:
         lacking = f"note: init_from={config.init_from} holds no model yet"
         for remark in remarks if model else [lacking]:
             print(remark)
+    new = not (Path("data") / config.dataset / "manifest.json").exists()
     with held(Path("data") / config.dataset) as folder, contextlib.ExitStack() as stack:
         crew: Processes | Nodes = Processes(config.workers)
         if look.ray:
@@ -168,9 +169,10 @@ def main(command: CommandLine) -> int:
     if remark := advice.small(config, manifest["splits"]):
         print(remark)
     file, better = advice.suited(config, command.config_file, given, manifest["splits"])
-    if file:
-        print("\n".join(advice.suggestion(config, file, given | better, manifest["splits"],
-                                          manifest["tokenizer"]["vocab_size"])))
+    if new or file:  # to see a set again takes no time
+        for line in advice.outlook(config, command.config_file, given, file, better,
+                                   manifest["splits"], manifest["tokenizer"]["vocab_size"]):
+            print(line)
     if file and file != command.config_file:  # which names another set
         for_train = {"dataset": config.dataset, "out_dir": f"out/{config.dataset}"} | for_train
     words = [f"--{key}={value}" for key, value in [*sorted(for_train.items()), *better.items()]]

@@ -49,6 +49,14 @@ def test_a_text_too_small_for_its_config_is_said(tmp_path, monkeypatch, capsys):
 def test_enough_text_is_not_remarked_on(tmp_path, monkeypatch, capsys):
     lines = prepared(tmp_path, monkeypatch, capsys, "word " * 2000, "--val_fraction=0.2")
     assert not [line for line in lines if "note:" in line or "suggested" in line]
+    said, = [line for line in lines if line.startswith("this run: ")]
+    tokens = int(re.search(r"train +\d+ +([\d,]+)", "\n".join(lines))[1].replace(",", ""))
+    times = 16000 / (tokens - 1 - (tokens - 1) % 32)
+    assert said.startswith("this run: c.py, 16 layers of 768, context 32, 50 steps of 320 tokens, "
+                           f"{times:.1f} times the text: about ")
+    minutes, speed = re.search(r"about ([\d.]+) minutes here \(cpu, ([\d,]+) tok", said).groups()
+    assert float(minutes) == pytest.approx(16000 / float(speed.replace(",", "")) / 60, rel=0.1)
+    assert lines[-2] == said and lines[-1].startswith("next: ")  # no run of ours was such a one
     config = Settings(block_size=32, global_batch_tokens=320)
     assert advice.small(config, splits(10 * 32 + 1, 20 * 32 + 1)) == ""
     assert "10 rows" in advice.small(config, splits(10 * 32, 20 * 32 + 1))
@@ -109,6 +117,22 @@ def test_much_text_is_read_once():
         file, run = advised(Settings(max_steps=3), {}, tokens)
         assert file == "llama100m.py"
         assert run.max_steps * run.global_batch_tokens / tokens == pytest.approx(passes, rel=0.01)
+
+
+@pytest.mark.parametrize(("keys", "given", "told"), [
+    ({}, ("sources",), True), ({}, ("dataset",), False), ({}, ("sources", "max_steps"), True),
+    ({"epochs": 3.0}, ("sources",), False), ({"mixture": {"a": 1}}, ("sources",), False),
+    ({"init_from": "out/a"}, ("sources",), False), ({"max_minutes": 5.0}, ("sources",), False),
+    ({"documents": "chat"}, ("sources",), False), ({"overfit_rows": 1}, ("sources",), False),
+    ({"d_model": 2048}, ("sources",), True), ({"d_model": 2049}, ("sources",), False)])
+def test_who_hears_what_to_expect(keys, given, told, monkeypatch):
+    monkeypatch.setattr(advice, "tokens_per_second", lambda run, size: (1000.0, "cpu"))
+    lines = advice.outlook(Settings(**keys), "config/quickstart.py", dict.fromkeys(given, "1"), "",
+                           {}, splits(3_000_000), 300)
+    assert len(lines) == 2 * told
+    if told:
+        assert "about 335 hours here (cpu, 1,000 tokens/s" in lines[0]
+        assert lines[1].startswith("for comparison, validation: the demo ends at")
 
 
 @pytest.mark.parametrize(("keys", "given", "advised"), [

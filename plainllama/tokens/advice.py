@@ -20,8 +20,10 @@ SHAPE = {"n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "block_size", "glo
 LEAST = 100  # steps of a run that is worth suggesting
 SECONDS = 1.5  # of measuring
 LAYERS, CONTEXT, PASS = 2, 256, 5e9  # of what is measured; PASS: parameters times tokens on a CPU
-ENDED = ("the quickstart, of this size, ends at 1.43 bits per byte on Python code after 2.05 M "
-         "tokens")
+WIDEST = 2048  # d_model of a model that is tried
+ENDED = {  # where our own runs of a config did
+    "quickstart.py": "the demo ends at 1.43 bits per byte, Python code, after 2.05 M tokens",
+    "llama100m.py": "this size ended at 1.29 bits per byte, English, after 77 M tokens"}
 
 
 def print_counts(manifest: dict) -> None:
@@ -81,15 +83,20 @@ def small(config: Settings, splits: dict) -> str:
     return "; ".join(said)
 
 
+def foreseen(config: Settings, given: dict, splits: dict) -> bool:
+    """Whether the command line names a text, and the config a run of it alone from nothing, whose
+    steps are known."""
+    other = config.documents != "text" or config.init_from or config.max_minutes
+    return "sources" in given and not other and passes_of(config, splits) > 0
+
+
 def suited(config: Settings, named: str, given: dict, splits: dict) -> tuple[str, dict]:
     """Choose the config file, and what is changed of it, of a run that suits a text, where the one
     that is `named` would read it more than OFTEN or less than SELDOM times; ("", {}) where that is
     not so, or the text is not one that the command line names. Keys that are `given` there stay,
     and the file too if some of its SHAPE are."""
-    passes = passes_of(config, splits)
-    other = (config.documents != "text" or config.init_from or config.max_minutes
-             or "max_steps" in given)
-    if other or "sources" not in given or not passes or SELDOM <= passes <= OFTEN:
+    fits = SELDOM <= passes_of(config, splits) <= OFTEN
+    if fits or "max_steps" in given or not foreseen(config, given, splits):
         return "", {}
     tokens = splits["train"]["tokens"]
     path = CHECKOUT / [path for path, least in CONFIGS.items() if tokens >= least][-1]
@@ -112,23 +119,28 @@ def run_of(file: str, keys: dict) -> Settings:
     return Settings(**values | keys)
 
 
-def suggestion(config: Settings, file: str, keys: dict, splits: dict,
-               vocab_size: int) -> list[str]:
-    """Say in lines what `file` and `keys` of suited(), with what else is given, are worth: how
-    often this config's run would read the text, and the other's size, context, length and time on
-    this machine, which is measured."""
-    run = run_of(file, keys)
+def outlook(config: Settings, named: str, given: dict, file: str, better: dict, splits: dict,
+            vocab_size: int) -> list[str]:
+    """Say in lines what to expect of a run on a text of the command line: size, context, length,
+    time on this machine, which is measured, and what such runs have reached. It is the run of the
+    config that is `named`, or of `file` and its `better` keys of suited(). [] if the length is not
+    known, or the model one that a try might not fit in memory."""
+    run = run_of(file, given | better) if file else config
+    if not foreseen(config, given, splits) or run.d_model > WIDEST:
+        return []
     speed, device = tokens_per_second(run, vocab_size)
     seconds = run.max_steps * run.global_batch_tokens / speed
     hours = f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
-    lines = [f"note: {config.max_steps:,} steps of {config.global_batch_tokens:,} tokens would "
-             f"read this text {passes_of(config, splits):,.1f} times",
-             f"suggested: {os.path.basename(file)}, {run.n_layer} layers of {run.d_model}, context "
-             f"{run.block_size}, {run.max_steps:,} steps of {run.global_batch_tokens:,} tokens, "
+    lines = [f"{'suggested' if file else 'this run'}: {os.path.basename(file or named)}, "
+             f"{run.n_layer} layers of {run.d_model}, context {run.block_size}, "
+             f"{run.max_steps:,} steps of {run.global_batch_tokens:,} tokens, "
              f"{passes_of(run, splits):.1f} times the text: about {hours} here ({device}, "
              f"{speed:,.0f} tokens/s, eager, measured for a moment)"]
-    if os.path.realpath(file) == str(CHECKOUT / "config/quickstart.py"):
-        lines.append(f"for comparison: {ENDED}")
+    if file:
+        lines.insert(0, f"note: {config.max_steps:,} steps of {config.global_batch_tokens:,} "
+                     f"tokens would read this text {passes_of(config, splits):,.1f} times")
+    if reached := ENDED.get(os.path.basename(file or named)):
+        lines.append(f"for comparison, validation: {reached}")
     return lines
 
 
