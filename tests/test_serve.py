@@ -1,9 +1,11 @@
 """sample.py --serve: the openai client, raw sockets, hostile input, alone and in company."""
 
+import asyncio
 import base64
 import contextlib
 import hashlib
 import json
+import math
 import os
 import queue
 import re
@@ -16,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +30,11 @@ import sample
 from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.generation import generate, slots
-from plainllama.generation.batching import Batch, Text
+from plainllama.generation.batching import Batch, Score, Text
 from plainllama.settings import Sampling, UserError
 from plainllama.tokens.chat import TEMPLATE, Chat
 from plainllama.tokens.templates import ModelChat
+from plainllama.tokens.tokenizer import make_tokenizer
 from plainllama.weights.adapters import Adapter
 from plainllama.weights.huggingface import config_json
 from plainllama.weights.peft import write_adapter
@@ -39,8 +43,10 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 serving = pytest.importorskip("plainllama.generation.serving")
 
-from plainllama.generation import connections  # noqa: E402
+from plainllama.generation import connections, protocol  # noqa: E402
+from plainllama.generation.answers import Answer, Part, Spelling  # noqa: E402
 from plainllama.generation.protocol import Model  # noqa: E402
+from plainllama.generation.replies import Reply  # noqa: E402
 
 CONTEXT = 512
 SCRIPT = re.compile(r"SAY\[(.*?)\]YAS", re.DOTALL)  # what the scripted batch then answers
@@ -596,6 +602,489 @@ def test_what_clients_write_into_their_own_books_is_taken(client):
     made = client.chat.completions.create(model="tiny", messages=say("abc"), user="me",
                                           metadata={"a": "b"}, service_tier="auto")
     assert made.choices[0].message.content == "abc"
+
+
+# ---- requests as they are read, without a server
+
+ABOUT = Model("tiny", CONTEXT, TOKENIZER, Chat(TOKENIZER))
+ASKED = {"sampling": vars(Sampling()), "max_tokens": 16, "n": 1, "seed": None, "stops": [],
+         "stop_ids": TOKENIZER.stop_ids, "top": None, "echo": False, "stream": False,
+         "include_usage": False, "tools": False, "forced": "", "base64": False}
+A, OTHER = {"role": "user", "content": "a"}, {"type": "function", "function": {"name": "sub"}}
+
+
+def read(kind: str, about: Model = ABOUT, **body) -> protocol.Asked:
+    needed = {"chat": {"messages": [A]}, "completions": {"prompt": "a"}, "embeddings": {
+        "input": "a"}}[kind]
+    return about.read(kind, json.dumps({**needed, **body}).encode())
+
+
+def refusal(kind: str, about: Model = ABOUT, **body) -> tuple:
+    with pytest.raises(protocol.Wrong) as caught:
+        read(kind, about, **body)
+    found = caught.value
+    assert found.body()["error"] == {"message": str(found), "type": "invalid_request_error",
+                                     "param": found.param, "code": found.code}
+    return str(found), found.param, found.status, found.code
+
+
+@pytest.mark.parametrize(("kind", "body", "changes"), [
+    ("completions", {}, {}), ("chat", {}, {"max_tokens": CONTEXT}),
+    ("embeddings", {}, {"max_tokens": 0, "stop_ids": frozenset()}),
+    ("embeddings", {"encoding_format": "float", "model": "tiny"},
+     {"max_tokens": 0, "stop_ids": frozenset()}),
+    ("embeddings", {"encoding_format": "base64"},
+     {"max_tokens": 0, "stop_ids": frozenset(), "base64": True}),
+    ("completions", {"n": 3, "seed": 0, "stream": True, "stop": "x", "max_tokens": 1, "echo": True,
+                     "stream_options": {"include_usage": True}, "logprobs": 0, "top_k": 3,
+                     "stop_token_ids": [5]},
+     {"n": 3, "seed": 0, "stream": True, "stops": ["x"], "max_tokens": 1, "echo": True,
+      "include_usage": True, "top": 0, "sampling": vars(Sampling(top_k=3)),
+      "stop_ids": TOKENIZER.stop_ids | {5}}),
+    ("completions", {"stream": True, "stream_options": {}, "n": None, "stop": ["a", "b"]},
+     {"stream": True, "stops": ["a", "b"]}),
+    ("chat", {"logprobs": True}, {"max_tokens": CONTEXT, "top": 0}),
+    ("chat", {"logprobs": True, "top_logprobs": 2, "max_completion_tokens": 7},
+     {"max_tokens": 7, "top": 2}),
+    ("chat", {"tools": [], "tool_choice": "none"}, {"max_tokens": CONTEXT}),
+    ("chat", {"tools": [], "tool_choice": "auto"}, {"max_tokens": CONTEXT}),
+    ("chat", {"tools": [TOOL], "tool_choice": "none"}, {"max_tokens": CONTEXT}),
+    ("chat", {**protocol.NEUTRAL, "user": "me", "metadata": {}, "safety_identifier": "x",
+              "prompt_cache_key": "y"}, {"max_tokens": CONTEXT})])
+def test_a_request_is_read_whole(kind, body, changes):
+    found = read(kind, **body)
+    found.sampling = vars(found.sampling)
+    prompt = [256, 259, 97, 262, 260] if kind == "chat" else [256, 97]
+    assert vars(found) == {"prompts": [prompt], **ASKED, **changes}
+
+
+@pytest.mark.parametrize(("kind", "body"), [
+    ("completions", {"n": 128}), ("completions", {"prompt": ["a"] * 64, "n": 2}),
+    ("completions", {"seed": -2**63}), ("completions", {"seed": 2**63 - 1}),
+    ("completions", {"logprobs": 20}), ("chat", {"logprobs": True, "top_logprobs": 20}),
+    ("completions", {"stop": "x" * 256}), ("completions", {"stop": ["a"] * 64}),
+    ("completions", {"stop_token_ids": [0]}), ("completions", {"stop_token_ids": [262] * 64}),
+    ("completions", {"max_tokens": CONTEXT}), ("completions", {"max_tokens": 0, "echo": True}),
+    ("chat", {"max_completion_tokens": CONTEXT}), ("completions", {"prompt": "a" * 510}),
+    ("embeddings", {"input": "a" * 511}), ("completions", {"prompt": ["a"] * 128}),
+    ("completions", {"prompt": [0]}), ("completions", {"prompt": [[262], "a"]}),
+    ("chat", {"tools": [{"name": "f", "parameters": {}}, {"name": "g"}]})])
+def test_what_stands_at_a_bound_is_taken(kind, body):
+    found = read(kind, **body)
+    for name, value in body.items():
+        if name in ("n", "seed"):
+            assert getattr(found, name) == value
+        if name.startswith("max_"):
+            assert found.max_tokens == value
+    assert len(found.prompts) == (len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1)
+
+
+TOP = "top_logprobs is a whole number from 0 to 20, not 21"
+STOP = "stop is a text of 1 to 256 characters, or a list of at most 64"
+IDS = "stop_token_ids is a list of at most 64 ids"
+PROMPT = "prompt is a text, a list of ids, or 1 to 128 of them"
+CHOICE = ('tool_choice is "none", "auto", "required" or {"type": "function", "function": '
+          '{"name": ONE OF THE TOOLS}}')
+LONG = "context_length_exceeded"
+
+
+@pytest.mark.parametrize(("kind", "body", "message", "param", "code"), [
+    ("completions", {"n": 0}, "n is a whole number from 1 to 128, not 0", "n", None),
+    ("completions", {"n": 129}, "n is a whole number from 1 to 128, not 129", "n", None),
+    ("completions", {"n": True}, "n is a whole number from 1 to 128, not True", "n", None),
+    ("completions", {"prompt": ["a"] * 43, "n": 3},
+     "a request takes at most 128 texts, prompts times n", "n", None),
+    ("completions", {"seed": -2**63 - 1}, f"seed is a whole number from {-2**63} to {2**63 - 1}, "
+     f"not {-2**63 - 1}", "seed", None),
+    ("completions", {"seed": 2**63}, f"seed is a whole number from {-2**63} to {2**63 - 1}, "
+     f"not {2**63}", "seed", None),
+    ("completions", {"logprobs": 21}, TOP.removeprefix("top_"), "logprobs", None),
+    ("completions", {"logprobs": -1}, TOP[4:].replace("21", "-1"), "logprobs", None),
+    ("chat", {"logprobs": True, "top_logprobs": 21}, TOP, "top_logprobs", None),
+    ("chat", {"logprobs": True, "top_logprobs": -1}, TOP.replace("21", "-1"), "top_logprobs", None),
+    ("chat", {"logprobs": 1}, "logprobs is true or false, not 1", "logprobs", None),
+    ("chat", {"top_logprobs": 0}, "top_logprobs is for logprobs=true", "top_logprobs", None),
+    *(("completions", {"stop": stop}, STOP, "stop", None) for stop in (
+        "x" * 257, ["a"] * 65, [""], [1], {"a": 1}, ["a", "x" * 257])),
+    *(("completions", {"stop_token_ids": ids}, IDS, "stop_token_ids", None) for ids in (
+        [0] * 65, {"a": 1}, 5, "a")),
+    *(("completions", {"stop_token_ids": [i]}, f"stop_token_ids: {i} is no id from 0 to 262",
+       "stop_token_ids", None) for i in (-1, 263, True, "a")),
+    ("completions", {"prompt": [263]}, "prompt: 263 is no id from 0 to 262", "prompt", None),
+    *(("completions", {"max_tokens": value}, "max_tokens is a whole number from 1 to 512, not "
+       f"{value}; the model's context has 512 tokens", "max_tokens", None) for value in (0, 513)),
+    ("completions", {"max_tokens": -1, "echo": True}, "max_tokens is a whole number from 0 to 512, "
+     "not -1; the model's context has 512 tokens", "max_tokens", None),
+    ("chat", {"max_tokens": 1, "max_completion_tokens": 1},
+     "max_tokens and max_completion_tokens are one thing: say one", "max_completion_tokens", None),
+    ("completions", {"max_completion_tokens": 1}, "the field 'max_completion_tokens' is not "
+     "supported", "max_completion_tokens", None),
+    ("completions", {"prompt": "a" * 511}, "prompt: 512 tokens, room is for 511 in a context of "
+     "512", "prompt", LONG),
+    ("embeddings", {"input": "a" * 512}, "input: 513 tokens, room is for 512 in a context of 512",
+     "input", LONG),
+    *(("completions", {"prompt": prompt}, PROMPT, "prompt", None) for prompt in ([], ["a"] * 129)),
+    *(("completions", {"prompt": prompt}, "prompt is a text, a list of ids, or a list of these",
+       "prompt", None) for prompt in ([[]], [1, "a"], {"a": 1}, ["a", 1.5])),
+    ("completions", {"prompt": "a" * 512 * 13}, "prompt: 6657 tokens, room is for 511 in a context "
+     "of 512", "prompt", LONG),
+    ("completions", {"prompt": "a" * (512 * 13 + 1)}, "prompt: 6,657 characters do not fit into a "
+     "context of 512 tokens", "prompt", LONG),
+    ("chat", {"messages": [A] * 513}, "messages: 513 do not fit into a context of 512 tokens",
+     "messages", LONG),
+    ("chat", {"messages": [A] * 512}, "messages: 1538 tokens, room is for 511 in a context of 512",
+     "messages", LONG),
+    ("chat", {"messages": [{"role": "user", "content": "a" * 6657}]}, "messages: 6,657 characters "
+     "do not fit into a context of 512 tokens", "messages", LONG),
+    *(("chat", {"messages": messages}, "messages is a list of messages, at least one", "messages",
+       None) for messages in ([], "a", {"role": "user"}, 1)),
+    *(("chat", {"messages": [A, each]}, f"messages: {says}", "messages", None) for each, says in (
+        ({"role": "assistant", "content": "b"}, "the last message is an answer"),
+        ({"role": "user"}, "a message has no content"), (5, "a message is not an object 5"),
+        ({"role": "king", "content": "b"}, "unknown role 'king'"),
+        ({"role": "assistant", "tool_calls": [{"x": 1}]}, "a call without a name {'x': 1}"),
+        ({"role": "assistant", "content": "b", "tool_calls": [{"x": 1}]},
+         "a call without a name {'x': 1}"))),
+    ("chat", {"tools": {"a": 1}}, "tools is a list of functions", "tools", None),
+    ("chat", {"tools": [], "tool_choice": "required"}, "tool_choice needs tools", "tool_choice",
+     None),
+    ("chat", {"tools": [{"name": "f", "parameters": 3}]},
+     "the parameters of a function are an object", "tools", None),
+    *(("chat", {"tools": [TOOL], "tool_choice": choice}, CHOICE, "tool_choice", None)
+      for choice in ("add", 1, {"function": 1}, {"function": {"name": "sub"}}, {})),
+    ("chat", {"stream": 1}, "stream is true or false, not 1", "stream", None),
+    ("chat", {"stream_options": {}}, "stream_options is for stream=true", "stream_options", None),
+    *(("chat", {"stream": True, "stream_options": options},
+       'stream_options is {"include_usage": true}', "stream_options", None)
+      for options in ({"include_usage": True, "a": 1}, [], 1)),
+    ("chat", {"stream": True, "stream_options": {"include_usage": 1}},
+     "include_usage is true or false, not 1", "include_usage", None),
+    ("chat", {"temprature": 1}, "the field 'temprature' is not supported; did you mean temperature?",
+     "temprature", None),
+    ("chat", {"y" * 90: 1}, f"the field {'y' * 80!r} is not supported", "y" * 80, None),
+    *(("chat", {name: value}, f"the field {name!r} is not supported", name, None)
+      for name, value in (("frequency_penalty", 1), ("presence_penalty", 1), ("best_of", 2),
+                          ("store", True), ("parallel_tool_calls", False),
+                          ("service_tier", "flex"), ("suffix", "x"), ("logit_bias", {"5": 1}))),
+    ("chat", {"top_p": 2}, "top_p is 2, must be a number, at least 0 and at most 1", "top_p", None),
+    ("chat", {"top_k": -1}, "top_k is -1, must be a number, at least 0", "top_k", None),
+    ("embeddings", {"encoding_format": "hex"}, "encoding_format is float or base64",
+     "encoding_format", None)])
+def test_what_stands_behind_a_bound_is_refused(kind, body, message, param, code):
+    assert refusal(kind, **body) == (message, param, 400, code)
+
+
+def test_another_model_and_one_without_dialogs_are_refused(tmp_path):
+    assert refusal("chat", model="m" * 90) == (f"there is no model {'m' * 80!r}; there is 'tiny'",
+                                               "model", 404, "model_not_found")
+    plain = Model("plain", 9, TOKENIZER, None)
+    assert refusal("chat", plain) == (
+        "this model was not tuned on dialogs: use /v1/completions", "messages", 400, None)
+    cards = [about.card() for about in (plain, ABOUT)]
+    assert abs(cards[0].pop("created") - time.time()) < 600 and cards[1].pop("created")
+    assert cards == [{"id": name, "object": "model", "owned_by": "plainllama", "chat": chat,
+                      "context_length": size} for name, size, chat in (("plain", 9, False),
+                                                                       ("tiny", CONTEXT, True))]
+    other = words("bytes", "inst", tmp_path)
+    other.template = template_of("inst")
+    theirs = Model("tiny", CONTEXT, other, ModelChat(other, other.template))
+    assert (theirs.calls, ABOUT.calls) == (False, True)
+    assert read("chat", theirs, tools=[TOOL], tool_choice="none").tools is False
+    assert refusal("chat", theirs, tools=[TOOL]) == (
+        "tools: the template of this model writes calls otherwise than in <tool_call>, so that "
+        "they would not be found", "tools", 400, None)
+    other.template += "<tool_call>"
+    assert Model("tiny", CONTEXT, other, None).calls is True
+    for status, kind in ((499, "invalid_request_error"), (500, "server_error"),
+                         (501, "server_error")):
+        assert protocol.Wrong("x", status=status).body()["error"]["type"] == kind
+
+
+def test_a_talk_is_read_as_its_messages():
+    chat, brief = Chat(TOKENIZER), {"role": "system", "content": "Be brief."}
+    empty, blank = {"role": "system", "content": " "}, {"role": "user", "content": " "}
+    half = {"role": "assistant", "content": "<tool_call>\nhalf"}
+    for messages, wanted in (([brief, A], [brief, A]), ([empty, A], [A]), ([blank, A], [blank, A]),
+                             ([brief, blank], [brief, blank]), ([half, A], None)):
+        [found] = read("chat", messages=messages).prompts
+        assert found == (chat.prompt(wanted) if wanted else [
+            256, 260, *half["content"].encode(), 262, 259, 97, 262, 260])
+    plain = chat.prompt([A])
+    both = [TOOL, OTHER]
+    for tools, choice, forced in (
+            ([TOOL], None, ""), ([TOOL], "auto", ""), (both, "required", "<tool_call>\n"),
+            ([TOOL], "required", '<tool_call>\n{"name": "add", "arguments": '),
+            (both, OTHER, '<tool_call>\n{"name": "sub", "arguments": ')):
+        found = read("chat", tools=tools, tool_choice=choice)
+        assert (found.tools, found.forced) == (True, forced)
+        offered = chat.prompt([A], [tool["function"] for tool in tools])
+        assert found.prompts == [offered + list(forced.encode())] != [plain]
+    assert read("chat", tools=[TOOL], tool_choice="none").prompts == [plain]
+
+
+@pytest.mark.parametrize(("raw", "message"), [
+    (b"\xff", "the body is not UTF-8"), (b'{"prompt": "\\ud800"}', "the body is not UTF-8"),
+    (b"[]", "the body is not a JSON object"), (b"{", "the body is not JSON: Expecting property name"
+     " enclosed in double quotes: line 1 column 2 (char 1)"),
+    (b'{"a": NaN}', "the body is not JSON: NaN is no JSON")])
+def test_what_is_no_json_is_said(raw, message):
+    with pytest.raises(protocol.Wrong) as caught:
+        protocol.parsed(raw)
+    assert (str(caught.value), caught.value.status) == (message, 400)
+    assert protocol.parsed('{"a": "é"}'.encode()) == {"a": "é"}
+
+
+def test_scores_calls_and_vectors_are_written_as_openai_does():
+    scores = [Score(97, -0.5, [(98, -0.25), (195, -math.inf)]), Score(257, -math.inf, [])]
+    low = {"token": "</s>", "logprob": -9999.0, "bytes": list(b"</s>")}
+    assert ABOUT.logprobs_of_chat(scores) == {"refusal": None, "content": [
+        {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": [
+            {"token": "b", "logprob": -0.25, "bytes": [98]},
+            {"token": "bytes:\\xc3", "logprob": -9999.0, "bytes": [195]}]},
+        low | {"top_logprobs": []}]}
+    assert ABOUT.logprobs_of_text([None, *scores], [256, 97, 257], 5) == {
+        "tokens": ["<s>", "a", "</s>"], "text_offset": [5, 8, 9],
+        "token_logprobs": [None, -0.5, -9999.0],
+        "top_logprobs": [None, {"b": -0.25, "bytes:\\xc3": -9999.0}, {}]}
+    calls = [{"name": "f", "arguments": {"a": "é"}}, {"name": "g", "arguments": {}}]
+    whole, stream = (protocol.calls_of(calls, stream) for stream in (False, True))
+    ids = [call.pop("id") for call in (*whole, *stream)]
+    assert len(set(ids)) == 4 and all(re.fullmatch("call_[0-9a-f]{24}", each) for each in ids)
+    assert whole == [{"type": "function", "function": {"name": "f", "arguments": '{"a": "é"}'}},
+                     {"type": "function", "function": {"name": "g", "arguments": "{}"}}]
+    assert stream == [{"index": i} | call for i, call in enumerate(whole)]
+    assert protocol.vector([1.0, -2.5], False) == [1.0, -2.5]
+    assert protocol.vector([1.0, -2.5], True) == base64.b64encode(
+        b"\0\0\x80\x3f\0\0\x20\xc0").decode()
+
+
+# ---- answers as they come
+
+def answered(text: str, *, stops=(), chat=True, forced="", reason="eos", tokenizer=TOKENIZER
+             ) -> list[tuple]:
+    """(text, numbers of scores, calls, reason) of the parts that are told of a text."""
+    parts: list = []
+    answer = Answer(tokenizer, [256, 260], list(stops), parts.append,
+                    Chat(tokenizer) if chat else None, list(forced.encode()))
+    for i, token in enumerate(text.encode()):
+        if answer.heard(token, Score(token, -float(i), [])):
+            reason = "stop"
+            break
+    answer.ended(reason)
+    return [(part.text, len(part.scores), part.calls, part.ended) for part in parts]
+
+
+ADD = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+ADDED = [{"name": "add", "arguments": {}}]
+
+
+@pytest.mark.parametrize(("text", "options", "parts"), [
+    ("ab", {}, [("a", 1, [], ""), ("b", 1, [], ""), ("", 0, [], "stop")]),
+    ("é", {}, [("é", 2, [], ""), ("", 0, [], "stop")]),
+    ("a", {"reason": "length"}, [("a", 1, [], ""), ("", 0, [], "length")]),
+    ("a", {"reason": "error: x"}, [("a", 1, [], ""), ("", 0, [], "error: x")]),
+    ("aEN", {"stops": ["END"]}, [("a", 1, [], ""), ("EN", 2, [], "stop")]),
+    ("aENDb", {"stops": ["END"], "reason": "length"}, [("a", 1, [], ""), ("", 3, [], "stop")]),
+    ("a\n" + ADD, {}, [("a", 1, [], ""), ("", 1 + len(ADD), ADDED, "tool_calls")]),
+    (ADD, {}, [("", len(ADD), ADDED, "tool_calls")]),
+    (ADD, {"reason": "length"}, [("", len(ADD), ADDED, "length")]),
+    (ADD + "x", {}, [(ADD + "x", len(ADD) + 1, [], "stop")]),
+    ("<tool_call>\nno", {}, [("<tool_call>\nno", 14, [], "stop")]),
+    ("<x", {}, [("<x", 2, [], ""), ("", 0, [], "stop")]),
+    ("<x", {"chat": False}, [("<", 1, [], ""), ("x", 1, [], ""), ("", 0, [], "stop")]),
+    (ADD[44:], {"forced": ADD[:44]}, [("", len(ADD) - 44, ADDED, "tool_calls")]),
+    ("a", {"forced": "b"}, [("ba", 1, [], ""), ("", 0, [], "stop")]),
+])
+def test_the_parts_of_an_answer(text, options, parts):
+    assert answered(text, **options) == parts
+
+
+def test_a_call_within_a_thought_is_none():
+    thought = f"<think>\n{ADD}\n</think>\n\nYes.\n"
+    found = answered(thought + ADD)
+    assert "".join(part[0] for part in found) == thought.removesuffix("\n")
+    assert found[-1][2:] == (ADDED, "tool_calls")
+
+
+def test_how_tokens_are_spelled(tmp_path):
+    spelling = Spelling(TOKENIZER)
+    assert [spelling.text_of(i) for i in (97, 257, 195, 999)] == ["a", "</s>", "bytes:\\xc3", ""]
+    assert spelling.longest() == len("<|assistant|>")
+    metaspace = Spelling(made("first"))
+    ids = {piece: i for i, piece in metaspace.pieces.items()}
+    assert {piece: metaspace.bytes_of(ids[piece]) for piece in (
+        "<0xE2>", "<0x0A>", "▁the", "th", "</s>", "a")} == {
+        "<0xE2>": b"\xe2", "<0x0A>": b"\n", "▁the": b" the", "th": b"th", "</s>": b"</s>",
+        "a": b"a"}
+    level = Spelling(make_tokenizer("bpe:300", lambda: ["the quick brown fox " * 9] * 9))
+    assert level.byte_level and not metaspace.byte_level
+    ids = {piece: i for i, piece in level.pieces.items()}
+    assert (level.bytes_of(ids["Ġ"]), level.bytes_of(ids["Ã"])) == (b" ", b"\xc3")
+    every = "".join(level.pieces[i] for i in range(len(level.pieces)) if i not in level.special)
+    level.pieces[999], level.pieces[998] = every, "Ġ▁"  # every byte; one that is none
+    assert set(level.bytes_of(999)) == set(range(256)) and level.bytes_of(998) == "Ġ ".encode()
+
+
+# ---- replies as JSON
+
+class Few:
+    """What a Reply needs of the batch: parts that come when it is asked for them."""
+
+    def __init__(self, kind: str, parts: list[tuple[int, Part]], about: Model = ABOUT, **body):
+        self.kind, self.parts, self.about, self.body = kind, parts, about, body
+
+    def tried(self, way) -> Any:
+        async def work():
+            reply = Reply(self.about, self.kind, read(self.kind, self.about, **self.body))
+            for number, part in self.parts:
+                if part.text:
+                    reply.texts[number].new += part.text.encode()
+                reply.queue.put_nowait((number, part))
+            return await way(reply)
+        return asyncio.run(work())
+
+    def whole(self) -> dict:
+        async def way(reply):
+            await reply.gathered()
+            body = reply.body()
+            assert re.fullmatch("(cmpl|chatcmpl)-[0-9a-f]{24}", body.pop("id"))
+            assert abs(body.pop("created") - time.time()) < 600
+            return body
+        return self.tried(way)
+
+    def chunks(self) -> list[dict]:
+        async def way(reply):
+            found = [chunk async for chunk in reply.chunks()]
+            assert len({(chunk.pop("id", ""), chunk.pop("created", "")) for chunk in found
+                        if "error" not in chunk}) < 2
+            return found
+        return self.tried(way)
+
+
+END = Part("", [], [], "stop")
+B = Score(98, -0.5, [])
+HEAD = {"object": "text_completion", "model": "tiny"}
+TALK = {"object": "chat.completion", "model": "tiny"}
+PIECE = {"object": "chat.completion.chunk", "model": "tiny"}
+
+
+def used(prompt: int, new: int, cached: int = 0) -> dict:
+    return {"usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens":
+                      prompt + new, "prompt_tokens_details": {"cached_tokens": cached}}}
+
+
+def test_a_whole_completion():
+    parts = [(1, Part("x", [], [], "")), (0, Part("b", [B], [], "")), (1, END), (0, END)]
+    assert Few("completions", parts, n=2).whole() == HEAD | used(2, 2) | {"choices": [
+        {"index": i, "text": text, "finish_reason": "stop", "logprobs": None}
+        for i, text in enumerate("bx")]}
+    found = Few("completions", parts[1::2], echo=True, logprobs=0)
+
+    async def way(reply):
+        reply.texts[0].prompt_scores, reply.texts[0].cached = [Score(97, -1.0, [])], 3
+        await reply.gathered()
+        return reply.body()
+
+    body = found.tried(way)
+    assert body["usage"] == used(2, 1, 3)["usage"]
+    assert body["choices"] == [{"index": 0, "text": "ab", "finish_reason": "stop", "logprobs": {
+        "tokens": ["<s>", "a", "b"], "text_offset": [0, 3, 4],
+        "token_logprobs": [None, -1.0, -0.5], "top_logprobs": [None, {}, {}]}}]
+    found.body["echo"] = False
+    assert found.whole()["choices"][0]["logprobs"]["tokens"] == ["b"]
+
+
+def test_a_whole_talk():
+    call = [{"name": "add", "arguments": {}}]
+    parts = [(0, Part("b", [B], [], "")), (0, END), (1, Part("", [], call, "tool_calls")),
+             (2, Part("see", [], call, "tool_calls"))]
+    found = Few("chat", parts, n=3, logprobs=True).whole()
+    calls = [each["message"].pop("tool_calls", None) for each in found["choices"]]
+    for each in calls[1:]:
+        each[0].pop("id")
+        assert each == [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    assert calls[0] is None
+    scored = {"refusal": None, "content": [{"token": "b", "logprob": -0.5, "bytes": [98],
+                                            "top_logprobs": []}]}
+    assert found == TALK | used(5, 4) | {"choices": [
+        {"index": i, "message": {"role": "assistant", "content": text, "refusal": None},
+         "finish_reason": why, "logprobs": scored if i == 0 else {"refusal": None, "content": []}}
+        for i, (text, why) in enumerate([("b", "stop"), (None, "tool_calls"),
+                                         ("see", "tool_calls")])]}
+
+
+def test_chunks_of_a_completion():
+    parts = [(0, Part("b", [B], [], "")), (1, Part("c", [], [], "")), (0, Part("d", [B], [], "")),
+             (0, END), (1, END)]
+    found = Few("completions", parts, n=2, stream=True, echo=True, logprobs=0, stream_options={
+        "include_usage": True}).chunks()
+    choices = [chunk["choices"][0] for chunk in found[:-1]]
+    assert [(each["index"], each["text"], each["finish_reason"]) for each in choices] == [
+        (0, "ab", None), (1, "ac", None), (0, "d", None), (0, "", "stop"), (1, "", "stop")]
+    assert [each["logprobs"]["tokens"] for each in choices] == [
+        ["<s>", "a", "b"], ["<s>", "a"], ["b"], [], []]
+    assert [each["logprobs"]["text_offset"] for each in choices] == [[0, 3, 4], [0, 3], [2], [], []]
+    assert all(chunk["usage"] is None and chunk["object"] == "text_completion"
+               for chunk in found[:-1])
+    assert found[-1] == HEAD | {"choices": []} | used(2, 3)
+    assert Few("completions", parts[:1] + parts[3:4], stream=True).chunks() == [
+        HEAD | {"choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": why}]}
+        for text, why in (("b", None), ("", "stop"))]
+
+
+def test_chunks_of_a_talk():
+    call = [{"name": "add", "arguments": {}}]
+    parts = [(0, Part("b", [], [], "")), (0, Part("", [B], [], "")),
+             (0, Part("", [], call, "tool_calls"))]
+    found = Few("chat", parts, stream=True, logprobs=True).chunks()
+    assert all({name: chunk[name] for name in PIECE} == PIECE and "usage" not in chunk
+               for chunk in found)
+    [choices] = [[chunk["choices"][0] for chunk in found]]
+    choices[3]["delta"]["tool_calls"][0].pop("id")
+    scored = {"refusal": None, "content": [{"token": "b", "logprob": -0.5, "bytes": [98],
+                                            "top_logprobs": []}]}
+    assert choices == [{"index": 0, "delta": delta, "finish_reason": why, "logprobs": scores}
+                       for delta, why, scores in (
+        ({"role": "assistant", "content": ""}, None, None), ({"content": "b"}, None, None),
+        ({"content": ""}, None, scored), ({"tool_calls": [{
+            "index": 0, "type": "function", "function": {"name": "add", "arguments": "{}"}}]},
+            None, None), ({}, "tool_calls", None))]
+
+
+def test_a_problem_within_ends_a_stream():
+    parts = [(0, Part("b", [], [], "")), (1, Part("", [], [], "error: no memory")), (0, END)]
+    found = Few("completions", parts, n=2, stream=True, stream_options={
+        "include_usage": True}).chunks()
+    assert len(found) == 2 and found[-1] == {"error": {
+        "message": "no memory", "type": "server_error", "param": None, "code": None}}
+
+
+def test_what_a_reply_asks_of_the_batch():
+    def texts(kind, **body):
+        async def way(reply):
+            return reply
+        return Few(kind, [], **body).tried(way).texts
+
+    first, second = texts("completions", n=2, seed=5, max_tokens=9, temperature=0.5, logprobs=1,
+                          stop_token_ids=[7])
+    assert (first.seed, second.seed) == (generate.row_seed(5, 0), generate.row_seed(5, 1))
+    for text in (first, second):
+        assert (text.ids, text.room, text.top, text.score_prompt, text.pool) == (
+            [256, 97], 9, 1, False, False)
+        assert text.sampling.temperature == 0.5 and text.stop_ids == TOKENIZER.stop_ids | {7}
+        assert text.listener.chat is None
+    for body, scores in (({"echo": True}, False), ({"echo": True, "logprobs": 0}, True)):
+        assert texts("completions", **body)[0].score_prompt is scores
+    [text] = texts("completions", prompt="a" * 500, max_tokens=100)
+    assert text.room == CONTEXT - 501
+    [text] = texts("chat", tools=[TOOL], tool_choice="required")
+    assert text.listener.chat is ABOUT.chat and text.listener.stream.text.startswith(
+        '<tool_call>\n{"name": "add"')
+    [text] = texts("embeddings")
+    assert (text.room, text.pool, text.top) == (0, True, None)
+    assert text.listener.heard(5, None) is True  # nothing is drawn for it
+    seeds = {texts("completions")[0].seed for _ in range(3)}
+    assert len(seeds) == 3
 
 
 # ---- clients that go, and the end
