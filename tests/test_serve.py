@@ -30,7 +30,7 @@ import sample
 from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.generation import generate, slots
-from plainllama.generation.batching import Batch, Score, Text
+from plainllama.generation.batching import Batch, Full, Score, Text, problem, scored
 from plainllama.settings import Sampling, UserError
 from plainllama.tokens.chat import TEMPLATE, Chat
 from plainllama.tokens.templates import ModelChat
@@ -43,12 +43,16 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 serving = pytest.importorskip("plainllama.generation.serving")
 
+from starlette.exceptions import HTTPException  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+
 from plainllama.generation import connections, protocol  # noqa: E402
 from plainllama.generation.answers import Answer, Part, Spelling  # noqa: E402
 from plainllama.generation.protocol import Model  # noqa: E402
 from plainllama.generation.replies import Reply  # noqa: E402
 
 CONTEXT = 512
+PIECE_SIZES = dict(slots.PIECES)
 SCRIPT = re.compile(r"SAY\[(.*?)\]YAS", re.DOTALL)  # what the scripted batch then answers
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "é": [2]}}\n</tool_call>'
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {
@@ -676,7 +680,8 @@ def test_what_stands_at_a_bound_is_taken(kind, body):
             assert getattr(found, name) == value
         if name.startswith("max_"):
             assert found.max_tokens == value
-    assert len(found.prompts) == (len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1)
+    prompt = body.get("prompt", "a")
+    assert len(found.prompts) == (1 if isinstance(prompt, str) else len(prompt))
 
 
 TOP = "top_logprobs is a whole number from 0 to 20, not 21"
@@ -759,8 +764,8 @@ LONG = "context_length_exceeded"
       for options in ({"include_usage": True, "a": 1}, [], 1)),
     ("chat", {"stream": True, "stream_options": {"include_usage": 1}},
      "include_usage is true or false, not 1", "include_usage", None),
-    ("chat", {"temprature": 1}, "the field 'temprature' is not supported; did you mean temperature?",
-     "temprature", None),
+    ("chat", {"temprature": 1}, "the field 'temprature' is not supported; did you mean "
+     "temperature?", "temprature", None),
     ("chat", {"y" * 90: 1}, f"the field {'y' * 80!r} is not supported", "y" * 80, None),
     *(("chat", {name: value}, f"the field {name!r} is not supported", name, None)
       for name, value in (("frequency_penalty", 1), ("presence_penalty", 1), ("best_of", 2),
@@ -1087,6 +1092,430 @@ def test_what_a_reply_asks_of_the_batch():
     assert len(seeds) == 3
 
 
+# ---- the service, the batch and its slots by direct calls
+
+def request_of(path="/v1/models", method="GET", pieces=(), **headers) -> Request:
+    async def receive():
+        if left:
+            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+        return {"type": "http.disconnect"}
+
+    left = list(pieces)
+    return Request({"type": "http", "path": path, "method": method, "query_string": b"",
+                    "headers": [(name.replace("_", "-").encode(), value.encode())
+                                for name, value in headers.items()]}, receive)
+
+
+def idle_service(host="127.0.0.1", key="", running=0, waiting=0, chat=True) -> serving.Service:
+    """A service over a batch that has counted and does nothing."""
+    counts = {"prompt_tokens": 1, "cached_tokens": 2, "new_tokens": 3, "cancelled": 4,
+              "seconds_to_first_tokens": 0.5, "first_tokens": 6}
+    batch = SimpleNamespace(load=lambda: (running, waiting), counts=counts, queue=7, close=list,
+                            slots=SimpleNamespace(all=[1, 2]))
+    about = Model("tiny", CONTEXT, TOKENIZER, Chat(TOKENIZER) if chat else None)
+    return serving.Service(about, batch, host, "", key)
+
+
+@pytest.mark.parametrize(("host", "key", "asked", "status"), [
+    ("127.0.0.1", "", {"host": "localhost:80"}, 200), ("localhost", "", {"host": "[::1]:80"}, 200),
+    ("127.0.0.1", "", {"host": "127.0.0.1"}, 200), ("127.0.0.1", "", {"host": "a"}, 403),
+    ("127.0.0.1", "", {}, 403), ("0.0.0.0", "", {"host": "a"}, 200), ("0.0.0.0", "", {}, 200),
+    ("a", "", {"host": "b"}, 200), ("a", "k", {}, 401), ("a", "k", {"authorization": "k"}, 401),
+    ("a", "k", {"authorization": "Bearer k"}, 200), ("a", "k", {"path": "/"}, 200),
+    ("a", "k", {"path": "/health"}, 200), ("a", "k", {"path": "/metrics"}, 401),
+    ("a", "k", {"method": "OPTIONS"}, 200),
+    ("127.0.0.1", "k", {"host": "a", "authorization": "Bearer k"}, 403)])
+def test_who_is_admitted(host, key, asked, status):
+    service = idle_service(host, key)
+    if status == 200:
+        assert service.admit(request_of(**asked)) is None
+        return
+    with pytest.raises(protocol.Wrong) as caught:
+        service.admit(request_of(**asked))
+    found = caught.value
+    said = {403: (f"this server is not {asked.get('host', '')!r}: ask for 127.0.0.1, or start it "
+                  "with --host", None, None),
+            401: ("Authorization: Bearer with the key in the server's PLAINLLAMA_API_KEY is needed",
+                  "invalid_api_key", {"WWW-Authenticate": "Bearer"})}
+    assert (str(found), found.code, found.headers) == said[status] and found.status == status
+
+
+def test_what_is_only_looked_at(tmp_path, monkeypatch):
+    def said(work) -> tuple[int, Any]:
+        answer = asyncio.run(work)
+        return answer.status_code, json.loads(answer.body)
+
+    service = idle_service(running=8, waiting=9)
+    request = request_of()
+    assert said(service.health(request)) == (200, {"status": "ok"})
+    assert said(service.models(request)) == (200, {"object": "list",
+                                                   "data": [service.model.card()]})
+    request.scope["path_params"] = {"name": "tiny"}
+    assert said(service.models(request)) == (200, service.model.card())
+    request.scope["path_params"] = {"name": "n" * 90}
+    with pytest.raises(HTTPException, match=f"^404: there is no model '{'n' * 80}'$"):
+        asyncio.run(service.models(request))
+    service.statuses.update({("/health", 200): 2, ("other", 404): 1})
+    answer = asyncio.run(service.metrics(request))
+    assert answer.body.decode() == "".join(
+        f"# TYPE plainllama_{name} {kind}\nplainllama_{name} {value}\n" for name, kind, value in (
+            ("running", "gauge", 8), ("waiting", "gauge", 9), ("prompt_tokens_total", "counter", 1),
+            ("prompt_tokens_cached_total", "counter", 2), ("new_tokens_total", "counter", 3),
+            ("cancelled_total", "counter", 4), ("time_to_first_token_seconds_sum", "counter", 0.5),
+            ("time_to_first_token_seconds_count", "counter", 6))
+    ) + ("# TYPE plainllama_requests_total counter\n"
+         'plainllama_requests_total{path="/health",status="200"} 2\n'
+         'plainllama_requests_total{path="other",status="404"} 1\n')
+    assert answer.media_type == "text/plain; version=0.0.4; charset=utf-8"
+    service.draining = True
+    assert said(service.health(request)) == (503, {"status": "ending"})
+    monkeypatch.setattr(serving, "PAGE", tmp_path / "page.html")
+    with pytest.raises(HTTPException, match=r"^404: there is no page; the endpoints"):
+        asyncio.run(service.page(request))
+    assert "script-src 'none'; style-src 'none';" in serving.guards("<p>")[
+        "Content-Security-Policy"]
+    for error, says, status in (
+            (HTTPException(404), "there is no /v1/models; the endpoints are under /v1", 404),
+            (HTTPException(404, "no such"), "no such", 404),
+            (HTTPException(405, headers={"Allow": "GET"}), "/v1/models does not take GET", 405),
+            (HTTPException(406), "Not Acceptable", 406)):
+        answer = asyncio.run(serving.not_there(request, error))
+        assert (answer.status_code, answer.headers.get("allow")) == (
+            status, "GET" if status == 405 else None)
+        assert json.loads(answer.body)["error"]["message"] == says
+    found = said(serving.broken(request, ValueError("secret")))
+    assert (found[0], found[1]["error"]["message"]) == (500, "ValueError in the server")
+
+
+def test_a_body_has_a_largest_size(monkeypatch):
+    def taken(size: int, **headers) -> int:
+        pieces = [b"a" * (size // 2), b"a" * (size - size // 2)]
+        return len(asyncio.run(serving.read_body(request_of(pieces=pieces, **headers))))
+
+    for size in (0, 2 * 1024**2):
+        assert taken(size) == taken(size, content_length=str(size)) == size
+    assert taken(5, content_length="x") == 5
+    for size, headers in ((2 * 1024**2 + 1, {}), (5, {"content_length": str(2 * 1024**2 + 1)})):
+        with pytest.raises(protocol.Wrong, match=r"^the body has more than 2,097,152 bytes") as it:
+            taken(size, **headers)
+        assert (it.value.status, it.value.headers) == (413, {"Connection": "close"})
+
+
+@pytest.mark.parametrize(("where", "options", "said"), [
+    (("127.0.0.1", 80), {}, "serving tiny on http://127.0.0.1:80/v1: chat and completions, a "
+     "context of 512 tokens, 2 texts side by side\nin a browser: http://127.0.0.1:80\n"),
+    (("::1", 80, 0, 0), {"key": "k", "chat": False}, "serving tiny on http://[::1]:80/v1: "
+     "completions, no chat, a context of 512 tokens, 2 texts side by side, with the key of "
+     "PLAINLLAMA_API_KEY\nin a browser: http://[::1]:80\n"),
+    (("0.0.0.0", 9), {"host": "0.0.0.0"}, "serving tiny on http://0.0.0.0:9/v1: chat and "
+     "completions, a context of 512 tokens, 2 texts side by side\nwhoever reaches this machine may "
+     "ask: PLAINLLAMA_API_KEY in the environment is a key to ask for\nin a browser: "
+     "http://0.0.0.0:9\n"),
+    (("0.0.0.0", 9), {"host": "0.0.0.0", "key": "k"}, "serving tiny on http://0.0.0.0:9/v1: chat "
+     "and completions, a context of 512 tokens, 2 texts side by side, with the key of "
+     "PLAINLLAMA_API_KEY\nin a browser: http://0.0.0.0:9\n")])
+def test_what_a_server_says_of_itself(monkeypatch, capsys, where, options, said):
+    monkeypatch.setattr(serving.Server, "run", lambda self, sockets: None)
+    assert serving.serve(idle_service(**options), SimpleNamespace(getsockname=lambda: where)) == 0
+    assert capsys.readouterr().out == said
+
+
+def test_a_server_ends_once_nothing_is_answered(monkeypatch, capsys):
+    monkeypatch.setattr(serving.uvicorn.Server, "on_tick", lambda *_: asyncio.sleep(0, False))
+    service = idle_service()
+    server = serving.Server(service)
+    assert not asyncio.run(server.on_tick(1))
+    server.handle_exit(signal.SIGTERM, None)
+    assert capsys.readouterr().out == "SIGTERM: the server ends, nothing was running\n"
+    assert asyncio.run(server.on_tick(1))
+    service.answering = 1
+    assert not asyncio.run(server.on_tick(1))
+    monkeypatch.setattr(serving.uvicorn.Server, "on_tick", lambda *_: asyncio.sleep(0, True))
+    assert asyncio.run(server.on_tick(1))
+    assert (server.config.timeout_keep_alive, server.config.h11_max_incomplete_event_size,
+            server.config.backlog, server.config.server_header) == (30, 65536, 64, False)
+    assert (connections.HEAD_SECONDS, connections.TAKEN_SECONDS) == (30, 60)
+    assert (serving.BODY_SECONDS, serving.END_SECONDS, serving.ALIVE_SECONDS) == (30, 10, 5)
+
+
+@pytest.fixture
+def still():
+    """A batch of 3 places and a queue of 4 whose thread has ended: nothing happens by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(slots.PIECES, "cpu", 16)
+        batch = Batch(tiny(block_size=CONTEXT), 258, 3, 4)
+        batch.close()
+        yield batch
+
+
+def told(*, stop=False) -> SimpleNamespace:
+    listener = SimpleNamespace(reasons=[], tokens=[], ended=lambda why: listener.reasons.append(
+        why), heard=lambda token, score: listener.tokens.append((token, score)) or stop)
+    return listener
+
+
+def ask(ids=(256, 1), room=5, stop=False, **how) -> Text:
+    return Text(list(ids), room, told(stop=stop), **how)
+
+
+def test_what_a_text_is_unless_it_says_so():
+    found = vars(Text([1], 2, None))
+    assert time.monotonic() - found.pop("asked_at") < 600
+    assert found == {
+        "ids": [1], "room": 2, "listener": None, "sampling": Sampling(), "seed": 0,
+        "stop_ids": frozenset(), "top": None, "score_prompt": False, "pool": False, "gone": False,
+        "cached": 0, "new": [], "prompt_scores": [], "state": None, "slot": None, "draws": None,
+        "seen": None}
+
+
+def test_the_queue_takes_as_many_as_it_has_room_for(still):
+    first, second, third = [ask(), ask()], [ask()], [ask()]
+    still.add(first), still.add(second), still.add(third)
+    assert still.load() == (0, 4)
+    with pytest.raises(Full):
+        still.add([ask()])
+    assert [still.next() for _ in range(4)] == [first[0], second[0], third[0], first[1]]
+    with pytest.raises(Full):
+        still.add([ask()] * 5)
+    assert still.load() == (0, 0)
+    still.add([ask()] * 4)
+
+
+def test_who_has_gone_leaves_the_others(still):
+    waiting, running = [ask(), ask(), ask()], [ask(), ask()]
+    still.add(waiting[:2]), still.add(waiting[2:])
+    for text in running:
+        text.slot = still.slots.take(text.ids)
+    still.begun, still.running = ask(), list(running)
+    still.begun.slot = still.slots.take([256])
+    still.leave_gone()
+    assert still.load() == (3, 3) and still.counts["cancelled"] == 0 and still.begun
+    still.cancel([waiting[0], waiting[2], running[0]])
+    still.leave_gone()
+    assert [list(texts) for texts in still.waiting] == [[waiting[1]]] and still.begun
+    assert still.running == running[1:] and running[0].slot is None and running[1].slot
+    assert still.load() == (2, 1) and still.counts["cancelled"] == 3
+    still.cancel([still.begun])
+    still.leave_gone()
+    assert still.begun is None and still.load() == (1, 1) and still.counts["cancelled"] == 4
+
+
+@pytest.mark.parametrize(("lengths", "fed"), [([15, 1, 4], 2), ([8, 7, 1], 3), ([16, 1], 1),
+                                              ([40], 0), ([5, 5, 5], 3)])
+def test_a_turn_feeds_as_many_tokens_as_a_piece_has(still, lengths, fed):
+    texts = [ask([256, *range(n, n + length - 1)]) for n, length in enumerate(lengths)]
+    still.add(texts)
+    with torch.no_grad():
+        still.feed()
+    assert [len(text.new) for text in texts] == [1] * fed + [0] * (len(texts) - fed)
+    assert still.running == texts[:fed] and still.counts["first_tokens"] == fed
+    assert 0 <= still.counts["seconds_to_first_tokens"] < 600
+    if fed == 0:
+        assert still.begun is texts[0] and texts[0].slot.length == 16
+        texts[0].gone = True
+        still.feed()
+        assert texts[0].slot.length == 16
+
+
+def test_how_a_text_ends_and_what_is_counted(still):
+    some = [ask(room=1), ask(room=2, stop=True), ask(room=3, stop_ids=frozenset(range(300))),
+            ask(room=0), ask(room=2)]
+    with torch.no_grad():
+        for text in some:
+            still.begun = text
+            assert still.feed_piece(text) == 2 and still.begun is None
+    assert [text.listener.reasons for text in some] == [["length"], ["stop"], ["eos"], ["length"],
+                                                       []]
+    assert [len(text.new) for text in some] == [1, 1, 0, 0, 1] and still.running == some[4:]
+    assert still.load() == (1, 0)
+    assert {name: still.counts[name] for name in ("prompt_tokens", "new_tokens", "first_tokens",
+                                                  "cached_tokens")} == {
+        "prompt_tokens": 8, "new_tokens": 2, "first_tokens": 4, "cached_tokens": 0}
+    with torch.no_grad():
+        still.decode()
+        still.decode()
+    assert some[4].listener.reasons == ["length"] and still.load() == (0, 0)
+    assert [token for token, _ in some[4].listener.tokens] == some[4].new and len(some[4].new) == 2
+    assert still.counts["new_tokens"] == 4
+
+
+def test_a_prompt_that_is_scored_or_pooled_is_computed_whole(still):
+    ids = [256, *range(40)]
+    found = []
+    with torch.no_grad():
+        for how in ({}, {}, {"score_prompt": True}, {"score_prompt": True, "top": 2},
+                    {"pool": True}, {"pool": True}):
+            still.begun = text = ask(ids, room=0, **how)
+            while still.begun:
+                still.feed_piece(text)
+            found.append(text)
+    assert [text.cached for text in found] == [0, 32, 0, 0, 0, 0]
+    assert still.counts["cached_tokens"] == 32
+    scores = [text.prompt_scores for text in found]
+    assert [len(each) for each in scores] == [0, 0, 40, 40, 0, 0]
+    assert [score.logprob for score in scores[2]] == [score.logprob for score in scores[3]]
+    assert {len(score.top) for score in scores[2]} == {0}
+    assert {len(score.top) for score in scores[3]} == {2}
+    assert [text.state is None for text in found] == [True] * 4 + [False] * 2
+    assert found[4].state.equal(found[5].state)
+
+
+def test_a_score_is_a_log_probability():
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log() + 3
+    found = scored(logits, 2, 2)
+    assert found.token == 2 and found.logprob == pytest.approx(math.log(0.125))
+    assert [token for token, _ in found.top] == [0, 1]
+    assert [value for _, value in found.top] == pytest.approx([math.log(0.5), math.log(0.25)])
+    assert len(scored(logits, 0, 9).top) == 4 and scored(logits, 0, 0).top == []
+
+
+def test_what_goes_wrong_within_is_said_of_the_text_alone(still):
+    assert problem(torch.OutOfMemoryError("x")) == (
+        "error: the device has no memory for this text now; ask again later")
+    assert problem(ValueError("x")) == "error: ValueError: x"
+
+    def fails(*_):
+        raise ValueError("planted")
+
+    good, bad, lost = ask(), ask(), ask()
+    bad.listener.heard = fails
+    row = torch.zeros(1, 264)
+    still.draw([good, bad, lost], torch.cat([row, row, row + torch.nan]))
+    assert still.running == [good] and not good.listener.reasons
+    assert bad.listener.reasons == ["error: ValueError: planted"]
+    assert lost.listener.reasons == [f"error: {generate.NOT_FINITE}"] and lost.new == []
+    good.listener.ended = bad.listener.ended = None
+    still.slots.step = fails
+    for text in (good, lost):
+        text.slot, text.new = still.slots.take([256, 1]), [5]
+    good.listener = told()
+    still.running = [good, lost]
+    still.decode()
+    assert good.listener.reasons == ["error: ValueError: planted"] and still.running == []
+    assert still.load() == (0, 0)
+
+
+# ---- places
+
+def test_a_place_grows_by_blocks():
+    slot = slots.Slot(tiny(block_size=CONTEXT))
+    assert (slot.kv.shape, slot.busy, slot.length, slot.kept) == ((2, 2, 2, 0, 8), False, 0, [])
+    for length, size in ((1, 256), (256, 256), (257, 512), (512, 512), (300, 512)):
+        slot.make_room(length)
+        assert slot.kv.shape == (2, 2, 2, size, 8)
+
+
+def test_what_a_place_shares_with_a_prompt_is_whole_pieces(monkeypatch):
+    assert PIECE_SIZES == {"cpu": 64, "cuda": 512}  # by which answers count what was cached
+    monkeypatch.setitem(slots.PIECES, "cpu", 4)
+    some = slots.Slots(tiny(), 1)
+    [slot] = some.all
+    slot.kept = list(range(8))
+    for ids, shared in ((range(9), 8), (range(8), 4), (range(5), 4), (range(4), 0), ([], 0),
+                        (range(20), 8), ([0, 1, 2, 3, 4, 5, 6, 9, 9, 9], 4),
+                        ([9, 1, 2, 3, 4, 5, 6, 7, 8], 0)):
+        assert some.shared(slot, list(ids)) == shared, ids
+
+
+def test_which_place_a_text_gets(monkeypatch):
+    monkeypatch.setitem(slots.PIECES, "cpu", 4)
+    some = slots.Slots(tiny(block_size=CONTEXT), 3)
+    first, second, third = some.all
+
+    def take(ids, **how) -> tuple:
+        slot = some.take(list(ids), **how)
+        assert slot.busy and slot.kept == list(ids)[:slot.length]
+        return some.all.index(slot), slot.length
+
+    assert take(range(9)) == (1, 0)
+    some.feed(second, [0, 1, 2, 3]), some.feed(second, [4, 5, 6, 7]), some.feed(second, [8])
+    assert second.kept == list(range(8)) and second.length == 9
+    kept = second.kv[:, :, :, :8].clone()
+    assert take([7]) == (2, 0) and take([7]) == (0, 0) and not some.free()
+    some.release(first), some.release(third), some.release(second)
+    assert some.free()
+    assert take(range(9), reuse=False) == (0, 0)  # the first that was given back
+    some.release(first)
+    assert take(range(9)) == (1, 8)  # all that it keeps: it goes on itself
+    assert take(range(9)) == (2, 8) and third.kv[:, :, :, :8].equal(kept)  # of a busy one a copy
+    some.release(second), some.release(third)
+    second.kept, third.kept, first.kept = list(range(8)), [9] * 4, [9] * 4
+    assert take(range(6)) == (0, 4) and second.kept == list(range(8))  # it may be asked for again
+    assert first.kv[:, :, :, :4].equal(kept[:, :, :, :4])
+    third.busy = True
+    assert take(range(6)) == (1, 4)  # the only one that is free
+    some.release(second)
+    assert take([77]) == (1, 0)
+
+
+def test_a_piece_is_kept_if_it_is_whole_and_follows(monkeypatch):
+    monkeypatch.setitem(slots.PIECES, "cpu", 4)
+    some = slots.Slots(tiny(), 1)
+    slot = some.take([1])
+    for ids, kept in (([1, 2, 3, 4], 4), ([5, 6, 7], 4), ([8, 9, 10, 11], 4)):
+        some.feed(slot, ids)
+        assert slot.kept == [1, 2, 3, 4][:kept]
+    assert slot.length == 11
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 1}, {"n_kv_head": 4},
+                                     {"tie_embeddings": True}])
+def test_slots_compute_what_the_model_does(changes):
+    """Pieces of every small size, growth within a prompt and within a step, unlike lengths."""
+    reference = tiny(block_size=CONTEXT, **changes)
+    ids = torch.randint(258, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+    some = slots.Slots(tiny(block_size=CONTEXT, **changes), 3)
+    packed = [name for name, module in some.model.named_modules() if "forward" in vars(module)]
+    assert len(packed) == 15 and (some.model.lm_head.weight is not None) == (
+        "tie_embeddings" in changes)
+    texts = [(ids, [1, 2, 3, 4, 244]), (ids[100:], [2, 2, 5]), (ids[50:], [1])]
+    with torch.no_grad():
+        for slot, (text, pieces) in zip(some.all, texts, strict=True):
+            wanted, at = reference.hidden(torch.tensor([text[:sum(pieces)]]))[0], 0
+            for size in pieces:
+                found = some.feed(slot, text[at:at + size])
+                assert torch.allclose(found, wanted[at:at + size], atol=1e-4)
+                at += size
+        for step in range(4):
+            new = [text[slot.length] for slot, (text, _) in zip(some.all, texts, strict=True)]
+            found = some.step(some.all, new)
+            for row, slot, (text, pieces) in zip(found, some.all, texts, strict=True):
+                assert slot.length == sum(pieces) + step + 1
+                wanted = reference(torch.tensor([text[:slot.length]]))[0, -1]
+                assert torch.allclose(row, wanted, atol=1e-3)
+
+
+def test_a_model_in_bf16_is_not_packed():
+    model = tiny()
+    model.compute_dtype = torch.bfloat16
+    slots.pack(model)
+    assert model.lm_head.weight is not None and "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.parametrize(("number", "bad", "widths"), [
+    (6, [], [1, 2, 3, 4, 6]), (8, [], [1, 2, 3, 4, 6, 8]), (1, [], [1]), (5, [3], [1, 2, 4, 5]),
+    (6, [6], [1, 2, 3, 4]), (6, [6, 4, 3, 2], [1]), (6, [1], [2, 3, 4, 6])])
+def test_widths_are_those_whose_rows_are_equal_at_any_place(monkeypatch, number, bad, widths):
+    """A kernel of a `bad` width gives the row at its end other bits."""
+    class Planted(slots.Slots):
+        def step(self, places, ids):
+            assert all(slot.length == 0 for slot in places)
+            rows = torch.tensor(ids, dtype=torch.float32)[:, None]
+            if self.widths[0] in bad:
+                rows[-1] += 0.5
+            return rows
+
+    assert Planted(tiny(), number).widths == widths
+
+
+def test_rows_that_do_not_fill_vectors_go_alone():
+    for changes, some in (({"d_model": 24, "n_head": 2, "n_kv_head": 2}, False), ({"d_ff": 37},
+                          False), ({}, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(slots.Slots, "step", lambda *_: torch.zeros(3))
+            assert slots.Slots(tiny(**changes), 3).widths == ([1, 2, 3] if some else [1])
+
+
 # ---- clients that go, and the end
 
 def until(condition, seconds=10) -> bool:
@@ -1117,6 +1546,7 @@ def test_a_client_that_goes_frees_its_place(server, monkeypatch, stream):
     assert until(lambda: server.batch.load() == (0, 0), 3)
     assert server.batch.counts["cancelled"] == before + 6
     assert until(lambda: server.service.answering == 0)
+    assert stream or server.service.statuses["/v1/completions", 499] >= 2
 
 
 def test_the_queue_has_an_end(server, monkeypatch):
