@@ -1485,6 +1485,19 @@ def test_slots_compute_what_the_model_does(changes):
                 assert torch.allclose(row, wanted, atol=1e-3)
 
 
+def test_texts_go_side_by_side_in_the_widths_that_are_equal():
+    some, shapes = slots.Slots(tiny(), 5), []
+    some.widths, hidden = [1, 2, 4], some.hidden
+    some.hidden = lambda places, ids: shapes.append((len(places), *ids.shape)) or hidden(places,
+                                                                                         ids)
+    for number, wanted in ((1, [(1, 1, 1)]), (2, [(2, 2, 1)]), (3, [(3, 4, 1)]), (4, [(4, 4, 1)]),
+                           (5, [(4, 4, 1), (1, 1, 1)])):
+        shapes.clear()
+        assert some.step(some.all[:number], [256] * number).shape == (number, 264)
+        assert shapes == wanted
+    assert [slot.length for slot in some.all] == [5, 4, 3, 2, 1]
+
+
 def test_a_model_in_bf16_is_not_packed():
     model = tiny()
     model.compute_dtype = torch.bfloat16
