@@ -9,6 +9,8 @@ import math
 import os
 import queue
 import re
+import resource
+import runpy
 import signal
 import socket
 import subprocess
@@ -43,6 +45,7 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 serving = pytest.importorskip("plainllama.generation.serving")
 
+import h11  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 
@@ -1236,6 +1239,35 @@ def test_a_server_ends_once_nothing_is_answered(monkeypatch, capsys):
             server.config.backlog, server.config.server_header) == (30, 65536, 64, False)
     assert (connections.HEAD_SECONDS, connections.TAKEN_SECONDS) == (30, 60)
     assert (serving.BODY_SECONDS, serving.END_SECONDS, serving.ALIVE_SECONDS) == (30, 10, 5)
+
+
+def test_connections_leave_half_of_the_files_to_others(monkeypatch):
+    for files, most in ((resource.RLIM_INFINITY, 1000), (10**6, 1000), (2002, 1000), (1999, 999),
+                        (100, 50)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, 10**9))
+        assert runpy.run_path(connections.__file__)["MOST"] == most
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_no_http_is_refused_unless_an_answer_has_begun(begun):
+    said: list = []
+    conn = h11.Connection(h11.SERVER)
+    if begun:
+        conn.receive_data(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        conn.next_event()
+        conn.send(h11.Response(status_code=200, headers=[("Content-Length", "5")]))
+    transport = SimpleNamespace(write=said.append, close=lambda: said.append(b"closed"))
+    connections.Connection.send_400_response(SimpleNamespace(conn=conn, transport=transport), "Bad")
+    head, _, body = b"".join(said).partition(b"\r\n\r\n")
+    if begun:
+        assert said == [b"closed"]
+        return
+    body, _, end = body.rpartition(b"closed")
+    error = {"message": "Bad", "type": "invalid_request_error", "param": None, "code": None}
+    assert json.loads(body) == {"error": error} and end == b""
+    assert head.split(b"\r\n") == [
+        b"HTTP/1.1 400 Bad Request", b"Content-Type: application/json",
+        f"Content-Length: {len(body)}".encode(), b"Connection: close"]
 
 
 @pytest.fixture
