@@ -539,7 +539,7 @@ def test_what_was_written_is_compared_to_half_a_step(tmp_path, plain):
         f"{tmp_path / 'f32'} holds 13 weights, the model has 12")
 
 
-def test_what_a_file_says_of_itself(tmp_path, plain):
+def test_what_a_file_says_of_itself(tmp_path, plain, monkeypatch):
     model, spec = plain
     gguf.write_gguf(tmp_path / "m", model, spec, "", "f16", "name")
     found = fields(tmp_path / "m")
@@ -556,6 +556,11 @@ def test_what_a_file_says_of_itself(tmp_path, plain):
         "model": "gpt2", "pre": "qwen35" if found["tokenizer.ggml.pre"] == "qwen35" else "gpt-2",
         "bos_token_id": 256, "eos_token_id": 257, "add_bos_token": True, "add_eos_token": False}
     assert len(found["tokenizer.ggml.tokens"]) == 261
+    monkeypatch.setattr(gguf, "answer_ends", lambda *_: {"</s>", "<x>", "<b>"})  # of some the first
+    spec["added_tokens"] += [{"content": piece, "id": i, "special": True}
+                             for piece, i in (("<x>", 258), ("<b>", 259))]
+    gguf.write_gguf(tmp_path / "m", model, spec, "", "f16", "name")
+    assert fields(tmp_path / "m")["tokenizer.ggml.eot_token_id"] == 259
 
 
 def test_the_whole_modelfile():
