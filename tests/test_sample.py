@@ -1134,7 +1134,8 @@ def test_what_does_not_go_together(words, message):
 def two_ranks(monkeypatch):
     """The first of two ranks, without the other."""
     world = parallel.World(0, 2)
-    monkeypatch.setattr(parallel, "start", lambda *_, **__: world)
+    world.started = []
+    monkeypatch.setattr(parallel, "start", lambda device, _: world.started.append(device) or world)
     monkeypatch.setattr(world, "agree", lambda value: world.answers.pop(0))
     monkeypatch.setattr(world, "sum", lambda values: values * 2)
     return world
@@ -1153,6 +1154,7 @@ def test_several_processes_share_a_file_alone(two_ranks, ckpt, tmp_path, capsys,
              "--batch=1", "--layers=0", "--temperature=0", "--max_new_tokens=2"]
     with pytest.raises(UserError, match="whose nodes share it by themselves"):
         run(*words, "--ray=a:1")
+    assert two_ranks.started == ["auto", "auto", "auto", "cpu"]  # the nodes of a cluster have GPUs
     two_ranks.rank = 1
     assert run(*words) == 0
     assert not (tmp_path / "G.jsonl").exists() and capsys.readouterr().out == ""
