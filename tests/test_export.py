@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,9 @@ import report
 from model import LLaMA, ModelConfig
 from plainllama.command import parse
 from plainllama.files import write_json
-from plainllama.settings import UserError
+from plainllama.settings import UserError, install
 from plainllama.tokens.chat import TEMPLATE, with_roles
-from plainllama.tokens.tokenizer import make_tokenizer
+from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.weights import checkpoint, huggingface
 from plainllama.weights.adapters import initial_weight
 from plainllama.weights.huggingface import config_json, read_config
@@ -338,3 +340,388 @@ def test_bad_input(tmp_path, unchecked):
     (step / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="do not belong together"):
         run("--ckpt", step, "--to", tmp_path / "small")
+
+
+# ---- the pieces by direct calls
+
+def test_flags_are_off_unless_they_are_said():
+    assert vars(export.Flags()) == {
+        "ckpt": "out", "to": "", "type": "", "verify": False, "dtype": "fp32", "code": False,
+        "merge": False, "original": False, "adapter": False, "base": "", "merge_back": False,
+        "license": "", "push": ""}
+
+
+GIVEN = "leave out --merge, --original, --code and --dtype"
+UNPUSHED = "--push takes user/name, not "
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "name the folder to write with --to=DIR, or a file with --to=M.gguf, and the model in "
+     "front: export.py out/RUN --to=DIR"),
+    (["--to=run/checkpoints/x"], "--to run/checkpoints/x lies among a run's checkpoints; name "
+     "another place"),
+    (["--to=run/checkpoints/step_7/x"], "--to run/checkpoints/step_7/x lies among a run's "
+     "checkpoints; name another place"),
+    (["--to=x", "--license=a b"], "--license takes a name such as apache-2.0, not 'a b'"),
+    (["--to=x", "--type=f16"], "--type is for a .gguf; a folder has --dtype, and is always "
+     "checked"),
+    (["--to=x", "--type=f16", "--verify"], "--type is for a .gguf; a folder has --dtype, and is "
+     "always checked"),
+    (["--to=x", "--verify"], "--verify is for a .gguf; a folder has --dtype, and is always "
+     "checked"),
+    (["--to=run"], "--to run exists and is not empty; name a new folder"),
+    (["--to=file"], "--to file exists and is not empty; name a new folder"),
+    *((["--to=x", "--adapter", word], "--adapter writes the adapter as it is, in fp32; " + GIVEN)
+      for word in ("--merge", "--original", "--code", "--dtype=bf16")),
+    (["--to=x", "--push=a"], UNPUSHED + "'a'"), (["--to=x", "--push=a/b/c"], UNPUSHED + "'a/b/c'"),
+    (["--to=x", "--push=a/b"], "--push needs huggingface_hub: "),
+    (["--to=m.gguf", "--dtype=bf16"], "--dtype is for a folder; of a .gguf say --type=bf16"),
+    *((["--to=m.gguf", word], f"{word.partition('=')[0]} has no effect on a .gguf, which is one "
+       "whole model, an adapter merged; leave it away")
+      for word in ("--adapter", "--code", "--push=a/b")),
+    *((["--to=x", word], f"{word} is for a run that trained an adapter, STEP is a whole model; "
+       f"leave {word} away") for word in ("--merge", "--original", "--adapter")),
+    (["--to=x", "--merge_back"], "--merge_back has no effect: STEP has no copies of blocks; leave "
+     "it away")])
+def test_what_is_asked_wrong_is_said_whole(tmp_path, unchecked, monkeypatch, words, message):
+    step = write_run(tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    if "huggingface_hub" in message:
+        monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        run("--ckpt", step, *words)
+    assert str(caught.value).removesuffix(install("hf")) == message.replace("STEP", str(step))
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "file"}
+
+
+def test_what_was_written_is_said_whole(tmp_path, unchecked, monkeypatch, capsys):
+    step, written = write_run(tmp_path / "run"), []
+    real = export.write_folder
+    monkeypatch.setattr(export, "write_folder", lambda *words: written.append(words) or real(
+        *words))
+    monkeypatch.chdir(tmp_path)
+    assert run("--ckpt", step, "--to=hub", "--dtype=bf16") == 0
+    assert capsys.readouterr().out.endswith("35,488 parameters as bf16 -> hub\n")
+    assert written[0][4:] == (torch.bfloat16, 5_000_000_000)  # bytes of a shard
+    card = Path("hub/README.md").read_text()
+    assert "\nA LLaMA of 35,488 parameters (18,592 without embeddings)" in card
+
+
+def test_an_export_that_is_not_right_is_removed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    step = write_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "compare_with_transformers", lambda *_: "planted")
+    monkeypatch.setattr(export.gguf, "compare", lambda *_: "planted")
+    for place in ("hub", "m.gguf"):
+        assert run("--ckpt", step, f"--to={place}") == 1
+        said = capsys.readouterr()
+        assert "the export was not right and is removed: planted" in said.err
+        assert "->" not in said.out
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_file_for_llama_cpp(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    step = write_run(tmp_path / "run")
+    there = [step, *step.rglob("*")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export.llama_cpp, "is_installed", lambda: False)
+    made, real = [], export.gguf.write_gguf
+    monkeypatch.setattr(export.gguf, "write_gguf", lambda *words: made.append(words) or real(
+        *words))
+    for word, kind in (("", "f32"), ("--type=f16", "f16")):
+        assert run("--ckpt", step, f"--to=deep/{kind}.gguf", *[word] * bool(word)) == 0
+        assert capsys.readouterr().out.endswith(
+            f"35,488 parameters as {kind} -> deep/{kind}.gguf; Ollama: {kind}.Modelfile\n")
+        assert made[-1][3:] == ("", kind, "run", "")
+        assert Path(f"deep/{kind}.Modelfile").read_text() == export.gguf.modelfile(
+            f"{kind}.gguf", load_model(step).config, "")
+    assert len(list(Path("deep").iterdir())) == 4 and [step, *step.rglob("*")] == there
+    with pytest.raises(UserError, match=r"--verify needs the package xllamacpp"):
+        run("--ckpt", step, "--to=n.gguf", "--verify")
+    for name in ("deep/f32.gguf", "deep/f16.gguf"):
+        with pytest.raises(UserError, match=f"{name} exists; name a new file"):
+            run("--ckpt", step, "--to", name)
+    Path("deep/f32.gguf").unlink()
+    with pytest.raises(UserError, match=r"deep/f32.Modelfile exists; name a new file"):
+        run("--ckpt", step, "--to=deep/f32.gguf")
+    Path("file").write_text("mine")
+    with pytest.raises(UserError, match=r"--to .*/file/m.gguf cannot be made: .*; name another$"):
+        run("--ckpt", step, "--to=file/m.gguf")
+    # with --verify on held-out text, if there is some, and a first problem is the one that counts
+    asked, rows = [], SimpleNamespace(rows="rows", bos_id=256)
+    monkeypatch.setattr(export.llama_cpp, "is_installed", lambda: True)
+    monkeypatch.setattr(export.llama_cpp, "verify", lambda *words: asked.append(words[3:]) or "")
+    monkeypatch.setattr(export, "held_out", lambda flags, source, size, what: (
+        rows, 9) if what == "the file" and size == 48 and held else None)
+    monkeypatch.setattr(export.expansion, "first_tokens", lambda *words: asked.append(words) or (
+        torch.tensor([[5, 6], [7, 8]]), "targets"))
+    for held in (True, False):
+        assert run("--ckpt", step, f"--to=v{held}.gguf", "--verify") == 0
+    assert asked[0] == ("rows", 256) and asked[1][1].tolist() == [5, 6, 7, 8]
+    assert asked[1][::2] == asked[2][::2] == ("f32", True) and asked[2][1] is None
+    monkeypatch.setattr(export.llama_cpp, "verify", lambda *_: "planted")
+    assert run("--ckpt", step, "--to=w.gguf") == 1 and not Path("w.gguf").exists()
+    weights = load_file(step / "model.safetensors")
+    weights["lm_head.weight"][3, 5] = float("nan")
+    (step / "checksums.json").unlink()
+    save_file(weights, step / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lm_head.weight is not finite; export another step"):
+        run("--ckpt", step, "--to=x.gguf")
+
+
+def test_a_folder_with_our_code_is_the_model(tmp_path, unchecked, monkeypatch):
+    """Opened as transformers opens it, from the files of the folder."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    step = write_run(tmp_path / "run")
+    assert run("--ckpt", step, "--to", tmp_path / "hub", "--code") == 0
+    assert {"model.py", "modeling_plainllama.py"} <= {
+        path.name for path in (tmp_path / "hub").iterdir()}
+    monkeypatch.setitem(sys.modules, "plainllama.weights.model", sys.modules["model"])
+    from plainllama.weights import modeling_plainllama as ours
+
+    config = ours.PlainLlamaConfig(**json.loads((tmp_path / "hub/config.json").read_text()))
+    model = ours.PlainLlamaForCausalLM(config).eval()
+    model.load_state_dict(load_file(tmp_path / "hub/model.safetensors"))
+    assert isinstance(model, transformers.PreTrainedModel)
+    ids = torch.randint(264, (2, 9), generator=torch.Generator().manual_seed(1))
+    labels = torch.where(torch.rand(2, 9, generator=torch.Generator().manual_seed(2)) < 0.4, -100,
+                         ids)
+    with torch.no_grad():
+        wanted = load_model(step)(ids)
+        found = model(ids)
+        assert found.loss is None and torch.allclose(found.logits, wanted, atol=1e-5)
+        losses = [-wanted[row, at].log_softmax(-1)[labels[row, at + 1]] for row in range(2)
+                  for at in range(8) if labels[row, at + 1] >= 0]
+        found = model(ids, labels=labels)
+        assert found.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+        right = torch.ones(2, 9, dtype=torch.long)
+        right[1, 1:] = 0
+        assert model(ids, attention_mask=right).logits.equal(found.logits)
+        for mask in (1 - right.roll(1, 1), torch.tensor([[1] * 9, [0] + [1] * 8])):
+            with pytest.raises(ValueError, match="pad on the right"):
+                model(ids, attention_mask=mask)
+        moved = []
+        monkeypatch.setattr(model.core, "reset_derived", moved.append)
+        model(ids)
+        assert moved == []
+        model.core.rope_cos = model.core.rope_cos.to("meta")
+        with pytest.raises(Exception):  # noqa: B017  it stays there: reset_derived does nothing
+            model(ids)
+        assert moved == [ids.device]
+    assert model.prepare_inputs_for_generation(ids, attention_mask=1, cache_position=2) == {
+        "input_ids": ids, "attention_mask": 1}
+
+
+def told(tmp_path, monkeypatch, kind="adapter", frozen="fp32", expand="none") -> Path:
+    """A checkpoint of which peft would say this."""
+    monkeypatch.setattr(export.peft, "is_adapter", lambda source: kind == "adapter")
+    monkeypatch.setattr(export.peft, "read_adapter", lambda source: SimpleNamespace(
+        frozen_dtype=frozen))
+    monkeypatch.setattr(export.peft, "whole_config", lambda *_: SimpleNamespace(expand=expand))
+    return tmp_path / "step"
+
+
+def flags_of(*words) -> export.Flags:
+    return parse(list(words), "", export.Flags, "model").flags
+
+
+@pytest.mark.parametrize(("words", "said", "message"), [
+    ([], {}, ""), (["--merge"], {}, ""), (["--adapter"], {}, ""), ([], {"kind": "whole"}, ""),
+    (["--original"], {"frozen": "nf4"}, ""),
+    (["--original"], {}, "--original has no effect: the base of STEP was held as it is; leave it "
+     "away"),
+    (["--merge"], {"kind": "whole"}, "--merge is for a run that trained an adapter, STEP is a "
+     "whole model; leave --merge away"),
+    (["--merge_back"], {}, "--merge_back has no effect: STEP has no copies of blocks; leave it "
+     "away"),
+    (["--merge_back"], {"expand": "stack"}, "--merge_back has no effect: STEP has copies behind "
+     "their blocks alone; leave it away"),
+    ([], {"expand": "stack"}, ""), (["--merge_back"], {"expand": "concat"}, ""),
+    (["--merge_back"], {"expand": "hybrid"}, ""),
+    *(([], {"expand": kind}, f"STEP has copies beside its blocks (expand={kind}), which no other "
+       "program knows; --merge_back interpolates the weights of both into a plain model, and says "
+       "what that costs") for kind in ("concat", "hybrid"))])
+def test_flags_for_another_kind_of_checkpoint(tmp_path, monkeypatch, words, said, message):
+    step = told(tmp_path, monkeypatch, **said)
+    if not message:
+        assert export.refuse_unfit(flags_of(*words), step) is None
+        return
+    with pytest.raises(UserError) as caught:
+        export.refuse_unfit(flags_of(*words), step)
+    assert str(caught.value) == message.replace("STEP", str(step))
+
+
+def test_how_a_base_is_held(tmp_path, monkeypatch):
+    for kind, frozen, held in (("adapter", "nf4", "nf4"), ("adapter", "fp32", "fp32"),
+                               ("whole", "nf4", "fp32")):
+        assert export.held_as(told(tmp_path, monkeypatch, kind, frozen)) == held
+
+
+@pytest.mark.parametrize(("held", "copies", "steps", "said"), [
+    ("fp32", False, [], ""), ("nf4", False, ["merge", "compare"], "compared"),
+    ("fp32", True, ["plain"], "copied"), ("nf4", True, ["merge", "compare", "plain"], "copied")])
+def test_a_checkpoint_as_a_plain_model(monkeypatch, capsys, held, copies, steps, said):
+    done, model = [], SimpleNamespace(config=SimpleNamespace(expand_blocks=copies))
+    monkeypatch.setattr(export, "refuse_unfit", lambda *_: None)
+    monkeypatch.setattr(export, "held_as", lambda _: held)
+    monkeypatch.setattr(export, "load_model", lambda source, base, original: model)
+    monkeypatch.setattr(export.peft, "tokenizer_folder", lambda *words: words)
+    monkeypatch.setattr(export.adapters, "merge", lambda _: done.append("merge"))
+    monkeypatch.setattr(export, "compare_merges", lambda *_: done.append("compare") or "compared")
+    monkeypatch.setattr(export, "without_copies", lambda *_: done.append("plain") or (
+        "plain", "copied"))
+    found = export.plain_model(flags_of("--base=b"), "source")
+    assert found == ("plain" if copies else model, said, ("source", "b")) and done == steps
+    assert capsys.readouterr().out == (f"{said}\n" if said else "")
+
+
+def test_held_out_text_of_a_run(tmp_path, monkeypatch, capsys):
+    step = write_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(export, "validation_rows", lambda *words: asked.append(words) or "rows")
+    monkeypatch.setattr(export, "byte_info", lambda data: f"info of {data}")
+
+    def held(**config):
+        info = json.loads((tmp_path / "run" / "run.json").read_text())
+        info["config"] = config
+        write_json(tmp_path / "run" / "run.json", info)
+        return export.held_out(flags_of(), step, 48)
+
+    assert export.held_out(flags_of(), tmp_path / "elsewhere", 48, "the file") is None
+    assert held(dataset="set") is None and held(dataset="") is None
+    assert capsys.readouterr().out == "".join(
+        f"{what} is not compared on held-out text: data/{name} is not here\n" for what, name in (
+            ("the file", "of no run"), ("what is merged", "set"), ("what is merged", "of no run")))
+    (tmp_path / "data/set").mkdir(parents=True)
+    (tmp_path / "data/set/manifest.json").write_text("{}")
+    make_tokenizer("bytes").save(tmp_path / "data/set")
+    found, tokens = held(dataset="set", doc_mask=True, eval_tokens=10**9)
+    assert (found.rows, found.info, found.bos_id, tokens) == ("rows", "info of data/set", 256,
+                                                              65_536)
+    assert asked == [(Path("data/set"), step, 48)]
+    found, tokens = held(dataset="set", doc_mask=False, eval_tokens=99)
+    assert (found.bos_id, tokens) == (None, 99) and capsys.readouterr().out == ""
+
+
+def test_what_merging_costs_is_said(monkeypatch):
+    """Each of both ways is measured, whichever is exported."""
+    held = SimpleNamespace(rows="rows", info="info", bos_id=5), 1234
+    monkeypatch.setattr(export, "held_out", lambda *_: held)
+    monkeypatch.setattr(export, "evaluate", lambda model, rows, info, tokens, batch, world, bos: {
+        "val_loss": {"as held": 1.25, "own": 1.5}[model]} if (rows, info, tokens, bos) == (
+            "rows", "info", 1234, 5) else None)
+    monkeypatch.setattr(export, "load_model", lambda source, base, original: (
+        "own" if original else "as held"))
+    monkeypatch.setattr(export.adapters, "merge", lambda model: model)
+    model = SimpleNamespace(config=SimpleNamespace(block_size=48))
+    for words, this, here in (([], "as held", "the base as it was held"),
+                              (["--original"], "own", "--original")):
+        class Model(str):
+            config = model.config
+        said = export.compare_merges(flags_of(*words), "source", Model(this), "nf4")
+        assert said == ("validation loss on 1,234 tokens, merged onto the base as it was held, in "
+                        "nf4: 1.2500 nats; onto the base's own weights (--original): 1.5000; this "
+                        f"is {here}")
+    held = None
+    assert export.compare_merges(flags_of(), "source", model, "nf4") == "onto the base in nf4"
+    assert export.compare_merges(flags_of("--original"), "source", model, "nf4") == (
+        "onto the original base")
+
+
+def test_what_merging_back_costs_is_said(monkeypatch):
+    block = SimpleNamespace(expansion=SimpleNamespace(mix_bias=torch.tensor(0.0)))
+    held, made = (SimpleNamespace(rows="rows", bos_id=5), 1234), []
+    monkeypatch.setattr(export, "held_out", lambda *_: held)
+    monkeypatch.setattr(export, "loss_of", lambda model, held, tokens: 1.5 if model == "plain"
+                        else 1.25)
+    monkeypatch.setattr(export.expansion, "first_tokens", lambda rows, bos: (rows, bos))
+    monkeypatch.setattr(export.expansion, "look", lambda model, batch: {
+        3: {"expansion_share": 0.75}} if batch == ("rows", 5) else None)
+    monkeypatch.setattr(export.expansion, "plain", lambda model, shares: made.append(
+        shares) or "plain")
+    model = SimpleNamespace(config=SimpleNamespace(block_size=48))
+
+    def without(blocks):
+        monkeypatch.setattr(export.expansion, "merging", lambda _: blocks)
+        return export.without_copies(flags_of(), "source", model)
+
+    assert without({3: block}) == ("plain", "validation loss on 1,234 tokens, expanded: 1.2500 "
+                                   "nats; merged back: 1.5000")
+    assert without({}) == ("plain", "")
+    held = None
+    assert without({3: block}) == ("plain", "copies were interpolated with their blocks")
+    assert without({}) == ("plain", "") and made == [{3: 0.75}, {}, {3: 0.5}, {}]
+
+
+def test_an_adapter_alone(tmp_path, monkeypatch):
+    step, to = told(tmp_path, monkeypatch), tmp_path / "to"
+    (step / "training").mkdir(parents=True), to.mkdir()
+    for name in ("checksums.json", "tokenizer.json", "training/state.json"):
+        (step / name).write_text(name)
+    save_file({"base.model.layers.0.a": torch.zeros(2, 3), "base.lm_head.a": torch.zeros(5)},
+              step / export.peft.WEIGHTS)
+    cards = []
+    monkeypatch.setattr(export, "described", lambda config: "described")
+    monkeypatch.setattr(export, "card", lambda *words: cards.append(words[3:]) or "the card")
+    assert export.write(flags_of("--adapter"), to, step) == (11, "")
+    assert {path.name for path in to.iterdir()} == {"tokenizer.json", export.peft.WEIGHTS,
+                                                    "README.md"}
+    assert (to / "README.md").read_text() == "the card" and cards == [("described", (11, 6))]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({}, ""), ({"off": 0.9e-4}, ""),
+    ({"off": 1.2e-4}, "its logits differ by 1.2e-04 of the largest, allowed are 1e-04"),
+    ({"off": float("nan")}, "its logits differ by nan of the largest, allowed are 1e-04"),
+    ({"code": 3}, "transformers cannot open it: no such class"),
+    ({"ids": [1, 2]}, "its tokenizer reads '  two  spaces ' as [1, 2], ours does not"),
+    ({"weight": 1}, "model.norm.weight is not what was written")])
+def test_what_transformers_says_is_compared(tmp_path, monkeypatch, capsys, change, message):
+    step, asked = write_run(tmp_path / "run", block_size=130), []
+    model, tokenizer = load_model(step), Tokenizer.load(step)
+
+    def answer(words, cwd, env, capture_output, text):
+        assert capture_output and text and env["HF_HUB_OFFLINE"] == "1" and env["PATH"]
+        asked.append(json.loads(words[4]))
+        with torch.no_grad():
+            logits = model(torch.tensor(asked[-1]["ids"]))
+        logits[0, 0, 0] += change.get("off", 0) * logits.abs().max()
+        save_file({"logits": logits}, f"{cwd}/logits.safetensors")
+        ids = {text: [256, *tokenizer.encode(text)] for text in asked[-1]["texts"]}
+        if "ids" in change:
+            ids["  two  spaces "] = change["ids"]
+        write_json(Path(cwd, "ids.json"), ids)
+        return SimpleNamespace(returncode=change.get("code", 0), stderr=" no such class\n")
+
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(export, "subprocess", SimpleNamespace(run=answer))
+    if "weight" in change:
+        model.model.norm.weight.data += 1
+    assert export.compare_with_transformers(model, tokenizer, step, True) == message
+    if asked:
+        ids = torch.tensor(asked[0]["ids"])
+        assert ids.shape == (2, 128) and ids.max() < 264 and asked[0]["code"] is True
+        assert "" in asked[0]["texts"]
+
+
+def test_what_is_pushed(monkeypatch, capsys):
+    hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            calls.append((name, exist_ok))
+            return f"hub/{name}"
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, folder_path))
+
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    assert export.push("folder", "a/b") == 0
+    assert calls == [("a/b", True), ("a/b", "folder")]
+    assert capsys.readouterr().out == "uploaded to hub/a/b\n"

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from test_code import assert_as_llama, export_both, look
 
 import train
-from model import LLaMA, ModelConfig
+from model import LLaMA, ModelConfig, trained
 from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError
-from plainllama.tokens import shards, tokenizer
+from plainllama.tokens import chat, shards, tokenizer
 from plainllama.tokens.tokenizer_json import write_hf_files
 from plainllama.training import optim, resume
-from plainllama.weights import checkpoint, huggingface
+from plainllama.weights import adapters, checkpoint, expansion, huggingface
 from plainllama.weights.adapters import initial_weight
 from plainllama.weights.huggingface import weight_files
 from plainllama.weights.peft import load_model
@@ -307,6 +307,354 @@ def test_a_sentencepiece_model_beside_the_weights(tmp_path):
     resume.refuse_other_tokenizer(tmp_path, {"tokenizer": {"sha256": hashed}})
     with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer of the data set"):
         resume.refuse_other_tokenizer(tmp_path, {"tokenizer": {"sha256": hashed[::-1]}})
+
+
+# ---- the pieces by direct calls
+
+TINY = {"n_layer": 2, "n_head": 4, "d_model": 32, "d_ff": 64, "vocab_size": 258, "block_size": 48}
+
+
+def small(**changes) -> LLaMA:
+    model = expansion.outline(ModelConfig(**{**TINY, **changes}))
+    for number, p in enumerate(model.parameters()):
+        p.data.fill_(number)
+    return model
+
+
+@pytest.fixture
+def words(tmp_path) -> Path:
+    (tmp_path / "words").mkdir()
+    tokenizer.make_tokenizer("bytes").save(tmp_path / "words")
+    return tmp_path / "words" / "tokenizer.json"
+
+
+@pytest.mark.parametrize(("changes", "keys"), [
+    ({}, {}), ({"n_kv_head": 2, "tie_embeddings": True, "norm_eps": 1e-6, "rope_theta": 5e5},
+              {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+               "rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    ({"rope_scaling": "linear", "rope_factor": 4.0}, {
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_parameters": {
+            "rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    ({"expand": "concat", "expand_blocks": 1, "first_row": 9}, {
+        "architectures": ["PlainLlamaExpanded"], "model_type": "plainllama", "plainllama": {
+            "expand": "concat", "expand_blocks": 1, "expand_merge": "lerp", "first_row": 9}})])
+def test_the_whole_config(tmp_path, changes, keys):
+    config = ModelConfig(**{**TINY, **changes})
+    made = huggingface.config_json(config, 5, 6, torch.bfloat16)
+    assert made == {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2,
+        "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 258,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 48, "num_key_value_heads": 4,
+        "head_dim": 8, "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False,
+        "mlp_bias": False, "rope_theta": 10000.0, "rope_scaling": None, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0}, "initializer_range": 0.02,
+        "use_cache": True, "bos_token_id": 5, "eos_token_id": 6, "torch_dtype": "bfloat16",
+        "dtype": "bfloat16"} | keys
+    write_json(tmp_path / "config.json", made)
+    assert huggingface.read_config(tmp_path) == replace(config, n_kv_head=config.kv_heads)
+    grown = {"expand", "expand_blocks", "expand_merge", "first_row"}
+    assert huggingface.described(config) == {
+        name: value for name, value in vars(config).items()
+        if config.expand_blocks or name not in grown}
+
+
+def test_what_ends_a_text_and_an_answer(tmp_path, words):
+    def ends(folder, **how):
+        folder.mkdir()
+        huggingface.write_description(folder, ModelConfig(**TINY), words, **how)
+        config = json.loads((folder / "config.json").read_text())
+        found = json.loads((folder / "generation_config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (256, 257)
+        assert found.keys() == {"bos_token_id", "eos_token_id"} and found["bos_token_id"] == 256
+        return found["eos_token_id"]
+
+    assert ends(tmp_path / "text") == 257
+    _, data = chat.with_roles(json.loads(words.read_text()), "x")
+    words.write_bytes(data)
+    assert ends(tmp_path / "talk", template=chat.TEMPLATE) == [257, 262]
+
+
+def test_shards_hold_at_most_so_many_bytes(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = {name: torch.full((size,), float(size)) for name, size in (("a", 10), ("b", 10),
+                                                                         ("c", 5), ("d", 40))}
+
+    def files(limit, dtype=torch.float32):
+        for path in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.index.json")):
+            path.unlink()
+        huggingface.write_weights(tmp_path, weights, dtype, limit)
+        found = {path.name: load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))}
+        whole = {name: w for each in found.values() for name, w in each.items()}
+        assert {name: w.float().tolist() for name, w in whole.items()} == {
+            name: w.tolist() for name, w in weights.items()}
+        assert {w.dtype for w in whole.values()} == {dtype}
+        index = tmp_path / "model.safetensors.index.json"
+        if len(found) > 1:
+            assert json.loads(index.read_text()) == {
+                "metadata": {"total_size": 65 * dtype.itemsize},
+                "weight_map": {name: file for file, each in found.items() for name in each}}
+            assert list(found) == [f"model-{i:05d}-of-{len(found):05d}.safetensors"
+                                   for i in range(1, len(found) + 1)]
+        else:
+            assert list(found) == ["model.safetensors"] and not index.exists()
+        return [sorted(each) for each in found.values()]
+
+    assert files(0) == files(260) == files(10**9) == [["a", "b", "c", "d"]]
+    assert files(259) == [["a", "b", "c"], ["d"]]
+    assert files(100) == [["a", "b", "c"], ["d"]] and files(99) == [["a", "b"], ["c"], ["d"]]
+    assert files(80) == [["a", "b"], ["c"], ["d"]] and files(79) == [["a"], ["b", "c"], ["d"]]
+    assert files(1) == [["a"], ["b"], ["c"], ["d"]]
+    assert files(130, torch.bfloat16) == [["a", "b", "c", "d"]]
+    assert files(129, torch.bfloat16) == [["a", "b", "c"], ["d"]]
+    file = tmp_path / "config.json"
+    file.chmod(0o640)
+    files(0)
+    assert (tmp_path / "model.safetensors").stat().st_mode == file.stat().st_mode
+
+
+def test_our_code_beside_the_weights(tmp_path):
+    config = ModelConfig(**TINY)
+    (tmp_path / "config.json").write_text('{"hidden_size": 32, "model_type": "llama"}')
+    huggingface.write_code(tmp_path, config)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.py",
+                                                          "modeling_plainllama.py"}
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "hidden_size": 32, "model_type": "plainllama", "architectures": ["PlainLlamaForCausalLM"],
+        "plainllama": huggingface.described(config), "auto_map": {
+            "AutoConfig": "modeling_plainllama.PlainLlamaConfig",
+            "AutoModelForCausalLM": "modeling_plainllama.PlainLlamaForCausalLM"}}
+
+
+BARE = {"num_hidden_layers": 2, "num_attention_heads": 16, "hidden_size": 64, "vocab_size": 258,
+        "intermediate_size": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 48,
+        "model_type": "llama"}
+
+
+@pytest.mark.parametrize(("changes", "reads"), [
+    ({}, {"n_kv_head": 0}), ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
+    ({"model_type": "mistral", "sliding_window": None}, {"n_kv_head": 8}),
+    ({"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 4},
+     {"n_kv_head": 4}), ({"num_key_value_heads": 2}, {"n_kv_head": 2}),
+    ({"num_key_value_heads": None}, {"n_kv_head": 0}), ({"rope_theta": 5e5}, {"rope_theta": 5e5}),
+    ({"rope_parameters": {"rope_theta": 5e5}}, {"rope_theta": 5e5}),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}},
+     {"rope_scaling": "linear", "rope_factor": 2.0}),
+    ({"rope_scaling": None, "rope_parameters": None, "plainllama": None, "layer_types": None}, {}),
+    ({"layer_types": ["full_attention"] * 2, "attention_bias": False, "head_dim": 4,
+      "hidden_act": "silu", "sliding_window": None, "quantization_config": None}, {}),
+    ({"head_dim": None}, {}), ({"rms_norm_eps": 1}, {"norm_eps": 1}),
+    *(({"plainllama": {"expand": kind, "expand_blocks": 2, "expand_merge": merge,
+                       "first_row": 257, "n_layer": 99}},
+       {"expand": kind, "expand_blocks": 2, "expand_merge": merge, "first_row": 257})
+      for kind, merge in (("concat", "lerp"), ("stack", "lerp"), ("hybrid", "dlerp"))),
+    ({"plainllama": {"expand": "concat", "expand_blocks": 1}},
+     {"expand": "concat", "expand_blocks": 1}),
+    ({"plainllama": {"expand": "none", "expand_blocks": 0, "first_row": 0}}, {})])
+def test_what_a_config_says_is_read_and_what_it_does_not_is_the_default(tmp_path, changes, reads):
+    write_json(tmp_path / "config.json", BARE | changes)
+    assert huggingface.read_config(tmp_path) == ModelConfig(
+        **{"n_layer": 2, "n_head": 16, "d_model": 64, "d_ff": 64, "vocab_size": 258,
+           "block_size": 48, "norm_eps": 1e-5, **reads})
+
+
+GROWTH = {"expand": "concat", "expand_blocks": 1, "expand_merge": "lerp", "first_row": 0}
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    *(({"plainllama": GROWTH | more}, f"its expansion is {GROWTH | more}") for more in (
+        {"expand": "none"}, {"expand": "other"}, {"expand_blocks": 0}, {"expand_blocks": 3},
+        {"first_row": 258}, {"expand_merge": "mean"})),
+    ({"plainllama": {"first_row": 5}}, f"its expansion is {GROWTH | {'expand': 'none'}}".replace(
+        "'expand_blocks': 1", "'expand_blocks': 0").replace("'first_row': 0", "'first_row': 5")),
+    ({"num_attention_heads": 64}, "64 heads, 64 of keys and values, do not fit a width of 64"),
+    ({"num_attention_heads": 12}, "12 heads, 12 of keys and values, do not fit a width of 64"),
+    ({"num_key_value_heads": 3}, "16 heads, 3 of keys and values, do not fit a width of 64"),
+    ({"hidden_act": "gelu", "mlp_bias": True}, "hidden_act is 'gelu', mlp_bias is True"),
+    ({"model_type": "mistral", "num_key_value_heads": 16}, "sliding_window is 4096"),
+    ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+      "rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}},
+     "rope_scaling and rope_theta say something else than rope_parameters")])
+def test_what_a_config_asks_for_is_refused_whole(tmp_path, changes, says):
+    write_json(tmp_path / "config.json", BARE | changes)
+    with pytest.raises(UserError) as caught:
+        huggingface.read_config(tmp_path)
+    assert str(caught.value) == (f"{tmp_path / 'config.json'}: {says}; only plain LLaMA models can "
+                                 "be read")
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"num_hidden_layers": -1}, "ValueError('num_hidden_layers is -1')"),
+    ({"vocab_size": True}, "ValueError('vocab_size is True')"),
+    ({"num_hidden_layers": 2.0}, "ValueError('num_hidden_layers is 2.0')"),
+    ({"rms_norm_eps": True}, "ValueError('rms_norm_eps is True')"),
+    ({"rope_theta": "x"}, "ValueError(\"rope_theta is 'x'\")"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "KeyError('factor')")])
+def test_what_is_no_config_is_said_whole(tmp_path, changes, says):
+    write_json(tmp_path / "config.json", BARE | changes)
+    with pytest.raises(UserError) as caught:
+        huggingface.read_config(tmp_path)
+    assert str(caught.value) == (f"{tmp_path / 'config.json'} is not the config of a LLaMA: {says}")
+
+
+def test_keys_to_set_of_a_model_that_grew():
+    plain = ModelConfig(**TINY)
+    grown = replace(plain, expand="concat", expand_blocks=2, first_row=9)
+    assert huggingface.other_keys(grown, plain) == "--expand=concat --expand_blocks=2"
+    assert huggingface.other_keys(grown, replace(grown, first_row=0, expand_merge="dlerp")) == (
+        "--expand_merge=lerp")
+    assert huggingface.other_keys(plain, grown) == ""
+    linear = replace(plain, rope_scaling="linear", rope_factor=4.0, rope_low=2.0)
+    assert huggingface.other_keys(linear, replace(linear, rope_low=1.0)) == ""
+    assert huggingface.other_keys(plain, replace(linear, rope_high=9.0)) == ""
+
+
+def test_weights_are_copied_where_they_fit(tmp_path, words):
+    model = small()
+    (tmp_path / "plain").mkdir()
+    huggingface.write_folder(tmp_path / "plain", model.config, dict(model.named_parameters()),
+                             words)
+
+    def loaded(made, folder="plain", **how):
+        for p in made.parameters():
+            p.data.fill_(-1)
+        huggingface.load_weights(tmp_path / folder, made, World(), **how)
+        return made
+
+    def refused(made, says, folder="plain", **how):
+        with pytest.raises(UserError) as caught:
+            huggingface.fitting(tmp_path / folder, made, **how)
+        assert str(caught.value) == f"{tmp_path / folder}: {says}"
+
+    for (name, p), q in zip(loaded(small()).named_parameters(), model.parameters(), strict=True):
+        assert p.equal(q), name
+    refused(small(n_layer=3), "9 missing weights, the first is model.layers.2.input_layernorm."
+            "weight")
+    refused(small(n_layer=1), "9 unknown weights, the first is model.layers.1.input_layernorm."
+            "weight")
+    refused(small(d_ff=65), "model.layers.0.mlp.gate_proj.weight has shape [64, 32], the config "
+            "says [65, 32]")
+    refused(small(vocab_size=260), "model.embed_tokens.weight has shape [258, 32], the config says "
+            "[260, 32]")
+    refused(small(vocab_size=260, d_ff=65), "model.layers.0.mlp.gate_proj.weight has shape [64, 32]"
+            ", the config says [65, 32]", grows=True)
+    refused(small(vocab_size=250), "model.embed_tokens.weight has shape [258, 32], the config says "
+            "[250, 32]", grows=True)
+    grown = loaded(small(vocab_size=260), grows=True)
+    for name in huggingface.ENDS:
+        assert grown.get_parameter(name)[:258].equal(model.get_parameter(name))
+        assert (grown.get_parameter(name)[258:] == -1).all()
+    tied = loaded(small(tie_embeddings=True))  # of the folder's own output matrix nothing is read
+    assert tied.lm_head.weight.equal(model.model.embed_tokens.weight)
+    copies = loaded(small(expand="stack", expand_blocks=1), expands=True)
+    assert all((p == -1).all() == (".expansion." in name)
+               for name, p in copies.named_parameters())
+    refused(small(expand="stack", expand_blocks=1), "9 missing weights, the first is model.layers.1"
+            ".expansion.input_layernorm.weight", expands=False)
+    # the rows that learn stand in the matrix, as many of them as the folder has
+    for vocab, first in ((258, 250), (261, 256)):
+        rows = small(vocab_size=vocab)
+        adapters.attach(rows, adapters.Adapter(
+            2, 4.0, 0.0, ("model.layers.0.mlp.down_proj",), "int8", first))
+        for _, p in trained(rows):
+            p.data.fill_(-1)
+        huggingface.load_weights(tmp_path / "plain", rows, World(), grows=vocab > 258)
+        for end in (rows.model.embed_tokens, rows.lm_head):
+            found = 258 - first
+            assert (end.rows[:found] == end.weight[0, 0]).all() and (end.rows[found:] == -1).all()
+            assert end.weight[0, 0] > -1
+        held = rows.model.layers[0].mlp.down_proj.matrix()
+        assert torch.allclose(held, model.model.layers[0].mlp.down_proj.weight, rtol=0.01)
+
+
+class Sharded(World):
+    """A rank of two that have the rows of each matrix between them."""
+
+    def piece(self, tensor):
+        half = -(-len(tensor) // 2)
+        return (tensor[:half], 0) if self.rank == 0 else (tensor[half:], half)
+
+
+@pytest.mark.parametrize("vocab", [258, 260, 600])
+def test_each_rank_copies_its_rows(tmp_path, words, vocab):
+    model = small()
+    for p in model.parameters():
+        p.data.copy_(torch.arange(float(p.numel())).view(p.shape))
+    (tmp_path / "plain").mkdir()
+    huggingface.write_folder(tmp_path / "plain", model.config, dict(model.named_parameters()),
+                             words)
+    made = small(vocab_size=vocab)
+    for p in made.parameters():
+        p.data.fill_(-1)
+    for rank in (0, 1):
+        huggingface.load_weights(tmp_path / "plain", made, Sharded(rank, 2), vocab > 258)
+    for name, p in made.named_parameters():
+        stored = model.get_parameter(name)
+        assert p[:len(stored)].equal(stored) and (p[len(stored):] == -1).all(), name
+
+
+def test_what_bf16_would_round_is_refused(tmp_path, words):
+    model = small()
+    model.lm_head.weight.data[250] = 1 + 2**-10  # which bf16 has not
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        (tmp_path / name).mkdir()
+        huggingface.write_folder(tmp_path / name, model.config, dict(model.named_parameters()),
+                                 words, dtype)
+
+    def held(first=0, part="lm_head", vocab=258):
+        made = small(first_row=first, vocab_size=vocab)
+        matrix = made.get_submodule(part).weight
+        matrix.data = matrix.data.bfloat16()
+        return made
+
+    says = ("frozen_dtype=bf16 would round lm_head.weight of FOLDER, and a checkpoint that is no "
+            "adapter's holds what is frozen; say frozen_dtype=fp32")
+    for made, refused in ((held(), True), (held(251), True), (held(250), False), (small(), False),
+                          (held(part="model.embed_tokens"), False)):
+        huggingface.refuse_rounding(tmp_path / "bf16", made)
+        if not refused:
+            huggingface.refuse_rounding(tmp_path / "fp32", made)
+            continue
+        with pytest.raises(UserError) as caught:
+            huggingface.refuse_rounding(tmp_path / "fp32", made)
+        assert str(caught.value) == says.replace("FOLDER", str(tmp_path / "fp32"))
+    model.model.layers[0].mlp.up_proj.weight.data[63, 5] = 1 + 2**-10
+    (tmp_path / "up").mkdir()
+    huggingface.write_folder(tmp_path / "up", model.config, dict(model.named_parameters()), words)
+    with pytest.raises(UserError, match=r"would round model.layers.0.mlp.up_proj.weight of"):
+        huggingface.refuse_rounding(tmp_path / "up", held(5, "model.layers.0.mlp.up_proj"))
+    grown = small(expand="stack", expand_blocks=1)
+    for p in grown.parameters():
+        p.data = p.data.bfloat16()
+    huggingface.refuse_rounding(tmp_path / "bf16", grown)  # of copies the folder has none
+
+
+def test_which_files_hold_the_weights(tmp_path):
+    def refused(says):
+        with pytest.raises(UserError) as caught:
+            weight_files(tmp_path)
+        assert str(caught.value) == says
+
+    index = tmp_path / "model.safetensors.index.json"
+    gone = f"{tmp_path}: model.safetensors is missing; "
+    refused(gone + "copy the folder again")
+    (tmp_path / "pytorch_model-1.bin").write_text("")
+    refused(gone + "convert its pickled weights")
+    index.write_text('{"weight_map": {"b": "y", "a": "x", "c": "y"}}')
+    refused(f"{tmp_path}: x is missing; convert its pickled weights")
+    (tmp_path / "x").write_text("")
+    (tmp_path / "y").write_text("")
+    assert weight_files(tmp_path) == ["x", "y"]
+    index.write_text('{"weight_map": {"a": "../x"}}')
+    refused(f"{index} names '../x', outside the folder")
+    for text in ('{"weight_map": 5}', "[]", "{", "{}"):
+        index.write_text(text)
+        with pytest.raises(UserError, match="is not an index of weights: "):
+            weight_files(tmp_path)
+    (tmp_path / "model.safetensors").write_text("")
+    assert weight_files(tmp_path) == ["model.safetensors"]
+    save_file({"a": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(1)},
+              tmp_path / "model.safetensors")
+    assert list(huggingface.open_weights(tmp_path)) == ["a"]
 
 
 # ---- transformers 4.57

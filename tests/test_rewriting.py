@@ -456,3 +456,39 @@ def test_what_was_rewritten_is_learned_from(scripted, tmp_path, monkeypatch):
         "sha256"]
     stored = b"".join(path.read_bytes() for path in folder.glob("*.bin")).replace(b"\0", b"")
     assert all(text.encode() in stored for text, _ in ANSWERS.values())
+
+
+# ---- counted and said
+
+def test_rows_are_counted_by_what_became_of_them():
+    template = ["Say ", "a", ", ", "b", ", ", "a", ""]
+    rows = [{"a": 1, "b": 2}, {"a": "x", "b": None}, {"a": 5, "b": 6}]
+    made = {0: {"completion": " \n", "stop": "length"}, 1: {"completion": "new 7", "stop": "eos"},
+            2: {"completion": "6", "stop": "stop"}}
+    assert rewriting.judge(template, rows, made) == {
+        "rows": 3, "numbers": 4, "lost": 3, "rows_lost": 2, "rows_added": 1, "rows_copied": 1,
+        "rows_empty": 1, "rows_cut": 1}
+    assert [made[i]["lost"] for i in range(3)] == [["1", "2"], [], ["5"]]
+    assert [made[i]["added"] for i in range(3)] == [[], ["7"], []]
+
+
+@pytest.mark.parametrize(("lost", "numbers", "share"), [(0, 0, "0.0"), (1, 1, "100.0"),
+                                                        (1, 3, "33.3"), (2, 2, "100.0")])
+def test_a_share_is_said(lost, numbers, share):
+    counts = COUNTS | {"lost": lost, "numbers": numbers}
+    assert f"({lost} of {numbers} numbers, {share} %)" in rewriting.sentence(counts)
+
+
+def test_messages_about_templates_are_whole(tmp_path):
+    for text, says in (("a\n\n{ b", ":3: '{' is no field; write {FIELD}, and {{ for a {, }} for a "
+                        "}"), ("x", " names no field of the rows; write {FIELD} where one goes")):
+        with pytest.raises(UserError) as caught:
+            template_of(tmp_path, text)
+        assert str(caught.value) == f"{tmp_path}/T.txt{says}"
+    assert template_of(tmp_path, "{a}b{{{c}}}") == ["", "a", "b{", "c", "}"]
+    for row, says in (({}, "none"), ({"x": 1, "y": 2}, "x, y")):
+        with pytest.raises(UserError) as caught:
+            rewriting.check_fields(["", "a", "", "b", ""], row, "F:1")
+        assert str(caught.value) == ("F:1 has no 'a', which --template names; its fields are: "
+                                     f"{says} ({{{{ is a brace)")
+    assert rewriting.check_fields(["", "a", "b", "c", ""], {"a": 1, "c": 2}, "F:1") is None

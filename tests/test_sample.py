@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,11 +23,12 @@ import sample
 from model import KVCache, LLaMA, ModelConfig
 from plainllama import parallel
 from plainllama.command import parse
-from plainllama.files import write_json
-from plainllama.generation import generate, prompt_files
+from plainllama.files import sha256, write_json
+from plainllama.generation import decoding, generate, prompt_files
 from plainllama.settings import Sampling, Settings, UserError
 from plainllama.tokens.chat import with_roles
-from plainllama.tokens.tokenizer import make_tokenizer
+from plainllama.tokens.templates import chat_of
+from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.weights import checkpoint
 from plainllama.weights.adapters import initial_weight
 from plainllama.weights.huggingface import config_json
@@ -848,3 +850,746 @@ def test_bad_input(ckpt, tmp_path, monkeypatch, content, words, says):
         run(f"--ckpt={ckpt}", f"--prompts={source}", f"--out={tmp_path / 'G.jsonl'}", *words)
     assert says in str(problem.value)
     assert [p.name for p in tmp_path.iterdir()] == ["F.jsonl"] * (content is not None)
+
+
+# ---- the pieces of decoding by direct calls
+
+def metaspace():
+    """A tokenizer that drops the space of a first word, with the tokens of dialogs."""
+    from test_chat import made
+
+    return made("strip")
+
+
+def test_the_seed_of_a_text_is_that_of_its_number():
+    """So that a command gives its texts again, also with a later version."""
+    assert generate.row_seed(1337, 0) == 3643028952745237382
+    assert generate.row_seed(1337, 1) == 6566851171690161626
+
+
+def test_top_p_of_one_drops_nothing():
+    """The sum of many small numbers is more or less than one."""
+    logits = torch.randn(2, 60_000, generator=torch.Generator().manual_seed(0))
+    assert generate.allowed(logits, Sampling()).isfinite().all()
+
+
+def test_a_prompt_that_fills_the_context_has_no_answer():
+    model, texts = tiny(), [[256] * 48, [256] * 47, [256] * 46]
+    found = generate.generate(model, texts, 9, GREEDY, [0] * 3)
+    assert [(len(ids), why) for ids, why in found] == [(0, "length"), (1, "length"), (2, "length")]
+    assert found[1][0] == uncached(model, texts[1], 1)
+    assert found[2][0] == uncached(model, texts[2], 2)
+
+
+def test_rows_are_left_behind_once_half_have_ended(monkeypatch):
+    """And on a CPU a token is looked at before the next is computed."""
+    events, step = [], generate.step
+
+    def counted(model, ids, cache):
+        events.append(len(ids))
+        return step(model, ids, cache)
+
+    def watch(row, token):
+        events.append("abcd"[row])
+        return events.count("abcd"[row]) == row + 1
+
+    monkeypatch.setattr(generate, "step", counted)
+    found = generate.generate(tiny(), PROMPTS, 9, GREEDY, [0] * 4, watch=watch)
+    assert [len(ids) for ids, _ in found] == [1, 2, 3, 4]
+    assert events == [*"abcd", 4, *"bcd", 2, *"cd", 1, "d"]
+
+
+def test_a_step_is_compiled_for_a_cache_of_one_size(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
+    cache, step = generate.compile_step(tiny(), 2, 1, True)
+    assert (cache.k.shape[1], cache.k.shape[3], step) == (2, 3, generate.step)  # 3 are tried
+    assert asked == [{"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}]
+
+    def fails(*_, **__):
+        raise kind("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    kind = ValueError
+    with pytest.raises(UserError, match=r"^--compile=true, but torch.compile fails here \("):
+        generate.compile_step(tiny(), 2, 9, True)
+    assert capsys.readouterr().out == ""
+    assert generate.compile_step(tiny(), 2, 9, False) is None
+    said = capsys.readouterr().out
+    assert said.startswith("torch.compile fails here (") and said.endswith(
+        "); going on without it, slower\n") and "no compiler" in said
+    kind = torch.OutOfMemoryError
+    with pytest.raises(UserError, match=r"^no memory for 2 rows of 9 tokens; lower --batch$"):
+        generate.compile_step(tiny(), 2, 9, False)
+
+
+@pytest.mark.parametrize(("text", "marks", "count"), [
+    ("a", ["ab"], 1), ("ab", ["ab"], 0), ("aab", ["abc"], 2), ("aa", ["aab", "ab"], 2),
+    ("ax", ["ab"], 0), ("", ["ab"], 0), ("a", [], 0), ("xaba", ["abab", "z"], 3)])
+def test_the_end_of_a_text_that_may_begin_a_mark(text, marks, count):
+    assert generate.begun_marks(text, marks) == count
+
+
+def test_bytes_wait_for_at_most_sixteen_of_a_character(capsys):
+    tokenizer = make_tokenizer("bytes", None)
+    one = generate.TextStream(tokenizer, [256], [], False)
+    for count in range(1, 18):
+        assert one.push(0x80) is False
+        assert one.text == ("" if count < 16 else generate.HALF * 16), count
+    assert one.push() is False and one.text == generate.HALF * 17
+    assert one.fresh(True) == one.text and one.fresh(True) == ""
+    at_once = generate.TextStream(tokenizer, [], ["ab"], True)
+    assert [at_once.push(token) for token in b"ab"] == [False, True] and at_once.text == ""
+    assert capsys.readouterr().out == ""
+
+
+def test_an_answer_is_spelled_by_itself_and_a_text_behind_its_prompt():
+    tokenizer = metaspace()
+    the, end = tokenizer.encode("the")[-1], tokenizer.encode("a")[-1]
+    role = tokenizer.special_ids["<|assistant|>"]
+    for prompt, said in (([tokenizer.bos_id, the], " the"), ([tokenizer.bos_id, role], " the"),
+                         ([role, the], " the"), ([tokenizer.bos_id], "the"), ([], "the")):
+        one = generate.TextStream(tokenizer, prompt, [], False)
+        one.push(the), one.push()
+        assert one.text == said, prompt
+    one = generate.TextStream(tokenizer, [tokenizer.bos_id], [], False)
+    for token in (the, tokenizer.eos_id, end):  # one that spells nothing is no beginning
+        one.push(token)
+    assert one.text == "the a"
+
+
+@pytest.mark.parametrize(("text", "first", "last"), [
+    ("-1", 2, 3), ("0", 0, 1), ("2", 2, 3), ("1:", 1, 3), (":2", 0, 2), (":", 0, 3),
+    ("-2:", -2, 3), ("0:1", 0, 1), ("-3", 0, 1), ("1:-1", 1, -1)])
+def test_layers_are_counted_as_python_does(text, first, last):
+    assert generate.layers_of(text, 3) == slice(first, last)
+
+
+@pytest.mark.parametrize("text", ["3", "-4", "2:1", "1:1", "x", "", "3:", "1.0", ":x"])
+def test_layers_that_are_none(text):
+    with pytest.raises(UserError, match=rf"^--layers={text} names no states: the model has 3, 0"):
+        generate.layers_of(text, 3)
+
+
+def test_the_sample_along_a_run(tmp_path, monkeypatch):
+    tokenizer, said, rows = make_tokenizer("bytes", None), [], object()
+    tokenizer.save(tmp_path)
+
+    def prepared(**changes):
+        config = Settings(**{"block_size": 48, "sample_tokens": 5, "sample_prompt": "ab",
+                             **changes})
+        return generate.samples_of(config, tmp_path, rows, said.append)
+
+    assert prepared(sample_tokens=0) == [] == said
+    assert prepared(block_size=1) == []
+    assert said == ["no samples along the run: a context of one token has no room for them"]
+    for size in (2, 3):
+        with pytest.raises(UserError, match=rf"^sample_prompt has 3 tokens, and the context of "
+                           rf"{size} must hold it and at least one more; shorten it$"):
+            prepared(block_size=size)
+    assert len(prepared(block_size=4)) == len(prepared(sample_tokens=1)) == 1
+    assert len(prepared(block_size=2, sample_prompt="")) == 1
+    [sample] = prepared()
+    assert (sample.prompt, sample.shown) == ([256, 97, 98], "ab")
+    model, lines = tiny(), []
+    log = SimpleNamespace(active=False, say=lines.append,
+                          line=lambda *words: lines.append(words))
+    sample.add(model, 7, log)
+    assert lines == []
+    log.active = True
+    sample.add(model, 7, log)
+    [(stop, text, ids)] = generate.complete(model, tokenizer, [[256, 97, 98]], 5, Sampling(),
+                                            [generate.row_seed(Settings().seed, 0)], [])
+    row = {"prompt": "ab", "completion": text, "stop": stop}
+    assert sample.draw(model) == row and len(ids) <= 5
+    assert lines == [("samples.jsonl", {"step": 7} | row),
+                     f"step 7: sample {'ab' + text!r:.100}"]
+    monkeypatch.setattr(generate.Tokenizer, "load", lambda _: (_ for _ in ()).throw(
+        ImportError("tokenizers is not there")))
+    assert prepared() == [] and said[-1] == "no samples along the run: tokenizers is not there"
+
+
+def test_the_sample_along_a_run_on_dialogs(tmp_path, monkeypatch):
+    tokenizer = metaspace()
+    tokenizer.save(tmp_path)
+    opening = [tokenizer.bos_id, tokenizer.special_ids["<|user|>"], *tokenizer.encode("the"),
+               tokenizer.special_ids["<|end|>"], tokenizer.special_ids["<|assistant|>"]]
+
+    class Fit(generate.FitRows):
+        def __init__(self, masked):
+            self.split = SimpleNamespace(masked=masked)
+
+        def opening(self):
+            return opening
+
+    def prompt(rows, said):
+        config = Settings(block_size=48, sample_tokens=5, sample_prompt=said)
+        [found] = generate.samples_of(config, tmp_path, rows, print)
+        return found.prompt, found.shown
+
+    chat = chat_of(tokenizer)
+    asked = chat.prompt([{"role": "user", "content": "a"}])
+    assert prompt(Fit(True), "")[0] == opening
+    assert prompt(Fit(True), "")[1].startswith("<s><|user|>")
+    assert prompt(Fit(True), "a")[0] == asked
+    for rows in (Fit(False), SimpleNamespace(split=SimpleNamespace(masked=True))):
+        assert prompt(rows, "a") == ([tokenizer.bos_id, *tokenizer.encode("a")], "a")
+
+
+def test_a_batch_is_decoded_row_by_row(monkeypatch, capsys):
+    model, tokenizer = tiny(), metaspace()
+    texts = [generate.Completion("eos", "a", [1, 2]), generate.Completion("length", "b", [1] * 47),
+             generate.Completion("length", "c", [1]), generate.Completion("stop", "d", [1] * 47)]
+    asked = []
+    monkeypatch.setattr(generate, "complete", lambda *words: asked.append(words) or texts)
+    flags = flags_of("--max_new_tokens=50", "--seed=3")
+    rows = [decoding.Row(i, [256], i == 0) for i in (0, 5, 6, 7)]
+    made = decoding.Decoder(flags, model, tokenizer)(rows)
+    assert made == ({0: {"completion": "a", "stop": "eos", "message": {
+        "role": "assistant", "content": "a"}}, 5: {"completion": "b", "stop": "length"},
+        6: {"completion": "c", "stop": "length"}, 7: {"completion": "d", "stop": "stop"}}, 97, 1)
+    assert asked == [(model, tokenizer, [[256]] * 4, 50, flags, [
+        generate.row_seed(3, i) for i in (0, 5, 6, 7)], [], False, None)]
+    flags = flags_of("--embed=last", "--layers=-1")
+    made = decoding.Decoder(flags, model, tokenizer)([decoding.Row(4, [256, 1]),
+                                                      decoding.Row(2, [256])])
+    assert (sorted(made.rows), made.tokens, made.cut) == ([2, 4], 3, 0)
+    wanted = generate.embed(model, [[256, 1]], "last", "-1")[0]
+    found = torch.tensor(prompt_files.unpacked([made.rows[4]["embedding"]])[0])
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert decoding.Row(1, []).is_talk is False
+    monkeypatch.undo()
+    generate.complete(model, make_tokenizer("bytes", None), [[256]], 3, GREEDY, [0], [])
+    assert capsys.readouterr().out == ""  # nothing is shown unless it is asked for
+
+
+def test_nodes_of_a_cluster_decode_what_this_process_would(ckpt):
+    class Cluster:
+        def each(self, work, jobs, load, settle):
+            decoder = load()
+            reports = []
+            for number, job in jobs.items():
+                yield number, work(decoder, number, job, reports.append)
+                assert reports.pop() == 3 and settle([]) is None
+
+    flags = flags_of("--device=cpu", "--dtype=fp32", "--max_new_tokens=3", "--temperature=0")
+    jobs = [[decoding.Row(0, [256, 1])], [decoding.Row(1, [256, 2])]]
+    found = list(decoding.decoded_on(Cluster(), flags, ckpt, jobs))
+    here = decoding.Decoder(flags, load_model(ckpt), make_tokenizer("bytes", None))
+    assert found == [here(job) for job in jobs]
+
+
+# ---- the command by direct calls
+
+FLAGS = {"ckpt": "out", "base": "", "prompt": "", "prompts": "", "template": "", "column": "prompt",
+         "out": "", "max_new_tokens": 256, "num_samples": 1, "stop": "", "seed": 1337, "batch": 16,
+         "embed": "none", "id": "", "layers": "-1", "save": False, "device": "auto",
+         "dtype": "auto", "chat": False, "system": "", "tools": "", "compile": "auto", "ray": "",
+         "serve": False, "host": "127.0.0.1", "port": 8000, "queue": 256, "cors": ""}
+
+
+def test_flags_have_their_defaults_and_bounds():
+    assert vars(sample.Flags()) == FLAGS | vars(Sampling())
+    for name, low, high in (("max_new_tokens", 1, None), ("num_samples", 1, None),
+                            ("seed", 0, None), ("batch", 1, None), ("port", 0, 65535),
+                            ("queue", 1, None)):
+        for value in (low, high or 10**9):
+            assert getattr(flags_of(f"--{name}={value}"), name) == value
+        for value in (low - 1, *([high + 1] if high else [])):
+            with pytest.raises(UserError, match=name):
+                flags_of(f"--{name}={value}")
+
+
+ROWS = "--prompts F.jsonl and --out G.jsonl go together, without --prompt"
+SHARED = "--ray shares the rows of --prompts among nodes, without --compile=true"
+STATES = "--embed writes states, and those to a .parquet (--out), without --save"
+FILLED = "--template is for texts that are made of --prompts F.jsonl"
+OFFERED = "--system and --tools are for --chat; rows of messages take them too"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--queue=5"], "--queue is for --serve"), (["--host=a", "--cors=b"], "--cors is for --serve"),
+    (["--template=T"], FILLED), (["--template=T", "--prompts=F", "--embed=mean"], FILLED),
+    (["--prompts=F"], ROWS), (["--out=G"], ROWS), (["--prompts=F", "--out=G", "--prompt=a"], ROWS),
+    (["--ray"], SHARED), (["--ray=a:1", "--prompts=F", "--out=G", "--compile=true"], SHARED),
+    (["--embed=mean"], STATES), (["--embed=mean", "--prompts=F", "--out=G.jsonl"], STATES),
+    (["--embed=mean", "--prompts=F", "--out=G.parquet", "--save"], STATES),
+    (["--embed=mean", "--out=G.parquet"], ROWS),
+    (["--system=a"], OFFERED), (["--tools=nowhere.py"], OFFERED),
+    (["--system=a", "--tools=nowhere.py"], OFFERED),
+    *(([f"--{name}={value}", "--chat"], f"--{name} has no effect on --chat") for name, value in (
+        ("prompt", "a"), ("prompts", "F"), ("template", "T"), ("column", "c"), ("out", "G"),
+        ("num_samples", 2), ("batch", 2), ("embed", "last"), ("layers", "0"), ("id", "c"),
+        ("save", "true"), ("compile", "true"), ("ray", "a:1"))),
+    *(([f"--{name}={value}", "--serve"], f"--{name} has no effect on --serve; requests say how "
+       "they are drawn") for name, value in (("seed", 5), ("top_k", 3), ("max_new_tokens", 4),
+                                             ("system", "a"), ("tools", "f.py")))])
+def test_what_does_not_go_together(words, message):
+    with pytest.raises(UserError) as caught:
+        run(*words)
+    assert str(caught.value) == message
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """The first of two ranks, without the other."""
+    world = parallel.World(0, 2)
+    world.started = []
+    monkeypatch.setattr(parallel, "start", lambda device, _: world.started.append(device) or world)
+    monkeypatch.setattr(world, "agree", lambda value: world.answers.pop(0))
+    monkeypatch.setattr(world, "sum", lambda values: values * 2)
+    return world
+
+
+def test_several_processes_share_a_file_alone(two_ranks, ckpt, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("uvicorn")
+    two_ranks.answers = [ckpt, []] * 2
+    for words, message in ((["--prompt=a"], "several processes share a file"),
+                           (["--chat"], "--chat is for one process"),
+                           (["--serve", "--port=0"], "--serve is for one process")):
+        with pytest.raises(UserError, match=message):
+            run("--ckpt", ckpt, *words)
+    (tmp_path / "F.jsonl").write_text('{"prompt": "a"}\n' * 4)
+    words = ["--ckpt", ckpt, "--prompts", tmp_path / "F.jsonl", "--out", tmp_path / "G.jsonl",
+             "--batch=1", "--layers=0", "--temperature=0", "--max_new_tokens=2"]
+    with pytest.raises(UserError, match="whose nodes share it by themselves"):
+        run(*words, "--ray=a:1")
+    assert two_ranks.started == ["auto", "auto", "auto", "cpu"]  # the nodes of a cluster have GPUs
+    two_ranks.rank = 1
+    assert run(*words) == 0
+    assert not (tmp_path / "G.jsonl").exists() and capsys.readouterr().out == ""
+    two_ranks.rank, two_ranks.answers = 0, [ckpt, [9]]
+    assert run(*words) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[::2] == ["without effect here: layers", "1 of 4 rows were done before"]
+    assert said[3].startswith("8 new tokens in ")  # twice those of this rank
+    assert len((tmp_path / "G.jsonl").read_text().splitlines()) == 4
+    two_ranks.rank, two_ranks.answers = 1, [ckpt, []] * 2
+    assert run(*words) == 0 and capsys.readouterr().out == ""
+    two_ranks.rank = 0
+    (tmp_path / "G.jsonl.part-0").write_text("")
+    assert run(*words) == 0 and not (tmp_path / "G.jsonl.part-0").exists()
+
+
+def test_a_talk_and_a_server_get_the_model_and_what_was_asked(tmp_path, monkeypatch):
+    uvicorn = pytest.importorskip("uvicorn")
+    from plainllama.generation import serving
+
+    plain = write_checkpoint(tmp_path / "out" / "r" / "checkpoints" / "step_3", tiny())
+    tuned = write_checkpoint(tmp_path / "tuned", tiny())
+    Tokenizer(*with_roles(json.loads((tuned / "tokenizer.json").read_text()), "x"), "x").save(tuned)
+    (plain.parent.parent / "run.json").write_text("{}")
+    (tmp_path / "f.py").write_text("def add(a: int) -> int:\n    return a\n")
+    talks, served = [], []
+    monkeypatch.setattr(sample, "talk", lambda *words: talks.append(words) or 3)
+    monkeypatch.setattr(serving, "serve", lambda *words: served.append(words) or 4)
+    here = ["--device=cpu", "--dtype=fp32"]
+    assert run("--ckpt", tuned, "--chat", *here) == 3
+    assert run("--ckpt", tuned, "--chat", f"--tools={tmp_path}/f.py", "--seed=2", *here) == 3
+    for (model, chat, flags, tools), there in zip(talks, (False, True), strict=True):
+        assert isinstance(model, LLaMA) and model.compute_dtype == torch.float32
+        assert chat.tokenizer.vocab_size == 263
+        assert (tools is not None) == there and flags.seed == (2 if there else 1337)
+    monkeypatch.setenv(serving.KEY, "secret")
+    for folder, name, chat in ((plain, "r", False), (tuned, "tuned", True)):
+        assert run("--ckpt", folder, "--serve", "--port=0", "--batch=2", "--queue=5",
+                   "--host=127.0.0.1", "--cors=http://a", *here) == 4
+        service, place = served.pop()
+        service.batch.close()
+        assert (service.model.name, service.model.chat is not None) == (name, chat)
+        assert (service.model.block_size, service.key, service.batch.queue) == (48, "secret", 5)
+        assert len(service.batch.slots.all) == 2 and place.fileno() == -1  # closed behind it
+        assert service.batch.vocab_size == service.model.tokenizer.vocab_size
+    assert uvicorn
+
+
+@pytest.mark.parametrize(("compile", "out", "device", "jobs", "must"), [
+    ("auto", "G", "cuda", 1, False), ("true", "", "cpu", 1, True), ("true", "G", "cuda", 1, True),
+    ("auto", "G", "cpu", 1, None), ("auto", "", "cuda", 1, None), ("false", "G", "cuda", 1, None),
+    ("true", "G", "cuda", 0, None)])
+def test_when_a_step_is_compiled(monkeypatch, capsys, compile, out, device, jobs, must):
+    asked = []
+    monkeypatch.setattr(generate, "compile_step", lambda *words: asked.append(words[1:]))
+    monkeypatch.setattr(sample, "Decoder", lambda *words: lambda job: (words[3:], job))
+    flags = flags_of(f"--compile={compile}", "--max_new_tokens=9", "--batch=3", "--prompt=hey")
+    flags.out = out
+    world = SimpleNamespace(device=SimpleNamespace(type=device))
+    batches = [[decoding.Row(0, [256] * 5), decoding.Row(1, [256])], [decoding.Row(2, [256])]]
+    made = list(sample.decoded_here(flags, tiny(), None, batches * jobs, world, True))
+    assert asked == ([] if must is None else [(3, 14, must)])
+    assert made == [((None, True), job) for job in batches * jobs]
+    assert capsys.readouterr().out == "hey\n"
+    flags.max_new_tokens, flags.compile = 99, "true"
+    assert len(list(sample.decoded_here(flags, tiny(), None, batches, world, False))) == 2
+    assert asked[-1] == (3, 48, True) and capsys.readouterr().out == ""
+    flags.embed, asked[:] = "mean", []
+    assert list(sample.decoded_here(flags, tiny(), None, batches, world, False)) and not asked
+
+
+@pytest.mark.parametrize(("embed", "out", "cut", "line"), [
+    ("none", "", 0, "6 new tokens in 4.00 s: 1.5 tokens/s"),
+    ("none", "G", 2, "6 new tokens in 4.00 s: 1.5 tokens/s; 3 ended where the context ends, at 48 "
+     "tokens -> G"), ("mean", "G", 0, "6 tokens in 4.00 s: 1.5 tokens/s -> G")])
+def test_what_is_made_is_kept_and_counted(monkeypatch, embed, out, cut, line):
+    ticks, shown = iter([10.0, 14.0]), []
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+
+    class Progress:
+        def __init__(self, *words):
+            shown.append(words)
+
+        def add(self, n):
+            shown.append(n)
+
+        def close(self):
+            shown.append("closed")
+
+    monkeypatch.setattr(sample, "Progress", Progress)
+    flags = flags_of(f"--embed={embed}")
+    flags.out = out
+    results = [decoding.Made({0: {"a": 1}, 2: {"a": 2}}, 4, cut),
+               decoding.Made({1: {"a": 3}}, 2, cut // 2)]
+    made, said = sample.gather(flags, iter(results), 3, None, parallel.World(), 48, False)
+    assert made == {0: {"a": 1}, 1: {"a": 3}, 2: {"a": 2}} and said == line
+    assert shown == [("embedding" if embed == "mean" else "sampling", 3, "rows", True), 2, 1,
+                     "closed"]
+    for rank, quiet in ((1, False), (0, True)):
+        ticks = iter([10.0, 14.0])
+        world = parallel.World(rank, 2)
+        world.sum = lambda values: values
+        sample.gather(flags, iter([]), 3, None, world, 48, quiet)
+        assert shown[-2][3] is False
+
+
+def test_the_ids_of_prompts():
+    tokenizer = metaspace()
+    chat, ask = chat_of(tokenizer), [{"role": "user", "content": "a"}]
+    rows = [{"prompt": "the"}, {"messages": ask}]
+    prompts = prompt_files.Prompts([row for row in rows for _ in range(2)])
+    flags = flags_of("--num_samples=2")
+
+    def ids(size=48, chat=chat, schemas=(), **changes):
+        for name, value in changes.items():
+            setattr(flags, name, value)
+        return sample.prompt_ids(flags, prompts, prompts.talks("prompt"), chat, list(schemas),
+                                 tokenizer, size)
+
+    text, talk = [tokenizer.bos_id, *tokenizer.encode("the")], chat.prompt(ask)
+    assert ids() == [text, text, talk, talk]
+    assert ids(system="a")[2] == chat.prompt([{"role": "system", "content": "a"}, *ask])
+    most = len(talk)
+    assert ids(most + 1, system="") == [text, text, talk, talk]
+    for where in ("", "F.jsonl:2: "):
+        flags.prompts = where[:7]
+        with pytest.raises(UserError) as caught:
+            ids(most)
+        assert str(caught.value) == (f"{where}the prompt has {most} tokens, room is for "
+                                     f"{most - 1} in a context of {most}")
+    assert ids(most, embed="mean") == [text, text, talk, talk]
+    with pytest.raises(UserError, match=f"room is for {most - 1} in a context of {most - 1}$"):
+        ids(most - 1)
+    assert ids(48, None)[2] == [tokenizer.bos_id, *tokenizer.encode("")]
+
+
+# ---- files of prompts by direct calls
+
+@pytest.mark.parametrize(("name", "data", "rows"), [
+    ("F.jsonl", '{"a": 1}\n{"b": "é"}\n\n \n'.encode(), [{"a": 1}, {"b": "é"}]),
+    ("F.JSONL", b'\xef\xbb\xbf{"a": 1}', [{"a": 1}]), ("F", b"", []), ("F.jsonl", b" \n", []),
+    ("F.txt", b"", []), ("F.TXT", b"\n", [{"x": ""}]), ("F.txt", b"a", [{"x": "a"}]),
+    ("F.txt", b"a\r\n\n b \n\n", [{"x": "a"}, {"x": ""}, {"x": " b "}, {"x": ""}])])
+def test_rows_of_a_file(tmp_path, name, data, rows):
+    (tmp_path / name).write_bytes(data)
+    assert prompt_files.read_file(tmp_path / name, "x") == (rows, None)
+
+
+@pytest.mark.parametrize(("name", "data", "says"), [
+    ("F.txt", b"a\n\xff", ":2 is not text: "), ("F.jsonl", b'{"a": 1}\n[]', ":2 is not a JSON obj"),
+    ("F.jsonl", b"\n{}", ":1 is not a JSON object: ")])
+def test_rows_that_are_none(tmp_path, name, data, says):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        prompt_files.read_file(tmp_path / name, "x")
+    assert str(caught.value).startswith(f"{tmp_path / name}{says}")
+
+
+def test_which_rows_are_talks():
+    talk, rows = {"messages": [], "x": None}, [{"p": "a"}, {"messages": [], "x": None}]
+    prompts = prompt_files.Prompts(rows)
+    assert prompts.talks("p") == prompts.talks("p", False) == [None, talk]
+    assert [prompts.text(row, "p") for row in rows] == ["a", ""]
+    assert prompts._replace(table=0).talks("p") == [None, {"messages": []}]
+    assert prompts._replace(ids=(1, 2)).talks("p") == [None, None]
+    filled = prompts._replace(template=["<", "x", ">"], rows=[{"x": 5, "p": "a"}])
+    assert filled.text(filled.rows[0], "p") == "<5>"
+    asked = [{"messages": [{"role": "user", "content": "<5>"}]}]
+    assert (filled.talks("p"), filled.talks("p", False)) == (asked, [None])
+    assert filled._replace(ids=(1,)).talks("p") == [None]
+    empty = prompt_files.Prompts([])
+    assert (empty.complete, empty.id, empty.ids, empty.manifest) == (False, "", (), None)
+
+
+def test_what_was_made_is_written_beside_the_rows(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+
+    def written(kind, prompts, made):
+        with open(tmp_path / "G", "wb") as file:
+            prompts.write_to(file, kind, made)
+        if kind.lower() != ".parquet":
+            return (tmp_path / "G").read_text()
+        return pq.read_table(tmp_path / "G").to_pylist()
+
+    rows = [{"a": 1, "é": "x"}, {"a": 2, "o": {"k": 1}}]
+    states = [prompt_files.pack(torch.tensor(state)) for state in ([1.0, 2.0], [3.0, -4.5])]
+    message = {"role": "assistant", "content": "é"}
+    made = [{"embedding": states[0], "message": message, "lost": [], "n": 1},
+            {"embedding": states[1], "message": None, "lost": [], "n": 2}]
+    assert written("", prompt_files.Prompts(rows), [{"a": 9}, {"b": "é"}]) == (
+        '{"a": 9, "é": "x"}\n{"a": 2, "o": {"k": 1}, "b": "é"}\n')
+    assert written(".PARQUET", prompt_files.Prompts(rows), made) == [
+        {"a": 1, "é": "x", "o": None, "embedding": [1.0, 2.0], "lost": [], "n": 1,
+         "message": '{"role": "assistant", "content": "é"}'},
+        {"a": 2, "é": None, "o": {"k": 1}, "embedding": [3.0, -4.5], "lost": [], "n": 2,
+         "message": None}]
+    by_id = prompt_files.Prompts(rows, id="a")
+    assert written(".parquet", by_id, made) == [
+        {"a": 1, "emb_0001": 1.0, "emb_0002": 2.0}, {"a": 2, "emb_0001": 3.0, "emb_0002": -4.5}]
+    assert written(".parquet", by_id, [{}, {}]) == [{"a": 1}, {"a": 2}]
+    column = prompt_files.column_of
+    assert column([1, None]).to_pylist() == [1, None] and column([[1], []]).to_pylist() == [[1], []]
+    assert column([{"a": 1}, None, {"b": 2}]) == ['{"a": 1}', None, '{"b": 2}']
+
+
+def read(*words) -> prompt_files.Prompts:
+    return prompt_files.read_prompts(flags_of(*words))
+
+
+def test_prompts_of_a_command(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    assert read("--prompt=a", "--num_samples=2", "--column=c") == ([{"c": "a"}] * 2, None, False,
+                                                                   "", (), None, None)
+    Path("F.jsonl").write_text('{"prompt": "a", "n": 1}\n{"messages": [], "n": 2}\n')
+    Path("T.txt").write_text("of {n}")
+    Path("G").write_text("there")
+    rows = [{"prompt": "a", "n": 1}, {"messages": [], "n": 2}]
+    words = ["--prompts=F.jsonl", "--out=H"]
+    assert read(*words) == (rows, None, False, "", (), None, None)
+    assert read(*words, "--out=G", "--num_samples=2") == (
+        [rows[0], rows[0], rows[1], rows[1]], None, True, "", (), None, None)
+    assert read(*words, "--id=n").id == ""  # of states alone
+    assert read(*words, "--out=H.parquet", "--id=n", "--embed=mean").id == "n"
+    assert read(*words, "--template=T.txt").template == ["of ", "n", ""]
+    Path("E.jsonl").write_text('{"prompt": "a", "completion": "b", "sample": 1, "lost": 2}')
+    for more, taken in (([], "completion"), (["--num_samples=2", "--column=prompt"], "completion"),
+                        (["--template=T.txt"], "")):
+        with pytest.raises(UserError) as caught:
+            read("--prompts=E.jsonl", "--out=H", *more)
+        assert str(caught.value) == (
+            f"E.jsonl:1: `{taken}` would be overwritten; rename it" if taken else
+            "E.jsonl:1 has no 'n', which --template names; its fields are: prompt, completion, "
+            "sample, lost ({{ is a brace)")
+    Path("E.jsonl").write_text('{"prompt": "a", "n": 1, "lost": 2}')
+    assert len(read("--prompts=E.jsonl", "--out=H").rows) == 1
+    with pytest.raises(UserError, match="`lost` would be overwritten"):
+        read("--prompts=E.jsonl", "--out=H", "--template=T.txt")
+    Path("E.jsonl").write_text('{"prompt": "a", "embedding": 2, "stop": 1}')
+    for more, taken in ((["--embed=mean", "--out=H.parquet"], "embedding"), (["--out=H"], "stop")):
+        with pytest.raises(UserError, match=f"`{taken}` would be overwritten"):
+            read("--prompts=E.jsonl", *more)
+    monkeypatch.setattr(prompt_files.importlib.util, "find_spec", lambda name: None)
+    for more in (["--prompts=F.jsonl", "--out=H.parquet"], ["--prompts=F.parquet", "--out=H"]):
+        with pytest.raises(UserError, match=r"^a .parquet needs pyarrow: "):
+            read(*more)
+    assert len(read(*words).rows) == 2
+
+
+@pytest.fixture
+def table_set(tmp_path, monkeypatch):
+    """A prepared set of tables: the texts of two clients, the first with its end."""
+    monkeypatch.chdir(tmp_path)
+    manifest = {"recipe": {"documents": "table", "sources": [{"id": "client"}], "block_size": 48},
+                "tokenizer": {"eos": 257, "sha256": "aa"}, "cut": {"clients to block_size 48": 3},
+                "source": [{"renderer": "r1"}]}
+
+    class Split:
+        def __init__(self, folder, split, manifest):
+            self.split, self.folder = split, folder
+
+        def clients(self):
+            return ["c1", 7] if self.split == "train" else ["c3"]
+
+        def bounds(self):
+            return torch.tensor([0, 3, 5] if self.split == "train" else [0, 1])
+
+        def read(self, start, end):
+            return torch.tensor([256, 97, 257, 256, 98])[start:end]
+
+    monkeypatch.setattr(prompt_files.shards, "Split", Split)
+    monkeypatch.setattr(prompt_files.shards, "read_manifest", lambda folder: manifest)
+    (tmp_path / "set").mkdir()
+    make_tokenizer("bytes", None).save(tmp_path / "set")
+    return manifest
+
+
+def test_clients_of_a_prepared_set(table_set, tmp_path):
+    pytest.importorskip("pyarrow")
+    words = ["--prompts=set", "--embed=mean"]
+    rows = [{"client": "c1"}, {"client": 7}, {"client": "c3"}]
+    for more in ([], ["--id=client"]):
+        assert read(*words, "--out=G.parquet", *more) == (
+            rows, None, False, "client", ([256, 97], [256, 98], [256]), table_set, None)
+    (tmp_path / "G.parquet").write_text("")
+    assert read(*words, "--out=G.parquet").complete is True
+    (tmp_path / "D").mkdir()
+    none = (r"^--prompts=set is a data set; what can be made of one is --embed, once for each "
+            r"client, or --template, of a set of tables \(documents=table\)$")
+    for more, message in (
+            (["--out=G.parquet", "--id=n"], "^--id=n: the clients of set go by client; leave --id "
+             "out$"), (["--out=D"], "^--out D is not a file in a folder that exists$"),
+            (["--out=no/G"], "^--out no/G is not a file in a folder that exists$"),
+            (["--out=G.parquet", "--num_samples=2"], none), (["--out=G", "--embed=none"], none)):
+        with pytest.raises(UserError, match=message):
+            read(*words, *more)
+    (tmp_path / "T.txt").write_text("{id} {split} {text}")
+    found = read("--prompts=set", "--template=T.txt", "--out=G")
+    assert found.rows == [{"id": "c1", "split": "train", "text": "a"},
+                          {"id": 7, "split": "train", "text": "b"},
+                          {"id": "c3", "split": "val", "text": ""}]
+    table_set["recipe"]["documents"] = "chat"
+    for more in (["--out=G.parquet", "--embed=mean"], ["--template=T.txt", "--out=G"]):
+        with pytest.raises(UserError, match=none):
+            read("--prompts=set", *more)
+
+
+def test_a_set_that_the_model_did_not_learn_is_refused(table_set, tmp_path, capsys):
+    def refuse(size=48, sha256="aa", run=tmp_path) -> str:
+        prompt_files.refuse_other_set(prompt_files.Prompts([], manifest=table_set), sha256, run,
+                                      size)
+        return capsys.readouterr().out
+
+    cut = ("note: the set's clients are cut to 48 tokens, and the model reads 49; prepare it with "
+           "that block_size to keep more of them\n")
+    nameless = ("note: the model's run names no renderer of tables, so that nothing says whether "
+                "it has learned to read this set\n")
+    assert (refuse(), refuse(49), refuse(run=None)) == (nameless, cut + nameless, nameless)
+    write_json(tmp_path / "run.json", {"data": {"renderers": ["r1"]}})
+    assert (refuse(), refuse(47), refuse(run=None)) == ("", "", nameless)
+    write_json(tmp_path / "run.json", {"data": {"renderers": ["r1", "r2"]}})
+    assert (refuse(), refuse(49)) == ("", cut)
+    table_set["cut"] = {}
+    assert refuse(49) == ""
+    with pytest.raises(UserError, match=r"^--prompts is a set of another tokenizer than the model"):
+        refuse(sha256="bb")
+    table_set["source"] += [{"renderer": "r3"}]
+    with pytest.raises(UserError, match="tables are written otherwise than those that the model"):
+        refuse()
+
+
+@pytest.mark.parametrize(("ids", "message"), [
+    ([1, "1", "a", 0, -5], ""), ([1, True], "F:2 has no id in a column `c`: a text or a whole "
+                                 "number (--id names another)"),
+    ([""], "F:1 has no id in a column `c`: a text or a whole number (--id names another)"),
+    ([1.0], "F:1 has no id in a column `c`: a text or a whole number (--id names another)"),
+    ([3, "a", 3], "F:3: c 3 is that of row 1 too; an id has one row")])
+def test_ids_are_texts_or_whole_numbers_and_differ(ids, message):
+    with pytest.raises(UserError) if message else contextlib.nullcontext() as caught:
+        prompt_files.check_ids(Path("F"), ids, "c")
+    assert not message or str(caught.value) == message
+
+
+def test_the_journal_of_a_batch(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("F.txt", "T.txt", "f.py", "set/manifest.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(name)
+    flags = flags_of("--prompts=F.txt", "--out=G*.jsonl", "--seed=5")
+
+    def short(name):
+        return sha256(Path(name))[:16]
+
+    def recipe(**changes):
+        made = flags_of("--prompts=F.txt", "--out=G*.jsonl", "--seed=5")
+        for name, value in changes.items():
+            setattr(made, name, value)
+        return prompt_files.Journal(made, ckpt, torch.bfloat16).recipe
+
+    plain = {"sha256 of the model": recipe()["sha256 of the model"],
+             "sha256 of --prompts": short("F.txt"), "sha256 of --tools": "", "column": "prompt",
+             "max_new_tokens": 256, "num_samples": 1, "stop": [], "seed": 5, "embed": "none",
+             "id": "", "layers": "-1", "system": "", "dtype": "bfloat16", **vars(Sampling())}
+    assert recipe() == plain and len(plain["sha256 of the model"]) == 16
+    assert recipe(tools="f.py", template="T.txt", prompts="set") == plain | {
+        "sha256 of --tools": short("f.py"), "sha256 of --template": short("T.txt"),
+        "sha256 of --prompts": short("set/manifest.json")}
+    journal = prompt_files.Journal(flags, ckpt)
+    assert journal.recipe == plain | {"dtype": "float32"}
+    assert journal.other(journal.recipe) == ""
+    assert journal.other(journal.recipe | {"seed": 6}) == "seed=6, now it is 5"
+    assert journal.other(journal.recipe | {"x": 1}) == "x=1, now it is "
+    assert journal.other({**journal.recipe, "top_k": ""}) == "top_k=, now it is 0"
+    Path("Gx.jsonl.part-0").write_text("of another file")
+    journal.begin(0)
+    journal.add({2: {"completion": "é"}}), journal.add({0: {"completion": "b"}})
+    journal.file.close()
+    assert [path.name for path in journal.parts()] == ["G*.jsonl.part-0"]
+    lines = Path("G*.jsonl.part-0").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        journal.recipe, {"row": 2, "completion": "é"}, {"row": 0, "completion": "b"}]
+    with open("G*.jsonl.part-0", "a") as part:
+        part.write('{"row": 1')
+    assert journal.read() == {2: {"completion": "é"}, 0: {"completion": "b"}}
+    assert Path("G*.jsonl.part-0").read_text().splitlines() == lines
+    journal.begin(1)
+    journal.add({1: {"completion": "c"}})
+    journal.file.close()
+    rows = [{"prompt": "p"}] * 3
+    made = journal.finish(prompt_files.Prompts(rows))
+    assert made == {2: {"completion": "é"}, 0: {"completion": "b"}, 1: {"completion": "c"}}
+    assert Path("G*.jsonl").read_text() == "".join(
+        f'{{"prompt": "p", "completion": "{text}"}}\n' for text in "bcé")
+    assert journal.parts() == [] and Path("Gx.jsonl.part-0").exists()
+    assert set(json.loads(Path("G*.jsonl.made.json").read_text())) == {"file", "recipe", "versions",
+                                                                       "git"}
+    assert journal.read() == {}
+    journal.begin(0)
+    journal.file.write(b'{}\n{"x": 1}\n'), journal.file.close()
+    with pytest.raises(UserError, match=r"was begun with sha256 of the model=, now it is "):
+        journal.read()
+    Path("G*.jsonl.part-0").write_text(json.dumps(journal.recipe) + '\n{"x": 1}\n')
+    with pytest.raises(UserError, match="is damaged; delete it, and its rows are made anew"):
+        journal.read()
+
+
+def test_a_template_is_judged_and_samples_are_numbered(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("F.jsonl").write_text('{"n": 12}')
+    Path("T.txt").write_text("of {n}")
+    assert run("--ckpt", ckpt, "--prompts=F.jsonl", "--template=T.txt", "--out=G.jsonl",
+               "--num_samples=2", "--max_new_tokens=1", "--column=x") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("without effect here: column\n")
+    assert "\nrewritten: 2 rows; with lost numbers 2 (2 of 2 numbers" in said
+    rows = [json.loads(line) for line in Path("G.jsonl").read_text().splitlines()]
+    assert [(row["n"], row["sample"], row["lost"]) for row in rows] == [(12, 0, ["12"]),
+                                                                        (12, 1, ["12"])]
+    with pytest.raises(UserError, match="are for a model that was tuned on dialogs"):
+        run("--ckpt", ckpt, "--prompts=F.jsonl", "--template=T.txt", "--out=H.jsonl", "--system=a")
+
+
+def test_texts_on_the_screen_and_in_the_run(tmp_path, capsys, monkeypatch):
+    folder = write_checkpoint(tmp_path / "model", tiny())
+    with pytest.raises(UserError, match=r"^--save adds to a run's samples.jsonl, and .* lies in"):
+        run("--ckpt", folder, "--save")
+    capsys.readouterr()
+    texts = iter("abcd")
+    monkeypatch.setattr(generate, "complete", lambda *words: [
+        generate.Completion("stop", next(texts), [1]) for _ in words[2]])
+    assert run("--ckpt", folder, "--prompt=p", "--num_samples=3") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:7] == [line for i, text in enumerate("abc", 1)
+                        for line in (f"--- {i} of 3 (stop)", f"p{text}")]
+    assert len(said) == 8 and said[7].startswith("3 new tokens in ")
+    assert run("--ckpt", folder, "--prompt=p") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "p" and said[2].startswith("1 new tokens in ") and len(said) == 3

@@ -3,6 +3,7 @@
 import io
 import json
 from types import SimpleNamespace
+from typing import Literal, Optional
 
 import pytest
 from test_chat import TOOL, made
@@ -384,6 +385,229 @@ def test_files_without_functions_are_refused(tmp_path, text, message):
         tools.Tools(str(tmp_path / "f.py"))
     with pytest.raises(UserError, match="no file"):
         tools.Tools(str(tmp_path / "g.py"))
+
+
+# ---- the pieces of a talk by direct calls
+
+class Words:
+    """A chat whose prompts are as long as what is said in them."""
+
+    tokenizer = SimpleNamespace(stop_ids={9}, vocab_size=99, roles={0}, decode_behind=lambda ids:
+                                "x" * len(ids), decode=lambda ids: "")
+
+    def prompt(self, messages, tools=None):
+        return [0] * sum(len(message["content"]) for message in messages)
+
+    def parse(self, text):
+        return {"role": "assistant", "content": text}
+
+
+def worded(block=40, most=20, *lengths: int, system="") -> talk.Talk:
+    """A talk of questions and answers in turn, of these lengths."""
+    flags = SimpleNamespace(system=system, max_new_tokens=most, stop=[], seed=1)
+    made = talk.Talk(SimpleNamespace(config=SimpleNamespace(block_size=block)), Words(), flags,
+                     None)
+    made.messages += [{"role": ("user", "assistant")[i % 2], "content": "c" * length}
+                      for i, length in enumerate(lengths)]
+    return made
+
+
+@pytest.mark.parametrize(("block", "most", "lengths", "left"), [
+    (40, 20, (30,), 1), (40, 20, (31,), 1), (40, 20, (39,), 1), (40, 5, (10, 10, 15), 3),
+    (40, 5, (10, 10, 16), 1), (40, 20, (10, 10, 10), 3), (40, 20, (10, 10, 11), 1),
+    (40, 20, (5, 5, 5, 20, 5), 3), (40, 20, (5, 5, 5, 5, 10), 5), (41, 20, (10, 10, 11), 3),
+    (44, 20, (10, 10, 13), 3), (44, 20, (10, 10, 14), 1), (44, 20, (1, 1, 1, 1, 43), 1)])
+def test_how_much_of_a_talk_is_kept(capsys, block, most, lengths, left):
+    """A quarter of the context, or what an answer may have, is kept for it, unless the last
+    question alone needs more."""
+    one = worded(block, most, *lengths)
+    assert len(one.fitting()) == sum(lengths[len(lengths) - left:])
+    assert len(one.messages) == left
+    assert capsys.readouterr().out == (
+        "(the oldest turn is forgotten: the context is full)\n" * ((len(lengths) - left) // 2))
+    spoken = worded(block + 3, most, *lengths, system="abc")
+    spoken.fitting()
+    assert spoken.messages[0] == {"role": "system", "content": "abc"}
+
+
+def test_a_question_alone_may_be_too_long():
+    for lengths in ((40,), (3, 3, 40)):
+        one = worded(40, 20, *lengths)
+        with pytest.raises(UserError) as caught:
+            one.fitting()
+        assert str(caught.value) == "that takes 40 of a context of 40 tokens; say it shorter"
+        assert one.messages == []
+
+
+def test_each_answer_has_draws_of_its_own(monkeypatch, capsys):
+    asked, ended = [], "length"
+
+    def generated(model, prompts, most, flags, seeds, stop_ids, vocab_size, watch):
+        asked.append((len(prompts[0]), most, seeds, stop_ids, vocab_size))
+        watch(0, 5)
+        return [([5], ended)]
+
+    monkeypatch.setattr(generate, "generate", generated)
+    one = worded(40, 20, 25)
+    assert one.generate() == ("x", True)
+    assert capsys.readouterr().out == "x (ended after 15 tokens)\n"
+    one, ended = worded(40, 7, 25), "eos"
+    assert one.generate() == one.generate() == ("x", True)
+    assert capsys.readouterr().out == "x\nx\n"
+    assert asked == [(25, most, [generate.row_seed(1, number)], {9}, 99)
+                     for most, number in ((15, 0), (7, 0), (7, 1))]
+
+
+def test_a_call_without_functions_is_answered(session, monkeypatch, capsys):
+    session.model.config.block_size = 900
+    monkeypatch.setattr(session.flags, "max_new_tokens", 200)
+    session.answers += ['<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>', "No."]
+    run(session, monkeypatch, "a")
+    assert ("\n[error: there are no functions; say --tools=FILE.py]\nNo.\n"
+            in capsys.readouterr().out)
+
+
+def test_what_is_saved_and_loaded_is_said(tmp_path, capsys):
+    one, file = worded(400, 20, 3, 4), tmp_path / "t.jsonl"
+    for before in (None, b"", b"{}", b"{}\n", b"\n"):
+        if before is not None:
+            file.write_bytes(before)
+        one.save(str(file))
+        assert capsys.readouterr().out == f"(2 messages -> {file})\n"
+        kept = (before or b"").removesuffix(b"\n")
+        assert file.read_bytes() == (kept + b"\n" if before else b"") + prompt_files.as_line(
+            {"messages": one.messages})
+    one.schemas = [{"name": "f"}]
+    one.save(str(file))
+    row = json.loads(file.read_text().splitlines()[-1])
+    assert row == {"messages": one.messages, "tools": [{"name": "f"}]}
+    capsys.readouterr()
+    (tmp_path / "u.jsonl").write_text(json.dumps({"messages": one.messages, "tools": [
+        {"name": name, "parameters": {"type": "object", "properties": {}}} for name in "fgh"]}))
+    one.load(str(tmp_path / "u.jsonl"))
+    assert capsys.readouterr().out == (f"(2 messages from {tmp_path}/u.jsonl)\n(its functions g, h "
+                                       "are not there; --tools=FILE)\n")
+    for messages, says in (([], "there is nothing yet"), ([{"role": "system", "content": "a"}],
+                                                          "there is nothing yet")):
+        one.messages = messages
+        for ask in (one.undo, lambda: one.save(str(file))):
+            with pytest.raises(UserError, match=says):
+                ask()
+
+
+def test_a_terminal_is_greeted(monkeypatch, capsys):
+    typed = iter(["", " ", '"""a', "b", 'c"""', "/exit", "never"])
+    signs = []
+    monkeypatch.setattr("builtins.input", lambda sign: signs.append(sign) or next(typed))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    asked = []
+    monkeypatch.setattr(talk.Talk, "ask", lambda self, text: asked.append(text))
+    flags = SimpleNamespace(system="", tools="f.py")
+    assert talk.talk(None, Words(), flags, SimpleNamespace(sha256="abc", schemas=[])) == 0
+    assert capsys.readouterr().out == f"{talk.HELP}\ntools: f.py, sha256 abc\n\n"
+    assert asked == ["a\nb\nc"] and signs == ["> ", "> ", "> ", ". ", ". ", "> "]
+    typed = iter(["/exit"])
+    assert talk.talk(None, Words(), flags, None) == 0
+    assert capsys.readouterr().out == f"{talk.HELP}\n\n"
+
+
+def test_questions_of_several_lines(monkeypatch):
+    def asked(*lines: str, terminal=False) -> list[str]:
+        rest = iter(lines)
+
+        def typing(sign):
+            try:
+                return next(rest)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", typing)
+        return list(talk.questions(terminal))
+
+    for lines, questions in (
+            (['"""a"""', "b"], ["a", "b"]), ([' """a ', " b", '"""'], ["a\n b"]),
+            (['"""', "", "a", "", '"""', "b"], ["a", "b"]), (['"""a', "b"], ["a\nb"]),
+            (["a", "", " b "], ["a", "", " b "]), ([], [])):
+        assert asked(*lines) == asked(*lines, terminal=True) == questions
+
+
+# ---- the pieces of tools by direct calls
+
+@pytest.mark.parametrize(("hint", "schema", "good", "bad"), [
+    (str, {"type": "string"}, ["", "a"], [1, None]), (int, {"type": "integer"}, [0, -5],
+                                                      [True, 1.0, "1"]),
+    (float, {"type": "number"}, [1, 1.5], [True, "1"]), (bool, {"type": "boolean"}, [True, False],
+                                                         [0, 1, "x"]),
+    (list, {"type": "array"}, [[], [1, "a"]], [{}, "a"]), (dict, {"type": "object"},
+                                                           [{}, {"a": 1}], [[], "a"]),
+    (dict[str, int], {"type": "object"}, [{}, {"a": "b"}], [[]]),
+    (list[int], {"type": "array", "items": {"type": "integer"}}, [[], [1, 2]], [3]),
+    (int | None, {"anyOf": [{"type": "integer"}, {"type": "null"}]}, [1, None], []),
+    (Optional[str], {"anyOf": [{"type": "string"}, {"type": "null"}]},  # noqa: UP045  the old way
+     ["a", None], []),
+    (Literal["a", 1], {"enum": ["a", 1]}, ["a", 1], []), (type(None), {"type": "null"}, [None],
+                                                          [0, False])])
+def test_types_and_what_fits_them(hint, schema, good, bad):
+    assert tools.type_of(hint, "f(x)") == schema
+    for value in good:
+        assert tools.misfit(value, schema, "x") == tools.misfit(value, schema) == ""
+    for value in bad:
+        says = f"takes {schema['type']}, not {value!r}"
+        assert (tools.misfit(value, schema, "x"), tools.misfit(value, schema)) == (f"x {says}",
+                                                                                   says)
+
+
+def test_what_does_not_fit_is_said_whole():
+    schema = {"type": "object", "required": ["a", "b"], "properties": {
+        "a": {"type": "integer"}, "b": {"enum": [1, 2]}, "c": {"type": "array", "items": {
+            "anyOf": [{"type": "string"}, {"type": "null"}]}}}}
+    for value, says in (
+            ({"a": 1, "b": 2}, ""), ({"a": 1, "b": 2, "c": ["x", None]}, ""),
+            ({"b": 2}, "a is missing"), ({}, "a is missing"), ({"a": 1}, "b is missing"),
+            ({"a": 1, "b": 2, "d": 1, "e": 2}, "has no parameter d; there are a, b, c"),
+            ({"a": "x", "b": 9}, "a takes integer, not 'x'"),
+            ({"a": 1, "b": 9}, "b is one of [1, 2], not 9"),
+            ({"a": 1, "b": 2, "c": ["x", 5, 6]}, "c takes string, not 5"),
+            ([], "takes object, not []")):
+        assert tools.misfit(value, schema) == says
+    assert tools.misfit("y" * 99, {"type": "integer"}) == f"takes integer, not {'y' * 99!r:.80}"
+    for hint in (set, bytes, dict | set):
+        with pytest.raises(UserError, match=r"^--tools: f\(x\) has a type that JSON lacks: "):
+            tools.type_of(hint, "f(x)")
+
+
+def test_a_call_has_its_time_and_a_session_of_its_own(functions, monkeypatch):
+    asked = []
+
+    def process(words, **how):
+        asked.append(how)
+        if len(asked) == 1:
+            raise tools.subprocess.TimeoutExpired(words, how["timeout"])
+        return SimpleNamespace(returncode=len(asked) - 2, stdout="said")
+
+    monkeypatch.setattr(tools.subprocess, "run", process)
+    assert functions.call("hangs", {}) == "error: hangs took longer than 10 s"
+    assert functions.call("add", {"a": 1}) == "said"
+    assert functions.call("add", {"a": 1}) == "error: add ended its process"
+    assert {(how["timeout"], how["start_new_session"]) for how in asked} == {(10, True)}
+    assert json.loads(asked[1]["input"]) == [functions.file, "add", {"a": 1}]
+    assert functions.call("b", {}).startswith("error: no function b; there are add, kinds, hangs")
+    assert len(asked) == 3
+
+
+def test_a_result_of_the_largest_size_is_whole(tmp_path):
+    (tmp_path / "f.py").write_text(
+        'def full():\n    """Give it all.\n\n    Or not."""\n    return "x" * 10_000\n'
+        'def more(*, n: int = 1):\n    return ["é"] * n\n')
+    functions = tools.Tools(str(tmp_path / "f.py"))
+    assert functions.schemas == [
+        {"name": "full", "description": "Give it all.", "parameters": {
+            "type": "object", "properties": {}, "required": []}},
+        {"name": "more", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}},
+                                        "required": []}}]
+    assert functions.sha256 == sha256(tmp_path / "f.py")
+    assert functions.call("full", {}) == "x" * 10_000
+    assert functions.call("more", {"n": 2}) == '["é", "é"]'
 
 
 # ---- sample.py

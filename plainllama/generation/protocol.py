@@ -218,7 +218,7 @@ class Model:
         if not given:
             return self.block_size if kind == "chat" else 16
         low = 0 if asked.echo else 1
-        return number(body, given[0], 16, low, self.block_size,
+        return number(body, given[0], None, low, self.block_size,
                       f"; the model's context has {self.block_size} tokens")
 
     def prompts(self, body: dict, name: str) -> list[list[int]]:
