@@ -294,12 +294,16 @@ def test_a_trial_has_a_row_of_each_rank_and_first_weights(home):
         assert np.array_equal(made.rows, whole) and whole.shape == (8, length + 1)
         assert np.array_equal(made.x, whole[:, :-1]) and len(made.one.ids) == 1
         assert np.array_equal(made.one.targets, whole[:1, 1:])
-    made.partly = True
-    assert made.gradients() == "12 of 12" == trial(
-        **vars(made) | {"partly": False}).gradients()
-    for key in ({"lora_r": 2}, {"train_only": "last:1"}, {"expand": "stack", "expand_blocks": 1}):
-        assert preflight.Trial(settings.Settings(**words, block_size=32, d_model=32, **key),
-                               manifest, World()).partly
+    assert made.gradients() == "12 of 12"
+    world = World()
+    world.size = 2
+    made = preflight.Trial(settings.Settings(**words, block_size=32, d_model=32), manifest, world)
+    assert made.targets == made.engine.config.global_batch_tokens == 64
+    for key, count in (({"lora_r": 2}, 14), ({"train_only": "last:1"}, 9),
+                       ({"expand": "stack", "expand_blocks": 1}, 9)):
+        made = preflight.Trial(settings.Settings(**words, block_size=32, d_model=32, **key),
+                               manifest, World())
+        assert made.partly and made.gradients() == f"{count} of {count}"
 
 
 def test_each_check_is_said_and_counted(monkeypatch, capsys):
@@ -415,8 +419,8 @@ def test_documents_that_come_back_otherwise(monkeypatch):
 @pytest.mark.parametrize(("loss", "holds"), [
     (0.0, True), (0.19, True), (-0.19, True), (0.2, False), (-0.2, False), (0.21, False)])
 def test_first_weights_are_off_ln_v_by_less_than_a_fifth(loss, holds):
-    one = trial(rows=np.array([[3, 4]]), vocab=1, model=lambda *_: types.SimpleNamespace(
-        item=lambda: loss))
+    one = trial(rows=np.array([[3, 4, 5]]), vocab=1, model=lambda *_: types.SimpleNamespace(
+        item=lambda: 2 * loss))
     if holds:
         assert one.first_loss() == f"{loss:.3f} nats, ln 1 = 0.000"
     else:
