@@ -24,7 +24,7 @@ from plainllama.progress import duration
 from plainllama.tokens import shards, tokenizer
 from plainllama.tokens.rows import Rows
 from plainllama.tokens.tokenizer_json import sha256_of
-from plainllama.training import optim, preflight
+from plainllama.training import memory, optim, preflight
 from plainllama.weights import adapters
 
 
@@ -713,3 +713,85 @@ def test_the_formulas_are_the_models(low):
     with torch.no_grad():
         ours = net(ids[None])[0]
     assert (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
+
+
+# ---- memory, reckoned
+
+def test_what_an_allocator_would_hold():
+    """What operations make, until it is dropped; memory that is shared counts once."""
+    there = torch.ones(100)
+    seen = memory.Allocator([there])
+    with seen:
+        first = there + 1  # 400 bytes
+        view, same = first.view(10, 10), there[:50]
+        second = torch.cat([first, first])  # 800
+        assert (seen.held, seen.peak) == (1200, 1200)
+        del first, view
+        assert (seen.held, seen.peak) == (800, 1200)
+        third = second.double()  # 1600
+        assert (seen.held, seen.peak) == (2400, 2400)
+        del second, third, same
+        some = torch.full((2,), 1.0, dtype=torch.float64)
+        assert (seen.held, seen.peak) == (16, 2400) and some.sum() == 2
+    one = torch.zeros(3, dtype=torch.float64)
+    assert memory.size_of([one, one, torch.zeros(2, dtype=torch.int8)]) == 26
+    assert memory.size_of([]) == 0
+
+
+KEYS = {"n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 64, "vocab_size": 99, "block_size": 16}
+
+
+def test_what_is_reckoned_beside_activations():
+    for more in ({}, {"train_only": "last:1"}, {"lora_r": 2}, {"lora_r": 2, "attention": "varlen"},
+                 {"optimizer": "muon"}, {"tie_embeddings": True}):
+        config = settings.Settings(**KEYS, **more)
+        net, _ = memory.outline(config)
+        parts = memory.reckon(config, 3, torch.float32)
+        learned = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        count = sum(1 for p in net.parameters() if p.requires_grad)
+        tables = 2 * 16 * 16 * 4  # of RoPE
+        assert parts["weights"] == 4 * sum(p.numel() for p in net.parameters()) + tables
+        assert parts["gradients"] == 4 * learned
+        muon = [p for n, p in net.named_parameters() if ".layers." in n and p.dim() > 1] * (
+            more.get("optimizer") == "muon")
+        assert parts["moments"] == 8 * learned + 4 * count - sum(4 * p.numel() + 4 for p in muon)
+        # at least the logits and their gradient, and what blocks keep of 48 tokens
+        assert parts["activations"] > 4 * 48 * (2 * 99 + 2 * (2 * 64 + 6 * 32))
+        if not more:
+            twice = memory.reckon(config, 6, torch.float32)["activations"]
+            assert 2 * parts["activations"] <= twice < 3 * parts["activations"]  # without gradients
+            half = memory.reckon(config, 3, torch.bfloat16)["activations"]
+            assert half < parts["activations"]
+
+
+@pytest.mark.parametrize(("keys", "said"), [
+    ({}, ["learns: all weights"]), ({"micro_batch": 3}, ["learns: all weights"]),
+    ({"lora_r": 2, "lora_targets": "q,v"},
+     ["  q_proj of all blocks", "  v_proj of all blocks", "learns: a"]),
+    ({"lora_r": 2, "lora_targets": "layers.1.self_attn.q_proj"},
+     ["  q_proj of blocks 1", "learns: a"])])
+def test_what_a_run_takes_is_foreseen(monkeypatch, capsys, keys, said):
+    asked, parts = [], {}
+    monkeypatch.setattr(memory, "reckon", lambda *given: asked.append(given) or parts)
+    monkeypatch.setattr(memory.adapters, "summary", lambda model, adapter, _: (
+        "learns: a" if adapter else ""))
+    config, world = settings.Settings(**KEYS, **keys), World()
+    rows = keys.get("micro_batch", 1)
+    for parts, offload, size in (  # noqa: B007, what stands in asks for them
+            ({"weights": 2_500_000, "moments": 500_000}, False,
+             "3.00 MB (weights 2.50, moments 0.50)"),
+            ({"weights": 999_999_999}, False, "1000.00 MB (weights 1000.00)"),
+            ({"weights": 1_000_000_000}, False, "1.00 GB (weights 1.00)"),
+            ({"weights": 2_000_000_000}, True, "2.00 GB (weights 2.00)")):
+        world.offload = offload
+        memory.foresee(config, world)
+        away = ", of which all but activations in host memory" if offload else ""
+        assert capsys.readouterr().out.splitlines() == [
+            *said, f"memory reckoned for {rows} rows of 16 in float32: {size}, the whole model on "
+                   f"one device{away}"]
+        assert asked.pop() == (config, rows, torch.float32, None)
+    for rank, layers, says in ((1, 2, False), (0, 1000, True), (0, 1001, False)):
+        monkeypatch.setattr(memory, "outline", lambda *_: (None, None))
+        world.rank, config.n_layer = rank, layers
+        memory.foresee(config, world)
+        assert bool(capsys.readouterr().out) == says
