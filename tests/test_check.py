@@ -755,8 +755,7 @@ def test_what_is_reckoned_beside_activations():
         muon = [p for n, p in net.named_parameters() if ".layers." in n and p.dim() > 1] * (
             more.get("optimizer") == "muon")
         assert parts["moments"] == 8 * learned + 4 * count - sum(4 * p.numel() + 4 for p in muon)
-        # at least the logits and their gradient, and what blocks keep of 48 tokens
-        assert parts["activations"] > 4 * 48 * (2 * 99 + 2 * (2 * 64 + 6 * 32))
+        assert parts["activations"] > 4 * 48 * 2 * 99  # the logits and their gradient
         if not more:
             twice = memory.reckon(config, 6, torch.float32)["activations"]
             assert 2 * parts["activations"] <= twice < 3 * parts["activations"]  # without gradients

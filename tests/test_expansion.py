@@ -668,7 +668,8 @@ def test_what_does_not_go_together_is_refused_at_once(home, words, what):
 @pytest.mark.parametrize(("layers", "copies", "kind", "places", "beside"), [
     (4, 2, "concat", [1, 3], [1, 3]), (5, 2, "hybrid", [1, 3], [3]),
     (6, 3, "hybrid", [1, 3, 5], [3]), (6, 4, "hybrid", [0, 1, 2, 3], [1, 3]),
-    (3, 1, "stack", [2], []), (3, 3, "concat", [0, 1, 2], [0, 1, 2]), (7, 2, "stack", [2, 5], []), (2, 0, "none", [], [])])
+    (3, 1, "stack", [2], []), (3, 3, "concat", [0, 1, 2], [0, 1, 2]),
+    (7, 2, "stack", [2, 5], []), (2, 0, "none", [], [])])
 def test_where_copies_stand(layers, copies, kind, places, beside):
     for merge in ("lerp", "dlerp"):
         with torch.device("meta"):
@@ -815,7 +816,8 @@ def test_what_is_seen_of_expanded_blocks(monkeypatch):
     base, copy = block.both(states[3], rope, *[None] * 4)
     dots = (base * copy).sum(-1) / base.norm(dim=-1) / copy.norm(dim=-1)
     share = block.expansion.mix_bias.sigmoid().item()
-    assert found == {3: {"expansion_share": pytest.approx(share), "expansion_cosine": pytest.approx(dots.mean().item(), abs=1e-6)}}
+    assert found == {3: {"expansion_share": pytest.approx(share),
+                         "expansion_cosine": pytest.approx(dots.mean().item(), abs=1e-6)}}
     monkeypatch.setattr(expansion, "first_tokens", lambda *_: some)
     monkeypatch.setattr(expansion, "look", lambda *_: {1: {"expansion_share": 0.5, "x": 1.0},
                                                        3: {"expansion_share": 0.25, "x": 2.0}})
