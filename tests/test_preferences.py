@@ -811,7 +811,7 @@ def test_parts_of_a_reference_are_of_one_model(thinker, tmp_path):
     for sha, thoughts in (("a", 6), ("a", 0), ("b", 6)):
         thinker.sha = sha
         thinker.thought.clear()
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="full"):
             reference.of_run(tmp_path, thinker, *splits, "data", start_at(0))
         assert len([one for one in thinker.thought if one]) == thoughts
         assert sorted(path.name for path in parts.glob("*.npy")) == [

@@ -1304,6 +1304,7 @@ def test_rows_that_are_lost_are_said_once(tmp_path, plain_log, monkeypatch, caps
 @pytest.mark.parametrize(("size", "rows", "windows", "overfit", "more"), [
     (1, 6, 12, 0, []), (2, 6, 11, 0, ["note: each row is read 55 times; say epochs=3, or fewer "
                                       "max_steps"]),
+    (1, 304, 600, 0, ["note: each row is read 51 times; say epochs=3, or fewer max_steps"]),
     (6, 6, 11, 3, []), (7, 6, 99, 0, ["WARNING: 6 rows a step for 7 ranks: some wait"])])
 def test_what_is_trained_is_announced(tmp_path, plain_log, monkeypatch, capsys, size, rows, windows,
                                       overfit, more):
