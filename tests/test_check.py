@@ -742,8 +742,8 @@ KEYS = {"n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 64, "vocab_size": 99, 
 
 
 def test_what_is_reckoned_beside_activations():
-    for more in ({}, {"train_only": "last:1"}, {"lora_r": 2}, {"lora_r": 2, "attention": "varlen"},
-                 {"optimizer": "muon"}, {"tie_embeddings": True}):
+    for more in ({}, {"train_only": "last:1"}, {"lora_r": 2, "attention": "varlen"},
+                 {"optimizer": "muon", "tie_embeddings": True}):
         config = settings.Settings(**KEYS, **more)
         net, _ = memory.outline(config)
         parts = memory.reckon(config, 3, torch.float32)
