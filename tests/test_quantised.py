@@ -152,3 +152,13 @@ def test_a_product_keeps_nothing_dense():
     assert kept == [torch.uint8, torch.int8, torch.float32, torch.float32]
     y.sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_a_block_of_zeros_among_others_comes_back_as_zeros():
+    """What its largest weight is held as may be off by a little: its codes say 0."""
+    matrix = normal((4, 64)) * torch.tensor([[1.0], [0.0], [3.0], [0.5]])
+    for kind, (to, back) in QUANTISED.items():
+        parts = to(matrix)
+        again = back(parts, matrix.shape, torch.float32)
+        assert not again[1].any() and (again[::2] != 0).any(), kind
+        assert kind == "int8" or (parts["codes"][32:64] == 0x77).all()
