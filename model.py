@@ -251,7 +251,7 @@ def repeated(q: Tensor, x: Tensor) -> Tensor:
 
 
 # (q, k, v, mask, documents) -> (B, H, T, D); to add one: a function, this entry, a choice in
-# settings, and a case in tests/test_engine.py
+# settings, and a case in tests/test_model.py
 ATTENTION = {"sdpa": sdpa, "varlen": varlen, "xformers": xformers, "reference": reference}
 
 
