@@ -251,7 +251,7 @@ def repeated(q: Tensor, x: Tensor) -> Tensor:
 
 
 # (q, k, v, mask, documents) -> (B, H, T, D); to add one: a function, this entry, a choice in
-# settings, and a case in tests/test_engine.py
+# settings, and a case in tests/test_model.py
 ATTENTION = {"sdpa": sdpa, "varlen": varlen, "xformers": xformers, "reference": reference}
 
 
@@ -282,7 +282,7 @@ class Attention(nn.Module):
         q, k, v = (project(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, H or K, T, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None and positions is not None:
+        if cache is not None:
             y = cache.attend(self.layer, q, k, v, positions, mask, self.config.attention)
         else:
             y = attend(q, k, v, self.config.attention, mask, documents)

@@ -1,5 +1,7 @@
 """Checkpoints: whole or absent, verified, elastic, and Hugging Face folders as they lie."""
 
+import fcntl
+import hashlib
 import json
 import os
 import random
@@ -517,3 +519,403 @@ def test_nothing_is_unpickled(tmp_path, words, home):
     planted = home / "out/a/checkpoints/step_10/.metadata"
     planted.write_bytes(b"cos\nsystem\n(S'touch harmed'\ntR.")
     assert run() == 0 and not (home / "harmed").exists()
+
+
+# ---- small files
+
+def test_json_is_written_as_one_whole(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.json", []
+    assert as_json({"a": [1, None]}) == (
+        '{\n "a": [\n  1,\n  null\n ]\n}\n')
+    write_json(path, build().config)
+    assert json.loads(path.read_text())["n_layer"] == 2
+    monkeypatch.setattr(files, "sync", lambda path: synced.append((path.name, path.exists())))
+    files.write_text(path, "é")
+    assert path.read_bytes() == "é".encode() and not synced
+    files.write_text(path, "x", durable=True)
+    assert synced == [("a.json.plainllama.tmp", True)] and list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_json_is_named_or_passed_over(tmp_path):
+    path = tmp_path / "a.json"
+    for text, found in (('{"a": 1}', {"a": 1}), (None, {}), ("{", None), ("3", None), ("[1]", None),
+                        (b"\xff", None)):
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert files.read_json(path, tolerant=True) == (found or {})
+        if found is not None:
+            assert files.read_json(path) == found
+            continue
+        with pytest.raises(UserError) as seen:
+            files.read_json(path)
+        assert str(seen.value) == f"{path} is damaged: it is not a JSON object"
+    assert files.read_json(tmp_path, tolerant=True) == {}
+    with pytest.raises(IsADirectoryError):
+        files.read_json(tmp_path)
+
+
+def test_rows_of_which_the_last_is_half_written(tmp_path):
+    path, one, two = tmp_path / "a.jsonl", {"step": 1}, {"step": 2}
+    assert files.read_rows(path) == []
+    for text, found, damaged in (
+            ('{"step": 1}\n{"step": 2}\n', [one, two], 0), ('{"step": 1}\n{"st', [one], 0),
+            ('{"step": 1}\n{"step": 2}', [one, two], 0), ('{"step"\n{"step": 2}\n', [two], 1),
+            ('{"step": 1}\n3\n{"step": 2}\n', [one, two], 2), ("{\n", [], 1), ("", [], 0)):
+        path.write_text(text)
+        assert files.read_rows(path, tolerant=True) == found
+        if not damaged:
+            assert files.read_rows(path) == found
+            continue
+        with pytest.raises(UserError) as seen:
+            files.read_rows(path)
+        assert str(seen.value) == f"{path}:{damaged} is damaged: it is not JSON"
+    rows = [{"step": 1}, {"x": 1}, {"step": 2}, {"step": 3}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for step, kept in ((0, 0), (1, 1), (2, 2), (3, 3), (9, 3)):
+        path.write_text("{\n" + text)
+        files.cut_rows(path, step)
+        whole = [row for row in rows if "step" in row][:kept]
+        assert path.read_text() == "".join(json.dumps(row) + "\n" for row in whole)
+    files.cut_rows(tmp_path / "none", 3)
+    assert not (tmp_path / "none").exists()
+
+
+def test_fingerprints_of_files(tmp_path):
+    """Of its size and both ends; the whole of one that changed is read again, and only then."""
+    path, end = tmp_path / "a", 64 << 10
+    for size in (0, 9, end, end + 1, 2 * end, 2 * end + 5, 300000):
+        data = random.Random(size).randbytes(size)
+        path.write_bytes(data)
+        ends = data[:end] + data[max(0, size - end):]
+        assert files.fingerprint(path) == hashlib.blake2b(
+            str(size).encode() + ends, digest_size=8).hexdigest()
+        assert files.file_entry(path) == {"size": size, "sha256": sha256(path)}
+    assert files.sha256_bytes(data) == sha256(path) == hashlib.sha256(data).hexdigest()
+    seen: dict = {}
+    assert files.content_hash(path, seen) == sha256(path)
+    stat = os.stat(path)
+    assert seen == {str(path): [300000, stat.st_mtime_ns, stat.st_ctime_ns, sha256(path)]}
+    seen[str(path)][3] = "noted"
+    assert files.content_hash(path, seen) == "noted"
+    for place in range(3):
+        old = {str(path): [*seen[str(path)]]}
+        old[str(path)][place] += 1
+        assert files.content_hash(path, old) == sha256(path) == old[str(path)][3]
+
+
+def test_room_on_the_disk_and_who_holds_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: types.SimpleNamespace(
+        free=5 * 10**9))
+    files.check_space(tmp_path, 5 * 10**9)
+    with pytest.raises(OSError) as seen:
+        files.check_space(tmp_path, 5 * 10**9 + 1)
+    assert (seen.value.errno, seen.value.strerror, seen.value.filename) == (
+        28, "5.0 GB needed, 5.0 GB free", str(tmp_path))
+    holder = files.lock_run(tmp_path)
+    with pytest.raises(UserError) as refused:
+        files.lock_run(tmp_path)
+    assert str(refused.value) == (f"another process is training in {tmp_path}; choose another "
+                                  "out_dir")
+    holder.close()
+    files.lock_run(tmp_path).close()
+
+    def none(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    files.lock_run(tmp_path).close()
+    assert capsys.readouterr().out == (
+        f"WARNING: no lock on {tmp_path}/.lock ([Errno 95] Operation not supported); start no "
+        "second job on it\n")
+
+
+def test_what_lies_in_a_folder_of_runs(tmp_path):
+    assert files.newest_run(tmp_path) is None and files.read_status(tmp_path) == ""
+    times = {"a/checkpoints/step_2": 30, "a/checkpoints/step_10": 20, "b/checkpoints/step_3": 40,
+             "b/checkpoints/step_9.tmp": 99, "b/checkpoints/step_x": 99, "c/run.json": 50,
+             "c/metrics.jsonl": 60, "d/run.json": 1}
+    for name, moment in times.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}") if path.suffix in (".json", ".jsonl") else path.mkdir()
+        os.utime(path, (moment, moment))
+    assert [p.name for p in steps_of(tmp_path / "a")] == ["step_10", "step_2"]
+    assert [p.name for p in steps_of(tmp_path / "b")] == ["step_3"]
+    assert files.newest_run(tmp_path) == tmp_path / "b"
+    shutil.rmtree(tmp_path / "b")
+    assert files.newest_run(tmp_path) == tmp_path / "a"
+    shutil.rmtree(tmp_path / "a")
+    os.utime(tmp_path / "c/metrics.jsonl", (0.5, 0.5))
+    assert files.newest_run(tmp_path) == tmp_path / "c"
+    write_json(tmp_path / "d/metrics.jsonl", {})
+    assert files.newest_run(tmp_path) == tmp_path / "d"
+    files.write_status(tmp_path, "running", 4)
+    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "running", "step": 4}
+    assert files.read_status(tmp_path) == "running"
+    (tmp_path / "status.json").write_text("{")
+    assert files.read_status(tmp_path) == ""
+    step = tmp_path / "d/checkpoints/step_1"
+    assert files.run_of(step) == tmp_path / "d" and files.run_of(tmp_path / "d/x/step_1") is None
+    (tmp_path / "d/run.json").unlink()
+    assert files.run_of(step) is None
+
+
+# ---- parts of a checkpoint, one by one
+
+def test_what_is_wrong_is_said(tmp_path, words):
+    folder = save(tmp_path, 1, build(), words)
+    sums = json.loads((folder / "checksums.json").read_text())
+    assert sums["format"] == 1 and not checkpoint.damage(folder, training=False)
+
+    def said(training: bool = True, **change) -> str:
+        write_json(folder / "checksums.json", sums | change)
+        return checkpoint.damage(folder, training)
+
+    assert said(format=2) == "its format is 2, not 1; use the plainllama that wrote it"
+    for missing, needs in (("config.json", (True, False)), ("model.safetensors", (True, False)),
+                           ("training/state.json", (True,))):
+        left = {name: entry for name, entry in sums["files"].items() if name != missing}
+        for training in (True, False):
+            assert said(training, files=left) == (
+                f"checksums.json does not name {missing}" if training in needs else "")
+    adapter = {name: entry for name, entry in sums["files"].items() if name != "model.safetensors"}
+    lora = ("adapter_config.json", "adapter_model.safetensors", "base.json")
+    for name in lora:
+        (folder / name).write_text("{}")
+    entries = {name: files.file_entry(folder / name) for name in lora}
+    assert said(files=adapter | entries) == ""
+    for name in lora:
+        left = {other: entry for other, entry in entries.items() if other != name}
+        assert said(files=adapter | left) == f"checksums.json does not name {name}"
+    (folder / "training/state.json").write_text("{}")
+    assert said() == "training/state.json does not match its checksum"
+    assert said(training=False) == ""
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    assert checkpoint.damage(folder) == "checksums.json is not as it was written"
+    (folder / "checksums.json").unlink()
+    assert checkpoint.damage(folder).startswith("FileNotFoundError")
+
+
+def test_what_a_name_of_a_checkpoint_means(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "out/a", 3, build(), words)
+    step = Path("out/a/checkpoints/step_3")
+    Path("file").write_text("")
+    Path("weights").mkdir()
+    (Path("weights") / "x.safetensors").write_text("")
+    shutil.copytree(step, "hub")
+    (Path("hub") / "checksums.json").unlink()
+    (Path("hub") / "model.safetensors").write_text("")  # whose hash nobody knows
+    Path("lora").mkdir()
+    (Path("lora") / "adapter_config.json").write_text("{}")
+    Path("data").mkdir()
+    shutil.copytree(step, "torn")
+    (Path("torn") / "config.json").write_text("{}")
+    Path("out/old/checkpoints").mkdir(parents=True)
+    for name, found in (("out", step), ("out/a", step), (str(step), step), ("hub", Path("hub")),
+                        ("lora", Path("lora"))):
+        assert checkpoint.find_checkpoint(name) == found
+        assert capsys.readouterr().out == f"checkpoint {found}\n"
+    for name, says in (
+            ("file", "file is a file; name a checkpoint, a run or a folder of runs"),
+            ("gone", "no folder gone; name a checkpoint or a run, or train one first (train.py)"),
+            ("out/a/checkpoints/step_9", "no checkpoint out/a/checkpoints/step_9; its run has "
+                                         "step_3"),
+            ("weights", "weights holds weights but no config.json; copy the folder again, whole"),
+            ("data", "data holds no complete checkpoint; name a run that has saved one"),
+            ("out/old", "out/old holds no complete checkpoint; name a run that has saved one"),
+            ("torn", "checkpoint torn cannot be used: config.json does not match its checksum")):
+        with pytest.raises(UserError) as seen:
+            checkpoint.find_checkpoint(name)
+        assert str(seen.value) == says
+
+
+def test_a_checkpoint_is_looked_for_again_once(tmp_path, monkeypatch):
+    """By one process, if it was deleted; several would not find the same."""
+    world, looked, used = World(), [], []
+    (tmp_path / "there").mkdir()
+
+    def find(path):
+        looked.append(path)
+        return tmp_path / ("there" if len(looked) == good else "gone")
+
+    def use(folder):
+        used.append(folder)
+        if folder and folder.name == "gone":
+            raise OSError("no such file")
+        return "made"
+
+    monkeypatch.setattr(checkpoint, "find_checkpoint", find)
+    for size, good, found, calls in ((1, 1, None, 1), (1, 2, None, 2), (1, 1, "gone", 1),
+                                     (1, 9, None, 2), (2, 1, None, 1), (2, 9, None, 1),
+                                     (1, 9, "there", 0)):
+        looked.clear()
+        world.size = size
+        monkeypatch.setattr(world, "decide", lambda call: call())
+        before = tmp_path / found if found else None
+        if good == 9 and found is None:
+            with pytest.raises(UserError, match="gone was deleted while it was read, by a run"):
+                checkpoint.with_checkpoint("x", world, use, before)
+        else:
+            assert checkpoint.with_checkpoint("x", world, use, before) == "made"
+        assert looked == ["x"] * calls
+    used.clear()
+    assert checkpoint.with_checkpoint("", world, use, None) == "made" and used == [None]
+    assert checkpoint.with_checkpoint("", world, use, tmp_path / "there") == "made"
+
+    def broken(folder):
+        raise UserError("torn")
+
+    good, world.size = 1, 1
+    looked.clear()
+    with pytest.raises(UserError, match="torn"):
+        checkpoint.with_checkpoint("x", world, broken)
+    assert looked == ["x"]
+
+
+def test_each_rank_does_its_part(tmp_path, words):
+    """What rank 0 alone writes, and whose failure all hear of."""
+    said: list = []
+    for rank in (0, 1):
+        world = World(rank, 2)
+        world.gather = lambda value, world=world: [value] if world.rank == 0 else [(9, ""), value]
+        saver = checkpoint.Saver(tmp_path / str(rank), words, world, said.append, 1, 0)
+        assert (saver.saved, saver.problem, saver.thread, saver.template) == (-1, "", None, "")
+        assert saver.together(lambda a, b: a + b, 1, 2) == ([3] if rank == 0 else [9, 3])
+        for error, text in ((ValueError("torn"), "torn"), (ValueError(), "ValueError()")):
+            def fail(error=error):
+                raise error
+
+            with pytest.raises(OSError) as seen:
+                saver.together(fail)
+            assert str(seen.value) == (f"{text} (rank 1)" if rank else text)
+        folder = tmp_path / str(rank) / "checkpoints/step_4.tmp"
+        old = folder.with_name("step_3.tmp")
+        for path in (folder, old):
+            path.mkdir(parents=True)
+            (path / "x").write_text("")
+        saver.make_room(folder, 0)
+        assert old.exists() == bool(rank) and (folder / "x").exists() == bool(rank)
+        assert (folder / "training").exists() != bool(rank)
+        (folder / "training").mkdir(exist_ok=True)
+        model = build()
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        slices = {"a/exp_avg": torch.ones(2)} if rank else {}
+        entries = saver.write_files(folder, model.config, weights, slices, {}, {"format": 1}, None)
+        assert set(entries) == ({"training/optimizer-00001.safetensors"} if rank else {
+            "training/state.json", "config.json", "generation_config.json", "model.safetensors",
+            "tokenizer.json", "tokenizer_config.json"})
+        saver.commit(folder, folder.with_name("step_4"), [entries])
+        assert folder.with_name("step_4").exists() != bool(rank)
+        (tmp_path / str(rank) / "checkpoints/step_5.tmp").mkdir()
+        saver.make_room = lambda *_, fail=fail: fail()
+        saver.write(5, 0)
+        assert saver.problem == "ValueError()" + " (rank 1)" * rank and saver.saved == -1
+        assert (tmp_path / str(rank) / "checkpoints/step_5.tmp").exists() == bool(rank)
+        assert said.pop() == f"WARNING: no checkpoint at step 5: {saver.problem}; going on"
+    assert checkpoint.gather_weights(dict(model.named_parameters()), World(1, 2)) == {}
+    told: list = []
+    saver = checkpoint.Saver(tmp_path / "t", words, World())
+    saver.tell = told.append
+    saver.start(7, model, optim.make(model, Settings()).state, {"step": 7})
+    assert saver.thread.daemon and saver.thread.name == "saver"
+    saver.wait()
+    assert told == [7] and saver.saved == 7
+
+
+def test_how_much_room_a_checkpoint_needs(tmp_path, words, monkeypatch):
+    """Four bytes for each weight and moment."""
+    needs, model = [], build()
+    monkeypatch.setattr(files, "check_space", lambda folder, need: needs.append(need))
+    numbers = sum(p.numel() for p in model.parameters())
+    count = len(list(model.parameters()))
+    save(tmp_path, 1, model, words)
+    assert needs == [4 * (3 * numbers + count)]
+
+
+def test_rows_of_new_tokens_are_those_of_the_matrix():
+    """Of a model that is saved whole; an adapter has them alone."""
+    matrix, rows = torch.nn.Parameter(torch.zeros(4, 2)), torch.nn.Parameter(torch.ones(3, 2))
+    whole = checkpoint.gather_weights({"a.weight": matrix, "a.rows": rows}, World())
+    assert whole.keys() == {"a.weight"} and whole["a.weight"].sum(1).tolist() == [0, 2, 2, 2]
+    assert not matrix.any()
+    assert checkpoint.gather_weights({"a.rows": rows}, World()).keys() == {"a.rows"}
+    kept = checkpoint.gather_weights({"b": rows}, World())["b"]
+    assert kept.data_ptr() != rows.data_ptr() and torch.equal(kept, rows)
+
+
+def test_which_checkpoints_stay(tmp_path, monkeypatch):
+    def there(*steps: str) -> None:
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        for step in steps:
+            (tmp_path / "checkpoints" / f"step_{step}" / "training").mkdir(parents=True)
+            if (loss := losses.get(step)) is not None:
+                write_json(tmp_path / "checkpoints" / f"step_{step}" / checkpoint.STATE,
+                           {"val_loss": loss})
+
+    losses = {"2": 3.0, "4": 1.0, "6": 2.0, "7": None, "8": 1.0}
+    names = ("1", "2", "3", "4", "6", "7", "8")
+    for last, every, kept in ((0, 0, names), (1, 0, ("8",)), (2, 0, ("7", "8")),
+                              (1, 3, ("3", "6", "8")), (3, 2, ("2", "4", "6", "7", "8")),
+                              (99, 0, names)):
+        there(*names)
+        checkpoint.prune(tmp_path, last, every)
+        assert sorted(p.name[5:] for p in (tmp_path / "checkpoints").iterdir()) == list(kept)
+    losses["8"] = 1.5
+    there(*names)
+    checkpoint.prune(tmp_path, 1, 0)
+    assert [p.name for p in steps_of(tmp_path)] == ["step_8", "step_4"]
+    there("1", "2", "3")
+    (tmp_path / "checkpoints/step_3.damaged").mkdir()
+    checkpoint.set_aside(tmp_path, 2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step_1", "step_2", "step_3.damaged"]
+    assert (tmp_path / "checkpoints/step_3.damaged/training").is_dir()
+    monkeypatch.setattr(checkpoint, "prune", lambda *_: (_ for _ in ()).throw(OSError("stuck")))
+    said: list = []
+    saver = checkpoint.Saver(tmp_path, tmp_path, World(), said.append, 1)
+    folder = tmp_path / "checkpoints/step_9.tmp"
+    (folder / "training").mkdir(parents=True)
+    saver.commit(folder, folder.with_name("step_9"), [{}])
+    assert said == ["WARNING: an old checkpoint could not be deleted: stuck"]
+    assert (tmp_path / "checkpoints/step_9/checksums.json").is_file()
+
+
+@pytest.mark.parametrize(("cuts", "whole"), [
+    ([(0, 6)], True), ([(0, 2), (2, 6)], True), ([(0, 4), (2, 6)], True), ([(0, 6), (0, 6)], True),
+    ([(0, 2), (3, 6)], False), ([(1, 6)], False), ([(0, 5)], False), ([], False),
+    ([(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)], True)])
+def test_moments_from_slices_of_any_cut(tmp_path, cuts, whole):
+    """Slices that were cut elsewhere, or overlap, for ranks that want some rows."""
+    net = torch.nn.Linear(2, 6, bias=False)
+    stored = torch.arange(12.0).view(6, 2)
+    (tmp_path / "training").mkdir()
+    names = []
+    for number, (a, b) in enumerate(cuts):
+        names.append(f"training/optimizer-{number:05d}.safetensors")
+        save_file({"weight/m": stored[a:b].clone()}, tmp_path / names[-1], {
+            "places": json.dumps({"weight/m": {"offset": a, "shape": [6, 2]}})})
+    write_json(tmp_path / "checksums.json", {"files": dict.fromkeys(names)})
+    for first, last in ((0, 6), (2, 4), (2, 6), (1, 5), (6, 6)):
+        world, target = World(), torch.full((6, 2), -1.0)
+        world.piece = lambda tensor, first=first, last=last: (tensor[first:last], first)
+        covered = all(any(a <= row < b for a, b in cuts) for row in range(first, last))
+        if covered:
+            checkpoint.load_moments(tmp_path, net, {net.weight: {"m": target}}, world)
+            assert torch.equal(target[first:last], stored[first:last])
+        else:
+            with pytest.raises(UserError, match="m of weight is incomplete: another optimizer's"):
+                checkpoint.load_moments(tmp_path, net, {net.weight: {"m": target}}, world)
+        assert (target[:first] == -1).all() and (target[last:] == -1).all()
+    assert whole == all(any(a <= row < b for a, b in cuts) for row in range(6))
+    world = World(1, 2)
+    world.shards = 1  # its moments are rank 0's too
+    assert checkpoint.slices_of(net, {net.weight: {"m": stored}}, world) == ({}, {})
+    slices, places = checkpoint.slices_of(net, {net.weight: {"m": stored}}, World())
+    assert places == {"weight/m": {"offset": 0, "shape": [6, 2]}}
+    assert torch.equal(slices["weight/m"], stored)
+    assert slices["weight/m"].data_ptr() != stored.data_ptr()
+    world = World()
+    world.piece = lambda tensor: (tensor[:0], 6)
+    assert checkpoint.slices_of(net, {net.weight: {"m": stored}}, world) == ({}, {})

@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import os
 import shutil
 import sys
 import types
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import metrics
 from torch import nn
 
@@ -18,7 +21,6 @@ from model import (
     IGNORE,
     LLaMA,
     ModelConfig,
-    attend,
     by_document,
     document_bounds,
     flops_per_token,
@@ -26,7 +28,8 @@ from model import (
 from plainllama import settings
 from plainllama.command import parse
 from plainllama.parallel import World, attention_refusal
-from plainllama.tokens.rows import Batch, to_batch
+from plainllama.tokens.rows import BEGINS, CONTEXT, Batch, to_batch
+from plainllama.training import engine as room
 from plainllama.training import optim
 from plainllama.training.engine import Engine
 
@@ -155,39 +158,6 @@ def test_back_ends_that_cannot_run_say_so(words, says):
     assert says in attention_refusal(*words)
 
 
-def test_documents_on_a_gpu_are_one_call(monkeypatch):
-    """Without --attention=varlen too, in training and in evaluation."""
-    assert not attention_refusal("sdpa", "cuda", torch.bfloat16, True)
-    monkeypatch.setattr(model, "varlen", lambda *inputs: "varlen")
-    monkeypatch.setattr(model, "by_document", lambda *inputs: "by document")
-    q = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    assert model.sdpa(q, q, q, None, torch.zeros(2)) == "varlen"
-    q.is_cuda = False
-    assert model.sdpa(q, q, q, None, torch.zeros(2)) == "by document"
-
-
-def test_varlen_is_called_as_the_kernel_wants_it(monkeypatch):
-    """On the CPU with a stand-in for the kernel that computes what torch documents."""
-    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa=False):
-        assert window_size == (-1, 0) and torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32
-        assert q.dim() == 3 and max_q == max_k == 32
-        assert enable_gqa == (q.shape[1] != k.shape[1])
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out = [F.scaled_dot_product_attention(
-            *(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=True).transpose(0, 1)
-            for a, b in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True) if b > a]
-        return torch.cat(out)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    q, k, v = torch.randn(3, 4, 32, 8), torch.randn(3, 2, 32, 8), torch.randn(3, 2, 32, 8)
-    for documents in (None, document_bounds(batch(3, bos_id=1).starts)):
-        expected = attend(q, k, v, "reference", documents=documents)
-        for groups in (True, False):  # torch 2.11 has no grouped heads
-            monkeypatch.setattr(model, "VARLEN_GROUPS", groups)
-            found = attend(q, k, v, "varlen", documents=documents)
-            assert (found - expected).abs().max() < 1e-5
-
-
 # ---- memory
 
 def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch):
@@ -201,21 +171,6 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch):
             with torch.no_grad():
                 assert made.model(x, y).item() == pytest.approx(losses[0][0], rel=1e-6)
         assert_close(losses[1], losses[0], 1e-5)
-
-
-def test_chunks_have_about_4096_rows_a_multiple_of_256():
-    assert model.chunk_rows(32000, model.LOGITS_BYTES) == 4096
-    for entries in (50304, 65536, 100000, 128256, 256000):
-        rows = model.chunk_rows(entries, model.LOGITS_BYTES)
-        assert rows % 256 == 0 and rows * entries * 4 <= model.LOGITS_BYTES
-
-
-def test_the_one_hot_by_comparison_is_that_by_place(monkeypatch):
-    p, place = torch.rand(5, 40), torch.tensor([[0], [39], [7], [7], [12]])
-    eager = model.without_one(p.clone(), place)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert torch.equal(model.without_one(p, place), eager)
-    assert torch.equal(eager, p - F.one_hot(place[:, 0], 40))
 
 
 def gradients_of(made, x, y):
@@ -438,3 +393,415 @@ def test_flops_equal_what_torch_counts_on_meta():
         net(ids, ids).backward()
     assert model.flops_per_token(config, 64) * 128 == pytest.approx(
         counter.get_total_flops(), rel=0.02)
+
+
+# ---- the parts of an engine, one by one
+
+def made_with(world: World | None = None, **keys) -> Engine:
+    """An engine as it is made, not made ready."""
+    base = dict(**TINY, global_batch_tokens=6 * 32, micro_batch=2, device="cpu", compile="false")
+    return Engine(settings.Settings(**(base | keys)), world or World(), 1)
+
+
+def gpu(*_) -> types.SimpleNamespace:
+    """What stands for a GPU where only its kind is asked for."""
+    return types.SimpleNamespace(type="cuda")
+
+
+def test_what_an_engine_is_made_of(monkeypatch):
+    plain = made_with()
+    assert (plain.bos_id, plain.logged, plain.diverges, plain.compiled) == (None, (), False, False)
+    assert plain.summary == "float32, eager" and plain.optimizer.loss_scale is None
+    plain.compiled = True
+    assert plain.summary == "float32, compiled"
+    assert made_with(doc_mask=True, dtype="bf16").bos_id == 1
+    assert made_with(dtype="bf16").summary == "bfloat16, eager"
+    monkeypatch.setattr(World, "wrap", lambda world, model: ("wrapped", model))
+    assert made_with().module[0] == "wrapped"
+    threads = torch.get_num_threads()
+    even = made_with(deterministic=True)
+    torch.set_num_threads(threads)
+    assert even.module is even.model
+    grown = made_with(expand="concat", expand_blocks=2, divergence="cosine")
+    assert grown.diverges and grown.logged == ("divergence/cosine",)
+    assert len(grown.no_loss()) == 2 and not grown.no_loss().any() and len(plain.no_loss()) == 1
+    assert room.read_outcome(torch.arange(6.0)) == (0, 1, 2, 3, (4, 5))
+
+
+def test_moments_and_scale_come_back_where_a_run_goes_on(monkeypatch):
+    loaded: list = []
+    monkeypatch.setattr(room.checkpoint, "load_moments", lambda source, *_: loaded.append(source))
+    monkeypatch.setattr(room.peft, "load_start", lambda *_: None)
+    monkeypatch.setattr(room.peft, "adapter_for", lambda *_: None)
+    for dtype, source, state, scale in (
+            ("fp16", None, {}, [2.0**16, 0.0]), ("fp16", "x", {}, [2.0**16, 0.0]),
+            ("fp16", None, {"loss_scale": [8.0, 5.0]}, [2.0**16, 0.0]),
+            ("fp16", "x", {"step": 3}, [2.0**16, 0.0]),
+            ("fp16", "x", {"loss_scale": [8.0, 5.0]}, [8.0, 5.0]),
+            ("fp32", "x", {"loss_scale": [8.0, 5.0]}, None)):
+        loaded.clear()
+        config = settings.Settings(**TINY, global_batch_tokens=192, micro_batch=2, device="cpu",
+                                   dtype=dtype)
+        one = Engine(config, World(), 1, Path(source) if source else None, state)
+        assert one.optimizer.scale_state() == scale
+        assert loaded == ([Path("x")] if source and state else [])
+
+
+def test_how_rows_are_cut(monkeypatch):
+    """(rows of a step, ranks, micro_batch, state) -> (rows of a micro-batch, how many)."""
+    made = made_with()
+    monkeypatch.setattr(made, "pick_micro_batch", lambda share: 3)
+    there = {"world_size": 2, "micro_batch": 4}
+    for rows, size, micro, state, cut in (
+            (6, 1, 2, {}, (2, 3)), (7, 1, 2, {}, (2, 4)), (7, 2, 2, {}, (2, 2)),
+            (7, 1, 99, {}, (7, 1)), (7, 1, 0, {}, (3, 3)), (2, 1, 0, {}, (2, 1)),
+            (8, 2, 0, there, (4, 1)), (8, 1, 0, there, (3, 3)), (8, 2, 2, there, (2, 2))):
+        made.config = replace(made.config, global_batch_tokens=rows * 32 + 5, micro_batch=micro)
+        made.world.size = size
+        made.split_batch(state)
+        assert made.batch_rows == rows and (made.micro, made.accumulate) == cut
+
+
+def test_rows_that_keep_a_processor_busy(monkeypatch):
+    """4,096 tokens on a CPU, at most 65,536 of what fits on a GPU; micro-batches are equal."""
+    made, asked = made_with(), []
+    for block, share, rows in ((32, 128, 128), (32, 129, 65), (32, 1000, 125), (17, 240, 240),
+                               (17, 241, 121), (4096, 5, 1), (9999, 5, 1), (2048, 5, 2)):
+        made.config = replace(made.config, block_size=block)
+        assert made.pick_micro_batch(share) == rows
+    monkeypatch.setattr(made, "largest_that_fits", lambda most: asked.append(most) or 5)
+    monkeypatch.setattr(made.world, "device", gpu())
+    for block, share, most in ((1, 70000, 65536), (32, 7, 7), (32, 3000, 2048), (99999, 8, 1)):
+        made.config = replace(made.config, block_size=block)
+        rows = made.pick_micro_batch(share)
+        assert asked[-1] == most and rows == -(-share // -(-share // 5))
+
+
+def test_how_rows_are_cut_for_any_number_of_ranks(monkeypatch):
+    """(rows, micro_batch, block_size, ranks) -> (micro-batches of a rank, their rows)."""
+    made, threads = made_with(), []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", threads.append)
+    for rows, micro, block, size, cut in (
+            (6, 2, 32, 1, (4, 2)), (8, 2, 32, 1, (4, 2)), (9, 2, 32, 1, (8, 2)),
+            (9, 2, 32, 4, (2, 2)), (8, 8, 32, 1, (1, 8)), (17, 0, 32, 2, (4, 3)),
+            (4096, 0, 32, 2, (16, 128)), (4097, 0, 32, 1, (64, 65)), (8, 0, 9999, 8, (1, 1)),
+            (9, 0, 9999, 1, (16, 1)), (241 * 8, 0, 17, 1, (16, 121))):
+        made.config = replace(made.config, global_batch_tokens=rows * block, micro_batch=micro,
+                              block_size=block, deterministic=True)
+        made.world.size = size
+        made.split_batch({"world_size": size, "micro_batch": 5})
+        assert (made.accumulate, made.micro) == cut and threads.pop() == 1
+    made.config, made.world.size = replace(made.config, micro_batch=2), 1
+    made.world.sharded = True
+    with pytest.raises(settings.UserError, match=r"at most 1024 \(micro-batches\), not 1 with one"):
+        made.split_for_any_ranks()
+    made.world.sharded = False
+    monkeypatch.setattr(made.world, "device", gpu())
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    made.split_for_any_ranks()
+    assert threads == [True] and os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+
+
+def test_an_engine_is_made_ready(monkeypatch):
+    made, done = made_with(), []
+    monkeypatch.setattr(made, "compile", lambda: done.append("compiled"))
+    monkeypatch.setattr(made, "rehearse", lambda last, rows=0: done.append(last))
+    for kind, pays, mode, even, expected in (
+            ("true", False, "one", False, ["compiled"]), ("auto", True, "one", False, ["compiled"]),
+            ("auto", False, "one", False, []), ("false", True, "one", False, []),
+            ("true", True, "ddp", False, ["compiled", True]), ("false", True, "ddp", False, [True]),
+            ("false", True, "ddp", True, []), ("false", True, "fsdp", False, [])):
+        monkeypatch.setattr(made, "pays", lambda pays=pays: pays)
+        made.config = replace(made.config, compile=kind, deterministic=even)
+        made.world.mode = mode
+        done.clear()
+        made.ready()
+        assert done == expected
+
+
+def test_where_the_compiler_pays(monkeypatch, capsys):
+    made, said = made_with(), []
+    made.say = said.append
+    made.config = replace(made.config, max_steps=10, global_batch_tokens=64)
+    flops = flops_per_token(made.model.config, 32) * 640
+    assert room.CPU_FLOPS == 3e14
+    for least, minutes, pays in ((flops, 0, True), (flops + 1, 0, False), (flops, 0.5, False),
+                                 (flops, 1, False), (flops, 19.9, False), (flops, 20, True),
+                                 (flops + 1, 30, False), (flops + 1, 5, False)):
+        monkeypatch.setattr(room, "CPU_FLOPS", least)
+        made.config.max_minutes = minutes
+        said.clear()
+        assert made.pays() is pays and len(said) == pays
+    for kind in ("cuda", "mps"):
+        monkeypatch.setattr(made.world, "device", types.SimpleNamespace(type=kind))
+        assert made.pays() is (kind == "cuda")
+
+
+def test_what_is_compiled_and_what_a_failure_means(monkeypatch):
+    made, seen, said = made_with(), [], []
+    made.say = said.append
+    monkeypatch.setattr(made.world, "compile", lambda model, dynamic: seen.append(dynamic))
+    monkeypatch.setattr(made.world, "decompile", lambda model: seen.append("undone"))
+    for mask, sharded, error, elsewhere, kind in (
+            (False, False, None, False, "auto"), (True, True, None, False, "true"),
+            (False, False, torch.OutOfMemoryError("full"), False, "true"),
+            (False, False, ValueError("old"), False, "auto"),
+            (False, False, ValueError("old"), False, "true"),
+            (False, False, None, True, "auto"), (False, False, None, True, "true")):
+        def rehearse(last, rows=0, error=error):
+            seen.append(last)
+            if error:
+                raise error
+
+        monkeypatch.setattr(made, "rehearse", rehearse)
+        monkeypatch.setattr(made.world, "any", lambda flag, other=elsewhere: flag or other)
+        made.config = replace(made.config, doc_mask=mask, compile=kind)
+        made.world.sharded = sharded
+        seen.clear()
+        said.clear()
+        why = "ValueError: old" if isinstance(error, ValueError) else "it failed on another rank"
+        fails = elsewhere or isinstance(error, ValueError)
+        if fails and kind == "true":
+            with pytest.raises(settings.UserError, match=rf"^compile=true, but .* \({why}\); use"):
+                made.compile()
+            continue
+        made.compile()
+        assert seen == [None if mask else False, sharded, *["undone"] * fails]
+        assert said == [f"torch.compile fails here ({why}); going on without it, slower"] * fails
+        assert made.compiled is not fails
+
+
+def test_a_rehearsal_leaves_no_gradient(monkeypatch):
+    made, shapes, lasts = made_with(), [], []
+    real, accumulating = room.OBJECTIVES["next"].loss, made.world.accumulating
+
+    def loss(module, some, *rest):
+        shapes.append((module is made.model, tuple(some.ids.shape)))
+        assert not some.ids.any() and not some.targets.any()
+        return real(made.model, some, *rest)
+
+    made.objective = replace(made.objective, loss=loss)
+    made.module = nn.Identity()
+    monkeypatch.setattr(made.world, "accumulating", lambda module, last: (
+        lasts.append((module is made.model, last)) or accumulating(made.model, last)))
+    made.rehearse(last=False)
+    made.rehearse(last=True, rows=5)
+    assert shapes == [(False, (2, 32)), (True, (5, 32))] and lasts == [(False, False), (True, True)]
+    assert all(p.grad is None for p in made.model.parameters())
+
+
+def test_what_stands_in_for_rows(monkeypatch):
+    """Where pairs are compared each row is one: an answer begins at 0 and in the middle."""
+    made, seen = made_with(doc_mask=True), []
+    monkeypatch.setattr(room, "to_batch", lambda *given: seen.append(given))
+    made.stand_in(np.full((2, 9), 7))
+    made.config.objective = "orpo"
+    made.stand_in(np.full((2, 9), 7))
+    begins = 7 | CONTEXT | BEGINS
+    assert [(ids.tolist(), *rest) for ids, *rest in seen] == [
+        ([[7] * 9] * 2, 0, 1), ([[begins, 7, 7, 7, begins, 7, 7, 7, 7]] * 2, 0, 1)]
+
+
+@pytest.mark.parametrize(("size", "bytes_of", "share", "tried", "found"), [
+    ((1000, 0), lambda rows: 100 + 37 * rows, 1000, [1, 2, 21], 21),
+    ((600, 400), lambda rows: 100 + 37 * rows, 1000, [1, 2, 21], 21),
+    ((1000, 0), lambda rows: 100 + 37 * rows, 5, [1, 2, 5], 5),
+    ((1000, 0), lambda rows: 100 + 37 * rows, 2, [1, 2], 2),
+    ((1000, 0), lambda rows: 100 + 37 * rows, 1, [1], 1),
+    ((1000, 0), lambda rows: 100 + 800 * rows, 9, [1, 2], 1),  # just what there is
+    ((1000, 0), lambda rows: 101 + 800 * rows, 9, [1], None),
+    ((1000, 0), lambda rows: 999 if rows > 1 else 9, 9, [1, 2], 1),
+    ((1000, 0), lambda rows: 5, 3, [1, 2, 3], 3),
+    ((10000, 0), lambda rows: 100 + 100 * rows - min(rows, 50), 999, [1, 2, 89], 89),
+    # less by row than it seemed: it goes on while a sixteenth can be won, and four times at most
+    ((1000, 0), lambda rows: 300 * rows - 200, 9, [1, 2, 3], 3),
+    ((3560, 0), lambda rows: 100 * rows if rows < 3 else 93 * rows + 14, 99, [1, 2, 32, 34], 34),
+    ((3560, 0), lambda rows: 100 * rows if rows < 3 else 96 * rows + 8, 99, [1, 2, 32], 32),
+    ((10000, 0), lambda rows: 10 * rows + min(990 * rows, 1980) + min(90 * (rows - 2), 720), 9999,
+     [1, 2, 8, 72], 72),
+    ((10000, 0), lambda rows: 2000 * (rows > 2) + 20 * rows, 9999, [1, 2, 450], 2),
+    ((10000, 0), lambda rows: min(200 * rows, 400) + 10 * rows, 9999, [1, 2, 42, 860], 860),
+    ((10000, 0), lambda rows: min(200 * rows, 400 + 10 * (rows - 2)), 9999, [1, 2, 45, 862], 862),
+])
+def test_the_rows_that_are_tried(monkeypatch, size, bytes_of, share, tried, found):
+    made, used = made_with(), []
+
+    def rehearse(last, rows):
+        assert last is True
+        used.append(rows)
+        if bytes_of(rows) > sum(size):
+            raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(made, "rehearse", rehearse)
+    for name, value in (("mem_get_info", lambda _: (size[0], 10**6)), ("empty_cache", lambda: None),
+                        ("memory_reserved", lambda _: size[1]),
+                        ("reset_peak_memory_stats", lambda _: None),
+                        ("max_memory_allocated", lambda _: bytes_of(used[-1]))):
+        monkeypatch.setattr(torch.cuda, name, value)
+    if found is None:
+        with pytest.raises(settings.UserError, match=r"^not even one row of 32 tokens fits"):
+            made.largest_that_fits(share)
+    else:
+        assert made.largest_that_fits(share) == found
+    assert used == tried
+
+
+def test_the_numbers_of_an_update(monkeypatch):
+    """(loss, square norm, ranks that stop, ranks that save, what is logged), and the norm by which
+    is clipped."""
+    made, norms = engine(objective="orpo", doc_mask=True, micro_batch=6, grad_clip=0.25), []
+    monkeypatch.setattr(optim, "step", lambda *given: norms.append(given))
+    pairs = made.stand_in(np.random.default_rng(0).integers(2, 300, size=(6, 33)))
+    losses = made.gradients(pairs, 6)
+    square = sum(p.grad.square().sum() for p in made.model.parameters())
+    made.optimizer.zero_grad()
+    for stop, save in ((False, False), (True, False), (False, True)):
+        stats = made.update(pairs, 0.5, 6, stop, save)
+        assert torch.allclose(stats, torch.cat([
+            losses[:1], torch.stack([square, torch.tensor(float(stop)), torch.tensor(float(save))]),
+            losses[1:]]), rtol=1e-5)
+        optimizer, rate, norm, clip = norms.pop()
+        assert optimizer is made.optimizer and (rate, clip) == (0.5, 0.25)
+        assert norm == pytest.approx(square.sqrt().item(), rel=1e-5)
+    assert made.update(pairs, 0.5, 6).tolist()[2:4] == [0, 0]
+    assert all(p.grad is None for p in made.model.parameters())
+    monkeypatch.setattr(made, "gradients", lambda *_: torch.tensor([float("inf"), 1.0]))
+    monkeypatch.setattr(made.world, "square_norm", lambda _: torch.tensor(4.0))
+    made.update(pairs, 0.5, 6)
+    assert norms[-1][2].isnan()  # a loss that is no number is no update
+    # deterministic: all ranks have the whole sums, and rank 0's are counted
+    monkeypatch.setattr(made, "gradients", lambda *_: torch.tensor([3.0, 5.0]))
+    made.config = replace(made.config, deterministic=True)
+    for rank, replicas, numbers in ((0, 1, [3, 4, 1, 0, 5]), (0, 3, [3, 12, 1, 0, 5]),
+                                    (1, 3, [0, 0, 1, 0, 0])):
+        made.world.rank, made.world.replicas = rank, replicas
+        assert made.update(pairs, 0.5, 6, True).tolist() == numbers
+    made.config = replace(made.config, deterministic=False)
+    made.optimizer.loss_scale = optim.LossScale(torch.device("cpu"))
+    made.optimizer.loss_scale.value.fill_(4.0)
+    assert made.update(pairs, 0.5, 6).tolist() == [3, 0.25, 0, 0, 5]
+
+
+def test_what_is_dropped_is_a_function_of_seed_step_and_rank():
+    made, drawn = made_with(lora_dropout=0.1), []
+    for seed, step, rank in ((1, 2, 0), (1, 2, 0), (1, 3, 0), (1, 2, 1), (2, 2, 0)):
+        made.config.seed, made.world.rank = seed, rank
+        made.seed_dropout(step)
+        drawn.append(torch.rand(()).item())
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 4
+    made.config.lora_dropout = 0.0
+    before = torch.get_rng_state()
+    made.seed_dropout(9)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_memory_that_ends(monkeypatch):
+    """Smaller micro-batches on one GPU; where that would be another split than the others', or
+    other bits, or nothing smaller is left, one line."""
+    made, said, emptied = made_with(), [], []
+    made.say, made.micro, made.accumulate = said.append, 5, 2
+    real, device = made.accumulated, made.world.device
+
+    def full(some, targets):
+        if made.micro > 2:
+            raise torch.OutOfMemoryError("full")
+        made.world.device = device
+        return real(some, targets)
+
+    monkeypatch.setattr(made, "accumulated", full)
+    monkeypatch.setattr(made, "added_in_tree", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    for there, times in ((device, 0), (gpu(), 2)):
+        made.world.device, made.micro = there, 5
+        assert made.gradients(batch(), TARGETS) > 0
+        assert (made.micro, made.accumulate) == (2, 3) and len(emptied) == times
+    assert said == ["out of memory with micro-batches of 5 rows: taking 3",
+                    "out of memory with micro-batches of 3 rows: taking 2"] * 2
+    for size, even, who in ((1, True, ""), (2, False, "rank 0: "), (2, True, "rank 0: ")):
+        made.micro, made.world.size = 5, size
+        made.config = replace(made.config, deterministic=even)
+        with pytest.raises(settings.UserError, match=rf"^{who}out of memory with micro_batch=5; "
+                           "start again with --micro_batch=3, --activ"):
+            made.gradients(batch(), TARGETS)
+
+
+def test_gradients_of_micro_batches_are_those_of_all(monkeypatch):
+    """Times the ranks, over which they are averaged; exchanged with the last one."""
+    whole, parts, flags = engine(micro_batch=6), engine(micro_batch=2), []
+    expected, real = gradients(whole), World.accumulating
+    monkeypatch.setattr(World, "accumulating", lambda world, module, last: (
+        flags.append(last) or real(world, module, last)))
+    assert_close(gradients(parts), expected, 1e-5)
+    assert flags == [False, False, True]
+    parts.optimizer.zero_grad()
+    parts.world.size = 4
+    loss, grads = gradients(parts)
+    assert_close((loss, [grad / 4 for grad in grads]), expected, 1e-5)
+
+
+def test_the_tree_in_which_parts_are_added_up(monkeypatch, one_thread):
+    made = engine(micro_batch=2, deterministic=True, global_batch_tokens=16 * 32)
+    assert (made.accumulate, made.micro) == (8, 2)
+    taken, real, cleared = [], Batch.take, []
+    monkeypatch.setattr(Batch, "take", lambda some, rows: taken.append(rows) or real(some, rows))
+    zero = made.optimizer.zero_grad
+    monkeypatch.setattr(made.optimizer, "zero_grad", lambda: cleared.append(1) or zero())
+    some = batch(16)
+    loss = made.gradients(some, 512)
+    assert taken == [[part, part + 8] for part in (0, 4, 2, 6, 1, 5, 3, 7)] and len(cleared) == 4
+    plain = engine(micro_batch=16, global_batch_tokens=16 * 32)
+    assert plain.gradients(some, 512).item() == pytest.approx(loss.item(), rel=1e-6)
+    for one, two in zip(made.model.parameters(), plain.model.parameters(), strict=True):
+        assert (one.grad - two.grad).norm() <= 1e-5 * two.grad.norm()
+
+
+def test_which_model_is_outlined(monkeypatch):
+    """Frozen as the config says, with copies or an adapter; copies want no adapter below them."""
+    config, done = settings.Settings(**TINY), []
+    monkeypatch.setattr(room.peft, "is_adapter", lambda folder: folder.name == "adapter")
+    monkeypatch.setattr(room.peft, "adapter_for", lambda *_: "one" if lora else None)
+    monkeypatch.setattr(room.expansion, "new_rows", lambda config, source: 250)
+    monkeypatch.setattr(room.adapters, "attach", lambda model, adapter: done.append(adapter))
+    for each in ("expansion", "adapters"):
+        monkeypatch.setattr(getattr(room, each), "freeze",
+                            lambda *_, each=each: done.append(each))
+    for lora, blocks, source, expected in (
+            (0, 0, None, "adapters"), (0, 0, "adapter", "adapters"), (4, 0, "model", "one"),
+            (0, 2, None, "expansion"), (0, 2, "model", "expansion"), (0, 2, "adapter", None)):
+        config = replace(config, expand_blocks=blocks, expand="stack" if blocks else "none")
+        place = Path(source) if source else None
+        if expected is None:
+            with pytest.raises(settings.UserError, match=r"^adapter is an adapter, and expand"):
+                room.outline(config, place)
+            continue
+        made, adapter = room.outline(config, place)
+        assert adapter == ("one" if lora else None) and done.pop() == expected
+        assert made.config.first_row == (250 if blocks else 0) and made.config.blocks == 2 + blocks
+
+
+@pytest.mark.parametrize(("keys", "each", "what"), [
+    ({}, 16, "weights, gradients and moments"), ({"lora_r": 2}, 4, "weights"),
+    ({"train_only": "last:1"}, 4, "weights"),
+    ({"expand_blocks": 2, "expand": "stack"}, 4, "weights"),
+    ({"lora_r": 2, "frozen_dtype": "bf16"}, 2, "weights"),
+    ({"lora_r": 2, "frozen_dtype": "int8"}, 1, "weights"),
+    ({"lora_r": 2, "frozen_dtype": "nf4"}, 0.5, "weights"),
+    ({"frozen_dtype": "bf16"}, 16, "weights, gradients and moments")])
+def test_a_model_that_has_no_room_is_refused_before_it_is_made(keys, each, what):
+    config = settings.Settings(**TINY, **keys)
+    with torch.device("meta"):
+        net = LLaMA(ModelConfig(**TINY))
+    blocks = 2 + config.expand_blocks
+    need = int(each * (blocks * sum(p.numel() for p in net.model.layers[0].parameters()
+                                    if p.dim() > 1) + 300 * 32))
+    for size, offload in ((1, False), (2, True), (4, False)):
+        world = types.SimpleNamespace(size=size, offload=offload, room=need / size)
+        room.refuse_too_large(config, world)
+        world.room = (need - 1) / size
+        where = "in host memory" if offload else "there"
+        with pytest.raises(settings.UserError) as seen:
+            room.refuse_too_large(config, world)
+        assert str(seen.value) == (
+            f"{what} need {need / 1e9:.4g} GB, {size} x {world.room / 1e9:.4g} are {where}: take a "
+            "smaller model or more ranks")

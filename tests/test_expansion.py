@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -660,3 +661,217 @@ def test_what_does_not_go_together_is_refused_at_once(home, words, what):
         run(*(() if "init_from" in "".join(words) else ("--init_from=out/base",)), *words,
             "--out_dir=out/x")
     assert "\n" not in str(seen.value) and not Path("out/x").exists()
+
+
+# ---- the parts, one by one
+
+@pytest.mark.parametrize(("layers", "copies", "kind", "places", "beside"), [
+    (4, 2, "concat", [1, 3], [1, 3]), (5, 2, "hybrid", [1, 3], [3]),
+    (6, 3, "hybrid", [1, 3, 5], [3]), (6, 4, "hybrid", [0, 1, 2, 3], [1, 3]),
+    (3, 1, "stack", [2], []), (3, 3, "concat", [0, 1, 2], [0, 1, 2]),
+    (7, 2, "stack", [2, 5], []), (2, 0, "none", [], [])])
+def test_where_copies_stand(layers, copies, kind, places, beside):
+    for merge in ("lerp", "dlerp"):
+        with torch.device("meta"):
+            model = expansion.outline(ModelConfig(layers, 2, 8, 12, 20, 4, expand=kind,
+                                                  expand_blocks=copies, expand_merge=merge))
+        found = expansion.expanded(model)
+        assert list(found) == places and list(expansion.merging(model)) == beside
+        for number, block in enumerate(found.values()):
+            assert block.self_attn.layer == places[number]
+            assert block.expansion.self_attn.layer == layers + number
+            mixes = {name: tuple(p.shape) for name, p in block.expansion.named_parameters()
+                     if "mix" in name}
+            assert mixes == {} if not block.beside else {
+                "mix_bias": (1,), **({"mix_weight": (16,)} if merge == "dlerp" else {})}
+            assert (block.divergence, block.measure) == (None, "")
+
+
+def test_a_share_by_hand():
+    """0.5 at first; of states, the base's come first."""
+    for kind in ("concat", "dlerp"):
+        copy = grown(kind).model.layers[1].expansion
+        base, other = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+        copy.mix_bias.data.fill_(0.75)
+        wanted = torch.full((1,), 0.75)
+        if kind == "dlerp":
+            ours, theirs = copy.mix_weight.data.split(32)
+            wanted = (base @ ours + other @ theirs + 0.75)[..., None]
+        assert torch.allclose(copy.share(base, other), wanted.sigmoid(), atol=1e-6)
+        assert copy.share(base.bfloat16(), other.bfloat16()).dtype == torch.bfloat16
+
+
+def test_when_a_divergence_is_measured():
+    """In training alone, and where the loss wants it."""
+    for measure, grads, there in (("mse", True, True), ("mse", False, False), ("", True, False),
+                                  ("", False, False)):
+        model = grown("concat")
+        for block in expansion.merging(model).values():
+            block.measure = measure
+        with torch.set_grad_enabled(grads):
+            model(some_ids(64))
+        assert [block.divergence is not None
+                for block in expansion.merging(model).values()] == [there] * 2
+
+
+def test_cosines_that_are_far_apart():
+    """Smooth L1: linear beyond 1, and nothing of what is more than alike."""
+    base = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    copy = torch.tensor([[2.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    wanted = [0.0, 1.5, 0.5, 0.5 * (1 - 2**-0.5) ** 2]
+    assert torch.allclose(expansion.cosine(base, copy), torch.tensor(wanted), atol=1e-6)
+    assert expansion.mse(base, copy).tolist() == [0.5, 8.0, 1.0, 0.5]
+    found = expansion.mse(base.bfloat16(), copy.bfloat16())
+    assert found.dtype == torch.float32 and expansion.DIVERGENCES.keys() == {"mse", "cosine"}
+
+
+@pytest.mark.parametrize(("known", "entries", "named", "asked", "first"), [
+    # (tokenizer's entries, embedding's, the data set's and whether it was made of it, vocab_size)
+    (258, 258, None, 258, 0), (258, 258, None, 300, 258), (258, 258, None, 200, 0),
+    (258, 258, (263, ""), 263, 258), (258, 258, (263, "b"), 263, 258),
+    (258, 300, (263, "b"), 300, 258), (258, 257, (263, "b"), 263, 257),
+    (263, 300, (263, "b"), 300, 0), (263, 263, (263, "b"), 270, 263),
+    (270, 263, (263, "b"), 263, 0), (0, 262, (263, "b"), 263, 262),
+    (0, 263, (263, "b"), 263, None), (0, 300, (263, "b"), 300, None)])
+def test_which_entries_are_new(tmp_path, monkeypatch, known, entries, named, asked, first):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(expansion, "entries_of", lambda _: known)
+    Path("data/toy").mkdir(parents=True)
+    tokenizer = {"vocab_size": named[0], "base": named[1]} if named else None
+    Path("data/toy/manifest.json").write_text(json.dumps({"tokenizer": tokenizer}))
+    config = Settings(dataset="toy", vocab_size=asked)
+    if first is None:
+        with pytest.raises(UserError) as seen:
+            expansion.first_new(Path("m"), entries, config)
+        assert str(seen.value) == ("m has no tokenizer, which would say what of the data set's "
+                                   "tokens is new to it; copy its tokenizer.json there")
+        return
+    assert expansion.first_new(Path("m"), entries, config) == first
+    monkeypatch.setattr(expansion, "read_config", lambda _: theirs)
+    for grew in (0, 100):
+        theirs = types.SimpleNamespace(vocab_size=entries, first_row=grew)
+        if first and grew:
+            with pytest.raises(UserError) as seen:
+                expansion.new_rows(config, Path("m"))
+            assert str(seen.value) == (
+                f"m grew its vocabulary to {first} entries beside a frozen one, and cannot grow it "
+                "again; make a plain model of it first: export.py")
+        else:
+            assert expansion.new_rows(config, Path("m")) == (first or grew)
+    assert expansion.new_rows(config, None) == 0
+    Path("data/toy/manifest.json").write_text("{")
+    assert expansion.first_new(Path("m"), entries, config) == (entries if entries < asked else 0)
+
+
+def test_entries_of_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(expansion, "byte_info", lambda folder: types.SimpleNamespace(
+        lengths=[0] * 7))
+    monkeypatch.setattr(expansion, "make_tokenizer", lambda spec: types.SimpleNamespace(
+        vocab_size=9 if spec.endswith("tokenizer.model") else 0))
+    assert expansion.entries_of(tmp_path) == 0
+    (tmp_path / "tokenizer.model").write_text("")
+    assert expansion.entries_of(tmp_path) == 9
+    (tmp_path / "tokenizer.json").write_text("")
+    assert expansion.entries_of(tmp_path) == 7
+
+
+def test_what_of_an_expanded_model_learns():
+    model = grown("hybrid")
+    expansion.freeze(model, Settings(divergence="cosine"))
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (".expansion." in name), name
+    assert [block.measure for block in expansion.expanded(model).values()] == ["", "cosine"]
+    model = grown("stack", first_row=60)
+    expansion.freeze(model, Settings())
+    learned = [name for name, _ in trained(model) if ".expansion." not in name]
+    assert learned == ["model.embed_tokens.rows", "lm_head.rows"]
+    model = grown("hybrid")
+    expansion.begin(model)
+    for block in expansion.expanded(model).values():
+        for name, copy in block.expansion.named_parameters():
+            silent = name.startswith("mix_") or (
+                not block.beside and name.endswith(("o_proj.weight", "down_proj.weight")))
+            assert not copy.any() if silent else torch.equal(copy, block.get_parameter(name)), name
+
+
+def test_the_tokens_by_which_a_run_looks():
+    """512 of them, or all there are, or the first row."""
+    asked: list = []
+    for block, windows, rows in ((128, 99, 4), (128, 3, 3), (512, 99, 1), (513, 99, 1),
+                                 (9999, 5, 1), (100, 99, 5), (27, 99, 18)):
+        some = types.SimpleNamespace(block_size=block, windows=windows, read_windows=lambda which: (
+            asked.append(which) or np.zeros((len(which), 5), np.int64)))
+        found = expansion.first_tokens(some, 1)
+        assert asked.pop() == range(rows) and len(found.ids) == rows
+        assert found.starts is not None
+
+
+def test_what_is_seen_of_expanded_blocks(monkeypatch):
+    model, some, rows, said = grown("hybrid"), to_batch(some_ids(64).numpy()), [], []
+    found = expansion.look(model, some)
+    states: list = []
+    model.hidden(some.ids, watch=states.append)
+    rope = model.rope_cos[:23], model.rope_sin[:23]
+    block = model.model.layers[3]
+    base, copy = block.both(states[3], rope, *[None] * 4)
+    dots = (base * copy).sum(-1) / base.norm(dim=-1) / copy.norm(dim=-1)
+    share = block.expansion.mix_bias.sigmoid().item()
+    assert found == {3: {"expansion_share": pytest.approx(share),
+                         "expansion_cosine": pytest.approx(dots.mean().item(), abs=1e-6)}}
+    monkeypatch.setattr(expansion, "first_tokens", lambda *_: some)
+    monkeypatch.setattr(expansion, "look", lambda *_: {1: {"expansion_share": 0.5, "x": 1.0},
+                                                       3: {"expansion_share": 0.25, "x": 2.0}})
+    probe = expansion.Probe(None, 1)
+    probe.add(model, 7, types.SimpleNamespace(row=rows.append, say=said.append))
+    assert rows == [{"step": 7, "expansion_share/1": 0.5, "x/1": 1.0, "expansion_share/3": 0.25,
+                     "x/3": 2.0}]
+    assert said == ["step 7: share of the copies, by block: 1: 0.50, 3: 0.25"]
+
+
+@pytest.mark.parametrize("objective", ["next", "dpo"])
+def test_a_divergence_in_the_slope_alone(objective):
+    """The first loss keeps its value and gets its gradient; the divergence stands behind all."""
+    model = grown("concat")
+    blocks = list(expansion.merging(model).values())
+    flags, begins = 1 << 40, 1 << 41
+    rows = np.full((2, 7), 5)
+    rows[:, 0] |= flags | begins
+    rows[:, 4] |= flags | begins  # (3 learned, 2 learned) in each row
+    rows[1, 6] |= flags  # and one less
+    some = to_batch(rows, 0, 1)
+    values = [torch.rand(2, 6, requires_grad=True) for _ in blocks]
+    for block, value in zip(blocks, values, strict=True):
+        block.divergence = value
+    losses = torch.tensor([3.0, 5.0], requires_grad=True)
+    found = expansion.with_divergence(losses, model, some, Settings(
+        objective=objective, divergence_weight=0.5))
+    each = torch.tensor([[1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 0]]).float()
+    if objective == "dpo":
+        each = torch.tensor([[1 / 6] * 3 + [0, 1 / 4, 1 / 4], [1 / 6] * 3 + [0, 1 / 2, 0]])
+    mean = (values[0] + values[1]).detach() / 2
+    assert found.tolist() == pytest.approx([3.0, 5.0, (mean * each).sum().item()])
+    slopes = torch.autograd.grad(found[0], [losses, *values])
+    assert slopes[0].tolist() == [1.0, 0.0]
+    for slope in slopes[1:]:
+        assert torch.allclose(slope, 0.5 * each / 2)
+    assert all(block.divergence is None for block in blocks)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plain_model_of_a_mixed_one(tied):
+    """Behind their blocks copies become blocks, beside them they are merged by their share."""
+    model = grown("hybrid", tie_embeddings=tied)
+    model.compute_dtype = torch.bfloat16
+    made = expansion.plain(model, {3: 0.25})
+    assert made.config == ModelConfig(
+        5, 4, 32, 48, 64, 48, n_kv_head=2, tie_embeddings=tied) and not made.training
+    assert made.compute_dtype == torch.bfloat16 and (made.lm_head.weight is
+                                                     made.model.embed_tokens.weight) == tied
+    layers = model.model.layers
+    for number, block in enumerate((layers[0], layers[1], layers[1].expansion, layers[2])):
+        for name, p in made.model.layers[number].named_parameters():
+            assert torch.equal(p, block.get_parameter(name)), name
+    for name, p in made.model.layers[4].named_parameters():
+        old, new = layers[3].get_parameter(name), layers[3].expansion.get_parameter(name)
+        assert torch.allclose(p, 0.75 * old + 0.25 * new, atol=1e-6), name
+    assert torch.equal(made.model.norm.weight, model.model.norm.weight)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model import LLaMA, ModelConfig
-from plainllama.settings import Settings
+from plainllama.parallel import World
+from plainllama.settings import Settings, UserError
 from plainllama.training import optim
 from plainllama.weights.adapters import initial_weight
 
@@ -173,3 +174,168 @@ def test_a_non_finite_norm_leaves_muon_as_it_was():
     assert optim.step(optimizer, 0.1, torch.tensor(float("nan")), 1.0)
     after = [s for p in model.parameters() for s in (p.detach(), *optimizer.state[p].values())]
     assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
+
+
+# ---- the parts of it, exactly
+
+def test_where_the_peak_ends():
+    for steps, warmup, ends in ((100, 10, (9, 79)), (100, 0, (0, 79)), (100, 1, (0, 79)),
+                                (100, 95, (94, 94)), (1, 0, (0, 0)), (2, 0, (0, 0)), (3, 0, (0, 1)),
+                                (10, 0, (0, 7)), (7, 0, (0, 5)), (13, 2, (1, 9))):
+        c = config(max_steps=steps, warmup_steps=warmup)
+        assert (optim.warmed_up(c), optim.last_fifth(c)) == ends
+    shares = {name: [share(done) for done in (0.0, 0.25, 0.5, 1.0)]
+              for name, (_, share) in optim.SCHEDULES.items()}
+    cosine = [1.0, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.0]
+    assert shares == {"cosine": pytest.approx(cosine), "linear": [1.0, 0.75, 0.5, 0.0],
+                      "wsd": [1.0, 0.75, 0.5, 0.0]}
+    c = config(schedule="linear", max_steps=11, warmup_steps=0, learning_rate=1.0, min_lr=0.0)
+    assert [optim.lr(step, c) for step in (0, 1, 5, 10, 11, 50)] == pytest.approx(
+        [1.0, 0.9, 0.5, 0.0, 0.0, 0.0])
+    c = config(schedule="wsd", max_steps=20, warmup_steps=4, learning_rate=1.0, min_lr=0.2)
+    assert [optim.lr(step, c) for step in (0, 2, 3, 4, 15, 16, 17, 19)] == pytest.approx(
+        [0.25, 0.75, 1.0, 1.0, 1.0, 0.8, 0.6, 0.2])
+
+
+def test_what_a_shortened_warm_up_says():
+    c = config(max_steps=29, warmup_steps=29)
+    assert optim.fit_warmup(c) == ("warmup_steps 29 does not fit into max_steps 29: the warm-up "
+                                   "takes 2 of them")
+    c = config(max_steps=29, warmup_steps=28)
+    assert optim.fit_warmup(c) == "" and c.warmup_steps == 28
+
+
+def test_how_an_optimizer_is_made():
+    model = tiny()
+    made = optim.make(model, config(beta1=0.5, beta2=0.75, weight_decay=0.3)).adamw
+    assert [group["weight_decay"] for group in made.param_groups] == [0.3, 0.0]
+    for group in made.param_groups:
+        assert (group["betas"], group["eps"], group["fused"]) == ((0.5, 0.75), 1e-8, True)
+    for p, state in made.state.items():
+        assert {name: (value.shape, bool(value.any())) for name, value in state.items()} == {
+            "step": ((), False), "exp_avg": (p.shape, False), "exp_avg_sq": (p.shape, False)}
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(UserError, match=r"^no parameter learns: all of them are frozen$"):
+        optim.make(model, config())
+    block = model.model.layers[1].mlp.up_proj.weight
+    block.requires_grad_(True)
+    model.model.norm.weight.requires_grad_(True)
+    world = World()
+    made = optim.make(model, config(optimizer="muon", weight_decay=0.3), world)
+    assert list(made.muon.state) == [block] and made.muon.world is world
+    assert made.muon.weight_decay == 0.3 and list(made.adamw.state) == [model.model.norm.weight]
+    assert made.state.keys() == {block, model.model.norm.weight} and made.loss_scale is None
+    assert (optim.MOMENTUM, optim.STACK) == (0.95, 8)
+
+
+def newton_schulz(x: torch.Tensor) -> torch.Tensor:
+    """The iteration as Jordan writes it, in double precision."""
+    x = x.double() / (x.double().norm() * 1.01 + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_orthogonal_is_the_iteration():
+    torch.manual_seed(0)
+    for shape in ((3, 4, 7), (1, 5, 5)):
+        matrices = torch.randn(shape)
+        for x, y in zip(matrices, optim.orthogonal(matrices), strict=True):
+            assert (y - newton_schulz(x)).abs().max() < 1e-5
+    assert not optim.orthogonal(torch.zeros(1, 2, 3)).any()
+    small = torch.randn(1, 3, 5)
+    assert (optim.orthogonal(small * 1e-6)[0] - newton_schulz(small[0] * 1e-6)).abs().max() < 1e-4
+
+
+class Cut(World):
+    """A rank that has rows 1.. of every matrix, as of a sharded one."""
+
+    def piece(self, tensor):
+        return tensor[1:], 1
+
+
+@pytest.mark.parametrize("world", [World(), Cut()])
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5), (5, 3)])
+def test_an_update_of_muon_by_hand(world, shape):
+    """Momentum, its Nesterov step, the directions, and decay."""
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(shape))
+    muon = optim.Muon([parameter], 0.3, world)
+    first = 1 if isinstance(world, Cut) else 0
+    weight, momentum = parameter.detach().double().clone(), torch.zeros(shape).double()
+    for rate, scale in ((0.1, 1.0), (0.2, 4.0), (0.05, 0.5)):
+        parameter.grad = torch.randn(shape)
+        grad = parameter.grad.double() / scale
+        grad[:first] = 0
+        momentum = 0.95 * momentum + 0.05 * grad
+        ahead = 0.05 * grad + 0.95 * momentum
+        turned = ahead if shape[0] <= shape[1] else ahead.T
+        direction = newton_schulz(turned)
+        direction = (direction if shape[0] <= shape[1] else direction.T) * 0.2 * max(shape)**0.5
+        weight[first:] -= rate * direction[first:] + rate * 0.3 * weight[first:]
+        before = parameter.detach().clone(), muon.state[parameter]["momentum"].clone()
+        muon.step(rate, torch.tensor(scale), torch.tensor(True))  # skipped
+        assert torch.equal(parameter, before[0])
+        assert torch.equal(muon.state[parameter]["momentum"], before[1])
+        muon.step(rate, torch.tensor(scale), torch.tensor(False))
+        assert (parameter - weight).abs().max() < 1e-4
+        assert (muon.state[parameter]["momentum"] - momentum).abs().max() < 1e-6
+
+
+def test_who_makes_which_directions(monkeypatch):
+    """Eight matrices of a shape are a stack, tall ones turned; each rank makes every size-th."""
+    matrices = [torch.nn.Parameter(torch.zeros(shape)) for shape in
+                [(2, 3)] * 9 + [(3, 2)] * 2 + [(4, 4)]]
+    made = optim.Muon(matrices, 0.0, World())
+    assert made.stacks == [matrices[:8], matrices[8:11], matrices[11:]]
+    for p in matrices:
+        p.grad = torch.ones_like(p)
+    for rank, own in ((0, [(8, 2, 3), (1, 4, 4)]), (1, [(3, 2, 3)])):
+        stacked, asked = [], []
+        world = World(rank, 2)
+        monkeypatch.setattr(world, "from_rank", lambda owner, mine, shape, asked=asked: (
+            asked.append((owner, mine is not None, shape)) or torch.zeros(shape)))
+        monkeypatch.setattr(optim, "orthogonal", lambda x, stacked=stacked: (
+            stacked.append(tuple(x.shape)) or x))
+        optim.Muon(matrices, 0.0, world).step(0.1, torch.tensor(1.0), torch.tensor(False))
+        assert stacked == own
+        assert asked == [(0, True, (8, 2, 3)), (1, True, (3, 2, 3)), (0, rank == 0, (1, 4, 4))]
+
+
+def test_the_scale_of_a_loss_by_hand():
+    scale = optim.LossScale(torch.device("cpu"))
+    assert (scale.value, scale.good) == (65536, 0)
+    for good, skipped, value, after in ((0, False, 65536, 1), (5, True, 32768, 0),
+                                        (1998, False, 32768, 1999), (1999, False, 65536, 0),
+                                        (2500, False, 131072, 0), (1999, True, 65536, 0)):
+        scale.good.fill_(good)
+        scale.adjust(torch.tensor(skipped))
+        assert (scale.value, scale.good) == (value, after)
+
+
+def test_what_a_step_hands_to_adamw(monkeypatch):
+    """Gradients are divided by norm / clip where that is above 1, times the scale of the loss."""
+    model = tiny()
+    made = optim.make(model, config())
+    monkeypatch.setattr(made.adamw, "step", lambda: None)
+    assert made.scale_state() is None
+    nan, inf = math.nan, math.inf
+    for norm, clip, by, skipped in ((3.0, 1.0, 3.0, 0), (3.0, 2.0, 1.5, 0), (0.5, 1.0, 1.0, 0),
+                                    (3.0, 3.0, 1.0, 0), (3.0, 0.0, 1.0, 0), (3.0, 0.5, 6.0, 0),
+                                    (nan, 1.0, 1.0, 1), (inf, 0.0, 1.0, 1), (inf, 2.0, 1.0, 1)):
+        for scale in (None, 4.0):
+            made.loss_scale = optim.LossScale(torch.device("cpu")) if scale else None
+            if scale:
+                made.loss_scale.value.fill_(scale)
+            assert optim.step(made, 0.25, torch.tensor(norm), clip) == skipped
+            assert made.adamw.grad_scale == by * (scale or 1)
+            assert made.adamw.found_inf == skipped
+            assert {group["lr"] for group in made.adamw.param_groups} == {0.25}
+            assert made.scale_state() == (scale and [scale / 2 if skipped else scale,
+                                                     float(not skipped)])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    made.zero_grad()
+    assert all(p.grad is None for p in model.parameters())

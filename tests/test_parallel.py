@@ -1,8 +1,12 @@
 """ddp, fsdp and hsdp on two to four processes are one process, to rounding; their checkpoints too.
 The deterministic mode is, to the bit."""
 
+import contextlib
 import itertools
 import json
+import sys
+import types
+from datetime import timedelta
 
 import pytest
 import ranks
@@ -14,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from model import LLaMA, ModelConfig
 from model import trained as trained_in
-from plainllama import parallel
+from plainllama import parallel, watch
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError, ceil_div
 from plainllama.tokens import tokenizer
@@ -280,3 +284,372 @@ class _Parts:
     def __init__(self, world: World, micro: int):
         self.world, self.batch_rows = world, ranks.ROWS
         self.config = Settings(block_size=ranks.LENGTH, micro_batch=micro)
+
+
+# ---- a world by itself, without other ranks
+
+class NoRanks:
+    """torch.distributed where nobody may ask for it; `asked` is what was."""
+
+    def __init__(self, **parts):
+        self.asked: list = []
+        vars(self).update(parts)
+
+    def __getattr__(self, name):
+        def call(*given, **keys):
+            self.asked.append((name, *given, keys))
+            for one in given:
+                if isinstance(one, torch.Tensor):
+                    one.sub_(5)
+        return call
+
+
+def test_one_process_asks_nobody(monkeypatch):
+    monkeypatch.setattr(parallel, "dist", NoRanks())
+    world, values = World(), torch.tensor([3.0])
+    assert (world.rank, world.size, world.mode, world.device.type, world.home.type, world.offload,
+            world.sharded, world.shards, world.replicas, world.shard, world.holds_a_piece,
+            world.why, world.store) == (
+        0, 1, "one", "cpu", "cpu", False, False, 1, 1, 0, True, "", None)
+    part = [values]
+    assert world.add_in_tree(part) is part and world.sum(values) is values and values == 3
+    assert world.from_rank(0, values, (9,)) is values
+    assert world.from_rank(1, values, (9,)).shape == world.from_rank(0, None, (9,)).shape == (9,)
+    assert world.least(7) == 7 and world.any(True) and not world.any(False)
+    assert world.agree(part) is part and world.gather(4) == [4] and world.decide(lambda: 5) == 5
+    world.set_timeout(timedelta(seconds=3))
+    assert world.timeout.seconds == 3 and not parallel.dist.asked
+    with world.patient():
+        assert world.timeout == watch.PATIENT
+    assert world.timeout.seconds == 3
+    with pytest.raises(ValueError), world.patient():
+        raise ValueError
+    assert world.timeout.seconds == 3
+
+
+def test_what_ranks_ask_each_other(monkeypatch):
+    found = NoRanks(ReduceOp=types.SimpleNamespace(MIN="least"))
+    monkeypatch.setattr(parallel, "dist", found)
+    world = World(1, 2, group="all", hosts="hosts")
+    values, theirs = torch.tensor([9.0]), torch.tensor([1.0])
+    assert world.sum(values) is values and values == 4  # as the stand-in has it
+    assert world.from_rank(1, theirs, (1,)) is theirs
+    assert world.from_rank(0, theirs, (3,)).shape == (3,)
+    assert world.least(7) == 2 and world.any(True) and world.any(False)  # -5 is below 0
+    assert [call[:1] + call[2:] for call in found.asked] == [
+        ("all_reduce", {"group": "all"}), ("broadcast", {"group": "all", "group_src": 1}),
+        ("broadcast", {"group": "all", "group_src": 0}),
+        *[("all_reduce", "least", {"group": "all"})] * 3]
+    monkeypatch.setattr(world, "least", lambda value: 0)
+    assert not world.any(False)
+    found.asked.clear()
+    assert world.agree("x") == "x" and world.gather("x") == [None, None]
+    assert [(call[0], call[-1]) for call in found.asked] == [
+        ("broadcast_object_list", {"src": 0, "group": "all", "device": world.device}),
+        ("all_gather_object", {"group": "hosts"})]
+    found.distributed_c10d = found
+    found._world = types.SimpleNamespace(pg_map={"all": 1, "hosts": 2, "more": 3})
+    found.asked.clear()
+    world.set_timeout(timedelta(seconds=9))
+    assert found.asked == [("_set_pg_timeout", timedelta(seconds=9), name, {})
+                           for name in ("all", "more")]
+    for there in (True, False):
+        found.asked.clear()
+        found.is_initialized = lambda there=there: there
+        world.close()
+        assert found.asked == [("destroy_process_group", {})] * there
+
+
+def test_what_rank_0_decides(monkeypatch):
+    """Others do not call; a refusal is said by rank 0 alone."""
+    said, told = UserError("no"), []
+    for rank in (0, 1):
+        world = World(rank, 2)
+        monkeypatch.setattr(world, "agree", lambda value, rank=rank: (
+            told.append(value) if rank == 0 else None) or told[0])
+
+        def refuse(rank=rank):
+            assert rank == 0
+            raise said
+
+        with pytest.raises(UserError if rank == 0 else SystemExit) as seen:
+            world.decide(refuse)
+        assert rank == 0 or seen.value.code == 2
+
+
+@pytest.mark.parametrize(("mode", "size", "local", "rank", "parts"), [
+    ("one", 1, 1, 0, (False, 1, 1, 0, True)), ("ddp", 4, 4, 3, (False, 1, 4, 0, False)),
+    ("ddp", 4, 4, 0, (False, 1, 4, 0, True)), ("fsdp", 4, 2, 3, (True, 4, 1, 3, True)),
+    ("fsdp", 1, 1, 0, (True, 1, 1, 0, True)), ("hsdp", 4, 2, 1, (True, 2, 2, 1, True)),
+    ("hsdp", 4, 2, 2, (True, 2, 2, 0, False)), ("hsdp", 6, 3, 5, (True, 3, 2, 2, False)),
+    ("hsdp", 4, 1, 0, None), ("hsdp", 4, 4, 0, None), ("hsdp", 4, 3, 0, None),
+    ("auto", 4, 2, 1, (False, 1, 4, 0, False))])
+def test_how_ranks_share_a_model(monkeypatch, mode, size, local, rank, parts):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    if parts is None:
+        with pytest.raises(UserError) as seen:
+            World(rank, size, mode=mode)
+        assert str(seen.value) == (
+            f"parallel=hsdp cannot cut {size} ranks, {local} of them on this machine, into a copy "
+            "on each machine; say parallel=fsdp")
+        return
+    world = World(rank, size, mode=mode)
+    assert (world.sharded, world.shards, world.replicas, world.shard, world.holds_a_piece) == parts
+    made = []
+    mesh = torch.distributed.device_mesh
+    monkeypatch.setattr(mesh, "init_device_mesh", lambda *at, **keys: made.append((at, keys)))
+    monkeypatch.setattr(mesh, "DeviceMesh", types.SimpleNamespace(from_group=lambda *at: (
+        made.append(at))))
+    monkeypatch.setattr(parallel, "dist", types.SimpleNamespace(
+        group=types.SimpleNamespace(WORLD="world")))
+    assert world.mesh is None and made == [
+        (("cpu", (size // local, local)), {"mesh_dim_names": ("replicas", "shards")})
+        if mode == "hsdp" else ("world", "cpu")]
+    if mode == "fsdp":
+        other = World(rank, size, mode=mode, group="mine")
+        assert other.mesh is None and made[-1] == ("mine", "cpu")
+
+
+def test_what_a_model_takes_and_what_room_there_is(monkeypatch):
+    one = torch.nn.Linear(4, 3)
+    one.register_buffer("codes", torch.zeros(5, dtype=torch.int8))
+    assert parallel.held_bytes(one) == 15 * 4 + 5 + 12 * 15
+    one.bias.requires_grad_(False)
+    one.weight.data = one.weight.data.bfloat16()
+    assert parallel.held_bytes(one) == 12 * 2 + 3 * 4 + 5 + 12 * 12
+    monkeypatch.setattr(parallel.os, "sysconf", lambda name: {
+        "SC_PAGE_SIZE": 40, "SC_PHYS_PAGES": 7}[name])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert (World().room, World(0, 3).room) == (280, 93) and parallel.local_size(3) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert World(0, 3).room == 140 and parallel.local_size(3) == 2
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(
+        total_memory=77))
+    assert World(0, 3, "cuda").room == 77
+    away = World(0, 3, "cuda", "fsdp", offload=True)
+    assert away.room == 140 and away.home.type == "cpu" and away.device.type == "cuda"
+
+
+def test_auto_at_the_very_bound(monkeypatch):
+    """A model that just fits is not sharded; nor one in few bits, whatever it takes."""
+    monkeypatch.setattr(parallel, "DDP_SHARE", 0.5)
+    monkeypatch.setattr(parallel, "held_bytes", lambda _: need)
+    monkeypatch.setattr(World, "room", 8 * 10**9)
+    for need, size, local, few, mode in (
+            (4e9, 4, 2, False, "ddp"), (4e9 + 1, 4, 2, False, "hsdp"), (8e9, 4, 2, False, "hsdp"),
+            (8e9 + 1, 4, 2, False, "fsdp"), (5e9, 4, 1, False, "fsdp"), (5e9, 4, 4, False, "fsdp"),
+            (5e9, 5, 2, False, "fsdp"), (5e9, 9, 3, False, "hsdp"), (5e9, 4, 2, True, "ddp")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        world, part = World(0, size, mode="auto"), torch.nn.Module()
+        part.register_buffer("codes", torch.zeros(2, dtype=torch.uint8 if few else torch.float32))
+        world.choose(part)
+        assert world.mode == mode and world.why == (
+            f"parallel=auto takes {mode}: weights, gradients and moments need {need / 1e9:.2f} GB, "
+            "and 4.00 GB are for them on each rank")
+    monkeypatch.undo()
+    assert parallel.DDP_SHARE == 0.6
+
+
+def test_how_a_model_is_placed_and_wrapped(monkeypatch):
+    seen, chosen = [], []
+    monkeypatch.setattr(World, "mesh", "mesh")
+    monkeypatch.setattr(World, "choose", lambda world, model: chosen.append(world))
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard",
+                        lambda module, **keys: seen.append((module, keys)))
+    for kind, device, offload in (("fsdp", "cpu", False), ("fsdp", "meta", True),
+                                  ("ddp", "cpu", False), ("auto", "cpu", False)):
+        world, net = World(0, 1, device, kind, offload=offload), meta()
+        seen.clear()
+        chosen.clear()
+        world.place(net, torch.bfloat16)
+        assert net.compute_dtype == torch.bfloat16 and bool(chosen) == (kind == "auto")
+        assert [module for module, _ in seen] == [*net.model.layers, net] * (kind == "fsdp")
+        for _, keys in seen:
+            policy = keys["mp_policy"]
+            assert keys["mesh"] == "mesh" and policy.param_dtype == torch.bfloat16
+            assert policy.reduce_dtype == torch.float32 and not policy.cast_forward_inputs
+    pinned = []
+    monkeypatch.setattr(torch.distributed.fsdp, "CPUOffloadPolicy",
+                        lambda pin_memory: pinned.append(pin_memory))
+    world = World(0, 1, "meta", "fsdp", offload=True)
+    for device in (torch.device("cpu"), types.SimpleNamespace(type="cuda")):
+        world.device, net = device, meta()
+        monkeypatch.setattr(net, "reset_derived", lambda _: None)
+        world.place(net, torch.float32)
+    assert pinned == [False, True]
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel",
+                        lambda *given, **keys: (given, keys))
+    model = torch.nn.Linear(1, 1)
+    for kind, device in (("ddp", "cpu"), ("ddp", "cuda:3"), ("fsdp", "cpu"), ("one", "cpu")):
+        found = World(0, 1, device, kind, group="mine").wrap(model)
+        if kind != "ddp":
+            assert found is model
+            continue
+        assert found == ((model,), {
+            "device_ids": None if device == "cpu" else [3], "gradient_as_bucket_view": True,
+            "broadcast_buffers": False, "process_group": "mine"})
+
+
+def test_what_is_compiled_and_undone(monkeypatch):
+    """The whole model or, where hooks stand around the blocks, each of them and the loss."""
+    monkeypatch.setattr(torch, "compile", lambda call, dynamic: ("compiled", dynamic))
+    for mode in ("ddp", "fsdp"):
+        net, done, world = meta(), [], World(0, 1, "cpu", mode)
+        for part in (net, *net.model.layers):
+            monkeypatch.setattr(part, "compile", lambda dynamic, part=part, done=done: (
+                done.append((part, dynamic)), setattr(part, "_compiled_call_impl", 1)))
+        loss = net.loss
+        world.compile(net, None)
+        assert done == ([(net, None)] if mode == "ddp" else [
+            (block, None) for block in net.model.layers])
+        assert net.loss == (loss if mode == "ddp" else ("compiled", None))
+        world.decompile(net)
+        assert net.loss == loss and not any(
+            part._compiled_call_impl for part in (net, *net.model.layers))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_when_gradients_are_exchanged(last):
+    for mode, offload, ddp in (("fsdp", False, False), ("fsdp", True, False), ("ddp", False, True),
+                               ("one", False, False)):
+        done = []
+
+        @contextlib.contextmanager
+        def no_sync(done=done):
+            done.append("no sync")
+            yield
+
+        parts = {"set_requires_gradient_sync": done.append,
+                 "reshard": lambda done=done: done.append("r")}
+        module = types.SimpleNamespace(**parts, **({"no_sync": no_sync} if ddp else {}))
+        world = World(0, 1, "cpu", mode, offload=offload)
+        with world.accumulating(module, last):
+            pass
+        assert done == ([last or offload] if mode == "fsdp" else ["no sync"] * (ddp and not last))
+        done.clear()
+        world.reshard(module)
+        assert done == ["r"] * (mode == "fsdp")
+
+
+def test_pieces_of_a_tensor_and_their_norm(monkeypatch):
+    """Rows as torch.chunk cuts them: of 5 over 4 ranks 2, 2, 1 and none."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    plain = torch.ones(5, 2)
+    cut = types.SimpleNamespace(shape=(5, 2), to_local=lambda: "mine", full_tensor=lambda: "all",
+                                to=lambda device: cut if device.type == "cpu" else None)
+    for rank, first in enumerate((0, 2, 4, 5)):
+        world = World(rank, 4, mode="fsdp")
+        assert world.piece(plain) == (plain, 0) and world.whole(plain) is plain
+        assert world.piece(cut) == ("mine", first) and world.whole(cut) == "all"
+    net = torch.nn.Linear(2, 2)
+    net.extra = torch.nn.Parameter(torch.ones(0, 2))
+    net.idle = torch.nn.Parameter(torch.ones(3))
+    net.weight.grad, net.bias.grad = torch.full((2, 2), 3.0), torch.tensor([1.0, 2.0])
+    net.extra.grad = torch.ones(0, 2)
+    assert World().square_norm(net).item() == pytest.approx(41)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert World(0, 4, mode="hsdp").square_norm(net).item() == pytest.approx(41 / 2)
+    net.bias.requires_grad_(False)
+    assert World().square_norm(net).item() == pytest.approx(36)
+
+
+def test_what_torchrun_says_is_heard(monkeypatch):
+    """(environment, device, mode) -> rank, size, device, back end."""
+    joined = []
+    monkeypatch.setattr(parallel.watch, "join", lambda *given: joined.append(given) or "store")
+    monkeypatch.setattr(parallel.dist, "new_group", lambda **keys: keys)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    run = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+           "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    names = (*run, "LOCAL_WORLD_SIZE")
+    for given, device, mode, seen in (
+            (run, "cpu", "ddp", (3, 4, "cpu", "gloo")),
+            (run, "cuda", "auto", (3, 4, "cuda:1", "cpu:gloo,cuda:nccl")),
+            (run | {"RANK": "0", "LOCAL_RANK": "0"}, "cpu", "hsdp", (0, 4, "cpu", "gloo")),
+            (run | {"LOCAL_WORLD_SIZE": "4"}, "cpu", "fsdp", (3, 4, "cpu", "gloo")),
+            ({"RANK": "0", "WORLD_SIZE": "1"}, "cpu", "ddp", (0, 1, "cpu", "gloo")),
+            ({"RANK": "0", "WORLD_SIZE": "1"}, "cuda", "auto", (0, 1, "cuda", None)),
+            ({}, "cpu", "auto", (0, 1, "cpu", None)),
+            ({}, "cpu", "ddp", r"^parallel=ddp needs torchrun --nproc_per_node=N"),
+            (run | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}, "cuda", "ddp",
+             "^process 2 of this machine has no GPU, torch sees 2; lower --nproc_per_node"),
+            (run | {"MASTER_PORT": "0"}, "cpu", "ddp", "^the environment names no rank of a run"),
+            (run | {"LOCAL_RANK": "2"}, "cpu", "ddp", "names no rank"),
+            (run | {"LOCAL_WORLD_SIZE": "5"}, "cpu", "ddp", "names no rank"),
+            (run | {"RANK": "4"}, "cpu", "ddp", "names no rank"),
+            (run | {"RANK": "x"}, "cpu", "ddp", "names no rank")):
+        for name in names:
+            monkeypatch.setenv(name, given.get(name, ""))
+            if name not in given:
+                monkeypatch.delenv(name)
+        joined.clear()
+        if isinstance(seen, str):
+            with pytest.raises(UserError, match=seen):
+                parallel.start(device, mode)
+            continue
+        world = parallel.start(device, mode)
+        rank, size, where, backend = seen
+        assert (world.rank, world.size, str(world.device)) == (rank, size, where)
+        assert world.offload is False and world.mode == ("one" if backend is None else mode)
+        if backend is None:
+            assert not joined and world.store is None and world.hosts is None
+            continue
+        assert joined == [*["cuda:1"] * (device == "cuda"), (backend, where)]
+        assert world.store == "store" and world.hosts == {
+            "backend": "gloo", "timeout": timedelta(hours=2)}
+    for name, value in run.items():
+        monkeypatch.setenv(name, value)
+    assert parallel.start("cuda", "fsdp", True).offload
+    with pytest.raises(UserError, match=r"^offload has no effect on device=cpu: its weights"):
+        parallel.start("cpu", "fsdp", True)
+
+
+def test_devices_and_dtypes(monkeypatch):
+    for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert parallel.pick_device("auto") == best and parallel.pick_device("cpu") == "cpu"
+    with pytest.raises(UserError) as seen:
+        parallel.pick_device("mps")
+    assert str(seen.value) == f"device=mps is not available to this torch ({torch.__version__})"
+    bits = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for device, able, auto in (("cpu", (9, 0), "fp32"), ("mps", (7, 0), "fp32"),
+                               ("cuda", (7, 9), "fp16"), ("cuda", (8, 0), "bf16"),
+                               ("cuda", (9, 0), "bf16"), ("cuda", (8, 6), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, able=able: able)
+        where = types.SimpleNamespace(type=device)
+        assert parallel.pick_dtype("auto", where) == bits[auto]
+        for name in ("fp32", "fp16", *["bf16"] * (auto != "fp16")):
+            assert parallel.pick_dtype(name, where) == bits[name]
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    (("sdpa", "cpu"), ""), (("sdpa", "cpu", torch.float32, True), ""), (("reference", "mps"), ""),
+    (("reference", "cuda", torch.float32, True), ""), (("sdpa", "cuda", torch.float32, False), ""),
+    (("sdpa", "cuda", torch.float16, True), ""), (("varlen", "cuda", torch.float16, True), ""),
+    (("varlen", "cuda"), ""), (("xformers", "cuda", torch.float32), ""),
+    *(((kind, where, dtype), f"attention={kind} needs a CUDA device, found {where}; use "
+       "attention=sdpa") for kind in ("varlen", "xformers") for where in ("cpu", "mps")
+      for dtype in (torch.float32, torch.bfloat16)),
+    (("varlen", "cuda", torch.float32), "attention=varlen computes in bf16 or fp16 only; use "
+                                        "attention=sdpa or another dtype"),
+    (("xformers", "cuda", torch.float16, True),
+     "attention=xformers sees no documents; with doc_mask use attention=sdpa"),
+    (("sdpa", "cuda", torch.float32, True),
+     "doc_mask on CUDA computes in bf16 or fp16 only; use another dtype")])
+def test_why_a_back_end_cannot_run(monkeypatch, given, says):
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", types.ModuleType("xformers.ops"))
+    assert parallel.attention_refusal(*given) == says
+    if given == ("xformers", "cuda", torch.float32):
+        monkeypatch.setitem(sys.modules, "xformers.ops", None)
+        said = parallel.attention_refusal(*given)
+        assert said.startswith("attention=xformers: ")
+        assert said.endswith("; pip install xformers, or use attention=sdpa")
+
+
+def test_why_torch_compile_failed_is_one_line():
+    assert parallel.why_not(ValueError("no\n  C++\tcompiler ")) == "ValueError: no C++ compiler"
+    assert parallel.why_not(ValueError("x" * 300)) == "ValueError: " + "x" * 188

@@ -4,8 +4,10 @@ ORPO make of it, beside formulas that share nothing with the program."""
 import json
 import math
 import shutil
+import types
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import train
 from model import LLaMA, ModelConfig
 from plainllama.command import parse
 from plainllama.evaluation.validation import remark_on_chosen
-from plainllama.files import read_json
+from plainllama.files import file_entry, read_json, write_json
 from plainllama.parallel import World
 from plainllama.settings import Settings, UserError, check_keys
 from plainllama.text import embedded_preference
@@ -29,6 +31,7 @@ from plainllama.text.forms import Refused
 from plainllama.text.pairs import paired
 from plainllama.tokens import shards
 from plainllama.tokens.rows import FitRows, to_batch
+from plainllama.training import objectives, reference, resume
 from plainllama.training.objectives import (
     LOGGED,
     OBJECTIVES,
@@ -620,3 +623,282 @@ def test_prompts_and_sides_in_unlike_spellings():
                  for name, text in (("chosen", "So."), ("rejected", "No."))}}
     made = json.loads(paired(record, PAIRS)[0])
     assert [message["content"] for message in made["messages"]] == ["S", "Why? ", "So."]
+
+
+# ---- the parts, one by one
+
+def test_what_an_objective_is():
+    entry = OBJECTIVES["next"]
+    assert (entry.logged, entry.reference, entry.first) == ((), False, None)
+    assert (OBJECTIVES["dpo"].reference, OBJECTIVES["dpo"].first) == (True, math.log(2))
+    assert (OBJECTIVES["orpo"].reference, OBJECTIVES["orpo"].first) == (False, None)
+    assert OBJECTIVES["dpo"].logged == OBJECTIVES["orpo"].logged == LOGGED
+    with pytest.raises(AttributeError):
+        entry.reference = True
+    rows = types.SimpleNamespace(targets=lambda first, n: ("targets", first, n),
+                                 pairs=lambda first, n: ("pairs", first, n))
+    assert [OBJECTIVES[name].count(rows, 3, 4) for name in ("next", "dpo", "orpo")] == [
+        ("targets", 3, 4), ("pairs", 3, 4), ("pairs", 3, 4)]
+    assert objectives.CLOSEST == -1e-7
+    summed = OBJECTIVES["next"].loss(lambda *given: torch.tensor(float(len(given))),
+                                     to_batch(np.zeros((1, 5), np.int64)), torch.device("cpu"),
+                                     Settings())
+    assert summed.shape == (1,) and summed.item() == len(to_batch(
+        np.zeros((1, 5), np.int64)).to(torch.device("cpu")))
+
+
+def test_log_probabilities_of_documents_by_hand():
+    """Of two rows of which the first has three documents; one learns nothing, and what fills up
+    belongs to none."""
+    flags, begins = 1 << 40, 1 << 41
+    rows = np.full((2, 9), 5)
+    rows[:, 0] |= flags | begins
+    rows[0, 3] |= flags | begins
+    rows[0, 6] |= flags | begins
+    rows[0, 7:] |= flags  # the third document learns nothing
+    losses = torch.arange(1.0, 257.0)
+    beside = np.array([10.0, 20.0, 30.0, 40.0])
+    for known in (None, beside):
+        batch = to_batch(rows, 0, BOS, known)
+        asked = []
+        found = log_probabilities(lambda *given, each, asked=asked: asked.append(each) or losses,
+                                  batch, torch.device("cpu"))
+        assert asked == [True] and found[0].dtype == found[2].dtype == torch.float64
+        learned = [2, 2, 0, 8]
+        ends = np.cumsum(learned)
+        sums = [-sum(range(end - n + 1, end + 1)) for n, end in zip(learned, ends, strict=True)]
+        assert found[1].tolist() == learned and found[0].tolist() == sums
+        assert found[2].tolist() == ([0.0] * 4 if known is None else beside.tolist())
+
+
+def test_sums_over_pairs_by_hand():
+    """A tie is half an accuracy."""
+    losses, preference = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 0.25, 1.0])
+    rewards = torch.tensor([3.0, 1.0, 2.0, 2.0, -1.0, 4.0], requires_grad=True)
+    logps = torch.tensor([-5.0, -1.0, -2.0, -3.0, -4.0, -4.0])
+    found = sums_of(losses, preference, rewards, logps)
+    assert found.tolist() == [7.0, 1.75, 4.0, 7.0, -3.0, 1.5, -11.0, -8.0, 1.5]
+    assert not found.requires_grad and len(found) == 1 + len(LOGGED)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("dpo", 0.0), ("dpo", 0.5), ("orpo", 0.0)])
+def test_losses_of_two_pairs_by_hand(monkeypatch, name, weight):
+    logps = torch.tensor([-4.0, -6.0, -1.0, -9.0]).double()
+    sizes, known = torch.tensor([2, 3, 4, 5]), torch.tensor([-5.0, -5.0, -2.0, -6.0]).double()
+    monkeypatch.setattr(objectives, "log_probabilities", lambda *_: (logps, sizes, known))
+    config = Settings(preference_beta=0.25, nll_weight=weight)
+    found = OBJECTIVES[name].loss(None, None, None, config).tolist()
+    assert found[0] == pytest.approx(formula(name, logps, sizes, known, 0.25, weight).item())
+    plain = formula(name, logps, sizes, known, 0.25, 0.0).item()
+    if name == "dpo":
+        rewards = (0.25 * (logps - known)).tolist()
+    else:
+        means = (logps / sizes).tolist()
+        rewards = [0.25 * mean for mean in means]
+        plain += means[0] + means[2]
+    assert found[1] == pytest.approx(plain)
+    assert found[2:5] == pytest.approx([
+        rewards[0] + rewards[2], rewards[1] + rewards[3],
+        rewards[0] + rewards[2] - rewards[1] - rewards[3]])
+    right = 2.0 if name == "dpo" else 1.5  # by the mean of a token the first pair is a tie
+    assert found[5:] == pytest.approx([right, -5.0, -15.0, 2.0])
+
+
+def test_log1mexp_is_exact_on_both_sides():
+    for x in (-1e-6, -0.01, -0.5, -0.692, -0.693, -0.694, -1.0, -1.5, -1.69, -5.0, -30.0):
+        right = math.log(-math.expm1(x)) if x > -0.5 else math.log1p(-math.exp(x))
+        assert log1mexp(torch.tensor(x)).item() == pytest.approx(right, rel=2e-6)
+    assert log1mexp(torch.tensor(0.0)) == log1mexp(torch.tensor(-1e-7)) < -16
+
+
+class Told:
+    """FitRows of a split: window n holds the documents 2n and 2n + 1."""
+
+    def __init__(self, windows: int):
+        self.windows, self.split = windows, types.SimpleNamespace(documents=2 * windows + 1)
+
+    def documents_of(self, windows):
+        return np.array([d for n in windows for d in (2 * n, 2 * n + 1)], np.int64)
+
+    def read_windows(self, windows):
+        return list(windows)
+
+
+@pytest.fixture
+def thinker(monkeypatch):
+    """An engine of which `thought` says what it computed; a document's log-probability is -number -
+    1."""
+    config = Settings(init_from="base", objective="dpo", block_size=128)
+    at = types.SimpleNamespace(config=config, world=World(), dtype=torch.float32, micro=2, bos_id=1,
+                               module="module", thought=[], model=torch.nn.Module(), sha="sha")
+    monkeypatch.setattr(reference.peft, "model_sha256", lambda source: f"{at.sha} of {source}")
+
+    def think(module, batch, device):
+        windows, n, _ = batch
+        assert n == 2 and not at.model.training
+        at.thought.append(list(windows))
+        return torch.tensor([-float(d) - 1 for w in windows for d in (2 * w, 2 * w + 1)]), None
+
+    monkeypatch.setattr(reference, "to_batch", lambda rows, n, bos: (rows, n, bos))
+    monkeypatch.setattr(reference, "log_probabilities", think)
+    monkeypatch.setattr(reference, "CHUNK", 4)
+    return at
+
+
+def start_at(step: int, source=None):
+    return resume.Start(source, {"step": step} if step else {})
+
+
+def test_a_reference_is_computed_once_and_kept(thinker, tmp_path):
+    splits = Told(9), Told(2)
+
+    def asked(step=0, data="data", source=None):
+        thinker.thought.clear()
+        return reference.of_run(tmp_path, thinker, *splits, data, start_at(step, source))
+
+    found = asked()
+    assert thinker.thought == [[0, 1], [2, 3], [4, 5], [6, 7], [8], [0, 1]]
+    for name, windows in (("train", 9), ("val", 2)):
+        assert found[name].tolist()[:-1] == [-d - 1.0 for d in range(2 * windows)]
+        assert math.isnan(found[name][-1]) and found[name].dtype == np.float64
+    folder = tmp_path / "reference"
+    made = read_json(folder / "made_of.json")
+    assert made == {"format": 1, "files": {
+        f"{name}.npy": file_entry(folder / f"{name}.npy") for name in ("train", "val")},
+        "made_of": made["made_of"]}
+    assert made["made_of"] | {"data": "data", "block_size": 128, "model": "sha of base",
+                              "dtype": "float32", "seed": 1337} == made["made_of"]
+    assert {"objective", "n_layer", "init_from"} < made["made_of"].keys()
+    assert not (folder / "parts").exists()
+    for step in (0, 5):  # at rest, at a new start of the same, and when it goes on
+        again = asked(step)
+        assert not thinker.thought and np.array_equal(again["val"], found["val"], equal_nan=True)
+    asked(source=Path("other"))
+    assert len(thinker.thought) >= 6  # another model
+    asked(source=Path("other"))
+    assert not thinker.thought
+    thinker.sha = "new"
+    asked()
+    assert len(thinker.thought) >= 6
+    (folder / "val.npy").write_bytes(b"torn")
+    asked()
+    assert len(thinker.thought) >= 6
+    (folder / "made_of.json").unlink()
+    asked()
+    assert len(thinker.thought) >= 6
+    says = (f"{folder} is missing, damaged or of another set: it holds what the model of step 0 "
+            "thought, which is gone; copy it too, or take another out_dir")
+    with pytest.raises(UserError) as seen:
+        asked(5, data="other")
+    assert str(seen.value) == says
+    (folder / "train.npy").unlink()
+    with pytest.raises(UserError) as seen:
+        asked(5)
+    assert str(seen.value) == says
+
+
+def test_parts_of_a_reference_are_of_one_model(thinker, tmp_path):
+    """What another start has left is taken if it was of the same, else thrown away."""
+    splits, parts = (Told(9), Told(2)), tmp_path / "reference/parts"
+    real = thinker.world.decide
+
+    def broken(call):
+        if "finish" in getattr(call, "__code__", call).co_names:
+            raise OSError("full")
+        return real(call)
+
+    thinker.world.decide = broken
+    for sha, thoughts in (("a", 6), ("a", 0), ("b", 6)):
+        thinker.sha = sha
+        thinker.thought.clear()
+        with pytest.raises(OSError, match="full"):
+            reference.of_run(tmp_path, thinker, *splits, "data", start_at(0))
+        assert len([one for one in thinker.thought if one]) == thoughts
+        assert sorted(path.name for path in parts.glob("*.npy")) == [
+            "train-00000.npy", "train-00001.npy", "train-00002.npy", "val-00000.npy"]
+        assert read_json(parts / "made_of.json")["model"] == f"{sha} of base"
+    numbers, logps = np.load(parts / "train-00002.npy")
+    assert numbers.tolist() == [16, 17] and logps.tolist() == [-17, -18]
+
+
+def test_each_rank_thinks_of_its_windows(thinker, tmp_path, capsys):
+    """As many passes as the others: some of them of nothing."""
+    for most, windows, passes in ((4, range(10, 14), 2), (5, range(10, 14), 3), (1, range(0), 1)):
+        thinker.thought.clear()
+        found = reference.think(thinker, Told(20), windows, most)
+        assert len(thinker.thought) == passes and thinker.model.training
+        assert found.shape == (2, 2 * len(windows)) and found.dtype == np.float64
+        assert found[0].tolist() == Told(20).documents_of(windows).tolist()
+    gathered = []
+    (tmp_path / "parts").mkdir()
+    for rank in (0, 1):
+        thinker.world = World(rank, 2)
+        thinker.world.gather = lambda made: gathered.append(made[0].tolist()) or [made]
+        thinker.world.decide = lambda call: call()
+        reference.compute(tmp_path, f"s{rank}", thinker, Told(5))
+    assert gathered == [[0, 1, 4, 5], [8, 9], [2, 3, 6, 7], []]
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
+        "s0-00000.npy", "s0-00001.npy"]
+
+
+def test_what_is_known_and_stored(tmp_path, monkeypatch):
+    stored = np.arange(10.0)
+    rows = FitRows.__new__(FitRows)
+    monkeypatch.setattr(FitRows, "documents_of", lambda rows, windows: np.array(windows) * 2)
+    assert reference.known(stored, rows, [1, 3]).tolist() == [2.0, 6.0]
+    assert reference.known(None, rows, [1]) is None
+    assert reference.known(stored, object(), [1]) is None
+    folder = tmp_path / "reference"
+    assert reference.stored(tmp_path, "val", "data", torch.float32) is None
+    folder.mkdir()
+    np.save(folder / "val.npy", stored)
+    write_json(folder / "made_of.json", {"made_of": {"data": "data", "dtype": "float32"}})
+    for split, data, dtype, there in (
+            ("val", "data", torch.float32, True), ("train", "data", torch.float32, False),
+            ("val", "other", torch.float32, False), ("val", "data", torch.bfloat16, False)):
+        found = reference.stored(tmp_path, split, data, dtype)
+        assert np.array_equal(found, stored) if there else found is None
+    (folder / "made_of.json").write_text("{")
+    assert reference.stored(tmp_path, "val", "data", torch.float32) is None
+    assert reference.CHUNK == 64
+
+
+def test_how_far_a_first_loss_may_be_off():
+    """1e-6, and as much more as log-probabilities of that size are rounded; in few bits 0.02."""
+    ln2 = math.log(2)
+    for dtype, beta, size, off, fits in (
+            (torch.float32, 0.1, 0.0, 9e-7, True), (torch.float32, 0.1, 0.0, 1.1e-6, False),
+            (torch.float32, 0.5, 100.0, 5.9e-6, True), (torch.float32, 0.5, 100.0, 6.1e-6, False),
+            (torch.float32, 2.0, 100.0, 2.09e-5, True), (torch.float32, 2.0, 100.0, 2.2e-5, False),
+            (torch.bfloat16, 0.1, 0.0, 0.0199, True), (torch.bfloat16, 0.1, 0.0, 0.0201, False),
+            (torch.float16, 0.1, 9e9, 0.0201, False), (torch.float32, 0.1, 0.0, math.nan, False)):
+        for sign in (1, -1):
+            logged = {"preference_loss": ln2 + sign * off, "logps/chosen": -0.75 * size,
+                      "logps/rejected": -0.25 * size}
+            config = Settings(objective="dpo", preference_beta=beta)
+            if fits:
+                reference.refuse_other_start(logged, config, dtype)
+                continue
+            with pytest.raises(UserError) as seen:
+                reference.refuse_other_start(logged, config, dtype)
+            assert str(seen.value) == (
+                f"the first loss of dpo is {ln2 + sign * off:.7f}, not 0.6931472: the model is not "
+                "its own reference; remove the run's reference/ and start again")
+            reference.refuse_other_start(logged, replace(config, objective="orpo"), dtype)
+
+
+def test_parts_are_joined_when_they_are_whole(tmp_path):
+    """A document that no row shows has none; one that lacks is no reference."""
+    (tmp_path / "parts").mkdir()
+    rows = Told(2)
+    np.save(tmp_path / "parts/val-00000.npy", np.array([[0.0, 1.0], [-1.0, -2.0]]))
+    np.save(tmp_path / "parts/valid-00000.npy", np.array([[0.0], [-99.0]]))
+    with pytest.raises(UserError, match=r"^the model of init_from gives log-probabilities"):
+        reference.finish(tmp_path, {"val": rows}, {"of": 1})
+    np.save(tmp_path / "parts/val-00001.npy", np.array([[2.0, 3.0], [-3.0, -4.0]]))
+    reference.finish(tmp_path, {"val": rows}, {"of": 1})
+    values = np.load(tmp_path / "val.npy")
+    assert values[:4].tolist() == [-1, -2, -3, -4] and math.isnan(values[4])
+    assert read_json(tmp_path / "made_of.json") == {
+        "format": 1, "made_of": {"of": 1}, "files": {"val.npy": file_entry(tmp_path / "val.npy")}}
+    assert not (tmp_path / "parts").exists()

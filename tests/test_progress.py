@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 from plainllama import progress
 from plainllama.progress import Progress, Screen, duration
@@ -89,3 +90,46 @@ def test_a_screen_that_breaks_is_said_once_and_leads_nowhere(tmp_path, monkeypat
             "fileno": staticmethod(file.fileno)})())
         assert screen.write("abc") == 0 and screen.write("abc") == 0 and screen.mark == 7
     assert errors.getvalue() == "WARNING: No space left on device: the rest is not shown\n"
+
+
+def test_when_a_line_is_due(clock, monkeypatch):
+    """After 0.2 seconds on a terminal, elsewhere after ten; a GPU is waited for first."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    for kind, least in ((Tty, 0.25), (io.StringIO, 10.0)):
+        for device in ("cpu", "cuda", "mps"):
+            screen = kind()
+            monkeypatch.setattr(sys, "stdout", screen)
+            line = Progress("x", 10, "rows", device=device)
+            monkeypatch.setattr(line, "details", lambda seconds: f", after {seconds:.2f}")
+            for later, shown in ((least - 0.125, False), (0.125, True), (least / 2, False)):
+                clock[0] += later
+                before = len(screen.getvalue())
+                line.add(1)
+                assert (len(screen.getvalue()) > before) == shown and len(waited) == (
+                    shown and device == "cuda")
+                assert not shown or f" left, after {least:.2f}" in screen.getvalue()
+                waited.clear()
+    line = Progress("x", 5, "rows")
+    line.add(5, last=True)  # at once: no time has passed
+    assert "5 of 5 rows, 5,000,000,000.0 a second, 0:00 left" in screen.getvalue()
+    assert [duration(s) for s in (60, 61, 3659, 3661)] == ["1:00", "1:01", "1:00:59", "1:01:01"]
+
+
+def test_a_screen_without_a_warning_breaks_in_silence(monkeypatch):
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", errors)
+    with open(os.devnull, "w") as file:
+        broken = type("Broken", (), {"fileno": file.fileno})()
+
+        def gone(*_):
+            raise OSError(32, "Broken pipe")
+
+        broken.write = broken.flush = gone
+        silent = Screen(broken, "")
+        assert silent.write("x") == 0 and silent.flush() is None
+        assert errors.getvalue() == ""
+        said = Screen(broken, "no more")
+        said.flush()
+        said.write("x")
+    assert errors.getvalue() == "WARNING: Broken pipe: no more\n"

@@ -290,3 +290,222 @@ def test_the_arms_of_a_longer_context_differ_in_the_positions_alone():
     before = vars(parse([str(ROOT / "config/llama100m_ctx256.py")], "").config)
     assert arms[0]["init_from"] == before["out_dir"]
     assert before["block_size"] * arms[0]["rope_factor"] == arms[0]["block_size"] == 1024
+
+
+# key -> (default, least, most)
+NUMBERS = {
+    "val_fraction": (0.005, 1e-09, 0.5), "min_chars": (0, 0, None), "max_chars": (0, 0, None),
+    "workers": (0, 0, None), "max_dropped": (0.2, 0, 1), "n_layer": (16, 1, None),
+    "n_head": (12, 1, None), "n_kv_head": (0, 0, None), "d_model": (768, 2, None),
+    "d_ff": (2048, 1, None), "vocab_size": (0, 0, None), "block_size": (1024, 1, None),
+    "rope_theta": (10000.0, 1, None), "rope_factor": (1.0, 1, None), "rope_original": (0, 0, None),
+    "norm_eps": (1e-05, 0, None), "lora_r": (0, 0, None), "lora_alpha": (16.0, 0.001, None),
+    "lora_dropout": (0.0, 0, 0.99), "expand_blocks": (0, 0, None),
+    "divergence_weight": (0.0, 0, None), "preference_beta": (0.1, 1e-06, 100),
+    "nll_weight": (0.0, 0, None), "seed": (1337, 0, None), "max_steps": (2300, 1, None),
+    "epochs": (0.0, 0, None), "global_batch_tokens": (524288, 1, None),
+    "micro_batch": (0, 0, None), "learning_rate": (0.0006, 0, None), "min_lr": (6e-05, 0, None),
+    "warmup_steps": (200, 0, None), "weight_decay": (0.1, 0, None), "beta1": (0.9, 0, 1),
+    "beta2": (0.95, 0, 1), "grad_clip": (1.0, 0, None), "overfit_rows": (0, 0, None),
+    "max_minutes": (0.0, 0, None), "log_interval": (10, 1, None), "eval_interval": (100, 1, None),
+    "eval_tokens": (1048576, 1, None), "sample_tokens": (64, 0, None),
+    "save_interval": (100, 1, None), "keep_last": (2, 1, None), "keep_every": (0, 0, None),
+    "repetition_penalty": (1.0, 0.001, 1000.0), "temperature": (1.0, 0, None),
+    "top_k": (0, 0, None), "top_p": (1.0, 0, 1), "min_p": (0.0, 0, 1)}
+OTHERS = {  # key -> default
+    "dataset": "openwebtext", "sources": "hf:ashaba1in/small_openwebtext", "documents": "text",
+    "tokenizer": "mistral", "dedup": "none", "strict": False, "train_on": "auto",
+    "too_long": "cut", "chat_template": "own", "packing": "auto", "mixture": None,
+    "rope_scaling": "none", "tie_embeddings": False, "attention": "sdpa", "doc_mask": False,
+    "train_only": "", "lora_targets": "all", "frozen_dtype": "fp32", "expand": "none",
+    "expand_merge": "lerp", "divergence": "mse", "objective": "next", "out_dir": "",
+    "init_from": "", "resume": "auto", "optimizer": "adamw", "schedule": "cosine",
+    "device": "auto", "dtype": "auto", "compile": "auto", "parallel": "auto", "offload": False,
+    "activation_checkpointing": False, "deterministic": False, "logger": "none", "eval_sets": None,
+    "eval_generate": "", "sample_prompt": ""}
+
+
+def test_every_default_and_range():
+    """A changed default is another run for everybody who named none: it is changed here too."""
+    items = (*dataclasses.fields(settings.Settings), *dataclasses.fields(settings.Sampling))
+    found = {item.name: (item.default, item.metadata["low"], item.metadata["high"])
+             for item in items}
+    assert found == NUMBERS | {name: (value, None, None) for name, value in OTHERS.items()}
+    for item in items:
+        assert type(item.default) in (item.type, type(None)) or item.type is object, item.name
+
+
+@pytest.mark.parametrize(("given", "settled"), [
+    # (documents, train_on, packing, doc_mask) -> the last three
+    (("text", "auto", "auto", False), ("assistant", "concat", False)),
+    (("text", "auto", "auto", True), ("assistant", "concat", True)),
+    (("text", "all", "doc", False), ("all", "doc", False)),
+    (("text", "auto", "fit", False), ("assistant", "fit", True)),
+    (("chat", "auto", "auto", False), ("assistant", "fit", True)),
+    (("chat", "last", "fit", False), ("last", "fit", True)),
+    (("preference", "auto", "auto", False), ("last", "fit", True)),
+    (("preference", "all", "auto", True), ("all", "fit", True)),
+    (("table", "auto", "fit", False), ("assistant", "fit", True)),
+    (("chat", "auto", "concat", False), None), (("table", "auto", "doc", False), None)])
+def test_what_the_kind_of_documents_settles(given, settled):
+    config = settings.Settings(**dict(zip(("documents", "train_on", "packing", "doc_mask"), given,
+                                          strict=True)))
+    if settled:
+        settings.settle_documents(config)
+        assert (config.train_on, config.packing, config.doc_mask) == settled
+    else:
+        with pytest.raises(UserError) as error:
+            settings.settle_documents(config)
+        assert str(error.value) == (f"packing={given[2]} is for text; documents={given[0]} are "
+                                    "packed with fit")
+
+
+LORA, GROWN = {"lora_r": 2}, {"expand": "concat", "expand_blocks": 2}
+SOUND = [
+    {}, {"n_kv_head": 4}, {"n_kv_head": 12}, {"n_head": 384}, {"global_batch_tokens": 1024},
+    {"min_lr": 6e-4}, {"beta1": 0.999, "beta2": 0.0},
+    {"rope_scaling": "linear", "rope_factor": 1.5}, {"rope_scaling": "linear", "rope_factor": 2.0},
+    {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_original": 1},
+    LORA, {**LORA, "lora_alpha": 1.0, "lora_dropout": 0.1, "lora_targets": "q"},
+    {"train_only": "last:1"}, {"optimizer": "muon"}, {**LORA, "optimizer": "adamw"},
+    {**LORA, "frozen_dtype": "bf16"}, {"train_only": "last:1", "frozen_dtype": "bf16"},
+    {**GROWN, "frozen_dtype": "bf16"}, {**LORA, "frozen_dtype": "int8"},
+    {**LORA, "frozen_dtype": "nf4", "parallel": "ddp"}, {"parallel": "fsdp"}, {"parallel": "hsdp"},
+    {**LORA, "frozen_dtype": "bf16", "parallel": "hsdp"},
+    GROWN, {"expand": "stack", "expand_blocks": 1}, {"expand": "hybrid", "expand_blocks": 2},
+    {"expand": "hybrid", "expand_blocks": 3}, {"expand": "stack", "expand_blocks": 16},
+    {**GROWN, "expand_merge": "dlerp"}, {**GROWN, "divergence": "cosine"},
+    {**GROWN, "divergence_weight": 1.0, "expand": "hybrid"},
+    {"parallel": "fsdp", "offload": True}, {"parallel": "hsdp", "offload": True},
+    {"parallel": "fsdp", "optimizer": "muon"}, {"deterministic": True},
+    {"sample_prompt": "x"}, {"sample_tokens": 0}, {"sample_tokens": 1, "sample_prompt": "x"},
+    {"mixture": {"a": 0.5}}, {"mixture": {"a": 1, "b": 1e-9}}, {"eval_sets": {"a": "data/a"}},
+    {"eval_sets": {"a-b_9": "", "B": "x"}}, {"objective": "dpo", "preference_beta": 0.2},
+    {"objective": "orpo", "preference_beta": 0.2}, {"objective": "dpo", "nll_weight": 1.0},
+    {"objective": "orpo"}, {"objective": "dpo", **LORA}, {"overfit_rows": 1}, {"epochs": 2.0},
+    {"objective": "orpo", **LORA, "lora_dropout": 0.1},
+    {"min_chars": 1, "max_chars": 9, "dedup": "exact"}, {"train_on": "assistant"},
+    {"documents": "chat", "train_on": "last", "too_long": "drop", "max_dropped": 0.5},
+    {"documents": "chat", "chat_template": "model", "dedup": "near"},
+    {"documents": "preference", "train_on": "all"}, {"documents": "table", "max_dropped": 0.1},
+    {"documents": "table", "train_on": "assistant"}]
+# settled by the shape of the model that a run begins with, where there is one
+SHAPES = [
+    ({"d_model": 770}, "d_model 770 does not divide into n_head 12 heads"),
+    ({"d_model": 780}, "the head width d_model / n_head = 65 must be even (RoPE)"),
+    ({"n_kv_head": 5}, "n_head 12 is not a multiple of n_kv_head 5"),
+    ({"n_kv_head": 24}, "n_head 12 is not a multiple of n_kv_head 24"),
+    ({"global_batch_tokens": 1025},
+     "global_batch_tokens 1025 is not a multiple of block_size 1024; try 1024"),
+    ({"global_batch_tokens": 3071},
+     "global_batch_tokens 3071 is not a multiple of block_size 1024; try 2048"),
+    ({"global_batch_tokens": 7},
+     "global_batch_tokens 7 is not a multiple of block_size 1024; try 1024"),
+    ({"frozen_dtype": "bf16"}, "frozen_dtype=bf16 has no effect where nothing is frozen; say "
+                               "lora_r, train_only or expand"),
+    ({"expand": "concat"}, "expand=concat with expand_blocks=0: say both, or neither"),
+    ({"expand_blocks": 1}, "expand=none with expand_blocks=1: say both, or neither"),
+    ({"expand": "hybrid", "expand_blocks": 1},
+     "expand=hybrid takes turns between stack and concat; say --expand_blocks=2 or more, or one of "
+     "them"),
+    ({"expand": "stack", "expand_blocks": 17},
+     "expand_blocks 17 is above the 16 blocks of the model"),
+    ({"divergence": "cosine", "expand_merge": "dlerp"},
+     "expand_merge, divergence: no effect without expand=concat or hybrid"),
+    ({"divergence_weight": 1.0, "expand": "stack", "expand_blocks": 2},
+     "divergence_weight: no effect without expand=concat or hybrid")]
+MIXED = "mixture {} is not {{'NAME': weight above 0, ...}} of data sets"
+SETS = "eval_sets {} is not {{'NAME': 'data/SET', ...}}, names of letters, digits, - and _"
+UNSOUND = [
+    ({"min_lr": 6.1e-4}, "min_lr 0.00061 is above learning_rate"),
+    *(({name: value}, "beta1 and beta2 must both be below 1")
+      for name in ("beta1", "beta2") for value in (1.0, 1.5)),
+    ({"rope_scaling": "linear"}, "linear needs rope_factor above 1"),
+    ({"rope_scaling": "llama3", "rope_original": 9}, "llama3 needs rope_factor above 1"),
+    ({"rope_factor": 1.5}, "rope_factor 1.5 has no effect without rope_scaling"),
+    ({"rope_scaling": "llama3", "rope_factor": 2.0}, "rope_scaling=llama3 needs rope_original"),
+    *(({"rope_original": 9, **keys}, "rope_original 9 has no effect without rope_scaling=llama3")
+      for keys in ({}, {"rope_scaling": "linear", "rope_factor": 2.0})),
+    ({"lora_alpha": 8.0, "lora_targets": "q"},
+     "lora_alpha, lora_targets: no effect without lora_r"),
+    ({"lora_dropout": 0.5}, "lora_dropout: no effect without lora_r"),
+    ({**LORA, "train_only": "x"}, "lora_r trains adapters alone; train_only has no place"),
+    ({**LORA, "optimizer": "muon"}, "muon makes whole matrices orthogonal, which adapters' thin "
+                                    "ones are not for; with lora_r say --optimizer=adamw"),
+    *(({"train_only": "x", "frozen_dtype": kind},
+       f"frozen_dtype={kind} is for lora_r: any other checkpoint is a whole model, whose frozen "
+       "matrices must come back as they were") for kind in ("int8", "nf4")),
+    *(({**LORA, "frozen_dtype": kind, "parallel": mode},
+       f"frozen_dtype={kind} is not sharded; say --parallel=ddp, or bf16")
+      for kind in ("int8", "nf4") for mode in ("fsdp", "hsdp")),
+    *(({**GROWN, name: value},
+       f"expand=concat learns copies of blocks alone; {name} has no place (of a model that has "
+       "copies make a plain one first: export.py, --merge_back)")
+      for name, value in (("lora_r", 2), ("train_only", "x"))),
+    *(({"offload": True, "parallel": mode}, f"offload has no effect on parallel={mode}; say "
+       "--parallel=fsdp, which one GPU can do too: torchrun --nproc_per_node=1")
+      for mode in ("auto", "ddp")),
+    ({"offload": True, "parallel": "fsdp", "optimizer": "muon"},
+     "muon would make matrices orthogonal on the CPU; with offload say --optimizer=adamw"),
+    ({**LORA, "lora_dropout": 0.1, "deterministic": True},
+     "lora_dropout draws other numbers on other ranks; it does not go with deterministic"),
+    ({"sample_prompt": "x", "sample_tokens": 0}, "sample_prompt has no effect without "
+                                                 "sample_tokens"),
+    *(({"mixture": value}, MIXED.format(repr(value))) for value in (
+        {}, [], 3, {"a": 0}, {"a": -1}, {"a": "1"}, {1: 1}, {"a": True}, {"a": float("inf")},
+        {"a": 1, "b": 0})),
+    *(({"eval_sets": value}, SETS.format(repr(value))) for value in (
+        {}, [], 3, {"a": 1}, {1: "a"}, {"a/b": "x"}, {"": "x"}, {"é": "x"}, {"a": "x", "b": 2})),
+    ({"preference_beta": 0.2}, "preference_beta=0.2 has no effect on objective=next"),
+    *(({"nll_weight": 0.5, "objective": kind}, "nll_weight=0.5 is for objective=dpo")
+      for kind in ("next", "orpo")),
+    ({**LORA, "lora_dropout": 0.1, "objective": "dpo"},
+     "lora_dropout would make model and reference of dpo two draws; say 0"),
+    ({"mixture": {"a": 1}, "objective": "dpo"}, "a mixture is for objective=next; give several "
+                                                "sources to one set of pairs"),
+    ({"mixture": {"a": 1}, "overfit_rows": 1},
+     "overfit_rows takes the rows of one data set, no mixture"),
+    ({"mixture": {"a": 1}, "epochs": 1.0}, "epochs are of one data set; with a mixture say "
+                                           "max_steps"),
+    *(({"documents": kind, name: value}, f"{name}={value} has no effect on documents={kind}")
+      for kind, name, value in (
+          ("text", "train_on", "last"), ("text", "too_long", "drop"),
+          ("text", "chat_template", "model"), ("text", "max_dropped", 0.5),
+          ("chat", "min_chars", 1), ("chat", "max_chars", 1), ("preference", "min_chars", 1),
+          ("preference", "max_chars", 1), ("table", "train_on", "all"),
+          ("table", "too_long", "drop"), ("table", "chat_template", "model"),
+          ("table", "min_chars", 1), ("table", "max_chars", 1), ("table", "dedup", "exact")))]
+
+
+def test_keys_that_fit_together():
+    for keys in SOUND:
+        settings.check_keys(settings.Settings(**keys))
+        settings.check_keys(settings.Settings(**keys), shape=False)
+    for keys, _ in SHAPES:  # what a model that is there may settle
+        settings.check_keys(settings.Settings(**keys), shape=False)
+    assert settings.IDLE.keys() == {"text", "chat", "preference", "table"}
+
+
+@pytest.mark.parametrize(("keys", "says"), [*SHAPES, *UNSOUND])
+def test_keys_that_do_not_fit_together(keys, says):
+    for shape in (True,) if (keys, says) in SHAPES else (True, False):
+        with pytest.raises(UserError) as error:
+            settings.check_keys(settings.Settings(**keys), shape)
+        assert str(error.value) == says
+
+
+def test_names_near_and_far():
+    known = ("learning_rate", "min_lr", "preference_beta", "beta1")
+    for name, least, found in (("learning_rat", 0.5, "learning_rate"), ("xyz", 0.5, ""),
+                               ("beta", 0.5, "preference_beta"), ("lr", 0.5, "min_lr"),
+                               ("min_rl", 0.9, ""), ("min_rl", 0.5, "min_lr"),
+                               ("leaning", 0.75, ""), ("leaning", 0.6, "learning_rate")):
+        assert settings.nearest(name, iter(known), least) == (
+            f"; did you mean {found}?" if found else "")
+    assert settings.nearest("abcd", ["abxy"]) == "; did you mean abxy?"  # half alike
+    assert settings.nearest("abcd", ["axyz"]) == ""
+    assert settings.install("") == "python -m pip install -c constraints.txt -e ."
+    assert settings.install("hub") == "python -m pip install -c constraints.txt -e '.[hub]'"
+    assert [settings.ceil_div(a, 4) for a in (0, 1, 4, 5, -1)] == [0, 1, 1, 2, 0]
+    assert settings.deciding("identity") == ("dataset", "seed")
+    assert settings.deciding("prepare", "identity") == ("dataset", "workers", "max_dropped", "seed")

@@ -87,7 +87,7 @@ def reckon(config: Settings, rows: int, dtype: torch.dtype,
         gradients = sum(4 * p.numel() for _, p in trained(model))
         moments = [t for state in optimizer.state.values() for t in state.values()]
         return {"weights": size_of(weights), "gradients": gradients, "moments": size_of(moments),
-                "activations": max(seen.peak - gradients, 0)}
+                "activations": seen.peak - gradients}
 
 
 def size_of(tensors: list[Tensor]) -> int:
