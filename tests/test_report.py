@@ -30,7 +30,16 @@ from plainllama.report.curves import (
     smoothed,
     thinned,
 )
-from plainllama.report.drawing import HEIGHT, LEFT, STYLE, cut_off, draw, limits, ticks
+from plainllama.report.drawing import (
+    HEIGHT,
+    LEFT,
+    STYLE,
+    cut_off,
+    draw,
+    late,
+    limits,
+    ticks,
+)
 from plainllama.report.page import PANELS, PARTS
 from plainllama.report.runs import find_run, grouped, load, silent
 from plainllama.report.scores import metrics_by_title
@@ -541,6 +550,98 @@ def test_a_logarithmic_curve_is_drawn_where_the_numbers_are():
     grid = [float(y) for y in re.findall(rf'class="rule" d="M{LEFT} ([0-9.]+)H', svg)]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
     assert set(heights) <= set(grid)  # 1, 10 and 100 have a line each
+
+
+WHOLE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 312"
+ role="img" aria-label="a &lt; b">
+<rect class="paper" width="100%" height="100%"/>
+<text class="title" x="4" y="18">a &lt; b</text>
+<text x="4" y="38"><tspan class="k0">●</tspan> one</text>
+<text x="4" y="56"><tspan class="k1">●</tspan> {sixty}</text>
+<path class="rule" d="M56 261.3H466"/><text class="y" x="48" y="265.3">1</text>
+<path class="rule" d="M56 216.6H466"/><text class="y" x="48" y="220.6">2</text>
+<path class="rule" d="M56 172.0H466"/><text class="y" x="48" y="176.0">3</text>
+<path class="rule" d="M56 127.4H466"/><text class="y" x="48" y="131.4">4</text>
+<path class="rule" d="M56 82.7H466"/><text class="y" x="48" y="86.7">5</text>
+<text class="x" x="56.0" y="290">0</text><text class="x" x="138.0" y="290">20</text>
+<text class="x" x="220.0" y="290">40</text><text class="x" x="302.0" y="290">60</text>
+<text class="x" x="384.0" y="290">80</text><text class="x" x="466.0" y="290">100</text>
+<text class="y" x="466" y="308">step</text>
+<svg y="72" width="480" height="200" viewBox="0 72 480 200">
+<g class="curve strong k0"><path d="M56.0,216.6 261.0,127.4 466.0,172.0h0"/>
+<polygon points="56.0,172.0 261.0,82.7 466.0,127.4 466.0,216.6 261.0,172.0 56.0,261.3"/></g>
+<g class="curve dots broken k1"><path d="M220.0,216.6 384.0,82.7h0"/>
+<path class="range" d="M220.0,239.0 220.0,194.3"/>
+<circle r="3.5" cx="56.0" cy="261.3"/><circle r="3.5" cx="220.0" cy="216.6"/>
+<circle r="3.5" cx="384.0" cy="82.7"/></g></svg></svg>"""
+BARE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 350" role="img" aria-label="t">
+<path class="rule" d="M56 296.4H946"/><text class="y" x="48" y="300.4">10</text>
+<path class="rule" d="M56 214.3H946"/><text class="y" x="48" y="218.3">20</text>
+<path class="rule" d="M56 166.2H946"/><text class="y" x="48" y="170.2">30</text>
+<path class="rule" d="M56 105.7H946"/><text class="y" x="48" y="109.7">50</text>
+<path class="rule" d="M56 65.9H946"/><text class="y" x="48" y="69.9">70</text>
+<path class="rule" d="M56 23.6H946"/><text class="y" x="48" y="27.6">100</text>
+<text class="x" x="56.0" y="328">2</text><text class="x" x="278.5" y="328">2.5</text>
+<text class="x" x="501.0" y="328">3</text><text class="x" x="723.5" y="328">3.5</text>
+<text class="x" x="946.0" y="328">4</text><text class="y" x="946" y="346">hours</text>
+<svg y="10" width="960" height="300" viewBox="0 10 960 300">
+<g class="curve pale broken k0"><path d="M56.0,296.4 946.0,23.6h0"/></g></svg></svg>"""
+
+
+def points(*rows: tuple) -> list[Point]:
+    """Points of (step, value), or with the ends of a band behind."""
+    return [Point(*row, *(row[1:] * 2 if len(row) == 2 else ())) for row in rows]
+
+
+def test_whole_charts_are_drawn_as_they_are_here():
+    """One as a picture, with a band, bars, a dot that no line leads from and a broken curve; one
+    for the page, wide, of its own range and logarithmic."""
+    lines = [Line(0, "strong", points((0, 2, 1, 3), (50, 4, 3, 5), (100, 3, 2, 4))),
+             Line(9, "dots", points((0, 1), (40, 2, 1.5, 2.5), (80, 5)))]
+    drawn = draw(Chart("a < b", ("val_loss",)), ["one", *"x" * 8, "y" * 70], lines)
+    assert drawn == WHOLE.format(sixty="y" * 60).replace("\n", "")
+    wide = Chart("t", ("loss",), log=True, axis="hours", left=None, wide=True)
+    lines = [Line(8, "pale", points((2, 10), (4, 100)))]
+    assert draw(wide, [*"x" * 9], lines, bare=True) == BARE.replace("\n", "")
+    one = draw(Chart("t", ("loss",)), ["x"], [Line(0, "dots", points((0, 3)))])
+    assert '<path d="M56.0,154.0h0"/><circle r="3.5" cx="56.0" cy="154.0"/>' in one
+    one = draw(Chart("t", ("loss",), left=None), ["x"] * 8,
+               [Line(7, "dots", points((1, 3), (2, 4)))])
+    assert 'class="curve dots k7"><path d="M56.0,' in one  # not at step 0: a line leads from it
+
+
+@pytest.mark.parametrize(("row", "how", "found"), [
+    ((1, 1, 1), {}, (0.94, 1.06, False)), ((0, 0, 0), {}, (0, 1, False)),
+    ((-2, -2, -2), {}, (-2.12, -1.88, False)), ((2, 1, 3), {}, (0.88, 3.12, False)),
+    ((2, 1, 3), {"zero": True}, (0, 3.18, False)),
+    ((-2, -3, -1), {"zero": True}, (-3.18, 0.18, False)),
+    ((2, 1, 3), {"log": True}, (3**-0.05, 3 * 3**0.05, True)),
+    ((2, 2, 2), {"log": True}, (2 / 1.001, 2.002, True)),
+    ((2, 0, 3), {"log": True}, (0, 3.18, False))])
+def test_heights_have_some_room_around_the_values(row, how, found):
+    chart = Chart("t", ("a",), **how)
+    assert limits(chart, [Line(0, "strong", points((0, *row)))]) == pytest.approx(found)
+
+
+def test_the_first_twentieth_of_the_way_is_early():
+    for steps, kept in (((0, 5, 6, 50, 100), [6, 50, 100]), ((0, 5, 50, 100), [0, 5, 50, 100]),
+                        ((100, 105, 106, 150, 200), [106, 150, 200])):
+        assert [point.step for point in late(points(*((step, 1) for step in steps)))] == kept
+
+
+@pytest.mark.parametrize(("asked", "marks"), [
+    ((0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1]), ((0, 10), [0, 2, 4, 6, 8, 10]), ((3, 3), [3]),
+    ((0, 5), [0, 1, 2, 3, 4, 5]), ((0, 5.1), [0, 2, 4]), ((-7, 8), [-5, 0, 5]),
+    ((0, 0.4), [0, 0.1, 0.2, 0.3, 0.4]), ((0, 12), [0, 2.5, 5, 7.5, 10]),
+    ((0, 50), [0, 10, 20, 30, 40, 50]),
+    ((0, 9), [0, 2, 4, 6, 8]), ((0, 20.1), [0, 5, 10, 15, 20]), ((2.5, 10, True), [4, 6, 8, 10]),
+    ((2, 10, True), [2, 3, 5, 7, 10]), ((1, 29, True), [1, 2, 3, 5, 7, 10, 20]),
+    ((1, 30, True), [1, 3, 10, 30]), ((0.5, 99, True), [1, 3, 10, 30]),
+    ((0.1, 3e3, True), [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e3, 3e3][::2]),
+    ((0.1, 1e3, True), [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e3]),
+    ((1e-4, 1e5, True), [10.0**i for i in range(-4, 6)])])
+def test_ticks_are_round(asked, marks):
+    assert ticks(*asked) == pytest.approx(marks)
 
 
 @pytest.mark.parametrize(("low", "high", "log"), [
