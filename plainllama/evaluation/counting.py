@@ -157,10 +157,10 @@ def documents(splits: list[Split], tokenizer: Tokenizer, world: World, most: int
     for split, i in shards[world.rank::world.size]:
         tokens = split.shard(i)
         for start, end in pairwise([*split.index(i).tolist(), len(tokens)]):
-            if progress.done >= total:
+            if progress.done >= most:  # of fewer all, also where a rank has the longer shards
                 break
             yield tokenizer.decode(tokens[start:end])
-            progress.add(world.size * (end - start))
+            progress.add(min(world.size * (end - start), total - progress.done))
     progress.close()
 
 
