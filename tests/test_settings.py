@@ -395,13 +395,14 @@ def test_where_each_value_of_a_config_came_from(tmp_path, monkeypatch):
     assert found.changed == {"d_model": 64, "out_dir": "out/mine"}
     assert found.overrides == {"seed": 8, "n_layer": 5, "d_ff": 96, "out_dir": "out/o"}
     assert found.instead == {"n_layer": 3, "d_ff": 2048}  # not the folder, and not what is so there
-    assert found.given == {"n_layer", "seed", "warmup_steps", "n_head", "d_model", "out_dir", "d_ff"}
+    assert found.given == {"n_layer", "seed", "warmup_steps", "n_head", "d_model", "out_dir",
+                           "d_ff"}
     c = found.config
     assert (c.n_layer, c.seed, c.warmup_steps, c.n_head, c.d_model, c.d_ff, c.out_dir) == (
         5, 8, 5, 4, 64, 96, "out/o")
     alone = parse(["first.py"], "")
     assert (alone.base, alone.config.out_dir, alone.flags) == ("", "out/first", None)
-    with pytest.raises(UserError, match="^expected one config file, found 2: first.py second.py$"):
+    with pytest.raises(UserError, match=r"^expected one config file, found 2: first\.py sec"):
         parse(["first.py", "second.py"], "")
     default = parse([], "")
     assert default.files == [] and default.config_file.endswith("config/llama100m.py")
@@ -468,7 +469,7 @@ def test_the_configs_that_could_be_meant(tmp_path, monkeypatch):
     write(tmp_path / "config", "", "toy.py")
     assert said("toi.py") == ("no config file toi.py; there are: config/toy.py; did you mean "
                               "toy.py?")
-    assert said("config/x.py") == "no config file config/x.py; there are: config/toy.py"
+    assert said("config/other.py") == "no config file config/other.py; there are: config/toy.py"
     assert said(f"{tmp_path}/toi.py").startswith(
         f"no config file {tmp_path}/toi.py; there are: {tmp_path}/c00.py, ")
     assert said("a.txt") == ("a.txt is not a config file, which ends in .py; options begin with --,"
