@@ -86,7 +86,8 @@ def test_baselines_of_a_run(tmp_path):
     assert counting.baselines(train, 10**6, scored, 160, 258)["tokens"] == train.windows * 17
 
 
-def test_a_small_table_in_several_shards_and_the_least_of_all(tmp_path):
+def test_a_small_table_in_several_shards_and_the_least_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(counting, "AT_ONCE", 3)
     write_data_set(tmp_path / "d", {"train": ["ab", "b", "c"], "val": ["a"]}, 2)
     p = counting.unigram(open_split(tmp_path / "d", "train"), 258)
     counts = {ord("a"): 1, ord("b"): 2, ord("c"): 1, 256: 3}  # a begin in front of each document

@@ -1,6 +1,7 @@
 """eval.py: bits per byte and log-likelihoods against transformers and lm-eval's own `hf` model."""
 
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -25,9 +26,9 @@ from plainllama.files import file_entry, write_json
 from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.tokens import shards
-from plainllama.tokens.rows import Rows, hash_of_data
+from plainllama.tokens.rows import PAD, Rows, hash_of_data
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
-from plainllama.tokens.tokenizer_json import byte_info
+from plainllama.tokens.tokenizer_json import ByteInfo, byte_info
 from plainllama.training import optim
 from plainllama.weights import checkpoint
 from plainllama.weights.adapters import initial_weight
@@ -666,6 +667,243 @@ def test_a_file_holds_rows_of_one_kind(tmp_path):
     (tmp_path / "f.jsonl.gz").write_text(rows[0])
     with pytest.raises(UserError, match="is damaged or cut short"):
         read_local(str(tmp_path / "f.jsonl.gz"), [])
+
+
+# ---- without a model of ours: losses and groups by hand
+
+class Bigram(torch.nn.Module):
+    """Says what follows by the last token alone, from a table of logits (V, V)."""
+
+    def __init__(self, size: int = 258):
+        super().__init__()
+        self.table = torch.randn(size, size, generator=torch.Generator().manual_seed(3))
+        self.calls: list[torch.Tensor] = []
+
+    def forward(self, ids, targets=None, documents=None, places=None):
+        self.calls.append(ids)
+        logits = self.table[ids]
+        if targets is None:
+            return logits
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+class Few:
+    """Windows (m, T + 1) that are given."""
+
+    def __init__(self, *rows: list[int]):
+        self.rows = np.array(rows, np.int32)
+        self.windows, self.block_size = len(rows), self.rows.shape[1] - 1
+
+    def read_windows(self, windows):
+        return self.rows[list(windows)]
+
+
+BYTES = ByteInfo(np.array([1] * 256 + [0, 0]), np.zeros(258, np.int64), 256)
+
+
+def nats_of(model: Bigram, row: list[int]) -> list[float]:
+    """The losses of a window's targets, without those behind its end."""
+    log_p = model.table.double().log_softmax(-1)
+    return [-log_p[a, b].item() for a, b in itertools.pairwise(row) if b != PAD]
+
+
+def test_the_loss_its_error_and_its_bytes_to_the_last_digit():
+    """Two full windows, one that ends after its second target, one that is not asked for."""
+    rows = [[256, 65, 66, 67, 68], [69, 256, 70, 71, 72], [73, 74, 75, PAD, PAD], [1, 2, 3, 4, 5]]
+    model = Bigram()
+    each = [nats_of(model, row) for row in rows]
+    found, error = likelihood.evaluate_passes(model, Few(*rows), BYTES, 12, 1, World())
+    total = sum(map(sum, each[:3]))
+    assert found == {"val_loss": pytest.approx(total / 10), "tokens": 10, "bytes": 9,
+                     "val_bpb": pytest.approx(total / math.log(2) / 9),
+                     "ppl": pytest.approx(math.exp(total / 10))}
+    spread = sum((sum(nats) - total / 10 * len(nats))**2 for nats in each[:3])
+    assert error == pytest.approx(math.sqrt(3 / 2 * spread) / 10)
+    two, error = likelihood.evaluate_passes(model, Few(*rows), BYTES, 12, 2, World())
+    assert two == pytest.approx(found)
+    spread = sum((sum(map(sum, part)) - total / 10 * sum(map(len, part)))**2
+                 for part in (each[:2], each[2:3]))
+    assert error == pytest.approx(math.sqrt(2 / 1 * spread) / 10)
+    assert [tuple(ids.shape) for ids in model.calls] == [(1, 4)] * 3 + [(2, 4)] * 2
+    one, error = likelihood.evaluate_passes(model, Few(*rows), BYTES, 4, 1, World())
+    assert error is None and one["tokens"] == 4
+    loud = Bigram()
+    loud.table[:] = -1e9
+    loud.table[:, 0] = 0  # a perplexity of more than a double holds
+    found, _ = likelihood.evaluate_passes(loud, Few(*rows), BYTES, 4, 1, World())
+    assert found["ppl"] == math.exp(700) and found["val_loss"] == 1e9
+    empty = likelihood.evaluate_passes(model, Few([1, 256, 256]), BYTES, 2, 1, World())[0]
+    assert empty["bytes"] == 0 and empty["val_bpb"] == empty["val_loss"] * 2 / math.log(2)
+
+
+def test_by_position_to_the_last_digit():
+    rows = [[256, 65, 66, 67, 68, 69], [70, 71, 72, 73, 74, 75], [76, 77, 78, PAD, PAD, PAD]]
+    model = Bigram()
+    each = [nats_of(model, row) for row in rows]
+    found = by_position(model, Few(*rows), 15, 2, World())
+    assert list(found) == ["0-1", "0-1_stderr", "2-3", "2-3_stderr", "4-4", "4-4_stderr", "n"]
+    for name, first, last in (("0-1", 0, 2), ("2-3", 2, 4), ("4-4", 4, 5)):
+        parts = [nats[first:last] for nats in each if nats[first:last]]
+        assert found[name] == pytest.approx(sum(map(sum, parts)) / sum(map(len, parts)))
+        means = [np.mean(part) for part in parts]
+        error = np.std(means) / math.sqrt(max(1, len(means) - 1))
+        assert found[f"{name}_stderr"] == pytest.approx(error, rel=1e-4)
+    assert found["n"] == 3
+    short = by_position(model, Few(rows[2]), 5, 1, World())
+    assert list(short) == ["0-1", "0-1_stderr", "n"] and short["0-1_stderr"] == 0
+
+
+def test_windows_and_passes():
+    rows = type("Many", (), {"block_size": 10, "windows": 7,
+                             "read_windows": lambda self, which: list(which)})()
+    assert [likelihood.window_count(rows, tokens) for tokens in (0, 9, 19, 20, 70, 79, 80)] == [
+        1, 1, 1, 2, 7, 7, 7]
+    many = type("Many", (), {"block_size": 10, "windows": 99})
+    assert [likelihood.rows_of_a_pass(many, tokens, 35) for tokens in (
+        10, 310, 320, 470, 480, 9999)] == [1, 1, 2, 2, 3, 3]
+    assert likelihood.rows_of_a_pass(many, 9999, 9) == 1
+
+    def shares(count: int, batch: int, rank: int = 0, size: int = 1) -> list:
+        world = World()
+        world.rank, world.size = rank, size
+        found = [*likelihood.passes("t", rows, count * 10, batch, world)]
+        assert all(numbers == ids for numbers, ids in found)
+        return [numbers for numbers, _ in found]
+
+    assert shares(7, 3) == [[0, 1, 2], [3, 4, 5], [6]] and shares(6, 3) == [[0, 1, 2], [3, 4, 5]]
+    assert shares(7, 2, 0, 3) == [[0, 3], [6]] and shares(7, 2, 2, 3) == [[2, 5], []]
+
+
+def test_what_is_recorded_and_what_is_said_of_windows():
+    model, rows = Bigram(), Few([256, 65, 66], [256, 67, 68])
+    found = likelihood.measured(model, rows, BYTES, 4, 1, World())
+    assert list(found) == ["val_loss", "val_loss_stderr", "val_bpb", "ppl", "val_tokens",
+                           "val_bytes"]
+    assert (found["val_tokens"], found["val_bytes"]) == (4, 4)
+    scores = {"val_loss": 2.0, "val_loss_stderr": 0.5, "val_bpb": 1.5, "ppl": 7.0,
+              "val_tokens": 12345, "val_bytes": 6789}
+    table = ["  loss               2.0000 ± 0.9800", "  bpb                1.5000",
+             "  ppl                7.0000"]
+    said = likelihood.told(scores, "the text t", True).splitlines()
+    assert said[0] == "the text t, 12,345 tokens, 6,789 bytes"
+    assert [line.split() for line in said[1:]] == [line.split() for line in table]
+    plain = likelihood.told(scores, "data", False).splitlines()
+    assert [line.split()[0] for line in plain[1:]] == ["val_loss", "val_bpb", "ppl"]
+    model.table[65, 66] = math.nan
+    with pytest.raises(UserError, match=r"^the model's losses are not finite"):
+        likelihood.measured(model, rows, BYTES, 4, 1, World())
+
+
+def test_the_windows_of_a_text(tmp_path):
+    tokenizer = make_tokenizer("bytes", None)
+
+    def made(*lines: str, size: int = 4, tokens: int = 0) -> list:
+        file = tmp_path / "t.jsonl"
+        file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        rows = likelihood.TextRows(str(file), tokenizer, size, tokens)
+        assert rows.windows == len(rows.all) and rows.block_size == size
+        return rows.read_windows(range(rows.windows)).tolist()
+
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    assert made("abc") == [[bos, 97, 98, 99, eos]]  # nothing behind the last target
+    assert made("abcd") == [[bos, 97, 98, 99, 100], [100, eos, PAD, PAD, PAD]]
+    assert made("abc", "d") == [[bos, 97, 98, 99, eos], [eos, bos, 100, eos, PAD]]
+    assert made("a") == [[bos, 97, eos, PAD, PAD]]
+    assert made("abcdefghi", "x", tokens=8) == [[bos, 97, 98, 99, 100], [100, 101, 102, 103, 104]]
+    assert made("ab", "cdefgh", tokens=11) == [[bos, 97, 98, eos, bos], [bos, 99, 100, 101, 102]]
+    assert made("ab", "cdefgh", tokens=7) == [[bos, 97, 98, eos, bos]]
+    assert made("abcdefgh", tokens=3) == [[bos, 97, 98, 99, 100]]  # a window at least
+    with pytest.raises(UserError, match=r"^--text=.*t\.jsonl holds no text$"):
+        made("")
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "a\xff"}\n')
+    with pytest.raises(UserError, match=r"t\.jsonl:1"):
+        likelihood.TextRows(str(tmp_path / "t.jsonl"), tokenizer, 4)
+
+
+def test_as_much_of_a_text_is_encoded_as_is_needed():
+    seen = []
+
+    class Pairs:
+        """Two characters a token."""
+
+        def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+            seen.append(len(texts[0]))
+            return [np.arange(len(texts[0]) // 2)]
+
+    class Sparse(Pairs):
+        """Twelve characters a token."""
+
+        def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+            seen.append(len(texts[0]))
+            return [np.arange(len(texts[0]) // 12)]
+
+    for length, tokenizer, most, sizes in (
+            (1104, Pairs(), 10, [1104]), (1105, Pairs(), 10, [1104]), (9000, Pairs(), 10, [1104]),
+            (9000, Sparse(), 200, [2624, 5248]), (5000, Sparse(), 200, [2624, 5000]),
+            (5000, Sparse(), 64, [1536]), (5000, Sparse(), 65, [1544, 3088])):
+        seen.clear()
+        found = likelihood.first_ids("x" * length, tokenizer, most)
+        assert seen == sizes and found.tolist() == list(range(most)), (length, most, seen)
+
+
+def test_shares_and_common_beginnings():
+    assert likelihood.mean("acc", np.array([1, 0, 1, 1])) == {
+        "acc": 0.75, "acc_stderr": pytest.approx(math.sqrt(0.75 * 0.25 / 3))}
+    assert likelihood.mean("acc", np.array([True])) == {"acc": 1.0, "acc_stderr": 0.0}
+    for one, other, count in (("", "a", 0), ("ab", "ab", 2), ("abc", "abd", 2), ("abc", "ab", 2),
+                              ("x", "y", 0)):
+        assert likelihood.common_length(one, other) == count
+
+
+def test_rows_are_grouped_where_that_saves_tokens(scorer, monkeypatch):
+    monkeypatch.setattr(likelihood, "WORTH", 3)
+
+    def grouped(rows: dict[str, int], batch_tokens: int = 999) -> list[tuple]:
+        """[(what they share, rows)]; rows: text -> how many positions are scored."""
+        one = Scorer(scorer.model, scorer.tokenizer, batch_tokens, World())
+        found = one.groups({tuple(map(ord, text)): n for text, n in rows.items()})
+        return [(group.shared, ["".join(map(chr, row)) for row in group.rows]) for group in found]
+
+    assert grouped({"abcdx": 1, "abcdy": 1}) == [(4, ["abcdx", "abcdy"])]
+    assert grouped({"abx": 1, "aby": 1}) == [(0, ["abx"]), (0, ["aby"])]  # two are not worth it
+    assert grouped({"abcx": 1, "abcy": 1}) == [(3, ["abcx", "abcy"])]
+    assert grouped({"abcdx": 3, "abcdy": 1}) == [(0, ["abcdx"]), (0, ["abcdy"])]  # c is scored
+    assert grouped({"abcdx": 2, "abcdy": 1}) == [(3, ["abcdx", "abcdy"])]
+    # a third row joins where it saves as much: twice 4 tokens instead of once 8, or of 10
+    long = {"abcdefghx": 1, "abcdefghy": 1, "abcdz": 1}
+    assert grouped(long) == [(4, ["abcdefghx", "abcdefghy", "abcdz"])]
+    longer = {"abcdefghijx": 1, "abcdefghijy": 1, "abcdz": 1}
+    assert grouped(longer) == [(10, ["abcdefghijx", "abcdefghijy"]), (0, ["abcdz"])]
+    ten = {"abcdx": 1, "abcdy": 1}
+    assert len(grouped(ten, 10)) == 1 and len(grouped(ten, 9)) == 2  # two rows of five tokens
+    row = (1, 2, 3, 4, 5)
+    group = likelihood.Group(2, [row, row[:4]])
+    assert (group.shared, group.longest) == (2, 5) and likelihood.Group(2, [row]).shared == 0
+    batch = likelihood.Batch([group, likelihood.Group(4, [row, row, row])])
+    assert (batch.begin, batch.rest, len(batch.rows), batch.cost) == (4, 3, 5, 2 * 4 + 5 * 3)
+
+
+def test_the_border_of_context_and_continuation(scorer):
+    def texts(context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return scorer.pair(context, continuation)
+
+    bos = scorer.tokenizer.bos_id
+    assert texts("ab", " c") == ([bos, 97, 98], [32, 99])
+    assert texts("ab ", "c") == ([bos, 97, 98], [32, 99])  # blanks go behind the border
+    assert texts("", "c") == ([bos], [99]) and texts("  ", "c") == ([bos], [32, 32, 99])
+
+
+def test_contexts_that_are_cut_are_counted(scorer):
+    one = Scorer(scorer.model, scorer.tokenizer, 4096, World())
+    fits = [7] * (BLOCK - 1)
+    for count, cut in ((2, 0), (3, 1)):  # the last id is not read
+        one.truncated.clear()
+        one.score([(fits, [8] * count)])
+        assert len(one.truncated) == cut
+    with pytest.raises(UserError, match=r"^the tokenizer merges a continuation into its context"):
+        one.score([([1], [])])
+    assert one.score([]) == []
 
 
 # ---- the command
