@@ -1,13 +1,16 @@
 """eval.py: bits per byte and log-likelihoods against transformers and lm-eval's own `hf` model."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ import eval
 from model import LLaMA, ModelConfig
 from plainllama import results, settings
 from plainllama.command import parse
-from plainllama.evaluation import counting, irt, likelihood, lm_eval_tasks, tasks
+from plainllama.evaluation import counting, irt, likelihood, lm_eval_tasks, tasks, validation
 from plainllama.evaluation.likelihood import by_position, evaluate
 from plainllama.evaluation.tasks import Item, Scorer, local_item, read_local, score_local
 from plainllama.files import file_entry, write_json
@@ -904,6 +907,382 @@ def test_contexts_that_are_cut_are_counted(scorer):
     with pytest.raises(UserError, match=r"^the tokenizer merges a continuation into its context"):
         one.score([([1], [])])
     assert one.score([]) == []
+
+
+# ---- tasks, tables and records to the letter
+
+def test_what_the_flags_are_where_nothing_is_said():
+    assert {item.name: item.default for item in dataclasses.fields(eval.Flags)
+            if item.default != ""} == {
+        "ckpt": "out", "tasks": "tinyMMLU", "answers": "auto", "limit": 0, "fields": None,
+        "chat": "auto", "max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 1337,
+        "bleu_tokenizer": "auto", "probe": False, "id": "id", "label": "label", "seeds": "42",
+        "log_samples": False, "contamination": False, "eval_tokens": 0, "batch_tokens": 0,
+        "by_position": False, "context": 0, "baselines": False, "device": "auto", "dtype": "auto",
+        "json": False}
+    for name, low, high in (("limit", 0, None), ("max_new_tokens", 1, None), ("top_p", 0, 1),
+                            ("temperature", 0, None), ("seed", 0, None), ("eval_tokens", 0, None),
+                            ("batch_tokens", 0, None), ("context", 0, None)):
+        for value, good in ((low, True), (low - 1, False), (9e9 if high is None else high, True),
+                            (9e9 if high is None else high + 1, high is None)):
+            words = [f"--{name}={value}"]
+            if good:
+                assert getattr(parse(words, "", eval.Flags, "model").flags, name) == value
+            else:
+                with pytest.raises(UserError, match=f"{name} is"):
+                    parse(words, "", eval.Flags, "model")
+
+
+class Told(Scorer):
+    """Likelihoods by a table: continuation -> (nats, greedy)."""
+
+    def __init__(self, table: dict, block_size: int = 592):
+        self.table, self.samples, self.truncated = table, {}, {1, 2}
+        self.block_size = block_size
+
+    def pair(self, context, continuation):
+        return context, continuation
+
+    def score(self, pairs):
+        self.asked = pairs
+        return [likelihood.Likelihood(*self.table[text]) for _, text in pairs]
+
+
+def test_local_rows_are_scored_by_these_formulas():
+    told = Told({" a": (-1.0, 1), " bbbb": (-3.0, 0), " c": (-2.0, 1), " x": (-8.0, 0)})
+    items = [Item([("q", " a"), ("q", " bbbb")], 0), Item([("q", " a"), ("q", " bbbb")], 1),
+             Item([("r", " c"), ("r", " x"), ("r", " a")], 2)]
+    found = score_local("t", items, None, told)["t"]
+    assert found == {  # -1 and -3 / 4; -2, -8 and -1
+        "acc": pytest.approx(2 / 3), "acc_stderr": pytest.approx(math.sqrt(2 / 9 / 2)),
+        "acc_norm": pytest.approx(2 / 3), "acc_norm_stderr": pytest.approx(math.sqrt(2 / 9 / 2)),
+        "chance": pytest.approx((0.5 + 0.5 + 1 / 3) / 3), "loglikelihood": pytest.approx(-5 / 3),
+        "n": 3, "truncated": 2}
+    assert told.samples["t"] == [
+        {"doc_id": i, "target": str(item.right), "arguments": item.pairs, "acc": acc,
+         "resps": [[told.table[text]] for _, text in item.pairs]}
+        for i, (item, acc) in enumerate(zip(items, (1.0, 0.0, 1.0), strict=True))]
+    alike = score_local("t", [Item([("q", " a"), ("q", " c")], 0)], None, told)["t"]
+    assert "acc_norm" not in alike and alike["acc_stderr"] == 0  # as long as each other
+    greedy = [Item([("q", text)], 0) for text in (" a", " c", " x", " bbbb")]
+    found = score_local("t", greedy, None, told)["t"]
+    assert found == {"acc": 0.5, "acc_stderr": pytest.approx(0.5 / math.sqrt(3)),
+                     "loglikelihood": -3.5, "n": 4, "truncated": 2}
+    letters = Told({" A": (-1.0, 0), " B": (-2.0, 0)})
+    pairs = [("q\nAnswer: x\n\nq\nAnswer:", f" {letter}") for letter in "AB"]
+    more = [("\nAnswer:" * 3, " A"), ("", " B")]
+    asked = [Item(more, 0, "s", "q", True), Item(pairs, 1, "s", "q", True)]
+    found = score_local("t", asked, None, letters)["t"]
+    assert (found["letters"], found["shots"], found["acc"]) == ({"A": 2, "B": 0}, 1, 0.5)
+    assert "acc_norm" not in found
+    known = irt.Known(None, "no network")
+    assert score_local("t", asked, known, letters)["t"]["unavailable"].endswith(": no network")
+
+
+def test_worked_examples_are_five_and_of_the_subject():
+    row = {"question": "Q?", "choices": ["x", "y"], "answer": 1}
+    shots = [local_item({**row, "question": f"{i}?"}, None) for i in range(7)]
+    [(text, _), _] = local_item(row, shots).pairs
+    assert text == "".join(f"Question: {i}?\nAnswer: y\n\n" for i in range(5)) + (
+        "Question: Q?\nAnswer:")
+    item = local_item({**row, "subject": ""}, [])  # letters, without a subject
+    assert item.pairs[0] == ("Q?\nA. x\nB. y\nAnswer:", " A") and item.letters
+    assert local_item({**row, "subject": "a_b"}, []).pairs[0][0] == (
+        "The following are multiple choice questions (with answers) about a b.\n\n"
+        "Q?\nA. x\nB. y\nAnswer:")
+    letters = [local_item(row, None, "letters")]
+    assert letters[0].pairs[0][0] == "Q?\nA. x\nB. y\nAnswer:"
+    assert local_item(row, letters, "letters").pairs[0][0].startswith(
+        "The following are multiple choice questions (with answers).\n\nQ?\n")
+    full = local_item({**row, "subject": "s"}, [], "full")
+    assert (full.letters, full.subject, full.question, full.pairs[0]) == (
+        False, "s", "Q?", ("Question: Q?\nAnswer:", " x"))
+    for question, pair in (("Question: Q", ("Question: Q\nAnswer:", " x")), ("Q ", ("Q ", "x")),
+                           ("Is _", ("Is _", " x")), ("a_b c", ("a_b c", " x")),
+                           ("_ is", ("x", " is")), ("Q? ", ("Question: Q?\nAnswer:", " x"))):
+        assert local_item({**row, "question": question}, []).pairs[0] == pair
+    assert tasks.continued("", ["a", " b", 3]) == [("", "a"), ("", " b"), ("", "3")]
+    many = {"question": "q", "choices": [f"c{i}" for i in range(27)], "answer": 26}
+    with pytest.raises(UserError, match="'answer' is 26"):
+        local_item(many, [])
+    assert local_item({**many, "answer": 25}, []).right == 25
+
+
+def test_which_tasks_are_asked_for(monkeypatch):
+    for name, tiny in (("tinyMMLU", True), ("local:a/tiny_mmlu-2.jsonl", True), ("mmlu", False),
+                       ("local:tinyMMLU/x.jsonl", False), ("my_TinyMMLU", True)):
+        assert tasks.is_tiny(name) == tiny
+    flags = eval.Flags(tasks="a,b")
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: name)
+    assert tasks.default_names(flags, {}) == ("a,b", "")
+    assert tasks.default_names(eval.Flags(tasks="a", generate="f"), {}) == ("", "")
+    assert tasks.default_names(eval.Flags(tasks="a", generate="f"), {"tasks": "a"}) == ("a", "")
+    assert tasks.default_names(eval.Flags(tasks="a", generate="f", irt_file="p"), {}) == ("a", "")
+
+
+def test_a_passkey_stands_at_five_depths():
+    for lines, above in ((4, [0, 1, 2, 3, 4]), (10, [0, 2, 5, 8, 10]), (0, [0] * 5)):
+        found = tasks.passkeys(lines, 77)
+        assert [(one.depth, one.key, one.length) for one in found] == [
+            (depth, key, 77) for depth in (0, 0.25, 0.5, 0.75, 1) for key in range(10)]
+        for one, before in zip(found[3::10], above, strict=True):
+            assert one.prompt == (tasks.FILLER * before + tasks.PASSKEY.format(key=3)
+                                  + tasks.FILLER * (lines - before) + tasks.QUESTION)
+
+
+def test_passkeys_of_three_lengths_and_of_a_few_prompts(scorer):
+    class Knows(Reader):
+        """Reads the key, of a token a byte."""
+
+        def encode(self, text: str) -> list[int]:
+            return [256, *text.encode()]
+
+    knows = Knows(scorer, lambda text: int(re.search(r"The pass key is (\d)", text)[1]))
+    for block, lengths in ((592, [592]), (1184, [592, 1184]), (2400, [600, 1200, 2400])):
+        knows.block_size = block
+        found = tasks.score_passkey(0, knows)["passkey"]
+        names = [f"acc_{length}" for length in lengths]
+        assert [name for name in found if re.fullmatch(r"acc_\d+", name)] == names
+        assert (found["acc"], found["acc_stderr"], found["n"]) == (1, 0, 50 * len(lengths))
+        assert found["chance"] == 0.1
+    few = tasks.score_passkey(13, knows)["passkey"]
+    assert few["n"] == 13 and few["acc_depth_25%"] == 1 and "acc_depth_50%" not in few
+
+
+TABLE = {"acc": 0.5, "acc_stderr": 0.01, "chance": 0.25, "irt": 0.3, "n": 9, "correct": 4,
+         "intervals": {"irt": [0.2, 0.4], "bleu": [1, 2]}, "bleu": 1.5, "flag": True, "word": "x",
+         "guessing": {"irt": {"mean": 0.25, "deviation": 0.05, "reaches_0.30": 0.125}},
+         "auroc": 0.7, "margins": {"auroc": 0.02}, "chances": {"auroc": 0.5}, "shots": 5,
+         "exact,strict": 0.125, "exact_stderr,strict": 0.5, "begin": "<s>", "cut": 0,
+         "folds": {"auroc": [0.6, 0.8]}, "letters": {"A": 3, "B": 6}, "unavailable": "why",
+         "signatures": {"bleu": "nrefs:1"}}
+
+
+def test_a_table_of_scores():
+    assert results.score_table("title", TABLE).splitlines() == [
+        "title, 5 shots, <s> in front",
+        "  correct       4 of 9",
+        "  acc              0.5000 ± 0.0196   chance 0.2500",
+        "  irt              0.3000   95 % 0.200 to 0.400; guessing 0.250 ± 0.098, reaches 0.30 in "
+        "12% of tries",
+        "  bleu             1.5000   95 % 1.0000 to 2.0000",
+        "  auroc            0.7000 ± 0.0200   chance 0.5000",
+        "  exact,strict     0.1250 ± 0.9800",
+        "  bleu          nrefs:1",
+        "  auroc, by fold: 0.6000 0.8000",
+        "  predicted     A 3, B 6",
+        "  not available: why"]
+    assert results.score_table("t", {}) == "t"
+    long = results.score_table("t", {"a" * 20: 1.0, "b": 2.0, "margins": {"b": 0.0}})
+    assert long == f"t\n  {'a' * 20} {1:9.4f}\n  {'b':<21}{2:9.4f} ± 0.0000"
+    found = {score.name: score for score in results.measured(TABLE)}
+    assert found["acc"].margin == pytest.approx(1.96 * 0.01) and found["bleu"].margin == 0
+    assert (found["auroc"].margin, found["auroc"].chance, found["irt"].chance) == (0.02, 0.5, None)
+    assert found["exact,strict"].error == 0.5 and list(found) == ["acc", "irt", "bleu", "auroc",
+                                                                 "exact,strict"]
+
+
+def test_scores_of_a_step_are_joined_where_their_inputs_are_the_same(tmp_path):
+    run = tmp_path / "out/r"
+    (run / "eval").mkdir(parents=True)
+    kept = {"acc": 1, "old": 2, "made_of": {"a": 1, "b": 2}, "intervals": {"x": 1}}
+    new = {"acc": 3, "made_of": {"a": 1, "c": 3}, "intervals": {"y": 2}}
+    both = {"acc": 3, "old": 2, "made_of": {"a": 1, "b": 2, "c": 3}, "intervals": {"x": 1, "y": 2}}
+    assert results.joined(kept, new) == both
+    other = {"acc": 3, "made_of": {"a": 2}}
+    assert results.joined(kept, other) == other and results.joined({}, new) == new
+    assert results.joined(kept, {"acc": 3, "signatures": {}}) == kept | {"acc": 3, "signatures": {}}
+    results.record(None, {"step": 3})
+    results.record(run, {"step": 3, "val_loss": 1.0, "tasks": {"t": kept, "u": {"n": 1}}})
+    results.record(run, {"step": 3, "val_bpb": 2.0, "tasks": {"t": new},
+                         "texts": {"x": {"val_loss": 5.0}}})
+    assert results.read_scores(run, 3) == {
+        "step": 3, "val_loss": 1.0, "val_bpb": 2.0, "tasks": {"t": both, "u": {"n": 1}},
+        "texts": {"x": {"val_loss": 5.0}}}
+    assert results.read_scores(run, 4) == {}
+    place: dict = {}
+    results.section(place, ("texts", "x"))["a"] = 1
+    assert place == {"texts": {"x": {"a": 1}}} and results.section(place, ()) is place
+    checkpoint_folder = tmp_path / "c"
+    checkpoint_folder.mkdir()
+    assert results.weights_hash(checkpoint_folder) == ""
+    hashes = []
+    for files in ({"a": 1, "training/x": 2}, {"a": 1, "training/x": 3}, {"a": 2}):
+        write_json(checkpoint_folder / "checksums.json", {"files": files})
+        hashes.append(results.weights_hash(checkpoint_folder))
+    assert hashes[0] == hashes[1] != hashes[2] and len(hashes[0]) == 64
+    assert results.are_of({"weights": hashes[2]}, checkpoint_folder)
+    assert results.are_of({}, checkpoint_folder)
+    assert not results.are_of({"weights": hashes[0]}, checkpoint_folder)
+
+
+def test_samples_have_a_file_for_each_task_and_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r/eval").mkdir(parents=True)
+    for run, step, task, name in ((Path("r"), 7, "local:a/b c.jsonl", "r/eval/samples_a_b_c.jsonl_"
+                                   "step_7"), (None, None, "x", "samples_x_step_0"),
+                                  (None, 3, "g:é-1.x", "samples_g_é-1.x_step_3")):
+        results.write_samples(run, step, task, [{"a": 1}, {"b": 2}])
+        assert Path(f"{name}.jsonl").read_text() == '{"a": 1}\n{"b": 2}\n'
+        assert capsys.readouterr().out == f"samples {name}.jsonl\n"
+
+
+def lm_output(*samples: dict, kind: str = "multiple_choice", **metrics) -> dict:
+    """What simple_evaluate gives of a task t."""
+    return {"results": {"t": metrics}, "samples": {"t": [*samples]},
+            "configs": {"t": {"output_type": kind}}}
+
+
+def test_what_is_taken_of_the_harness(scorer):
+    one = {"doc_id": 1, "filter": "none", "resps": [1, 2], "acc": 1, "target": 0, "more": 5,
+           "arguments": [["q\nAnswer: A\n\nr\nAnswer:"]]}
+    two = one | {"doc_id": 0, "resps": [1, 2, 3, 4]}
+    output = lm_output(one, two, one | {"filter": "strict"}, **{
+        "acc,none": 0.5, "acc,strict": 0.25, "alias": "t", "n": 3, "sample_len": 9})
+    found = lm_eval_tasks.metrics_of("t", output, None, scorer)
+    assert found == {"acc": 0.5, "acc,strict": 0.25, "chance": (1 / 2 + 1 / 4) / 2, "n": 2}
+    assert scorer.samples["t"] == [
+        {name: sample[name] for name in ("doc_id", "target", "arguments", "resps", "acc")}
+        for sample in (two, one)]
+    other = lm_eval_tasks.metrics_of("t", lm_output(one, kind="loglikelihood", x=1.0), None, scorer)
+    assert other == {"x": 1.0, "n": 1}
+    group = {"results": {"g": {"acc,none": 0.5, "sample_len": 9}}, "samples": {}, "configs": {}}
+    assert lm_eval_tasks.metrics_of("g", group, None, scorer) == {"acc": 0.5, "n": 9}
+    tiny = [one | {"doc_id": i, "resps": [[["-1", "x"]], [["-2", "x"]]]} for i in range(2)]
+    found = lm_eval_tasks.metrics_of("t", lm_output(*tiny, **{"acc,none": 1.0}),
+                                     irt.Known(None, "no network"), scorer)
+    assert (found["shots"], found["loglikelihood"], found["letters"], found["correct"]) == (
+        1, -1.0, {"A": 2, "B": 0}, 2)
+    docs = {"tasks": {"a": type("T", (), {"eval_docs": [{"question": "q"}, {"question": 3}, {}],
+                                         "doc_to_text": lambda self, doc: f"text {len(doc)}",
+                                         "dump_config": lambda self: {"f": print}})()}}
+    assert lm_eval_tasks.questions(docs, 0) == ["q", "text 1", "text 0"]
+    assert lm_eval_tasks.questions(docs, 2) == ["q", "text 1"]
+    assert len(lm_eval_tasks.hash_of(docs)) == 64
+    before = lm_eval_tasks.hash_of(docs)
+    docs["tasks"]["a"].eval_docs.append({"question": "r"})
+    assert lm_eval_tasks.hash_of(docs) != before
+
+
+def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch):
+    class Answered(OSError):
+        """An HTTP error, which is an answer."""
+
+        code = 404
+
+    manager = type("Manager", (), {})
+    import lm_eval.tasks
+    made = []
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **how: made.append(how) or manager)
+    for endpoint, error, offline in (("http://h", None, None), ("", OSError("no"), "1"),
+                                     (None, Answered(), None), (None, ValueError("no url"), "1")):
+        asked = []
+
+        def opened(request, timeout, error=error, asked=asked):
+            asked.append((request.full_url, request.method, timeout))
+            if error:
+                raise error
+            return type("Open", (), {"close": lambda self: None})()
+
+        monkeypatch.setattr(lm_eval_tasks.urllib.request, "urlopen", opened)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.delenv("HF_ENDPOINT", raising=False)
+        if endpoint:
+            monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        lm_eval_tasks.task_manager.cache_clear()
+        lm_eval_tasks.task_manager(False, "own")
+        lm_eval_tasks.task_manager(False, "own")
+        assert asked == [(endpoint or "https://huggingface.co", "HEAD", 5)]
+        assert os.environ.get("HF_HUB_OFFLINE") == offline
+        assert os.environ["TQDM_DISABLE"] == "1"
+    assert made[-1] == {"include_defaults": False, "include_path": "own"}
+    lm_eval_tasks.task_manager(True)
+    assert made[-1] == {"include_defaults": True, "include_path": None} and len(asked) == 1
+    lm_eval_tasks.task_manager.cache_clear()
+    with pytest.raises(UserError, match=r"^no folder gone; --include_path holds lm-eval's \.yaml"):
+        lm_eval_tasks.load_task("x", "gone")
+
+
+# ---- validation along a run
+
+def test_a_line_of_validation_and_a_remark_on_chosen_answers(tmp_path):
+    scores = {"val_loss": 2.0, "val_bpb": 1.25, "val_loss/old": 3.0, "val_bpb/old": 9.0}
+    assert validation.told(scores) == (
+        "validation loss 2.0000 nats/token, 1.2500 bits/byte; old 3.0000")
+    pairs = {"val_loss": 0.5, "val_rewards/accuracies": 0.875, "val_pairs": 8,
+             "val_rewards/margins": 0.25, "val_loss/a": 1.0}
+    assert validation.told(pairs) == ("validation loss 0.5000 nats/pair, chosen preferred in 87.5% "
+                                      "of 8, margin 0.2500; a 1.0000")
+    rows = [{"step": 0, "val_pairs": 4, "val_logps/chosen": -1.0}, {"step": 0, "val_pairs": 8},
+            {"step": 1, "val_pairs": 8, "val_logps/chosen": -100.0},
+            {"step": 2, "val_pairs": 8, "val_logps/chosen": -50.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def remark(chosen) -> str:
+        return validation.remark_on_chosen(tmp_path, {"val_logps/chosen": chosen, "val_pairs": 8})
+
+    assert remark(-119.9) == remark(-120.0) == remark(math.nan) == ""
+    assert remark(-130.0) == (
+        "WARNING: the log-probability of chosen answers has fallen by 30% (from -100.0 to -130.0): "
+        "the margin grows while both answers become unlikely; a lower learning_rate or fewer steps "
+        "help, with dpo nll_weight too")
+    assert validation.remark_on_chosen(tmp_path, {}) == ""
+    assert validation.remark_on_chosen(tmp_path, {"val_logps/chosen": -9.0, "val_pairs": 5}) == ""
+
+
+def test_which_sets_are_validated_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy", "more"):
+        write_data_set(tmp_path / "data" / name, {"train": documents(9), "val": documents(6)})
+    manifest = json.loads((tmp_path / "data/toy/manifest.json").read_text())
+    monkeypatch.setattr(validation, "val_rows", lambda folder, theirs, size: SimpleNamespace(
+        folder=folder, block_size=size))
+
+    def opened(folder: str = "data/more", recipe: dict | None = None, theirs: dict | None = None,
+               ours: dict | None = None, **config):
+        changed = json.loads((tmp_path / "data/toy/manifest.json").read_text())
+        changed["recipe"] |= recipe or {}
+        changed["tokenizer"] |= theirs or {}
+        shards.write_manifest(tmp_path / "data/more", changed)
+        settled = settings.Settings(dataset="toy", block_size=16, eval_sets={"x": folder}, **config)
+        used = manifest | {"tokenizer": manifest["tokenizer"] | (ours or {})}
+        return validation.open_sets(settled, used)
+
+    found = opened()["x"]
+    assert (found.bos_id, found.rows.block_size) == (None, 16)
+    assert opened(recipe={"documents": "chat"})["x"].bos_id == 256
+    assert opened(doc_mask=True)["x"].bos_id == 256
+    assert opened(doc_mask=True, packing="fit")["x"].bos_id is None
+    sha = manifest["tokenizer"]["sha256"]
+    assert "x" in opened(ours={"sha256": "roles", "base": sha})  # texts beside dialogs
+    assert validation.open_sets(settings.Settings(dataset="toy"), manifest) == {}
+    for how, says in (
+            ({"folder": "more"}, "x names 'more', no data set; name the folder of one, such as "
+                                 "data/more"),
+            ({"folder": "gone"}, "x names 'gone', no data set; .* such as data/toy"),
+            ({"recipe": {"documents": "preference"}}, "x, data/more, holds pairs"),
+            ({"theirs": {"sha256": "a", "base": sha}}, "x, data/more, holds dialogs, whose rol"),
+            ({"theirs": {"sha256": "a"}}, "x, data/more, has another tokenizer than data/toy")):
+        with pytest.raises(UserError, match=says):
+            opened(**how)
+
+
+def test_the_own_split_among_the_sets_is_measured_once(rows, folder, monkeypatch):
+    calls = []
+
+    def evaluate_once(model, of, info, *how):
+        calls.append((of, *how))
+        return {"val_loss": float(len(calls)), "val_bpb": 9.0, "more": 0}
+
+    monkeypatch.setattr(validation, "evaluate", evaluate_once)
+    engine = SimpleNamespace(micro=2, world=World(), bos_id=7, module="m", objective=None,
+                             config=settings.Settings(eval_tokens=99))
+    other = SimpleNamespace(split=SimpleNamespace(folder=Path("other")))
+    sets = {"same": validation.ValSet(rows, None, None), "other": validation.ValSet(other, None, 5)}
+    found = validation.validate(engine, rows, None, None, sets)
+    assert found == {"val_loss": 1.0, "val_bpb": 9.0, "val_loss/same": 1.0, "val_bpb/same": 9.0,
+                     "val_loss/other": 2.0, "val_bpb/other": 9.0}
+    assert [(call[1], call[2], call[4]) for call in calls] == [(99, 2, 7), (99, 2, 5)]
 
 
 # ---- the command
