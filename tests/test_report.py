@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,7 +20,7 @@ import sample
 from plainllama import settings
 from plainllama.command import parse
 from plainllama.files import file_entry, write_json
-from plainllama.report import compare
+from plainllama.report import card, compare
 from plainllama.report import runs as runs_room
 from plainllama.report.blocks import (
     Block,
@@ -1432,3 +1433,161 @@ def test_the_unit_of_the_loss_is_that_of_the_runs(tmp_path):
         assert found[0] == f"Loss, nats per {unit}"
     blocks = curves([made({"step": 1, "lr": 1.0})], tmp_path / "p.html")
     assert len(blocks) == 1  # no grid around nothing
+
+
+# ---- the card of a model
+
+def given(**changes) -> SimpleNamespace:
+    """Flags of export.py."""
+    return SimpleNamespace(**{"to": "out/Hub", "push": "", "license": "", "dtype": "fp32",
+                              "code": False, "adapter": False} | changes)
+
+
+def test_a_card_is_of_a_text_model_a_talking_one_or_an_adapter(tmp_path):
+    def text(merged: str = "", **changes) -> str:
+        return card.card(tmp_path / "none", tmp_path, given(**changes), {"layers": 2, "none": None},
+                         (1234567, 89000), merged)
+
+    plain = text()
+    for part in ("---\nlibrary_name: transformers\n", "# Hub\n\nA LLaMA of 1,234,567 parameters "
+                 "(89,000 without embeddings), trained from text by", "Licence: not stated.",
+                 "\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
+                 "AutoModelForCausalLM.from_pretrained(\"Hub\")", 'asked = tokenizer("The"',
+                 "skip_special_tokens=True", "vllm serve Hub\n", "llama-completion -m Hub.gguf",
+                 "--to=Hub.gguf", 'curl http://localhost:8000/v1/completions', '-p "The" -n 50',
+                 "ollama create hub -f Hub.Modelfile", 'ollama run hub "The"',
+                 '{"model": "Hub", "prompt": "The", "max_tokens": 50}', "--ckpt=CHECKPOINT --to"):
+        assert part in plain, part
+    assert plain.endswith("\n## Architecture\n\n| | |\n| --- | --- |\n| layers | 2 |\n")
+    assert "Merged" not in plain and "trust_remote_code" not in plain
+    assert "license: mit\nlibrary" in text(license="mit") and "Licence: mit." in text(license="mit")
+    assert ("\nMerged after training; loss and scores below are from before: a, b.\n\n## Arch"
+            in text("a, b"))
+    code = text(code=True)
+    assert 'from_pretrained("Hub", trust_remote_code=True)' in code and "vllm serve" not in code
+    assert "exported without it, it is a plain LLaMA, which they open." in code
+    assert "# me/Name\n" in text(push="me/Name") and "Name.gguf" in text(push="me/Name")
+    for base, says in (("/home/me/base", "base"), ("", "BASE"), (None, "BASE")):
+        write(tmp_path / "adapter_config.json", {"base_model_name_or_path": base})
+        adapter = text(adapter=True)
+        for part in ("library_name: peft\n", "An adapter beside a LLaMA of", "--merge --to=Hub",
+                     "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTok",
+                     "AutoPeftModelForCausalLM.from_pretrained",
+                     f"vllm serve {says} --enable-lora --lora-modules Hub=Hub\n"):
+            assert part in adapter, part
+        assert "/home" not in adapter
+    (tmp_path / "chat_template.jinja").write_text("x")
+    talks = text()
+    for part in ("trained from dialogs by", "skip_special_tokens=False", "llama-cli -m Hub.gguf\n",
+                 "/v1/chat/completions", 'ollama run hub "Hello!"', "apply_chat_template",
+                 '{"model": "Hub", "messages": [{"role": "user", "content": "Hello!"}], "max_'):
+        assert part in talks, part
+
+
+def test_how_a_model_was_trained_as_its_run_says():
+    def facts(state: dict | None = None, **info) -> dict:
+        return {name: value for name, value in card.training_facts(info, state or {}).items()
+                if value is not None}
+
+    assert facts() == {"objective": "the next token", "steps": 0, "tokens trained on": "0",
+                       "command": "python train.py ''"}
+    found = facts({"step": 7, "rows": 70}, config={
+        "block_size": 100, "packing": "concat", "doc_mask": True, "dedup": "none", "min_chars": 0,
+        "max_chars": None, "preference_beta": 0.1, "nll_weight": 0.0, "lora_r": 8, "seed": 4,
+        "documents": "text", "train_on": "auto", "chat_template": "own", "init_from": "out/a"},
+        config_file="c.py", overrides={"seed": 4, "out_dir": "a b"}, instead={"seed": 3},
+        git={"commit": "abc", "dirty": True}, device={"count": 2, "name": "H100"},
+        data={"name": "code", "sources": [{"path": "a"}, {"path": "b"}], "train_tokens": 4000,
+              "train_learned": 1000, "manifest_sha256": "f",
+              "tokenizer": {"spec": "bytes", "vocab_size": 1258, "sha256": "e"}})
+    assert found == {
+        "data set": "code", "sources": "a, b", "documents": "text",
+        "data recipe": "packing=concat, doc_mask=True, block_size=100",
+        "training split": "4,000 tokens", "started from": "out/a",
+        "tokenizer": "bytes, 1,258 entries, sha256 e", "data's sha256": "f",
+        "objective": "the next token, lora_r 8", "steps": 7, "tokens trained on": "7,000",
+        "device": "2 x H100", "commit": "abc (edited)", "changed of c.py": "seed 4 (there: 3)",
+        "command": "python train.py c.py --seed=4 '--out_dir=a b'"}
+    talks = facts({"tokens": 9}, config={
+        "documents": "preference", "objective": "dpo", "preference_beta": 0.5, "nll_weight": 1.0,
+        "train_on": "last", "chat_template": "model", "mixture": {"a": 3, "b": 1}},
+        git={"commit": "abc"}, data={"name": "a", "sources": [{"path": "x"}], "train_tokens": 8,
+                                     "train_learned": 2, "tokenizer": "old"})
+    assert talks == {
+        "data set": "a (75.0%), b (25.0%)", "validated on": "a", "documents": "preference",
+        "learned": "last, 25.0% of the tokens", "tokenizer": "old",
+        "chat template": "the first model's own, chat_template.jinja",
+        "objective": "dpo, preference_beta 0.5, nll_weight 1.0", "steps": 0, "learned tokens": "9",
+        "commit": "abc", "command": "python train.py ''"}
+    assert facts(config={"documents": "chat", "train_on": "all"})["learned"] == "all"
+    assert card.tokenizer_of({"tokenizer": {"spec": "s"}}) == "s, sha256 None"
+    assert card.tokenizer_of({}) is None
+
+
+def test_a_card_has_the_curve_up_to_its_step(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    for step in (50, 100):
+        write(run / f"eval/step_{step}.json", {"step": step, "val_bpb": step / 4, "tasks": {}})
+    (tmp_path / "hub").mkdir()
+    text = card.curve_and_scores(run, 50, tmp_path / "hub")
+    assert text.startswith("\n![Loss, nats per token](curve_loss.svg)\n\n## Scores\n\n|")
+    assert "12.5000" in text and "25.0000" not in text
+    picture = (tmp_path / "hub/curve_loss.svg").read_text()
+    assert ">50</text>" in picture and ">60</text>" not in picture
+    assert "## Scores" not in card.curve_and_scores(run, 60, tmp_path / "hub")
+    (run / "metrics.jsonl").write_text("")
+    assert card.curve_and_scores(run, 70, tmp_path / "hub") == ""
+    assert capsys.readouterr().out == (f"no curve in the model card: {run}/metrics.jsonl holds no "
+                                       "rows yet; come back after a few steps\n")
+
+
+# ---- the command's own lines
+
+def test_what_report_says_and_refuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(make_run(Path(f"out/{name}"), n_layer=3 + i)) for i, name in enumerate("abc")]
+    assert run_main(runs[:1]) == 0
+    assert capsys.readouterr().out == ("1 run(s) -> out/a/report.html and out/a/report.md\n")
+    assert run_main([*runs, "--out=x.html"]) == 0
+    assert capsys.readouterr().out == "3 run(s) -> x.html and x.md\n"
+    (tmp_path / "out/b").rename(tmp_path / f"out/{'b' * 120}")
+    runs[1] = f"out/{'b' * 120}"
+    assert run_main(runs) == 0
+    assert capsys.readouterr().out.startswith(
+        f"3 run(s) -> out/a/report_with_{'b' * 100}.html and ")
+    for words, says in ((["--compare=x", "--out=y.html"], "exclude each other"),
+                        (["--compare=x", "--save_reference=y"], "exclude each other"),
+                        (["--watch", "--save_reference=y"], "--watch writes pages; leave out"),
+                        (["--every=0", "--watch"], "every is 0, must be at least 1"),
+                        (["--out=page.htm"], "--out=page.htm must end in .html; the Markdown")):
+        with pytest.raises(settings.UserError, match=says):
+            run_main([runs[0], *words])
+    assert report.Flags() == report.Flags(ckpt="", out="", watch=False, every=10, compare="",
+                                          save_reference="")
+
+
+def test_what_is_said_while_a_run_is_watched(tmp_path, monkeypatch, capsys):
+    """Of two runs one is killed and one ends; one has no rows at first."""
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(Path(f"out/{name}"), n_layer=3 + i) for i, name in enumerate("ab")]
+    for run in runs:
+        write(run / "status.json", {"state": "running", "step": 100})
+    os.utime(runs[0] / "metrics.jsonl", (1e9, 1e9))
+    rows, slept = (runs[1] / "metrics.jsonl").read_text(), []
+    (runs[1] / "metrics.jsonl").write_text("")
+
+    def sleep(seconds: int) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            (runs[1] / "metrics.jsonl").write_text(rows)
+        if len(slept) == 4:
+            write(runs[1] / "status.json", {"state": "done", "step": 100})
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    assert run_main([*map(str, runs), "--watch", "--every=7"]) == 0
+    out = "out/a/report_with_b.html"
+    assert slept == [7] * 4 and capsys.readouterr().out == (
+        "waiting for the first rows of metrics.jsonl\n" * 2
+        + f"{out}, anew every 7 s; Ctrl-C ends this and not the run\n"
+        "out/a has not written for long; it may have been killed\n"
+        f"2 run(s) -> {out}: the last page, nothing goes on\n")

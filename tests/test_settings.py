@@ -444,6 +444,9 @@ def test_literals_of_config_files(tmp_path):
                        ("max_steps: int = 1\n", ":1: only"), ("1 + 1\n", ":1: only"),
                        ("max_steps = 2\n\nlearning_rate = 'x'\n", ":3: learning_rate takes float"),
                        ("_x = 1 / 0\n", ":1: division by zero"),
+                       (f"min_lr = {2**63}\n", f":1: min_lr takes float, not {2**63}"),
+                       (f"seed = -{2**63 + 1}\n", f":1: seed is {-2**63 - 1}, must fit in 64"),
+                       (f"seed = -{2**63}\n", f":1: seed is {-2**63}, must be at least 0"),
                        ("_x = 10.0 ** 64 ** 2\n", ":1: '"), ("_x = 1e300 * 1e300\nmin_lr = _x",
                                                              ":2: min_lr is inf, must be a fin")):
         path = write(tmp_path, text)
