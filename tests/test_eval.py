@@ -1203,6 +1203,206 @@ def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch):
         lm_eval_tasks.load_task("x", "gone")
 
 
+# ---- what is asked of every checkpoint
+
+STEP_30 = Path("out/toy/checkpoints/step_30")
+
+
+def asked(*words: str, rank: int = 0, kept: dict | None = None,
+          first: Path = STEP_30) -> eval.Evaluation:
+    """What eval.py makes of its flags, on a rank."""
+    given = parse(list(words), "", eval.Flags, "model")
+    world = World()
+    world.rank = rank
+    world.decide = lambda call: call()
+    return eval.Evaluation(given.flags, given.overrides, world, kept, first)
+
+
+def test_what_is_recorded_and_by_whom(here, capsys):
+    plain = asked("--tasks=")
+    assert plain.keep == plain.run and (here / "out/toy/eval").is_dir() and plain.kept is None
+    assert (plain.batch_tokens, plain.tokens, plain.section, plain.shorter) == (
+        4096, 5 * BLOCK, (), "")
+    assert plain.windows_made_of == {
+        "dtype": "torch.float32", "tokens": 5 * BLOCK,
+        "data": (here / "data/toy/manifest.sha256").read_text().strip()}
+    assert capsys.readouterr().out == ""
+    assert asked("--tasks=", "--batch_tokens=7").batch_tokens == 7
+    for word in ("--data=toy", "--limit=3", "--eval_tokens=5", "--dtype=fp32"):
+        assert asked("--tasks=", word).keep is None
+        assert f"not recorded in {here}/out/toy/eval, because of {word.split('=')[0]}\n" in (
+            capsys.readouterr().out)
+    assert asked("--tasks=", "--by_position", "--baselines").windows_made_of.items() >= {
+        "by_position": True, "baselines": True}.items()
+    assert capsys.readouterr().out == ""
+    second = asked("--tasks=", "--limit=3", rank=1, kept={})
+    assert second.keep is None and capsys.readouterr().out == ""  # rank 0 speaks and writes
+    assert asked("--tasks=", rank=1).keep is None
+    asked("--tasks=", kept={})
+    assert capsys.readouterr().out == f"\nscores of {STEP_30}\n"
+    asked("--tasks=", "--all=out/toy", kept={})
+    assert capsys.readouterr().out == ""
+
+
+def test_in_which_windows_the_loss_is_measured(here, capsys, monkeypatch):
+    (here / "t.txt").write_text("some text " * 99)
+    for words, tokens, section, on in (
+            ((), 5 * BLOCK, (), "validation split of data/toy"),
+            ((f"--context={BLOCK}",), 5 * BLOCK, (), "validation split of data/toy"),
+            ((f"--context={BLOCK - 1}",), 5 * BLOCK, ("contexts", f"{BLOCK - 1}"),
+             "validation split of data/toy"),
+            (("--data=toy", "--eval_tokens=9"), 9, (), "validation split of data/toy"),
+            (("--text=t.txt",), 2 * BLOCK, ("texts", "t.txt"), "the text t.txt"),
+            (("--text=t.txt", "--context=100"), 1000, ("texts", "t.txt in windows of 100"),
+             "the text t.txt"),
+            (("--text=t.txt", "--eval_tokens=600"), 600, ("texts", "t.txt"), "the text t.txt")):
+        found = asked("--tasks=", *words)
+        assert (found.tokens, found.section, found.measured_on) == (tokens, section, on), words
+    (here / "data").rename(here / "away")
+    capsys.readouterr()
+    assert asked("--tasks=").windows is None
+    assert capsys.readouterr().out == ("no bits per byte: no data set data/toy; name a data set "
+                                       "with --data=FOLDER\n")
+    found = asked("--tasks=", "--data=away/toy")  # a path
+    assert found.measured_on == "validation split of away/toy"
+    (here / "away").rename(here / "data")
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")  # the data set lies beside the run
+    found = asked("--tasks=", first=here / STEP_30)
+    assert found.measured_on == f"validation split of {here}/data/toy"
+
+
+def test_flags_without_effect_are_named(here, capsys):
+    (here / "q.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}\n')
+    (here / "own").mkdir()
+    every = ["--shots=q.jsonl", "--answers=full", "--chat=auto", "--stop=x", "--metrics=exact",
+             "--log_samples", "--include_path=own", "--eval_tokens=9", "--by_position"]
+
+    def named(*words: str) -> list[str]:
+        capsys.readouterr()
+        asked(*words)
+        return re.findall(r"note: --(\w+) has no effect here", capsys.readouterr().out)
+
+    assert named("--tasks=", *every) == [
+        "shots", "answers", "chat", "stop", "metrics", "log_samples", "include_path"]
+    assert named("--tasks=local:q.jsonl", *every) == ["chat", "stop", "metrics", "include_path"]
+    assert named("--tasks=passkey", *every) == [
+        "shots", "answers", "chat", "stop", "metrics", "include_path"]
+    assert named("--tasks= passkey, ,passkey") == []
+    (here / "data").rename(here / "away")
+    assert named("--tasks=", "--eval_tokens=9", "--by_position") == ["eval_tokens", "by_position"]
+    assert asked("--tasks= passkey, ,passkey").tasks.keys() == {"passkey"}
+
+
+def test_what_of_a_step_is_there_already(here):
+    (here / "w.jsonl").write_text('{"context": "def", "continuation": "add"}')
+    found = asked("--tasks=local:w.jsonl")
+    made = {"dtype": "torch.float32"} | found.tasks["local:w.jsonl"].made_of
+    assert found.task_made_of("local:w.jsonl") == made
+    kept = {"made_of": dict(found.windows_made_of), "tasks": {"local:w.jsonl": {"made_of": made}}}
+    assert found.complete(kept)
+    assert found.complete(kept | {"made_of": found.windows_made_of | {"by_position": True}})
+    assert not found.complete(kept | {"made_of": {}}) and not found.complete(kept | {"tasks": {}})
+    logged = asked("--tasks=local:w.jsonl", "--log_samples")
+    assert logged.task_made_of("local:w.jsonl") == made | {"log_samples": True}
+    assert not logged.complete(kept) and asked("--tasks=").complete(kept)
+
+
+def test_several_models_are_scored_one_after_another(here, folder, capsys):
+    for name in ("one", "two"):
+        shutil.copytree(folder, here / name)
+    (here / "one,two").mkdir()
+    with pytest.raises(UserError, match="^one,two holds no complete checkpoint"):
+        main("--ckpt=one,two", "--tasks=")
+    (here / "one,two").rmdir()
+    assert main("--ckpt=one, two", "--tasks=", "--data=toy", "--eval_tokens=1") == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"^scores of (\w+)$", shown, re.MULTILINE) == ["one", "two"]
+    assert shown.count("val_loss") == 2
+    break_weights(here / "two")
+    assert main("--ckpt=one,two", "--tasks=", "--data=toy", "--eval_tokens=1") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("val_loss") == 1 and "no bits per byte: the model's losses are not" in shown
+
+
+def test_the_exit_code_is_2_only_for_what_was_named(here, capsys, monkeypatch):
+    def fails(*_):
+        raise UserError("cannot be")
+
+    (here / "w.jsonl").write_text('{"context": "def", "continuation": "add"}')
+    monkeypatch.setattr(eval.tasks, "default_names", lambda *_: ("passkey", ""))
+    monkeypatch.setattr(tasks, "passkey_prompts", lambda *_: [])
+    assert main() == 0 and main("--tasks=passkey") == 2
+    assert capsys.readouterr().out.count("no passkey: passkey: a context of 592") == 2
+    monkeypatch.setattr(eval.likelihood, "measured", fails)
+    assert main() == 2  # the bits per byte, which were not named
+    assert "no bits per byte: cannot be" in capsys.readouterr().out
+
+
+def test_windows_of_pairs_have_other_scores(here, capsys, monkeypatch):
+    given = []
+
+    def score_pairs(model, windows, *how):
+        given.append(how)
+        return {"val_loss": 0.5, "logps/accuracies": 0.75, "logps/accuracies_stderr": 0.25, "n": 8}
+
+    monkeypatch.setattr(eval, "score_pairs", score_pairs)
+    monkeypatch.setattr(eval.Evaluation, "of_pairs", lambda self: True)
+    assert main("--tasks=", "--by_position") == 0
+    shown = capsys.readouterr().out
+    assert "note: --by_position has no effect here" in shown
+    assert "validation, 8 pairs (rewards: against step 0; logps: by likelihood; sh" in shown
+    kept = json.loads((here / "out/toy/eval/step_30.json").read_text())
+    assert kept["logps/accuracies"] == 0.75 and "by_position" not in kept
+    assert kept["made_of"]["reference"] == {}
+    [(tokens, rows, _, bos, config, run)] = given
+    assert (tokens, rows, bos, config.seed, run) == (5 * BLOCK, 1, None, 3, here / "out/toy")
+
+
+def test_documents_by_themselves_are_scored_so(here, monkeypatch):
+    info = json.loads((here / "out/toy/run.json").read_text())
+    given = []
+    monkeypatch.setattr(eval.likelihood, "measured", lambda model, windows, *how: given.append(
+        how) or {"val_loss": 1.0, "val_bpb": 1.0, "val_tokens": 1, "val_bytes": 1})
+    for mask, bos in ((False, None), (True, 256)):
+        info["config"]["doc_mask"] = mask
+        write_json(here / "out/toy/run.json", info)
+        assert main("--tasks=") == 0
+        assert given[-1][1:3] == (5 * BLOCK, 1) and given[-1][4] == bos
+    with pytest.raises(UserError, match="no file gone; lm_eval --log_samples"):
+        main("--irt=gone", "--json")
+    with pytest.raises(UserError, match="--id is for --probe, which is not said"):
+        main("--id=x")
+
+
+class Bar(likelihood.Progress):
+    """How far things are, kept."""
+
+    made: list = []  # noqa: RUF012
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.given = given
+        Bar.made.append(self)
+
+
+def test_how_far_scoring_is_ends_at_its_total(scorer, monkeypatch):
+    monkeypatch.setattr(likelihood, "Progress", Bar)
+    pairs = [([1, 2, 3, 4, 5, 6], [i]) for i in range(4)] + [([7], [8]), ([9, 9], [1])]
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        world = World()
+        world.rank, world.size = rank, size
+        world.sum = lambda values: values
+        Bar.made.clear()
+        Scorer(scorer.model, scorer.tokenizer, 6, world).score(pairs)
+        assert Bar.made[0].given == ("scoring", 3, "prompts", rank == 0, "cpu")
+        assert Bar.made[0].done == (2 if (rank, size) == (1, 2) else 3)
+        Bar.made.clear()
+        rows = Few(*[[1, 2, 3]] * 7)
+        assert len([*likelihood.passes("t", rows, 14, 2, world)]) == (4 if size == 1 else 2)
+        assert Bar.made[0].given == ("t", 7, "rows", rank == 0, "cpu") and Bar.made[0].done == 7
+
+
 # ---- validation along a run
 
 def test_a_line_of_validation_and_a_remark_on_chosen_answers(tmp_path):
