@@ -234,6 +234,7 @@ class Played:
                        "Resources": one} for i, one in enumerate(resources)]
         self.made: list[tuple] = []  # (class, how) of each process
         self.waits, self.clock, self.tick = 0, 0.0, 2
+        self.asked: list[tuple] = []  # how many were waited for, how many to end, for how long
 
     def nodes(self) -> list[dict]:
         return self.there
@@ -259,6 +260,7 @@ class Played:
 
     def wait(self, refs: list, num_returns: int = 1, timeout: float = 0) -> tuple[list, list]:
         self.clock += self.tick
+        self.asked.append((len(refs), num_returns, timeout))
         if self.waits:
             self.waits -= 1
             return [], refs
@@ -311,6 +313,7 @@ def test_jobs_are_done_side_by_side_and_the_processes_stay(played, capsys):
         ("Board", {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": ("own", True)}),
         *[("Seat", {"max_restarts": 0, "scheduling_strategy": "SPREAD", "num_cpus": 1})] * 3]
     assert heard[-1] == {i: [i, "a"] for i in range(5)}
+    assert {asked[1:] for asked in there.ray.asked} == {(1, 1)}  # a second at most
     assert all_done(there, *"xy")[0] == {0: "tools x", 1: "tools y"}
     assert [name for name, _ in there.ray.made[4:]] == ["Board"]  # the same processes
     there = played({"CPU": 9.0})
@@ -411,6 +414,7 @@ def test_every_node_is_asked_for_its_proof(played, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("12")
     there = played({}, {})
     there.check(tmp_path, ["a.txt"])
+    assert there.ray.asked == [(2, 2, 120)]
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]  # nothing is left behind
     monkeypatch.setattr(cluster, "appears", lambda path: False)
     with pytest.raises(UserError, match=f"^--ray: node n0: what it writes to {tmp_path} does not"):
@@ -440,11 +444,12 @@ def test_how_a_cluster_is_reached(played, monkeypatch, capsys):
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_raylet_start_wait_time_s"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    given, ends, watched = [], [], []
+    given, ends, watched, started = [], [], [], []
     there.ray.init = lambda **how: given.append(how)
     there.ray.shutdown = lambda: ends.append("shut down")
     guard = SimpleNamespace(communicate=ends.append)
-    monkeypatch.setattr(cluster.subprocess, "Popen", lambda *_, **how: guard)
+    monkeypatch.setattr(cluster.subprocess, "Popen", lambda words, **how: started.append(
+        (words, how)) or guard)
     monkeypatch.setattr(cluster.threading, "Thread", lambda **how: SimpleNamespace(
         start=lambda: watched.append(how)))
     monkeypatch.setattr(cluster, "answers", lambda place: watched.append(place))
@@ -454,6 +459,8 @@ def test_how_a_cluster_is_reached(played, monkeypatch, capsys):
         assert same is there
     assert capsys.readouterr().out == "Ray at 10.0.0.1:6379: 1 node (n0), 1 places\n"
     assert ends == [b"done", "shut down"]
+    assert started == [([sys.executable, "-I", "-c", cluster.GUARD],
+                        {"stdin": subprocess.PIPE, "start_new_session": True})]  # not by Ctrl-C
     assert watched == ["10.0.0.1:6379", {"target": cluster.watch_head, "daemon": True,
                                          "args": ["10.0.0.1:6379", guard]}]
     assert given[0]["address"] == "10.0.0.1:6379" and "include_dashboard" not in given[0]

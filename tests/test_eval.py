@@ -1312,7 +1312,7 @@ def test_several_models_are_scored_one_after_another(here, folder, capsys):
     for name in ("one", "two"):
         shutil.copytree(folder, here / name)
     (here / "one,two").mkdir()
-    with pytest.raises(UserError, match="^one,two holds no complete checkpoint"):
+    with pytest.raises(UserError, match=r"^one,two holds no complete checkpoint"):
         main("--ckpt=one,two", "--tasks=")
     (here / "one,two").rmdir()
     assert main("--ckpt=one, two", "--tasks=", "--data=toy", "--eval_tokens=1") == 0
