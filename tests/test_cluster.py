@@ -366,9 +366,24 @@ def test_processes_that_never_live_are_given_up(played, capsys):
         return "tools"
 
     assert all_done(there, "a", load=sometimes)[0] == {0: "tools a"}
-    left[0] = 19  # which begins anew after one that lived
+    starts = iter([*[True] * 19, False] * 2)  # it is counted anew after one that lived
+
+    def again():
+        if next(starts):
+            raise Dies("while it loads")
+        return "tools"
+
+    died: list = []
+
+    def once(tools, number: int, job: str, report):
+        if not died:
+            died.append(number)
+            raise Dies("at work")
+        return job
+
     there.seats = []
-    assert all_done(there, "a", load=sometimes)[0] == {0: "tools a"}
+    assert [*there.each(once, {0: "a"}, again, lambda reports: None)] == [(0, "a")]
+    assert next(starts, None) is None
 
 
 def test_a_cluster_without_a_free_place_is_said(played, capsys):
