@@ -64,9 +64,22 @@ from plainllama.report.drawing import (
     limits,
     ticks,
 )
-from plainllama.report.page import PANELS, PARTS, between, command_line, curves
+from plainllama.report.page import (
+    PANELS,
+    PARTS,
+    as_data,
+    between,
+    command_line,
+    curves,
+    differences,
+    environment,
+    folded,
+    head,
+    runs_of,
+    write_page,
+)
 from plainllama.report.runs import RunFolder, find_run, grouped, is_number, load, silent
-from plainllama.report.scores import folds, growth, metrics_by_title, scores
+from plainllama.report.scores import baselines, folds, growth, metrics_by_title, scores
 from plainllama.report.texts import answers, masks, samples
 from plainllama.report.texts import sample as sample_block
 from plainllama.report.verdict import (
@@ -1591,3 +1604,76 @@ def test_what_is_said_while_a_run_is_watched(tmp_path, monkeypatch, capsys):
         + f"{out}, anew every 7 s; Ctrl-C ends this and not the run\n"
         "out/a has not written for long; it may have been killed\n"
         f"2 run(s) -> {out}: the last page, nothing goes on\n")
+
+
+def test_models_are_ranked_beside_those_that_count():
+    """By the newest evaluation that has them, of each run."""
+    evals = [{"step": step, "val_bpb": 1.0 * step, "baselines": {
+        "unigram_bpb": 4.0, "5-gram_bpb": 2.5, "tokens": 9}} for step in (2, 3)] + [{"step": 4}]
+    [block] = baselines([made(evals=evals)])
+    assert block.markdown.splitlines() == [
+        "| step 3 | bits per byte | below unigram |", "| --- | --- | --- |",
+        "| 5-gram | 2.5000 | 37.5% |", "| out/r | 3.0000 | 25.0% |", "| unigram | 4.0000 | 0.0% |"]
+    assert baselines([made(evals=evals[2:])]) == []
+
+
+def test_a_reference_of_a_newer_format_is_refused(tmp_path):
+    run = made({"step": 1, "tokens": 7, "val_loss": 1.5}, config=vars(settings.Settings()))
+    kept = {"recipe": compare.recipe({}), "data": {}, "runs": [{"evaluations": [[7, 1.0]]}]}
+    write(tmp_path / "r.json", kept | {"format": 1})
+    assert len(compare.read(tmp_path / "r.json", run)) == 1
+    write(tmp_path / "r.json", kept | {"format": 2})
+    with pytest.raises(settings.UserError, match="a format newer than this program's 1; update it"):
+        compare.read(tmp_path / "r.json", run)
+
+
+def test_what_a_page_holds_for_its_script(tmp_path):
+    assert as_data({"a": "</script>\ud800é"}) == '{"a": "\\u003c/script>\\ud800é"}'
+    run = made(*ROWS)
+    twin = write_page([run], tmp_path / "new/p.html")
+    text = (tmp_path / "new/p.html").read_text()
+    assert twin == tmp_path / "new/p.md" and runs_of(tmp_path / "new/p.html") == ["out/r"]
+    assert "<noscript>" not in text and '{"every": 0, "charts": [{' in text
+    write_page([run], tmp_path / "new/p.html", 5)
+    assert '<noscript><meta http-equiv="refresh" content="5"></noscript>' in (
+        tmp_path / "new/p.html").read_text()
+    assert runs_of(tmp_path / "none.html") == [] == runs_of(tmp_path / "new/p.md")
+    with pytest.raises(settings.UserError, match=r"p\.html is the page of out/r; name another"):
+        write_page([made(*ROWS, name="out/s")], tmp_path / "new/p.html")
+    (tmp_path / "q.md").write_text("mine")
+    with pytest.raises(settings.UserError, match=r"q\.html or .*q\.md is there already; name anot"):
+        write_page([run], tmp_path / "q.html")
+
+
+def test_the_environment_of_a_run():
+    run = made(info={"started": 86400 * 365 + 60, "git": {"commit": "a"}}, config={
+        "mixture": {"a": 0.5}})
+    [block] = environment([run], Path())
+    assert [line.split(" | ") for line in block.markdown.splitlines()[2:]] == [
+        ["| started", "1971-01-01 00:01 UTC |"], ["| device count", "1 |"],
+        ["| device name", "CPU |"], ["| git commit", "a |"], ["| mixture a", "0.5 |"]]
+    [block] = environment([made(info={"started": None})], Path())
+    assert "| started | null |" in block.markdown and "mixture" not in block.markdown
+
+
+def test_of_a_page_of_several_runs_the_head_compares(tmp_path):
+    runs = [made(*ROWS, name=name, config={"seed": i}) for i, name in enumerate("rs")]
+    blocks = head(runs)
+    assert [block.markdown for block in blocks[::2]][:2] == [
+        "## What differs between these runs", "## What came of them"]
+    assert blocks[1].markdown.splitlines() == ["|  | r | s |", "| --- | --- | --- |",
+                                               "| seed | 0 | 1 |"]
+    assert blocks[4].markdown == "**In sentences**" and len(blocks) == 8
+    assert head([made(*ROWS), made(*ROWS)])[1].markdown == "Nothing of their configs."
+    assert head(runs[:1]) == verdict(runs[0])
+    blocks = folded("A <b>", [paragraph("x")])
+    assert [block.html for block in blocks] == [
+        '<details class="panel"><summary><h2>A &lt;b&gt;</h2></summary>', "<p>x</p>", "</details>"]
+    config = vars(settings.Settings()) | {"n_layer": 3, "out_dir": "x"}
+    run = made(config=config, info={"config_file": "c.py", "instead": {"seed": 4}})
+    found = [block.markdown for block in differences([run], tmp_path)]
+    assert found == [
+        "out/r was last started by: train.py c.py --out_dir=x",
+        "|  | c.py | this run |\n| --- | --- | --- |\n| seed | 4 | 1337 |",
+        "**1 other keys differ from the parent, the defaults**",
+        "|  | parent | out/r |\n| --- | --- | --- |\n| n_layer | 16 | 3 |", ""]
