@@ -1002,6 +1002,8 @@ def test_worked_examples_are_five_and_of_the_subject():
                            ("_ is", ("x", " is")), ("Q? ", ("Question: Q?\nAnswer:", " x"))):
         assert local_item({**row, "question": question}, []).pairs[0] == pair
     assert tasks.continued("", ["a", " b", 3]) == [("", "a"), ("", " b"), ("", "3")]
+    assert tasks.continued("q", ["a", " b"]) == [("q", " a"), ("q", " b")]
+    assert tasks.continued("q\n", ["a", " b"]) == [("q\n", "a"), ("q\n", " b")]
     many = {"question": "q", "choices": [f"c{i}" for i in range(27)], "answer": 26}
     with pytest.raises(UserError, match="'answer' is 26"):
         local_item(many, [])
@@ -1018,6 +1020,50 @@ def test_which_tasks_are_asked_for(monkeypatch):
     assert tasks.default_names(eval.Flags(tasks="a", generate="f"), {}) == ("", "")
     assert tasks.default_names(eval.Flags(tasks="a", generate="f"), {"tasks": "a"}) == ("a", "")
     assert tasks.default_names(eval.Flags(tasks="a", generate="f", irt_file="p"), {}) == ("a", "")
+
+
+def test_what_ranks_load_and_why_a_task_is_not_there(here, monkeypatch):
+    (here / "tinyMMLU.jsonl").write_text(
+        '{"question": "q", "choices": ["a", "b"], "answer": 0, "subject": "s"}\n')
+    known, loads = irt.Known(None, "no network"), []
+    monkeypatch.setattr(tasks.irt, "load", lambda file: loads.append(file) or known)
+
+    def unavailable(name, include_path):
+        raise lm_eval_tasks.Unavailable("not here")
+
+    def found(*names: str, rank: int = 0, others: list | None = None, **flags) -> tuple:
+        world = World()
+        world.rank = rank
+        world.decide = lambda call: call() if others is None else others
+        return tasks.find_tasks([*names], eval.Flags(**flags), world)
+
+    monkeypatch.setattr(lm_eval_tasks, "load_task", unavailable)
+    made, lacking = found("local:tinyMMLU.jsonl", "tinyMMLU", "passkey", "other", irt_file="p")
+    assert loads == ["p"] and [*made] == ["local:tinyMMLU.jsonl", "passkey"]
+    assert made["local:tinyMMLU.jsonl"].score.args[2] is known
+    end = "; or score a file: --tasks=local:FILE.jsonl"
+    assert lacking == [f"no tinyMMLU: not here{end}; irt, pirt, gpirt: no network",
+                       f"no other: not here{end}"]
+    assert made["passkey"].questions() == [] and made["passkey"].names == ["passkey"]
+    (here / "q.jsonl").write_text(
+        '{"question": "q", "choices": ["a", "b"], "answer": 0, "subject": "s"}\n' * 3)
+    made, lacking = found("local:q.jsonl", limit=2, shots="q.jsonl")
+    assert loads == ["p"] and lacking == []  # estimates are of tinyMMLU alone
+    assert made["local:q.jsonl"].score.args[2] is None
+    assert made["local:q.jsonl"].questions() == ["q", "q"]
+    assert len(made["local:q.jsonl"].score.args[1]) == 2
+    assert "(with answers) about s." in made["local:q.jsonl"].score.args[1][0].pairs[0][0]
+    made, _ = found("local:tinyMMLU.jsonl", rank=1, others=["local:tinyMMLU.jsonl"])
+    assert loads == ["p"] and made["local:tinyMMLU.jsonl"].score.args[2] is None
+    with pytest.raises(UserError, match=r"^rank 1 cannot have what rank 0 has: no other: not here"):
+        found("other", rank=1, others=["other"])
+    for name, says in (("q.jsonl", "--tasks=q.jsonl is a file: say --tasks=local:q.jsonl"),
+                       ("loca:x", "no task loca:x; did you mean local:?")):
+        with pytest.raises(UserError) as error:
+            found(name)
+        assert str(error.value) == says
+    with pytest.raises(UserError, match="--irt_file is for tinyMMLU; name it, or a local:FILE"):
+        found("passkey", irt_file="p")
 
 
 def test_a_passkey_stands_at_five_depths():
