@@ -29,7 +29,7 @@ from plainllama.files import file_entry, write_json
 from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.tokens import shards
-from plainllama.tokens.rows import CONTEXT, PAD, Rows, hash_of_data
+from plainllama.tokens.rows import CONTEXT, PAD, FitRows, Rows, hash_of_data
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.tokens.tokenizer_json import ByteInfo, byte_info
 from plainllama.training import optim
@@ -1440,6 +1440,14 @@ def test_documents_by_themselves_are_scored_so(here, monkeypatch):
         main("--irt=gone", "--json")
     with pytest.raises(UserError, match="--id is for --probe, which is not said"):
         main("--id=x")
+
+
+def test_windows_hold_pairs_where_two_documents_belong_together():
+    for together in (1, 2, 3):
+        rows = FitRows.__new__(FitRows)
+        rows.split = SimpleNamespace(together=together)
+        assert eval.Evaluation.of_pairs(SimpleNamespace(windows=rows)) == (together == 2)
+    assert not eval.Evaluation.of_pairs(SimpleNamespace(windows=None))
 
 
 class Bar(likelihood.Progress):
