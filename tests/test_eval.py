@@ -1231,6 +1231,31 @@ def test_what_is_taken_of_the_harness(scorer):
     assert lm_eval_tasks.hash_of(docs) != before
 
 
+def test_how_much_of_a_prompt_is_left_where_answers_are_generated(scorer, monkeypatch):
+    from plainllama.generation import generate
+
+    asked = []
+
+    def complete(model, tokenizer, prompts, most, sampling, seeds, stops):
+        asked.append((len(prompts[0]), most, sampling.temperature, seeds, stops))
+        return [generate.Completion("eos", "x", [])]
+
+    monkeypatch.setattr(generate, "complete", complete)
+    one = Scorer(scorer.model, scorer.tokenizer, 4096, World())
+    model = lm_eval_tasks.lm_eval_model(one)
+    assert model.eot_token_id == 256 and model.tok_encode("a") == [256, 97]
+    assert model.tok_encode("a", add_special_tokens=False) == [97]
+
+    def request(length: int, **options):
+        return SimpleNamespace(args=("x" * (length - 1), options))
+
+    assert model.generate_until([request(BLOCK - 256), request(BLOCK - 255)]) == ["x", "x"]
+    assert asked == [(BLOCK - 256, 256, 0.0, [0], [])] * 2 and len(one.truncated) == 1
+    model.generate_until([request(9, max_gen_toks=BLOCK, until="a"),
+                          request(9, max_gen_toks=7, until=("a", "b"))])
+    assert asked[2:] == [(9, BLOCK // 2, 0.0, [0], ["a"]), (9, 7, 0.0, [0], ["a", "b"])]
+
+
 def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch):
     class Answered(OSError):
         """An HTTP error, which is an answer."""

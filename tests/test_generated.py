@@ -499,6 +499,9 @@ def test_what_a_file_is_read_with(tmp_path):
         generated.read(how(file), WORDS, 2)
     for told, talks in (("auto", True), ("true", True), ("false", False)):
         assert (generated.read(how(file, chat=told), TALKS, 99).rows[0].text is None) == talks
+    every = {name: name for name in generated.FIELDS}  # all four may be named
+    with pytest.raises(UserError, match="no messages"):
+        generated.read(how(file, fields=every), WORDS, 64)
     asked = {"messages": [{"role": "user", "content": "q"}]}
     lines = write(tmp_path / "g.jsonl", asked | {"reference": ["r", {"content": "s"}]}, {
         "prompt": None, "messages": [*asked["messages"], {"role": "assistant", "content": "t"}]})
