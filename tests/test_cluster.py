@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -21,7 +22,7 @@ import eval
 import sample
 from plainllama import cluster
 from plainllama.command import parse
-from plainllama.settings import UserError
+from plainllama.settings import Incomplete, UserError
 
 COMMON = ("--tokenizer=bytes", "--block_size=64", "--val_fraction=0.05")
 
@@ -190,6 +191,403 @@ def test_a_quiet_job_is_named(capsys, monkeypatch):
         now[0] = second
         cluster.name_quiet(reports, [3, None], seen)
     assert capsys.readouterr().out == "job 3 on n1: no sign for 130 s\n"
+
+
+# ---- a cluster that is played, whose jobs run here
+
+class Dies(Exception):
+    """Ends the process that meets it."""
+
+
+class RayError(Exception):
+    """What Ray raises of a process that has gone."""
+
+
+class RayTaskError(RayError):
+    """What Ray raises of a job that failed by itself."""
+
+    def __init__(self, cause: Exception):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class Actor:
+    """A process that Ray holds: its methods are called when their result is asked for."""
+
+    def __init__(self, real):
+        self.real = real
+
+    def __getattr__(self, name: str):
+        method = getattr(self.real, name)
+        if name == "write":  # for whose result nobody asks
+            return SimpleNamespace(remote=method)
+        return SimpleNamespace(remote=lambda *given: lambda: method(*given))
+
+
+class Played:
+    """What each() and check() need of Ray. `waits`: of so many calls nothing has ended."""
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+
+    def __init__(self, *resources: dict, name: str = "n"):
+        self.there = [{"NodeID": f"{i}" * 20, "NodeManagerHostname": f"{name}{i}", "Alive": True,
+                       "Resources": one} for i, one in enumerate(resources)]
+        self.made: list[tuple] = []  # (class, how) of each process
+        self.waits, self.clock, self.tick = 0, 0.0, 2
+        self.asked: list[tuple] = []  # how many were waited for, how many to end, for how long
+
+    def nodes(self) -> list[dict]:
+        return self.there
+
+    def remote(self, **how):
+        def make(what, *given):
+            if not isinstance(what, type):
+                return lambda: what(*given)
+            self.made.append((what.__name__, how))
+            return Actor(what())
+        return lambda what: SimpleNamespace(remote=lambda *given: make(what, *given))
+
+    def put(self, value):
+        return value
+
+    def get(self, ref, timeout: float = 0):
+        try:
+            return ref()
+        except Dies as error:
+            raise RayError(f"Actor died\n{error}") from None
+        except Exception as error:
+            raise RayTaskError(error) from None
+
+    def wait(self, refs: list, num_returns: int = 1, timeout: float = 0) -> tuple[list, list]:
+        self.clock += self.tick
+        self.asked.append((len(refs), num_returns, timeout))
+        if self.waits:
+            self.waits -= 1
+            return [], refs
+        return refs[:num_returns], refs[num_returns:]
+
+    def get_runtime_context(self):
+        return SimpleNamespace(get_node_id=lambda: "own", gcs_address="10.0.0.1:6379")
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Make a Cluster of a played Ray, connected."""
+    def make(*resources: dict, **how) -> cluster.Cluster:
+        ray = Played(*resources, **how)
+        place = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft))
+        for name, module in (("ray", ray), ("ray.util", SimpleNamespace()),
+                             ("ray.util.scheduling_strategies", place)):
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(cluster.time, "monotonic", lambda: ray.clock)
+        monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name)
+        there = cluster.Cluster("10.0.0.1:6379")
+        there.ray = ray
+        return there
+    return make
+
+
+def do(tools, number: int, job: str, report):
+    """Do what a job says."""
+    report([number, "a"])
+    report([number, "b"])  # in the same second
+    if job == "dies":
+        raise Dies("at work")
+    if job == "fails":
+        raise ValueError("by itself\nand more")
+    if job == "bad":
+        raise UserError("a.jsonl: mend it")
+    return f"{tools} {job}"
+
+
+def all_done(there: cluster.Cluster, *jobs: str, load=lambda: "tools") -> tuple[dict, list]:
+    heard: list = []
+    return dict(there.each(do, dict(enumerate(jobs)), load, heard.append)), heard
+
+
+def test_jobs_are_done_side_by_side_and_the_processes_stay(played, capsys):
+    there = played({"CPU": 1.0}, {"CPU": 2.0}, {"GPU": 1.0})
+    done, heard = all_done(there, *"abcde")
+    assert done == {i: f"tools {job}" for i, job in enumerate("abcde")}
+    assert there.ray.made == [
+        ("Board", {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": ("own", True)}),
+        *[("Seat", {"max_restarts": 0, "scheduling_strategy": "SPREAD", "num_cpus": 1})] * 3]
+    assert heard[-1] == {i: [i, "a"] for i in range(5)}
+    assert {asked[1:] for asked in there.ray.asked} == {(1, 1)}  # a second at most
+    assert all_done(there, *"xy")[0] == {0: "tools x", 1: "tools y"}
+    assert [name for name, _ in there.ray.made[4:]] == ["Board"]  # the same processes
+    there = played({"CPU": 9.0})
+    all_done(there, "a", "b")
+    assert [name for name, _ in there.ray.made] == ["Board", "Seat", "Seat"]  # no more than jobs
+    there = played({"GPU": 1.0})
+    there.gpus = True
+    all_done(there, "a")
+    assert there.ray.made[1][1]["num_gpus"] == 1 and "num_cpus" not in there.ray.made[1][1]
+    assert all_done(there)[0] == {} and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("job", "what", "again"), [
+    ("fails", "ValueError: by itself", 2), ("dies", "RayError: Actor died", 19)])
+def test_what_fails_again_and_again_is_left_out(played, capsys, job, what, again):
+    there = played({"CPU": 2.0})
+    with pytest.raises(Incomplete) as error:
+        all_done(there, "a", job, "c")
+    assert str(error.value) == (
+        f"1 of 3 jobs failed again and again (1: {what}); the others are done, and the same "
+        "command goes on from these")
+    assert capsys.readouterr().out == f"job 1 starts again: {what}\n" * again
+    with pytest.raises(Incomplete) as error:
+        all_done(there, *[job] * 5)
+    assert str(error.value).startswith("5 of 5 jobs failed again and again (")
+    assert str(error.value).count(what) == 3  # the first three are named
+    seats = [name for name, _ in there.ray.made].count("Seat")
+    assert (seats == 2) == (job == "fails")  # one that fails by itself leaves its process
+
+
+def test_a_mistake_of_the_user_ends_all(played):
+    with pytest.raises(UserError, match=r"^a.jsonl: mend it$"):
+        all_done(played({"CPU": 1.0}), "a", "bad", "c")
+
+
+def test_processes_that_never_live_are_given_up(played, capsys):
+    def load():
+        raise Dies("while it loads")
+
+    there = played({"CPU": 1.0})
+    with pytest.raises(Incomplete, match=r"^no process of the cluster lives: RayError: Ac"):
+        all_done(there, "a", load=load)
+    assert capsys.readouterr().out == "a process starts again: RayError: Actor died\n" * 19
+    left = [19]
+
+    def sometimes():
+        left[0] -= 1
+        if left[0] >= 0:
+            raise Dies("while it loads")
+        return "tools"
+
+    assert all_done(there, "a", load=sometimes)[0] == {0: "tools a"}
+    starts = iter([*[True] * 19, False] * 2)  # it is counted anew after one that lived
+
+    def again():
+        if next(starts):
+            raise Dies("while it loads")
+        return "tools"
+
+    died: list = []
+
+    def once(tools, number: int, job: str, report):
+        if not died:
+            died.append(number)
+            raise Dies("at work")
+        return job
+
+    there.seats = []
+    assert [*there.each(once, {0: "a"}, again, lambda reports: None)] == [(0, "a")]
+    assert next(starts, None) is None
+
+
+def test_a_cluster_without_a_free_place_is_said(played, capsys):
+    there = played({"CPU": 1.0})
+    there.ray.tick, there.ray.waits = 50, 6  # before a process is ready
+    all_done(there, "a")
+    line = "no process has begun for 120 s: others hold the places of the cluster\n"
+    assert capsys.readouterr().out == line * 2
+    for tick, says in ((40, ""), (41, line)):  # three rounds
+        there = played({"CPU": 1.0})
+        there.ray.tick, there.ray.waits = tick, 1
+        all_done(there, "a")
+        assert capsys.readouterr().out == says
+
+
+def test_what_a_cluster_has(played):
+    there = played({"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}, {})
+    assert str(there) == "3 nodes (n0, n1, n2), 6 places"
+    for node in there.ray.there:
+        node["NodeManagerHostname"] = "same"
+    there.ray.there[2]["Alive"] = False
+    assert str(there) == "2 nodes (same (2)), 6 places"
+    assert [there.places(jobs) for jobs in (0, 1, 5, 6, 7)] == [1, 1, 5, 6, 6]
+    for device, dtype, found in (("auto", "auto", ("cuda", "bf16", True, 1)),
+                                 ("cpu", "auto", ("cpu", "fp32", False, 6)),
+                                 ("cuda", "fp32", ("cuda", "fp32", True, 1))):
+        flags = SimpleNamespace(device=device, dtype=dtype)
+        there.choose_device(flags)
+        assert (flags.device, flags.dtype, there.gpus, there.places(99)) == found
+    there = played({"CPU": 1.0}, name="only")
+    assert str(there) == "1 node (only0), 1 places"
+    flags = SimpleNamespace(device="auto", dtype="auto")
+    there.choose_device(flags)
+    assert (flags.device, flags.dtype, there.gpus) == ("cpu", "fp32", False)
+    with pytest.raises(UserError, match=r"^--device=cuda: no node of the cluster has a GPU$"):
+        there.choose_device(SimpleNamespace(device="cuda", dtype="auto"))
+    many = played(*[{"CPU": 0.5}] * 9)
+    assert str(many) == f"9 nodes ({', '.join(f'n{i}' for i in range(8))}), 1 places"
+
+
+def test_every_node_is_asked_for_its_proof(played, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("12")
+    there = played({}, {})
+    there.check(tmp_path, ["a.txt"])
+    assert there.ray.asked == [(2, 2, 120)]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]  # nothing is left behind
+    monkeypatch.setattr(cluster, "appears", lambda path: False)
+    with pytest.raises(UserError, match=f"^--ray: node n0: what it writes to {tmp_path} does not"):
+        there.check(tmp_path, ["a.txt"])
+    sizes = iter([2, 3])
+    with pytest.raises(UserError, match=r"^--ray: node n0: a.txt is another file there$"):
+        there.check(tmp_path, ["a.txt"], lambda path: next(sizes))
+
+    def broken(path: str) -> int:
+        if not sizes:
+            raise ValueError("by itself")
+        return sizes.pop()
+
+    sizes = [2]
+    with pytest.raises(UserError, match=r"^--ray: node n0: ValueError: by itself$"):
+        there.check(tmp_path, ["a.txt"], broken)
+    there.ray.waits = 1
+    with pytest.raises(UserError, match=r"^--ray: node n0 does not answer$"):
+        there.check(tmp_path, ["a.txt"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_how_a_cluster_is_reached(played, monkeypatch, capsys):
+    there = played({"CPU": 1.0})
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_raylet_start_wait_time_s"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    given, ends, watched, started = [], [], [], []
+    there.ray.init = lambda **how: given.append(how)
+    there.ray.shutdown = lambda: ends.append("shut down")
+    guard = SimpleNamespace(communicate=ends.append)
+    monkeypatch.setattr(cluster.subprocess, "Popen", lambda words, **how: started.append(
+        (words, how)) or guard)
+    monkeypatch.setattr(cluster.threading, "Thread", lambda **how: SimpleNamespace(
+        start=lambda: watched.append(how)))
+    monkeypatch.setattr(cluster, "answers", lambda place: watched.append(place))
+    monkeypatch.setattr(cluster, "tokens", lambda: True)
+    monkeypatch.setattr(cluster, "asks_for_token", lambda place: place.startswith("10."))
+    with there as same:
+        assert same is there
+    assert capsys.readouterr().out == "Ray at 10.0.0.1:6379: 1 node (n0), 1 places\n"
+    assert ends == [b"done", "shut down"]
+    assert started == [([sys.executable, "-I", "-c", cluster.GUARD],
+                        {"stdin": subprocess.PIPE, "start_new_session": True})]  # not by Ctrl-C
+    assert watched == ["10.0.0.1:6379", {"target": cluster.watch_head, "daemon": True,
+                                         "args": ["10.0.0.1:6379", guard]}]
+    assert given[0]["address"] == "10.0.0.1:6379" and "include_dashboard" not in given[0]
+    assert given[0]["log_to_driver"] is False
+    assert given[0]["runtime_env"]["env_vars"] == {"TOKENIZERS_PARALLELISM": "false",
+                                                   "OMP_WAIT_POLICY": "PASSIVE"}
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert os.environ["RAY_raylet_start_wait_time_s"] == "180"  # noqa: SIM112
+    # a bare --ray: the cluster of the variable, else one of this machine
+    for variable, address, mode in (("", "local", None), ("11.0.0.1:1", "11.0.0.1:1", None),
+                                    ("10.0.0.2:1", "10.0.0.2:1", "token")):
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        watched.clear()
+        with cluster.Cluster("here"):
+            pass
+        assert given[-1]["address"] == address and len(watched) == 1  # nobody is asked first
+        assert given[-1].get("include_dashboard") is (False if address == "local" else None)
+        assert os.environ.get("RAY_AUTH_MODE") == mode
+    monkeypatch.setenv("RAY_AUTH_MODE", "mine")
+    there.__enter__()
+    assert os.environ["RAY_AUTH_MODE"] == "mine"
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setattr(cluster, "tokens", lambda: False)
+    there.__enter__()
+    assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_the_line_of_an_error_that_says_most():
+    assert cluster.reason(ValueError("\n  one \n two")) == "ValueError: one"
+    assert cluster.reason(ValueError("")) == "ValueError: "
+    assert cluster.reason(RayTaskError(UserError("mend it"))) == "mend it"
+    assert cluster.reason(RayTaskError(Incomplete("go on"))) == "go on"
+    assert cluster.reason(RayTaskError(OSError("full"))) == "OSError: full"
+    assert len(cluster.reason(UserError("x" * 301))) == 300
+
+
+def test_tokens_are_asked_for_by_ray_itself(monkeypatch):
+    for out, error, asks in (("ok", "", False), ("InvalidAuthToken", "", True),
+                             ("", "x InvalidAuthToken y", True)):
+        seen = []
+
+        def run(words, out=out, error=error, seen=seen, **how):
+            seen.append((words, how))
+            return SimpleNamespace(stdout=out, stderr=error)
+
+        monkeypatch.setattr(cluster.subprocess, "run", run)
+        assert cluster.asks_for_token("a:1") is asks
+        assert seen == [([sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address",
+                          "a:1"], {"capture_output": True, "text": True, "timeout": 60})]
+
+    def late(words, **_):
+        raise subprocess.TimeoutExpired(words, 60)
+
+    monkeypatch.setattr(cluster.subprocess, "run", late)
+    assert cluster.asks_for_token("a:1") is False
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "x")
+    assert cluster.tokens() is True
+
+
+def test_addresses_at_which_something_listens():
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port = there.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto"):
+            assert cluster.answers(address) is None
+    with pytest.raises(UserError) as error:
+        cluster.answers(f"127.0.0.1:{port}")
+    assert str(error.value) == (f"--ray=127.0.0.1:{port}: Connection refused; start the cluster "
+                                "first: ray start --head, and on other nodes ray start --address=…")
+
+
+def test_a_head_is_given_up_after_fifteen_seconds(monkeypatch, capsys):
+    clock, asked, said = [0.0], [], []
+
+    def connect(place, timeout):
+        asked.append((place, timeout))
+        if clock[0] >= 3:
+            raise OSError("refused")
+        return SimpleNamespace(close=lambda: None)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(cluster.socket, "create_connection", connect)
+    monkeypatch.setattr(cluster.os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        cluster.watch_head("[::1]:6379", SimpleNamespace(communicate=said.append))
+    assert left.value.code == 1 and said == [b"done"] and clock[0] == 2 + 15
+    assert asked == [(("::1", 6379), 2)] * 17
+    assert capsys.readouterr().err == (
+        "error: the head of the Ray cluster at [::1]:6379 has gone; when it is back, the same "
+        "command goes on from what is complete\n")
+
+
+def test_a_file_of_another_node_is_waited_for(tmp_path, monkeypatch):
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            (tmp_path / "f").write_text("")
+
+    monkeypatch.setattr(cluster.time, "sleep", sleep)
+    assert cluster.appears(tmp_path / "f") and waited == [0.25] * 3
+    assert cluster.appears(tmp_path / "f") and len(waited) == 3
+    assert not cluster.appears(tmp_path / "gone/f") and len(waited) == 23
 
 
 # ---- a cluster of three nodes

@@ -7,10 +7,17 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from test_chat import made
 
+from plainllama.evaluation import dialogs as scoring
+from plainllama.evaluation.likelihood import Scorer
+from plainllama.parallel import World
 from plainllama.settings import UserError
+from plainllama.text import embedded_chat
 from plainllama.text.dialogs import How, asked, converted, spoken
 from plainllama.text.forms import CONVERTERS, Refused
 from plainllama.tokens.chat import parsed, written
@@ -501,3 +508,117 @@ def test_the_room_loads_nothing_slow():
     assert not {"numpy", "torch", "tokenizers", "pyarrow"} & set(eval(out.stdout))
     assert CONVERTERS.keys() >= {"messages", "conversations", "instruction", "prompt",
                                          "pairs"}
+
+
+# ---- dialogs as a task of eval.py; test_talk.py has more
+
+class Script:
+    """A scorer whose model answers by what the last question is."""
+
+    def __init__(self, monkeypatch, answers: dict[str, tuple[str, str]], batch_tokens: int = 400):
+        tokenizer = made("bytes")
+        self.batches: list[tuple] = []
+
+        def generate(model, prompts, most, sampling, seeds, stop_ids, vocab_size):
+            texts = [tokenizer.decode(prompt) for prompt in prompts]
+            self.batches.append(([len(prompt) for prompt in prompts], most, sampling.temperature,
+                                 seeds, stop_ids == tokenizer.stop_ids, vocab_size))
+            found = [answers[text[text.rindex("?") - 1]] for text in texts]
+            return [(tokenizer.encode(text), ended) for text, ended in found]
+
+        monkeypatch.setattr(scoring.generate, "generate", generate)
+        model = SimpleNamespace(config=SimpleNamespace(block_size=100))
+        self.scorer = Scorer(model, tokenizer, batch_tokens, World())
+        self.chat = scoring.chat_of(tokenizer)
+
+
+def test_what_is_asked_of_dialogs_and_how_long_an_answer_may_be(monkeypatch):
+    script = Script(monkeypatch, {})
+    talk = said("a?", "one", "b?", "two")["messages"]
+    turns, cut = scoring.turns_of(script.chat, [{"messages": talk}], 100)
+    [first, second] = turns
+    assert first.prompt == script.chat.prompt(talk[:1]) and second.prompt == script.chat.prompt(
+        talk[:3])
+    assert [(turn.dialog, turn.size, turn.wanted) for turn in turns] == [
+        (0, 3 + 1, talk[1]), (0, 3 + 1, talk[3])] and cut == []  # the end token is one more
+    learned = {"messages": [*talk[:1], talk[1] | {"learn": False}, *talk[2:3],
+                            talk[3] | {"learn": True}]}
+    [only] = scoring.turns_of(script.chat, [learned], 100)[0]
+    assert only.prompt == second.prompt and only.wanted == talk[3]  # without the mark
+    room = len(second.prompt) + second.size
+    for size, count, cuts in ((room, 2, []), (room - 1, 1, [0]),
+                              (len(first.prompt) + first.size, 1, [0])):
+        turns, cut = scoring.turns_of(script.chat, [{"messages": talk}], size)
+        assert (len(turns), cut) == (count, cuts)
+    with pytest.raises(UserError, match=r"^no answer has room in a context of 9 tokens$"):
+        scoring.turns_of(script.chat, [{"messages": talk}], 9)
+    tools = scoring.turns_of(script.chat, [{"messages": talk, "tools": [TOOL]}], 999)[0]
+    assert tools[0].prompt == script.chat.prompt(talk[:1], [TOOL]) != first.prompt
+
+
+def test_shares_of_right_dialogs_answers_and_calls(monkeypatch):
+    """Two of four dialogs are right; one ends by no end token, one is no call."""
+    script = Script(monkeypatch, {"a": ("one", "eos"), "b": ("two", "length"), "c": ("no", "eos"),
+                                  "d": (written(CALLED), "eos"), "e": ("<tool_call>\n{", "eos")},
+                    batch_tokens=250)
+    call = [{"role": "user", "content": "d?"}, CALLED]
+    bad = [{"role": "user", "content": "e?"}, CALLED]
+    talks = [said("a?", "one", "c?", "no"), said("a?", "one", "b?", "two"), {"messages": call},
+             {"messages": bad}]
+    found = scoring.score_dialogs("t", talks, script.scorer)["t"]
+    right = np.array([1, 1, 1, 0, 1, 0])
+    assert found == {
+        "acc": 0.5, "acc_stderr": pytest.approx(0.5 / 3**0.5), "answers": pytest.approx(4 / 6),
+        "answers_stderr": pytest.approx(right.std() / 5**0.5), "ended": pytest.approx(5 / 6),
+        "ended_stderr": pytest.approx(np.sqrt(5 / 36 / 5)), "calls": 0.5,
+        "calls_stderr": pytest.approx(0.5), "n": 4, "cut": 0}
+    samples = script.scorer.samples["t"]
+    assert [(one["doc_id"], one["dialog"], one["acc"]) for one in samples] == [
+        (0, 0, 1.0), (1, 0, 1.0), (2, 1, 1.0), (3, 1, 0.0), (4, 2, 1.0), (5, 3, 0.0)]
+    assert samples[4]["target"] == CALLED and samples[4]["resps"] == [[CALLED]]
+    assert samples[5]["resps"] == [["a call does not end with </tool_call>"]]
+    assert samples[0]["resps"] == [[{"role": "assistant", "content": "one"}]]
+    # the shortest prompts first, two at a time, each with room for the longest of its batch
+    lengths = [length for lengths, *_ in script.batches for length in lengths]
+    assert lengths == sorted(lengths) and [len(one[0]) for one in script.batches] == [2, 2, 2]
+    called = len(script.chat.tokenizer.encode(written(CALLED))) + 1
+    assert sorted(most for _, most, *_ in script.batches) == [4 + 16, 4 + 16, called + 16]
+    assert {tuple(one[2:3]) + tuple(one[3]) + one[4:] for one in script.batches} == {
+        (0, 0, 0, True, script.chat.tokenizer.vocab_size)}
+    assert "calls" not in scoring.score_dialogs("t", talks[:2], script.scorer)["t"]
+    script.batches.clear()
+    script.scorer.batch_tokens = 99  # less than a context: one at a time
+    scoring.score_dialogs("t", talks[:1], script.scorer)
+    assert [len(one[0]) for one in script.batches] == [1, 1]
+
+
+def test_ranks_share_the_batches_of_dialogs(monkeypatch):
+    script = Script(monkeypatch, {"a": ("one", "eos")}, 99)
+    for rank, count in ((0, 2), (1, 1)):
+        script.scorer.world = World(rank, 2)
+        monkeypatch.setattr(script.scorer.world, "sum", lambda values: values)
+        monkeypatch.setattr(script.scorer.world, "gather", lambda part: [part])
+        script.batches.clear()
+        found = scoring.score_dialogs("t", [said("a?", "one")] * 3, script.scorer)["t"]
+        assert len(script.batches) == count and found["answers"] == pytest.approx(count / 3)
+
+
+def test_which_dialogs_a_task_reads(tmp_path, monkeypatch):
+    held = [json.loads(converted(dialog, How())[0])
+            for dialog in embedded_chat.dialogs("held_out", 300)]
+    assert scoring.read_dialogs("dialogs:embedded", 0) == held
+    assert scoring.read_dialogs("dialogs:embedded", 2) == held[:2]
+    assert scoring.read_dialogs("dialogs:embedded", 301) == held
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(said(f"{i}?", "x")) + "\n" for i in range(3)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (f"dialogs:{file}", "dialogs:~/d.jsonl"):
+        assert scoring.read_dialogs(name, 0) == [said(f"{i}?", "x") for i in range(3)]
+        assert scoring.read_dialogs(name, 2) == [said("0?", "x"), said("1?", "x")]
+    with pytest.raises(UserError, match=r"^no file gone; say dialogs:FILE\."):
+        scoring.read_dialogs("dialogs:gone", 0)
+    for row, says in (({"q": "a"}, r"l:1 \(q\): no known fields; rows have `messages`, or f"),
+                      ({"messages": [S]}, r"l:1[^;]*$")):
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=says):
+            scoring.read_dialogs(f"dialogs:{file}", 0)

@@ -1,12 +1,16 @@
 """eval.py: bits per byte and log-likelihoods against transformers and lm-eval's own `hf` model."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,16 +22,16 @@ import eval
 from model import LLaMA, ModelConfig
 from plainllama import results, settings
 from plainllama.command import parse
-from plainllama.evaluation import counting, irt, likelihood, lm_eval_tasks, tasks
+from plainllama.evaluation import counting, irt, likelihood, lm_eval_tasks, tasks, validation
 from plainllama.evaluation.likelihood import by_position, evaluate
 from plainllama.evaluation.tasks import Item, Scorer, local_item, read_local, score_local
 from plainllama.files import file_entry, write_json
 from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.tokens import shards
-from plainllama.tokens.rows import Rows, hash_of_data
+from plainllama.tokens.rows import CONTEXT, PAD, FitRows, Rows, hash_of_data
 from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
-from plainllama.tokens.tokenizer_json import byte_info
+from plainllama.tokens.tokenizer_json import ByteInfo, byte_info
 from plainllama.training import optim
 from plainllama.weights import checkpoint
 from plainllama.weights.adapters import initial_weight
@@ -666,6 +670,919 @@ def test_a_file_holds_rows_of_one_kind(tmp_path):
     (tmp_path / "f.jsonl.gz").write_text(rows[0])
     with pytest.raises(UserError, match="is damaged or cut short"):
         read_local(str(tmp_path / "f.jsonl.gz"), [])
+
+
+# ---- without a model of ours: losses and groups by hand
+
+class Bigram(torch.nn.Module):
+    """Says what follows by the last token alone, from a table of logits (V, V)."""
+
+    def __init__(self, size: int = 258):
+        super().__init__()
+        self.table = torch.randn(size, size, generator=torch.Generator().manual_seed(3))
+        self.calls: list[torch.Tensor] = []
+
+    def forward(self, ids, targets=None, documents=None, places=None):
+        self.calls.append(ids)
+        logits = self.table[ids]
+        if targets is None:
+            return logits
+        logits = logits.flatten(0, 1) if places is None else logits.flatten(0, 1)[places]
+        return torch.nn.functional.cross_entropy(
+            logits, targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+class Few:
+    """Windows (m, T + 1) that are given."""
+
+    def __init__(self, *rows: list[int]):
+        self.rows = np.array(rows, np.int64)
+        self.windows, self.block_size = len(rows), self.rows.shape[1] - 1
+
+    def read_windows(self, windows):
+        return self.rows[list(windows)]
+
+
+BYTES = ByteInfo(np.array([1] * 256 + [0, 0]), np.zeros(258, np.int64), 256)
+
+
+def nats_of(model: Bigram, row: list[int]) -> list[float]:
+    """The losses of a window's targets, without those behind its end."""
+    log_p = model.table.double().log_softmax(-1)
+    return [-log_p[a, b].item() for a, b in itertools.pairwise(row) if b != PAD]
+
+
+def test_the_loss_its_error_and_its_bytes_to_the_last_digit():
+    """Two full windows, one that ends after its second target, one that is not asked for."""
+    rows = [[256, 65, 66, 67, 68], [69, 256, 70, 71, 72], [73, 74, 75, PAD, PAD], [1, 2, 3, 4, 5]]
+    model = Bigram()
+    each = [nats_of(model, row) for row in rows]
+    found, error = likelihood.evaluate_passes(model, Few(*rows), BYTES, 12, 1, World())
+    total = sum(map(sum, each[:3]))
+    assert found == {"val_loss": pytest.approx(total / 10), "tokens": 10, "bytes": 9,
+                     "val_bpb": pytest.approx(total / math.log(2) / 9),
+                     "ppl": pytest.approx(math.exp(total / 10))}
+    spread = sum((sum(nats) - total / 10 * len(nats))**2 for nats in each[:3])
+    assert error == pytest.approx(math.sqrt(3 / 2 * spread) / 10)
+    two, error = likelihood.evaluate_passes(model, Few(*rows), BYTES, 12, 2, World())
+    assert two == pytest.approx(found)
+    spread = sum((sum(map(sum, part)) - total / 10 * sum(map(len, part)))**2
+                 for part in (each[:2], each[2:3]))
+    assert error == pytest.approx(math.sqrt(2 / 1 * spread) / 10)
+    assert [tuple(ids.shape) for ids in model.calls] == [(1, 4)] * 3 + [(2, 4)] * 2
+    one, error = likelihood.evaluate_passes(model, Few(*rows), BYTES, 4, 1, World())
+    assert error is None and one["tokens"] == 4
+    loud = Bigram()
+    loud.table[:] = -1e9
+    loud.table[:, 0] = 0  # a perplexity of more than a double holds
+    found, _ = likelihood.evaluate_passes(loud, Few(*rows), BYTES, 4, 1, World())
+    assert found["ppl"] == math.exp(700) and found["val_loss"] == 1e9
+    read = [256, CONTEXT, CONTEXT + 7, 66, 67]  # what is only read is no target and no byte
+    found, _ = likelihood.evaluate_passes(model, Few(read), BYTES, 4, 1, World())
+    assert (found["tokens"], found["bytes"]) == (2, 2)
+    assert found["val_loss"] == pytest.approx(np.mean(nats_of(model, [7, 66, 67])))
+    empty = likelihood.evaluate_passes(model, Few([1, 256, 256]), BYTES, 2, 1, World())[0]
+    assert empty["bytes"] == 0 and empty["val_bpb"] == empty["val_loss"] * 2 / math.log(2)
+
+
+def test_by_position_to_the_last_digit():
+    rows = [[256, 65, 66, 67, 68, 69], [70, 71, 72, 73, 74, 75], [76, 77, 78, PAD, PAD, PAD]]
+    model = Bigram()
+    each = [nats_of(model, row) for row in rows]
+    found = by_position(model, Few(*rows), 15, 2, World())
+    assert list(found) == ["0-1", "0-1_stderr", "2-3", "2-3_stderr", "4-4", "4-4_stderr", "n"]
+    for name, first, last in (("0-1", 0, 2), ("2-3", 2, 4), ("4-4", 4, 5)):
+        parts = [nats[first:last] for nats in each if nats[first:last]]
+        assert found[name] == pytest.approx(sum(map(sum, parts)) / sum(map(len, parts)))
+        means = [np.mean(part) for part in parts]
+        error = np.std(means) / math.sqrt(max(1, len(means) - 1))
+        assert found[f"{name}_stderr"] == pytest.approx(error, rel=1e-4)
+    assert found["n"] == 3
+    short = by_position(model, Few(rows[2]), 5, 1, World())
+    assert list(short) == ["0-1", "0-1_stderr", "n"] and short["0-1_stderr"] == 0
+
+
+def test_windows_and_passes():
+    rows = type("Many", (), {"block_size": 10, "windows": 7,
+                             "read_windows": lambda self, which: list(which)})()
+    assert [likelihood.window_count(rows, tokens) for tokens in (0, 9, 19, 20, 70, 79, 80)] == [
+        1, 1, 1, 2, 7, 7, 7]
+    many = type("Many", (), {"block_size": 10, "windows": 99})
+    assert [likelihood.rows_of_a_pass(many, tokens, 35) for tokens in (
+        10, 310, 320, 470, 480, 9999)] == [1, 1, 2, 2, 3, 3]
+    assert likelihood.rows_of_a_pass(many, 9999, 9) == 1
+
+    def shares(count: int, batch: int, rank: int = 0, size: int = 1) -> list:
+        world = World()
+        world.rank, world.size = rank, size
+        found = [*likelihood.passes("t", rows, count * 10, batch, world)]
+        assert all(numbers == ids for numbers, ids in found)
+        return [numbers for numbers, _ in found]
+
+    assert shares(7, 3) == [[0, 1, 2], [3, 4, 5], [6]] and shares(6, 3) == [[0, 1, 2], [3, 4, 5]]
+    assert shares(7, 2, 0, 3) == [[0, 3], [6]] and shares(7, 2, 2, 3) == [[2, 5], []]
+
+
+def test_what_is_recorded_and_what_is_said_of_windows():
+    model, rows = Bigram(), Few([256, 65, 66], [256, 67, 68])
+    found = likelihood.measured(model, rows, BYTES, 4, 1, World())
+    assert list(found) == ["val_loss", "val_loss_stderr", "val_bpb", "ppl", "val_tokens",
+                           "val_bytes"]
+    assert (found["val_tokens"], found["val_bytes"]) == (4, 4)
+    scores = {"val_loss": 2.0, "val_loss_stderr": 0.5, "val_bpb": 1.5, "ppl": 7.0,
+              "val_tokens": 12345, "val_bytes": 6789}
+    table = ["  loss               2.0000 ± 0.9800", "  bpb                1.5000",
+             "  ppl                7.0000"]
+    said = likelihood.told(scores, "the text t", True).splitlines()
+    assert said[0] == "the text t, 12,345 tokens, 6,789 bytes"
+    assert [line.split() for line in said[1:]] == [line.split() for line in table]
+    plain = likelihood.told(scores, "data", False).splitlines()
+    assert [line.split()[0] for line in plain[1:]] == ["val_loss", "val_bpb", "ppl"]
+    model.table[65, 66] = math.nan
+    with pytest.raises(UserError, match=r"^the model's losses are not finite"):
+        likelihood.measured(model, rows, BYTES, 4, 1, World())
+
+
+def test_the_windows_of_a_text(tmp_path):
+    tokenizer = make_tokenizer("bytes", None)
+
+    def made(*lines: str, size: int = 4, tokens: int = 0) -> list:
+        file = tmp_path / "t.jsonl"
+        file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        rows = likelihood.TextRows(str(file), tokenizer, size, tokens)
+        assert rows.windows == len(rows.all) and rows.block_size == size
+        return rows.read_windows(range(rows.windows)).tolist()
+
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    assert made("abc") == [[bos, 97, 98, 99, eos]]  # nothing behind the last target
+    assert made("abcd") == [[bos, 97, 98, 99, 100], [100, eos, PAD, PAD, PAD]]
+    assert made("abc", "d") == [[bos, 97, 98, 99, eos], [eos, bos, 100, eos, PAD]]
+    assert made("a") == [[bos, 97, eos, PAD, PAD]]
+    assert made("abcdefghi", "x", tokens=8) == [[bos, 97, 98, 99, 100], [100, 101, 102, 103, 104]]
+    assert made("ab", "cdefgh", tokens=11) == [[bos, 97, 98, eos, bos], [bos, 99, 100, 101, 102]]
+    assert made("ab", "cdefgh", tokens=7) == [[bos, 97, 98, eos, bos]]
+    assert made("abcdefgh", tokens=3) == [[bos, 97, 98, 99, 100]]  # a window at least
+    with pytest.raises(UserError, match=r"^--text=.*t\.jsonl holds no text$"):
+        made("")
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "a\xff"}\n')
+    with pytest.raises(UserError, match=r"t\.jsonl:1"):
+        likelihood.TextRows(str(tmp_path / "t.jsonl"), tokenizer, 4)
+
+
+def test_as_much_of_a_text_is_encoded_as_is_needed():
+    seen = []
+
+    class Pairs:
+        """Two characters a token."""
+
+        def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+            seen.append(len(texts[0]))
+            return [np.arange(len(texts[0]) // 2)]
+
+    class Sparse(Pairs):
+        """Twelve characters a token."""
+
+        def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+            seen.append(len(texts[0]))
+            return [np.arange(len(texts[0]) // 12)]
+
+    for length, tokenizer, most, sizes in (
+            (1104, Pairs(), 10, [1104]), (1105, Pairs(), 10, [1104]), (9000, Pairs(), 10, [1104]),
+            (9000, Sparse(), 200, [2624, 5248]), (5000, Sparse(), 200, [2624, 5000]),
+            (5000, Sparse(), 64, [1536]), (5000, Sparse(), 65, [1544, 3088])):
+        seen.clear()
+        found = likelihood.first_ids("x" * length, tokenizer, most)
+        assert seen == sizes and found.tolist() == list(range(most)), (length, most, seen)
+
+
+def test_shares_and_common_beginnings():
+    assert likelihood.mean("acc", np.array([1, 0, 1, 1])) == {
+        "acc": 0.75, "acc_stderr": pytest.approx(math.sqrt(0.75 * 0.25 / 3))}
+    assert likelihood.mean("acc", np.array([True])) == {"acc": 1.0, "acc_stderr": 0.0}
+    for one, other, count in (("", "a", 0), ("ab", "ab", 2), ("abc", "abd", 2), ("abc", "ab", 2),
+                              ("x", "y", 0)):
+        assert likelihood.common_length(one, other) == count
+
+
+def test_rows_are_grouped_where_that_saves_tokens(scorer, monkeypatch):
+    monkeypatch.setattr(likelihood, "WORTH", 3)
+
+    def grouped(rows: dict[str, int], batch_tokens: int = 999) -> list[tuple]:
+        """[(what they share, rows)]; rows: text -> how many positions are scored."""
+        one = Scorer(scorer.model, scorer.tokenizer, batch_tokens, World())
+        found = one.groups({tuple(map(ord, text)): n for text, n in rows.items()})
+        return [(group.shared, ["".join(map(chr, row)) for row in group.rows]) for group in found]
+
+    assert grouped({"abcdx": 1, "abcdy": 1}) == [(4, ["abcdx", "abcdy"])]
+    assert grouped({"abx": 1, "aby": 1}) == [(0, ["abx"]), (0, ["aby"])]  # two are not worth it
+    assert grouped({"abcx": 1, "abcy": 1}) == [(3, ["abcx", "abcy"])]
+    assert grouped({"abcdx": 3, "abcdy": 1}) == [(0, ["abcdx"]), (0, ["abcdy"])]  # c is scored
+    assert grouped({"abcdx": 2, "abcdy": 1}) == [(3, ["abcdx", "abcdy"])]
+    # a third row joins where it saves as much: twice 4 tokens instead of once 8, or of 10
+    long = {"abcdefghx": 1, "abcdefghy": 1, "abcdz": 1}
+    assert grouped(long) == [(4, ["abcdefghx", "abcdefghy", "abcdz"])]
+    longer = {"abcdefghijx": 1, "abcdefghijy": 1, "abcdz": 1}
+    assert grouped(longer) == [(10, ["abcdefghijx", "abcdefghijy"]), (0, ["abcdz"])]
+    ten = {"abcdx": 1, "abcdy": 1}
+    assert len(grouped(ten, 10)) == 1 and len(grouped(ten, 9)) == 2  # two rows of five tokens
+    def filled(batch_tokens: int, *groups: tuple, block_size: int = BLOCK) -> list[list[int]]:
+        """The places of the groups, each (what it shares, length of its rows, how many)."""
+        one = Scorer(scorer.model, scorer.tokenizer, batch_tokens, World())
+        one.block_size = block_size
+        made = [likelihood.Group(shared, [(i,) * length] * count)
+                for i, (shared, length, count) in enumerate(groups)]
+        return [[group.rows[0][0] for group in batch.groups] for batch in one.batches(made)]
+
+    assert filled(10, (0, 5, 1), (0, 5, 1)) == [[0, 1]] and filled(9, (0, 5, 1), (0, 5, 1)) == [
+        [0], [1]]
+    assert filled(99, (3, 5, 2), (0, 5, 1)) == [[1], [0]]  # rows alone come first
+    assert filled(99, (3, 5, 2), (4, 6, 2)) == [[1, 0]]  # 2 x 4 + 4 x 2 are less than 1.1 of 15
+    assert filled(99, (2, 9, 2), (8, 10, 2)) == [[1], [0]]  # 2 x 8 + 4 x 7 are more than of 28
+    assert filled(99, (0, 10, 1), (0, 9, 1), (0, 6, 1)) == [[0, 1], [2]]
+    assert filled(99, (4, 6, 2), (4, 6, 2), block_size=6) == [[0, 1]]
+    assert filled(99, (4, 6, 2), (4, 6, 2), block_size=5) == [[0], [1]]
+    row = (1, 2, 3, 4, 5)
+    group = likelihood.Group(2, [row, row[:4]])
+    assert (group.shared, group.longest) == (2, 5) and likelihood.Group(2, [row]).shared == 0
+    batch = likelihood.Batch([group, likelihood.Group(4, [row, row, row])])
+    assert (batch.begin, batch.rest, len(batch.rows), batch.cost) == (4, 3, 5, 2 * 4 + 5 * 3)
+
+
+def test_the_border_of_context_and_continuation(scorer):
+    def texts(context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return scorer.pair(context, continuation)
+
+    bos = scorer.tokenizer.bos_id
+    assert texts("ab", " c") == ([bos, 97, 98], [32, 99])
+    assert texts("ab ", "c") == ([bos, 97, 98], [32, 99])  # blanks go behind the border
+    assert texts("", "c") == ([bos], [99]) and texts("  ", "c") == ([bos], [32, 32, 99])
+
+
+def test_contexts_that_are_cut_are_counted(scorer):
+    one = Scorer(scorer.model, scorer.tokenizer, 4096, World())
+    fits = [7] * (BLOCK - 1)
+    for count, cut in ((2, 0), (3, 1)):  # the last id is not read
+        one.truncated.clear()
+        one.score([(fits, [8] * count)])
+        assert len(one.truncated) == cut
+    with pytest.raises(UserError, match=r"^the tokenizer merges a continuation into its context"):
+        one.score([([1], [])])
+    assert one.score([]) == []
+
+
+# ---- tasks, tables and records to the letter
+
+def test_what_the_flags_are_where_nothing_is_said():
+    assert {item.name: item.default for item in dataclasses.fields(eval.Flags)
+            if item.default != ""} == {
+        "ckpt": "out", "tasks": "tinyMMLU", "answers": "auto", "limit": 0, "fields": None,
+        "chat": "auto", "max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 1337,
+        "bleu_tokenizer": "auto", "probe": False, "id": "id", "label": "label", "seeds": "42",
+        "log_samples": False, "contamination": False, "eval_tokens": 0, "batch_tokens": 0,
+        "by_position": False, "context": 0, "baselines": False, "device": "auto", "dtype": "auto",
+        "json": False}
+    for name, low, high in (("limit", 0, None), ("max_new_tokens", 1, None), ("top_p", 0, 1),
+                            ("temperature", 0, None), ("seed", 0, None), ("eval_tokens", 0, None),
+                            ("batch_tokens", 0, None), ("context", 0, None)):
+        for value, good in ((low, True), (low - 1, False), (9e9 if high is None else high, True),
+                            (9e9 if high is None else high + 1, high is None)):
+            words = [f"--{name}={value}"]
+            if good:
+                assert getattr(parse(words, "", eval.Flags, "model").flags, name) == value
+            else:
+                with pytest.raises(UserError, match=f"{name} is"):
+                    parse(words, "", eval.Flags, "model")
+
+
+class Told(Scorer):
+    """Likelihoods by a table: continuation -> (nats, greedy)."""
+
+    def __init__(self, table: dict, block_size: int = 592):
+        self.table, self.samples, self.truncated = table, {}, {1, 2}
+        self.block_size = block_size
+
+    def pair(self, context, continuation):
+        return context, continuation
+
+    def score(self, pairs):
+        self.asked = pairs
+        return [likelihood.Likelihood(*self.table[text]) for _, text in pairs]
+
+
+def test_local_rows_are_scored_by_these_formulas():
+    told = Told({" a": (-1.0, 1), " bbbb": (-3.0, 0), " c": (-2.0, 1), " x": (-8.0, 0)})
+    items = [Item([("q", " a"), ("q", " bbbb")], 0), Item([("q", " a"), ("q", " bbbb")], 1),
+             Item([("r", " c"), ("r", " x"), ("r", " a")], 2)]
+    found = score_local("t", items, None, told)["t"]
+    assert found == {  # -1 and -3 / 4; -2, -8 and -1
+        "acc": pytest.approx(2 / 3), "acc_stderr": pytest.approx(math.sqrt(2 / 9 / 2)),
+        "acc_norm": pytest.approx(2 / 3), "acc_norm_stderr": pytest.approx(math.sqrt(2 / 9 / 2)),
+        "chance": pytest.approx((0.5 + 0.5 + 1 / 3) / 3), "loglikelihood": pytest.approx(-5 / 3),
+        "n": 3, "truncated": 2}
+    assert told.samples["t"] == [
+        {"doc_id": i, "target": str(item.right), "arguments": item.pairs, "acc": acc,
+         "resps": [[told.table[text]] for _, text in item.pairs]}
+        for i, (item, acc) in enumerate(zip(items, (1.0, 0.0, 1.0), strict=True))]
+    alike = score_local("t", [Item([("q", " a"), ("q", " c")], 0)], None, told)["t"]
+    assert "acc_norm" not in alike and alike["acc_stderr"] == 0  # as long as each other
+    greedy = [Item([("q", text)], 0) for text in (" a", " c", " x", " bbbb")]
+    found = score_local("t", greedy, None, told)["t"]
+    assert found == {"acc": 0.5, "acc_stderr": pytest.approx(0.5 / math.sqrt(3)),
+                     "loglikelihood": -3.5, "n": 4, "truncated": 2}
+    letters = Told({" A": (-1.0, 0), " B": (-2.0, 0)})
+    pairs = [("q\nAnswer: x\n\nq\nAnswer:", f" {letter}") for letter in "AB"]
+    more = [("\nAnswer:" * 3, " A"), ("", " B")]
+    asked = [Item(more, 0, "s", "q", True), Item(pairs, 1, "s", "q", True)]
+    found = score_local("t", asked, None, letters)["t"]
+    assert (found["letters"], found["shots"], found["acc"]) == ({"A": 2, "B": 0}, 1, 0.5)
+    assert "acc_norm" not in found
+    known = irt.Known(None, "no network")
+    assert score_local("t", asked, known, letters)["t"]["unavailable"].endswith(": no network")
+
+
+def test_worked_examples_are_five_and_of_the_subject():
+    row = {"question": "Q?", "choices": ["x", "y"], "answer": 1}
+    shots = [local_item({**row, "question": f"{i}?"}, None) for i in range(7)]
+    [(text, _), _] = local_item(row, shots).pairs
+    assert text == "".join(f"Question: {i}?\nAnswer: y\n\n" for i in range(5)) + (
+        "Question: Q?\nAnswer:")
+    item = local_item({**row, "subject": ""}, [])  # letters, without a subject
+    assert item.pairs[0] == ("Q?\nA. x\nB. y\nAnswer:", " A") and item.letters
+    assert local_item({**row, "subject": "a_b"}, []).pairs[0][0] == (
+        "The following are multiple choice questions (with answers) about a b.\n\n"
+        "Q?\nA. x\nB. y\nAnswer:")
+    letters = [local_item(row, None, "letters")]
+    assert letters[0].pairs[0][0] == "Q?\nA. x\nB. y\nAnswer:"
+    assert local_item(row, letters, "letters").pairs[0][0].startswith(
+        "The following are multiple choice questions (with answers).\n\nQ?\n")
+    full = local_item({**row, "subject": "s"}, [], "full")
+    assert (full.letters, full.subject, full.question, full.pairs[0]) == (
+        False, "s", "Q?", ("Question: Q?\nAnswer:", " x"))
+    for question, pair in (("Question: Q", ("Question: Q\nAnswer:", " x")), ("Q ", ("Q ", "x")),
+                           ("Is _", ("Is _", " x")), ("a_b c", ("a_b c", " x")),
+                           ("_ is", ("x", " is")), ("Q? ", ("Question: Q?\nAnswer:", " x"))):
+        assert local_item({**row, "question": question}, []).pairs[0] == pair
+    assert tasks.continued("", ["a", " b", 3]) == [("", "a"), ("", " b"), ("", "3")]
+    assert tasks.continued("q", ["a", " b"]) == [("q", " a"), ("q", " b")]
+    assert tasks.continued("q\n", ["a", " b"]) == [("q\n", "a"), ("q\n", " b")]
+    many = {"question": "q", "choices": [f"c{i}" for i in range(27)], "answer": 26}
+    with pytest.raises(UserError, match="'answer' is 26"):
+        local_item(many, [])
+    assert local_item({**many, "answer": 25}, []).right == 25
+
+
+def test_which_tasks_are_asked_for(monkeypatch):
+    for name, tiny in (("tinyMMLU", True), ("local:a/tiny_mmlu-2.jsonl", True), ("mmlu", False),
+                       ("local:tinyMMLU/x.jsonl", False), ("my_TinyMMLU", True)):
+        assert tasks.is_tiny(name) == tiny
+    flags = eval.Flags(tasks="a,b")
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: name)
+    assert tasks.default_names(flags, {}) == ("a,b", "")
+    assert tasks.default_names(eval.Flags(tasks="a", generate="f"), {}) == ("", "")
+    assert tasks.default_names(eval.Flags(tasks="a", generate="f"), {"tasks": "a"}) == ("a", "")
+    assert tasks.default_names(eval.Flags(tasks="a", generate="f", irt_file="p"), {}) == ("a", "")
+
+
+def test_what_ranks_load_and_why_a_task_is_not_there(here, monkeypatch):
+    (here / "tinyMMLU.jsonl").write_text(
+        '{"question": "q", "choices": ["a", "b"], "answer": 0, "subject": "s"}\n')
+    known, loads = irt.Known(None, "no network"), []
+    monkeypatch.setattr(tasks.irt, "load", lambda file: loads.append(file) or known)
+
+    def unavailable(name, include_path):
+        raise lm_eval_tasks.Unavailable("not here")
+
+    def found(*names: str, rank: int = 0, others: list | None = None, **flags) -> tuple:
+        world = World()
+        world.rank = rank
+        world.decide = lambda call: call() if others is None else others
+        return tasks.find_tasks([*names], eval.Flags(**flags), world)
+
+    monkeypatch.setattr(lm_eval_tasks, "load_task", unavailable)
+    made, lacking = found("local:tinyMMLU.jsonl", "tinyMMLU", "passkey", "other", irt_file="p")
+    assert loads == ["p"] and [*made] == ["local:tinyMMLU.jsonl", "passkey"]
+    assert made["local:tinyMMLU.jsonl"].score.args[2] is known
+    end = "; or score a file: --tasks=local:FILE.jsonl"
+    assert lacking == [f"no tinyMMLU: not here{end}; irt, pirt, gpirt: no network",
+                       f"no other: not here{end}"]
+    assert made["passkey"].questions() == [] and made["passkey"].names == ["passkey"]
+    (here / "q.jsonl").write_text(
+        '{"question": "q", "choices": ["a", "b"], "answer": 0, "subject": "s"}\n' * 3)
+    made, lacking = found("local:q.jsonl", limit=2, shots="q.jsonl")
+    assert loads == ["p"] and lacking == []  # estimates are of tinyMMLU alone
+    assert made["local:q.jsonl"].score.args[2] is None
+    assert made["local:q.jsonl"].questions() == ["q", "q"]
+    assert len(made["local:q.jsonl"].score.args[1]) == 2
+    assert "(with answers) about s." in made["local:q.jsonl"].score.args[1][0].pairs[0][0]
+    made, _ = found("local:tinyMMLU.jsonl", rank=1, others=["local:tinyMMLU.jsonl"])
+    assert loads == ["p"] and made["local:tinyMMLU.jsonl"].score.args[2] is None
+    with pytest.raises(UserError, match=r"^rank 1 cannot have what rank 0 has: no other: not here"):
+        found("other", rank=1, others=["other"])
+    for name, says in (("q.jsonl", "--tasks=q.jsonl is a file: say --tasks=local:q.jsonl"),
+                       ("loca:x", "no task loca:x; did you mean local:?")):
+        with pytest.raises(UserError) as error:
+            found(name)
+        assert str(error.value) == says
+    with pytest.raises(UserError, match="--irt_file is for tinyMMLU; name it, or a local:FILE"):
+        found("passkey", irt_file="p")
+
+
+def test_a_passkey_stands_at_five_depths():
+    for lines, above in ((4, [0, 1, 2, 3, 4]), (10, [0, 2, 5, 8, 10]), (0, [0] * 5)):
+        found = tasks.passkeys(lines, 77)
+        assert [(one.depth, one.key, one.length) for one in found] == [
+            (depth, key, 77) for depth in (0, 0.25, 0.5, 0.75, 1) for key in range(10)]
+        for one, before in zip(found[3::10], above, strict=True):
+            assert one.prompt == (tasks.FILLER * before + tasks.PASSKEY.format(key=3)
+                                  + tasks.FILLER * (lines - before) + tasks.QUESTION)
+
+
+def test_passkeys_of_two_lengths_and_of_a_few_prompts(scorer):
+    class Knows(Reader):
+        """Reads the key, of a token a byte."""
+
+        def encode(self, text: str) -> list[int]:
+            return [256, *text.encode()]
+
+    knows = Knows(scorer, lambda text: int(re.search(r"The pass key is (\d)", text)[1]))
+    for block, lengths in ((592, [592]), (1184, [592, 1184])):
+        knows.block_size = block
+        found = tasks.score_passkey(0, knows)["passkey"]
+        names = [f"acc_{length}" for length in lengths]
+        assert [name for name in found if re.fullmatch(r"acc_\d+", name)] == names
+        assert (found["acc"], found["acc_stderr"], found["n"]) == (1, 0, 50 * len(lengths))
+        assert found["chance"] == 0.1
+    few = tasks.score_passkey(13, knows)["passkey"]
+    assert few["n"] == 13 and few["acc_depth_25%"] == 1 and "acc_depth_50%" not in few
+
+
+TABLE = {"acc": 0.5, "acc_stderr": 0.01, "chance": 0.25, "irt": 0.3, "n": 9, "correct": 4,
+         "intervals": {"irt": [0.2, 0.4], "bleu": [1, 2]}, "bleu": 1.5, "flag": True, "word": "x",
+         "guessing": {"irt": {"mean": 0.25, "deviation": 0.05, "reaches_0.30": 0.125}},
+         "auroc": 0.7, "margins": {"auroc": 0.02}, "chances": {"auroc": 0.5}, "shots": 5,
+         "exact,strict": 0.125, "exact_stderr,strict": 0.5, "begin": "<s>", "cut": 0,
+         "folds": {"auroc": [0.6, 0.8]}, "letters": {"A": 3, "B": 6}, "unavailable": "why",
+         "signatures": {"bleu": "nrefs:1"}}
+
+
+def test_a_table_of_scores():
+    assert results.score_table("title", TABLE).splitlines() == [
+        "title, 5 shots, <s> in front",
+        "  correct       4 of 9",
+        "  acc              0.5000 ± 0.0196   chance 0.2500",
+        "  irt              0.3000   95 % 0.200 to 0.400; guessing 0.250 ± 0.098, reaches 0.30 in "
+        "12% of tries",
+        "  bleu             1.5000   95 % 1.0000 to 2.0000",
+        "  auroc            0.7000 ± 0.0200   chance 0.5000",
+        "  exact,strict     0.1250 ± 0.9800",
+        "  bleu          nrefs:1",
+        "  auroc, by fold: 0.6000 0.8000",
+        "  predicted     A 3, B 6",
+        "  not available: why"]
+    assert results.score_table("t", {}) == "t"
+    long = results.score_table("t", {"a" * 20: 1.0, "b": 2.0, "margins": {"b": 0.0}})
+    assert long == f"t\n  {'a' * 20} {1:9.4f}\n  {'b':<21}{2:9.4f} ± 0.0000"
+    found = {score.name: score for score in results.measured(TABLE)}
+    assert found["acc"].margin == pytest.approx(1.96 * 0.01) and found["bleu"].margin == 0
+    assert (found["auroc"].margin, found["auroc"].chance, found["irt"].chance) == (0.02, 0.5, None)
+    assert found["exact,strict"].error == 0.5 and list(found) == ["acc", "irt", "bleu", "auroc",
+                                                                 "exact,strict"]
+
+
+def test_scores_of_a_step_are_joined_where_their_inputs_are_the_same(tmp_path):
+    run = tmp_path / "out/r"
+    (run / "eval").mkdir(parents=True)
+    kept = {"acc": 1, "old": 2, "made_of": {"a": 1, "b": 2}, "intervals": {"x": 1}}
+    new = {"acc": 3, "made_of": {"a": 1, "c": 3}, "intervals": {"y": 2}}
+    both = {"acc": 3, "old": 2, "made_of": {"a": 1, "b": 2, "c": 3}, "intervals": {"x": 1, "y": 2}}
+    assert results.joined(kept, new) == both
+    other = {"acc": 3, "made_of": {"a": 2}}
+    assert results.joined(kept, other) == other and results.joined({}, new) == new
+    assert results.joined(kept, {"acc": 3, "signatures": {}}) == kept | {"acc": 3, "signatures": {}}
+    results.record(None, {"step": 3})
+    results.record(run, {"step": 3, "val_loss": 1.0, "tasks": {"t": kept, "u": {"n": 1}}})
+    results.record(run, {"step": 3, "val_bpb": 2.0, "tasks": {"t": new},
+                         "texts": {"x": {"val_loss": 5.0}}})
+    assert results.read_scores(run, 3) == {
+        "step": 3, "val_loss": 1.0, "val_bpb": 2.0, "tasks": {"t": both, "u": {"n": 1}},
+        "texts": {"x": {"val_loss": 5.0}}}
+    assert results.read_scores(run, 4) == {}
+    place: dict = {}
+    results.section(place, ("texts", "x"))["a"] = 1
+    assert place == {"texts": {"x": {"a": 1}}} and results.section(place, ()) is place
+    checkpoint_folder = tmp_path / "c"
+    checkpoint_folder.mkdir()
+    assert results.weights_hash(checkpoint_folder) == ""
+    hashes = []
+    for files in ({"a": 1, "training/x": 2}, {"a": 1, "training/x": 3}, {"a": 2}):
+        write_json(checkpoint_folder / "checksums.json", {"files": files})
+        hashes.append(results.weights_hash(checkpoint_folder))
+    assert hashes[0] == hashes[1] != hashes[2] and len(hashes[0]) == 64
+    assert results.are_of({"weights": hashes[2]}, checkpoint_folder)
+    assert results.are_of({}, checkpoint_folder)
+    assert not results.are_of({"weights": hashes[0]}, checkpoint_folder)
+
+
+def test_samples_have_a_file_for_each_task_and_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r/eval").mkdir(parents=True)
+    for run, step, task, name in ((Path("r"), 7, "local:a/b c.jsonl", "r/eval/samples_a_b_c.jsonl_"
+                                   "step_7"), (None, None, "x", "samples_x_step_0"),
+                                  (None, 3, "g:é-1.x", "samples_g_é-1.x_step_3")):
+        results.write_samples(run, step, task, [{"a": 1}, {"b": 2}])
+        assert Path(f"{name}.jsonl").read_text() == '{"a": 1}\n{"b": 2}\n'
+        assert capsys.readouterr().out == f"samples {name}.jsonl\n"
+
+
+def lm_output(*samples: dict, kind: str = "multiple_choice", **metrics) -> dict:
+    """What simple_evaluate gives of a task t."""
+    return {"results": {"t": metrics}, "samples": {"t": [*samples]},
+            "configs": {"t": {"output_type": kind}}}
+
+
+def test_what_is_taken_of_the_harness(scorer):
+    one = {"doc_id": 1, "filter": "none", "resps": [1, 2], "acc": 1, "target": 0, "more": 5,
+           "arguments": [["q\nAnswer: A\n\nr\nAnswer:"]]}
+    two = one | {"doc_id": 0, "resps": [1, 2, 3, 4]}
+    output = lm_output(one, two, one | {"filter": "strict"}, **{
+        "acc,none": 0.5, "acc,strict": 0.25, "alias": "t", "n": 3, "sample_len": 9})
+    found = lm_eval_tasks.metrics_of("t", output, None, scorer)
+    assert found == {"acc": 0.5, "acc,strict": 0.25, "chance": (1 / 2 + 1 / 4) / 2, "n": 2}
+    assert scorer.samples["t"] == [
+        {name: sample[name] for name in ("doc_id", "target", "arguments", "resps", "acc")}
+        for sample in (two, one)]
+    other = lm_eval_tasks.metrics_of("t", lm_output(one, kind="loglikelihood", x=1.0), None, scorer)
+    assert other == {"x": 1.0, "n": 1}
+    group = {"results": {"g": {"acc,none": 0.5, "sample_len": 9}}, "samples": {}, "configs": {}}
+    assert lm_eval_tasks.metrics_of("g", group, None, scorer) == {"acc": 0.5, "n": 9}
+    tiny = [one | {"doc_id": i, "resps": [[["-1", "x"]], [["-2", "x"]]]} for i in range(2)]
+    found = lm_eval_tasks.metrics_of("t", lm_output(*tiny, **{"acc,none": 1.0}),
+                                     irt.Known(None, "no network"), scorer)
+    assert (found["shots"], found["loglikelihood"], found["letters"], found["correct"]) == (
+        1, -1.0, {"A": 2, "B": 0}, 2)
+    docs = {"tasks": {"a": type("T", (), {"eval_docs": [{"question": "q"}, {"question": 3}, {}],
+                                         "doc_to_text": lambda self, doc: f"text {len(doc)}",
+                                         "dump_config": lambda self: {"f": print}})()}}
+    assert lm_eval_tasks.questions(docs, 0) == ["q", "text 1", "text 0"]
+    assert lm_eval_tasks.questions(docs, 2) == ["q", "text 1"]
+    assert len(lm_eval_tasks.hash_of(docs)) == 64
+    before = lm_eval_tasks.hash_of(docs)
+    docs["tasks"]["a"].eval_docs.append({"question": "r"})
+    assert lm_eval_tasks.hash_of(docs) != before
+
+
+def test_how_much_of_a_prompt_is_left_where_answers_are_generated(scorer, monkeypatch):
+    from plainllama.generation import generate
+
+    asked = []
+
+    def complete(model, tokenizer, prompts, most, sampling, seeds, stops):
+        asked.append((len(prompts[0]), most, sampling.temperature, seeds, stops))
+        return [generate.Completion("eos", "x", [])]
+
+    monkeypatch.setattr(generate, "complete", complete)
+    one = Scorer(scorer.model, scorer.tokenizer, 4096, World())
+    model = lm_eval_tasks.lm_eval_model(one)
+    assert model.eot_token_id == 256 and model.tok_encode("a") == [256, 97]
+    assert model.tok_encode("a", add_special_tokens=False) == [97]
+
+    def request(length: int, **options):
+        return SimpleNamespace(args=("x" * (length - 1), options))
+
+    assert model.generate_until([request(BLOCK - 256), request(BLOCK - 255)]) == ["x", "x"]
+    assert asked == [(BLOCK - 256, 256, 0.0, [0], [])] * 2 and len(one.truncated) == 1
+    model.generate_until([request(9, max_gen_toks=BLOCK, until="a"),
+                          request(9, max_gen_toks=7, until=("a", "b"))])
+    assert asked[2:] == [(9, BLOCK // 2, 0.0, [0], ["a"]), (9, 7, 0.0, [0], ["a", "b"])]
+
+
+def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch):
+    class Answered(OSError):
+        """An HTTP error, which is an answer."""
+
+        code = 404
+
+    manager = type("Manager", (), {})
+    import lm_eval.tasks
+    made = []
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **how: made.append(how) or manager)
+    for endpoint, error, offline in (("http://h", None, None), ("", OSError("no"), "1"),
+                                     (None, Answered(), None), (None, ValueError("no url"), "1")):
+        asked = []
+
+        def opened(request, timeout, error=error, asked=asked):
+            asked.append((request.full_url, request.method, timeout))
+            if error:
+                raise error
+            return type("Open", (), {"close": lambda self: None})()
+
+        monkeypatch.setattr(lm_eval_tasks.urllib.request, "urlopen", opened)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.delenv("HF_ENDPOINT", raising=False)
+        if endpoint:
+            monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        lm_eval_tasks.task_manager.cache_clear()
+        lm_eval_tasks.task_manager(False, "own")
+        lm_eval_tasks.task_manager(False, "own")
+        assert asked == [(endpoint or "https://huggingface.co", "HEAD", 5)]
+        assert os.environ.get("HF_HUB_OFFLINE") == offline
+        assert os.environ["TQDM_DISABLE"] == "1"
+    assert made[-1] == {"include_defaults": False, "include_path": "own"}
+    lm_eval_tasks.task_manager(True)
+    assert made[-1] == {"include_defaults": True, "include_path": None} and len(asked) == 1
+    lm_eval_tasks.task_manager.cache_clear()
+    with pytest.raises(UserError, match=r"^no folder gone; --include_path holds lm-eval's \.yaml"):
+        lm_eval_tasks.load_task("x", "gone")
+
+
+# ---- what is asked of every checkpoint
+
+STEP_30 = Path("out/toy/checkpoints/step_30")
+
+
+def asked(*words: str, rank: int = 0, kept: dict | None = None,
+          first: Path = STEP_30) -> eval.Evaluation:
+    """What eval.py makes of its flags, on a rank."""
+    given = parse(list(words), "", eval.Flags, "model")
+    world = World()
+    world.rank = rank
+    world.decide = lambda call: call()
+    return eval.Evaluation(given.flags, given.overrides, world, kept, first)
+
+
+def test_what_is_recorded_and_by_whom(here, capsys):
+    plain = asked("--tasks=")
+    assert plain.keep == plain.run and (here / "out/toy/eval").is_dir() and plain.kept is None
+    assert (plain.batch_tokens, plain.tokens, plain.section, plain.shorter) == (
+        4096, 5 * BLOCK, (), "")
+    assert plain.windows_made_of == {
+        "dtype": "torch.float32", "tokens": 5 * BLOCK,
+        "data": (here / "data/toy/manifest.sha256").read_text().strip()}
+    assert capsys.readouterr().out == ""
+    assert asked("--tasks=", "--batch_tokens=7").batch_tokens == 7
+    for word in ("--data=toy", "--limit=3", "--eval_tokens=5", "--dtype=fp32"):
+        assert asked("--tasks=", word).keep is None
+        assert f"not recorded in {here}/out/toy/eval, because of {word.split('=')[0]}\n" in (
+            capsys.readouterr().out)
+    assert asked("--tasks=", "--by_position", "--baselines").windows_made_of.items() >= {
+        "by_position": True, "baselines": True}.items()
+    assert capsys.readouterr().out == ""
+    second = asked("--tasks=", "--limit=3", rank=1, kept={})
+    assert second.keep is None and capsys.readouterr().out == ""  # rank 0 speaks and writes
+    assert asked("--tasks=", rank=1).keep is None
+    asked("--tasks=", kept={})
+    assert capsys.readouterr().out == f"\nscores of {STEP_30}\n"
+    asked("--tasks=", "--all=out/toy", kept={})
+    assert capsys.readouterr().out == ""
+
+
+def test_in_which_windows_the_loss_is_measured(here, capsys, monkeypatch):
+    (here / "t.txt").write_text("some text " * 99)
+    for words, tokens, section, on in (
+            ((), 5 * BLOCK, (), "validation split of data/toy"),
+            ((f"--context={BLOCK}",), 5 * BLOCK, (), "validation split of data/toy"),
+            ((f"--context={BLOCK - 1}",), 5 * BLOCK, ("contexts", f"{BLOCK - 1}"),
+             "validation split of data/toy"),
+            (("--data=toy", "--eval_tokens=9"), 9, (), "validation split of data/toy"),
+            (("--text=t.txt",), 2 * BLOCK, ("texts", "t.txt"), "the text t.txt"),
+            (("--text=t.txt", "--context=100"), 1000, ("texts", "t.txt in windows of 100"),
+             "the text t.txt"),
+            (("--text=t.txt", "--eval_tokens=600"), 600, ("texts", "t.txt"), "the text t.txt")):
+        found = asked("--tasks=", *words)
+        assert (found.tokens, found.section, found.measured_on) == (tokens, section, on), words
+    (here / "data").rename(here / "away")
+    capsys.readouterr()
+    assert asked("--tasks=").windows is None
+    assert capsys.readouterr().out == ("no bits per byte: no data set data/toy; name a data set "
+                                       "with --data=FOLDER\n")
+    found = asked("--tasks=", "--data=away/toy")  # a path
+    assert found.measured_on == "validation split of away/toy"
+    (here / "away").rename(here / "data")
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")  # the data set lies beside the run
+    found = asked("--tasks=", first=here / STEP_30)
+    assert found.measured_on == f"validation split of {here}/data/toy"
+
+
+def test_flags_without_effect_are_named(here, capsys):
+    (here / "q.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}\n')
+    (here / "own").mkdir()
+    every = ["--shots=q.jsonl", "--answers=full", "--chat=auto", "--stop=x", "--metrics=exact",
+             "--log_samples", "--include_path=own", "--eval_tokens=9", "--by_position"]
+
+    def named(*words: str) -> list[str]:
+        capsys.readouterr()
+        asked(*words)
+        return re.findall(r"note: --(\w+) has no effect here", capsys.readouterr().out)
+
+    assert named("--tasks=", *every) == [
+        "shots", "answers", "chat", "stop", "metrics", "log_samples", "include_path"]
+    assert named("--tasks=local:q.jsonl", *every) == ["chat", "stop", "metrics", "include_path"]
+    assert named("--tasks=passkey", *every) == [
+        "shots", "answers", "chat", "stop", "metrics", "include_path"]
+    assert named("--tasks= passkey, ,passkey") == []
+    (here / "data").rename(here / "away")
+    assert named("--tasks=", "--eval_tokens=9", "--by_position") == ["eval_tokens", "by_position"]
+    assert asked("--tasks= passkey, ,passkey").tasks.keys() == {"passkey"}
+
+
+def test_what_of_a_step_is_there_already(here):
+    (here / "w.jsonl").write_text('{"context": "def", "continuation": "add"}')
+    found = asked("--tasks=local:w.jsonl")
+    made = {"dtype": "torch.float32"} | found.tasks["local:w.jsonl"].made_of
+    assert found.task_made_of("local:w.jsonl") == made
+    kept = {"made_of": dict(found.windows_made_of), "tasks": {"local:w.jsonl": {"made_of": made}}}
+    assert found.complete(kept)
+    assert found.complete(kept | {"made_of": found.windows_made_of | {"by_position": True}})
+    assert not found.complete(kept | {"made_of": {}}) and not found.complete(kept | {"tasks": {}})
+    logged = asked("--tasks=local:w.jsonl", "--log_samples")
+    assert logged.task_made_of("local:w.jsonl") == made | {"log_samples": True}
+    assert not logged.complete(kept) and asked("--tasks=").complete(kept)
+
+
+def test_several_models_are_scored_one_after_another(here, folder, capsys):
+    for name in ("one", "two"):
+        shutil.copytree(folder, here / name)
+    (here / "one,two").mkdir()
+    with pytest.raises(UserError, match=r"^one,two holds no complete checkpoint"):
+        main("--ckpt=one,two", "--tasks=")
+    (here / "one,two").rmdir()
+    assert main("--ckpt=one, two", "--tasks=", "--data=toy", "--eval_tokens=1") == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"^scores of (\w+)$", shown, re.MULTILINE) == ["one", "two"]
+    assert shown.count("val_loss") == 2
+    break_weights(here / "two")
+    assert main("--ckpt=one,two", "--tasks=", "--data=toy", "--eval_tokens=1") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("val_loss") == 1 and "no bits per byte: the model's losses are not" in shown
+
+
+def test_the_exit_code_is_2_only_for_what_was_named(here, capsys, monkeypatch):
+    def fails(*_):
+        raise UserError("cannot be")
+
+    (here / "w.jsonl").write_text('{"context": "def", "continuation": "add"}')
+    monkeypatch.setattr(eval.tasks, "default_names", lambda *_: ("passkey", ""))
+    monkeypatch.setattr(tasks, "passkey_prompts", lambda *_: [])
+    assert main() == 0 and main("--tasks=passkey") == 2
+    assert capsys.readouterr().out.count("no passkey: passkey: a context of 592") == 2
+    monkeypatch.setattr(eval.likelihood, "measured", fails)
+    assert main() == 2  # the bits per byte, which were not named
+    assert "no bits per byte: cannot be" in capsys.readouterr().out
+
+
+def test_windows_of_pairs_have_other_scores(here, capsys, monkeypatch):
+    given = []
+
+    def score_pairs(model, windows, *how):
+        given.append(how)
+        return {"val_loss": 0.5, "logps/accuracies": 0.75, "logps/accuracies_stderr": 0.25, "n": 8}
+
+    monkeypatch.setattr(eval, "score_pairs", score_pairs)
+    monkeypatch.setattr(eval.Evaluation, "of_pairs", lambda self: True)
+    assert main("--tasks=", "--by_position") == 0
+    shown = capsys.readouterr().out
+    assert "note: --by_position has no effect here" in shown
+    assert "validation, 8 pairs (rewards: against step 0; logps: by likelihood; sh" in shown
+    kept = json.loads((here / "out/toy/eval/step_30.json").read_text())
+    assert kept["logps/accuracies"] == 0.75 and "by_position" not in kept
+    assert kept["made_of"]["reference"] == {}
+    [(tokens, rows, _, bos, config, run)] = given
+    assert (tokens, rows, bos, config.seed, run) == (5 * BLOCK, 1, None, 3, here / "out/toy")
+
+
+def test_documents_by_themselves_are_scored_so(here, monkeypatch):
+    info = json.loads((here / "out/toy/run.json").read_text())
+    given = []
+    monkeypatch.setattr(eval.likelihood, "measured", lambda model, windows, *how: given.append(
+        how) or {"val_loss": 1.0, "val_bpb": 1.0, "val_tokens": 1, "val_bytes": 1})
+    for mask, bos in ((False, None), (True, 256)):
+        info["config"]["doc_mask"] = mask
+        write_json(here / "out/toy/run.json", info)
+        assert main("--tasks=") == 0
+        assert given[-1][1:3] == (5 * BLOCK, 1) and given[-1][4] == bos
+    with pytest.raises(UserError, match="no file gone; lm_eval --log_samples"):
+        main("--irt=gone", "--json")
+    with pytest.raises(UserError, match="--id is for --probe, which is not said"):
+        main("--id=x")
+
+
+def test_windows_hold_pairs_where_two_documents_belong_together():
+    for together in (1, 2, 3):
+        rows = FitRows.__new__(FitRows)
+        rows.split = SimpleNamespace(together=together)
+        assert eval.Evaluation.of_pairs(SimpleNamespace(windows=rows)) == (together == 2)
+    assert not eval.Evaluation.of_pairs(SimpleNamespace(windows=None))
+
+
+class Bar(likelihood.Progress):
+    """How far things are, kept."""
+
+    made: list = []  # noqa: RUF012
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.given = given
+        Bar.made.append(self)
+
+
+def test_how_far_scoring_is_ends_at_its_total(scorer, monkeypatch):
+    monkeypatch.setattr(likelihood, "Progress", Bar)
+    pairs = [([1, 2, 3, 4, 5, 6], [i]) for i in range(4)] + [([7], [8]), ([9, 9], [1])]
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        world = World()
+        world.rank, world.size = rank, size
+        world.sum = lambda values: values
+        Bar.made.clear()
+        Scorer(scorer.model, scorer.tokenizer, 6, world).score(pairs)
+        assert Bar.made[0].given == ("scoring", 3, "prompts", rank == 0, "cpu")
+        assert Bar.made[0].done == (2 if (rank, size) == (1, 2) else 3)
+        Bar.made.clear()
+        rows = Few(*[[1, 2, 3]] * 7)
+        assert len([*likelihood.passes("t", rows, 14, 2, world)]) == (4 if size == 1 else 2)
+        assert Bar.made[0].given == ("t", 7, "rows", rank == 0, "cpu") and Bar.made[0].done == 7
+
+
+# ---- validation along a run
+
+def test_a_line_of_validation_and_a_remark_on_chosen_answers(tmp_path):
+    scores = {"val_loss": 2.0, "val_bpb": 1.25, "val_loss/old": 3.0, "val_bpb/old": 9.0}
+    assert validation.told(scores) == (
+        "validation loss 2.0000 nats/token, 1.2500 bits/byte; old 3.0000")
+    pairs = {"val_loss": 0.5, "val_rewards/accuracies": 0.875, "val_pairs": 8,
+             "val_rewards/margins": 0.25, "val_loss/a": 1.0}
+    assert validation.told(pairs) == ("validation loss 0.5000 nats/pair, chosen preferred in 87.5% "
+                                      "of 8, margin 0.2500; a 1.0000")
+    rows = [{"step": 0, "val_pairs": 4, "val_logps/chosen": -1.0}, {"step": 0, "val_pairs": 8},
+            {"step": 1, "val_pairs": 8, "val_logps/chosen": -100.0},
+            {"step": 2, "val_pairs": 8, "val_logps/chosen": -50.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def remark(chosen) -> str:
+        return validation.remark_on_chosen(tmp_path, {"val_logps/chosen": chosen, "val_pairs": 8})
+
+    assert remark(-119.9) == remark(-120.0) == remark(math.nan) == ""
+    assert remark(-130.0) == (
+        "WARNING: the log-probability of chosen answers has fallen by 30% (from -100.0 to -130.0): "
+        "the margin grows while both answers become unlikely; a lower learning_rate or fewer steps "
+        "help, with dpo nll_weight too")
+    assert validation.remark_on_chosen(tmp_path, {}) == ""
+    assert validation.remark_on_chosen(tmp_path, {"val_logps/chosen": -9.0, "val_pairs": 5}) == ""
+
+
+def test_which_sets_are_validated_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy", "more"):
+        write_data_set(tmp_path / "data" / name, {"train": documents(9), "val": documents(6)})
+    manifest = json.loads((tmp_path / "data/toy/manifest.json").read_text())
+    monkeypatch.setattr(validation, "val_rows", lambda folder, theirs, size: SimpleNamespace(
+        folder=folder, block_size=size))
+
+    def opened(folder: str = "data/more", recipe: dict | None = None, theirs: dict | None = None,
+               ours: dict | None = None, **config):
+        changed = json.loads((tmp_path / "data/toy/manifest.json").read_text())
+        changed["recipe"] |= recipe or {}
+        changed["tokenizer"] |= theirs or {}
+        shards.write_manifest(tmp_path / "data/more", changed)
+        settled = settings.Settings(dataset="toy", block_size=16, eval_sets={"x": folder}, **config)
+        used = manifest | {"tokenizer": manifest["tokenizer"] | (ours or {})}
+        return validation.open_sets(settled, used)
+
+    found = opened()["x"]
+    assert (found.bos_id, found.rows.block_size) == (None, 16)
+    assert opened(recipe={"documents": "chat"})["x"].bos_id == 256
+    assert opened(doc_mask=True)["x"].bos_id == 256
+    assert opened(doc_mask=True, packing="fit")["x"].bos_id is None
+    sha = manifest["tokenizer"]["sha256"]
+    assert "x" in opened(ours={"sha256": "roles", "base": sha})  # texts beside dialogs
+    assert validation.open_sets(settings.Settings(dataset="toy"), manifest) == {}
+    for how, says in (
+            ({"folder": "more"}, "x names 'more', no data set; name the folder of one, such as "
+                                 "data/more"),
+            ({"folder": "gone"}, "x names 'gone', no data set; .* such as data/toy"),
+            ({"recipe": {"documents": "preference"}}, "x, data/more, holds pairs"),
+            ({"theirs": {"sha256": "a", "base": sha}}, "x, data/more, holds dialogs, whose rol"),
+            ({"theirs": {"sha256": "a"}}, "x, data/more, has another tokenizer than data/toy")):
+        with pytest.raises(UserError, match=says):
+            opened(**how)
+
+
+def test_the_own_split_among_the_sets_is_measured_once(rows, folder, monkeypatch):
+    calls = []
+
+    def evaluate_once(model, of, info, *how):
+        calls.append((of, *how))
+        return {"val_loss": float(len(calls)), "val_bpb": 9.0, "more": 0}
+
+    monkeypatch.setattr(validation, "evaluate", evaluate_once)
+    engine = SimpleNamespace(micro=2, world=World(), bos_id=7, module="m", objective=None,
+                             config=settings.Settings(eval_tokens=99))
+    other = SimpleNamespace(split=SimpleNamespace(folder=Path("other")))
+    sets = {"same": validation.ValSet(rows, None, None), "other": validation.ValSet(other, None, 5)}
+    found = validation.validate(engine, rows, None, None, sets)
+    assert found == {"val_loss": 1.0, "val_bpb": 9.0, "val_loss/same": 1.0, "val_bpb/same": 9.0,
+                     "val_loss/other": 2.0, "val_bpb/other": 9.0}
+    assert [(call[1], call[2], call[4]) for call in calls] == [(99, 2, 7), (99, 2, 5)]
 
 
 # ---- the command

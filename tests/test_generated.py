@@ -9,6 +9,7 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import metrics as metrics_of
@@ -401,6 +402,257 @@ def test_ranks_share_the_rows(model, monkeypatch):
     parts.append((None, "what the model computes is not finite"))
     with pytest.raises(UserError, match="not finite"):  # of another rank
         generated.generated(rows, how(), Scorer(model, WORDS, 1, world))
+
+
+# ---- to the letter
+
+def test_intervals_are_these_draws():
+    counts = np.array([[0.0, 1], [1, 1], [1, 1], [0, 1], [1, 1]])
+    measure = metrics.Measure("m", counts, lambda total: float(total[0] / total[1]))
+    draw = np.random.default_rng(12345)
+    drawn = [counts[draw.integers(5, size=5)].sum(0) for _ in range(1000)]
+    low, high = np.percentile([hits / n for hits, n in drawn], [2.5, 97.5])
+    assert measure.interval() == [low, high]
+    values = [0.123, 0.456, 0.789, 0.2, 0.9, 0.31]
+    measure = metrics.mean_of("m", values)
+    draw = np.random.default_rng(12345)
+    drawn = [np.take(values, draw.integers(6, size=6)).mean() for _ in range(1000)]
+    assert measure.interval() == pytest.approx(np.percentile(drawn, [2.5, 97.5]).tolist())
+
+
+def test_rows_that_a_metric_is_of():
+    call = {"content": "", "tool_calls": [CALL]}
+    rows = [says("a"), [call], [*says("a"), call], says("b", "c"), [call | {"content": "d"}]]
+    assert metrics.fitting("exact", rows) == [0, 1, 2, 3, 4]
+    assert metrics.fitting("calls", rows) == [1, 4] and metrics.fitting("chrf", rows) == [0, 3, 4]
+    assert metrics.longest([says("a b", "c d e"), says("f, g")], "13a") == 3
+    assert metrics.chosen(" exact , chrf,exact", [says("a b c d")], "13a") == ["exact", "chrf"]
+    for words, names in ((3, ["exact"]), (4, ["bleu", "exact"])):
+        text = " ".join("abcd"[:words])
+        if words == 4:
+            assert metrics.chosen("bleu,exact", [says(text)], "13a") == names
+        else:
+            with pytest.raises(UserError) as error:
+                metrics.chosen("bleu,exact", [says(text)], "13a")
+            assert str(error.value) == (
+                "--metrics=bleu,exact: BLEU counts runs of up to 4 words, and no reference has as "
+                "many, so it would be 0; take chrf or exact")
+    with pytest.raises(UserError, match="--metrics=bleu_tf: BLEU counts"):
+        metrics.chosen("bleu_tf", [says("a b")], "13a")
+    for text, by in (("海a", "13a"), ("海海a", "zh"), ("海aa", "13a"), ("海の", "char")):
+        assert metrics.tokenizer_for([says(text)]) == by  # of most letters, not of half
+
+
+def test_only_the_first_rank_says_that_there_is_no_bleu(monkeypatch, capsys):
+    for rank, said in (("0", "no bleu: no reference has 4 words\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert metrics.chosen("", [says("yes")], "13a") == ["chrf", "rouge", "exact"]
+        assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    (1, 1.0, True), (1, True, False), (0, False, False), (True, True, True), ("1", 1, False),
+    ([1, 2], [1, 2.0], True), ([1], [1, 2], False), ([1, 2], [2, 1], False), ([], [], True),
+    ({"a": 1}, {"a": True}, False), ({"a": [{}]}, {"a": [{}]}, True), ({"a": 1}, {"b": 1}, False),
+    ({"a": 1}, {"a": 1, "b": 2}, False), (None, None, True), (None, False, False), ([], {}, False)])
+def test_values_are_compared_as_json(one, other, same):
+    assert metrics.same(one, other) is same and metrics.same(other, one) is same
+    for wrap in (lambda value: [value], lambda value: {"x": value}):
+        assert metrics.same(wrap(one), wrap(other)) is same
+
+
+def test_exact_answers_and_calls_of_several_references():
+    call = {"content": "", "tool_calls": [CALL]}
+    twice = {"content": "", "tool_calls": [CALL, CALL]}
+    references = [[*says("x"), call], [*says("y"), call]]
+    for answer, exact, calls, names in (
+            (says(" x\n")[0], 0.5, 0.5, 0.5), (call, 0.5, 0.5, 0.5), (twice, 0, 0, 0),
+            (call | {"content": "x"}, 0, 0.5, 0.5), (says("z")[0], 0, 0.5, 0.5)):
+        found, _ = metrics.scores(["exact"], [answer, says("no")[0]], [], references, "13a")
+        assert found["exact_gen"] == exact
+        measures = metrics.calls([answer, twice], references, "")
+        assert [measure.score(measure.counts.sum(0)) for measure in measures] == [calls, names]
+
+
+def test_scores_of_rows_alone_are_by_the_first_metric():
+    texts = ["one two three four", "five"]
+    found, alone = metrics.scores(["bleu_tf", "exact", "chrf"], says(*texts), says(*texts[::-1]),
+                                  [says(text) for text in texts], "13a")
+    assert alone == {0: 1.0, 1: 1.0} and found["bleu_tf"] < 10
+    assert list(found) == ["intervals", "signatures", "bleu_tf", "exact_gen", "chrf_gen"]
+    assert found["signatures"].keys() == {"bleu_tf", "chrf_gen"}
+    call = {"content": "", "tool_calls": [CALL]}
+    _, alone = metrics.scores(["calls"], [says("a")[0], call], [], [says("a"), [call]], "13a")
+    assert alone == {1: 1.0}
+
+
+def test_what_a_file_is_read_with(tmp_path):
+    """Its limit, its digest, who talks, and a prompt that has just room."""
+    file = write(tmp_path / "f.jsonl", *({"prompt": text, "reference": "r"} for text in "abc"))
+    whole, two = (generated.read(how(file, limit=limit), WORDS, 64) for limit in (0, 2))
+    assert (len(whole.rows), len(two.rows)) == (3, 2) and whole.digest != two.digest
+    assert generated.read(how(file, limit=3), WORDS, 64) == whole
+    assert whole.bleu_tokenizer == "13a"
+    assert generated.read(how(file, bleu_tokenizer="zh"), WORDS, 64).bleu_tokenizer == "zh"
+    assert generated.read(how(file), WORDS, 3).rows  # the begin token and one letter
+    with pytest.raises(UserError, match="no prompt has room in a context of 2 tokens"):
+        generated.read(how(file), WORDS, 2)
+    for told, talks in (("auto", True), ("true", True), ("false", False)):
+        assert (generated.read(how(file, chat=told), TALKS, 99).rows[0].text is None) == talks
+    every = {name: name for name in generated.FIELDS}  # all four may be named
+    with pytest.raises(UserError, match="no messages"):
+        generated.read(how(file, fields=every), WORDS, 64)
+    asked = {"messages": [{"role": "user", "content": "q"}]}
+    lines = write(tmp_path / "g.jsonl", asked | {"reference": ["r", {"content": "s"}]}, {
+        "prompt": None, "messages": [*asked["messages"], {"role": "assistant", "content": "t"}]})
+    rows = generated.read(how(lines), TALKS, 99).rows
+    assert [row.references for row in rows] == [says("r", "s"), says("t")]
+    assert rows[0].shown == rows[1].shown == "user: q" and rows[0].ids == rows[1].ids
+
+
+def test_batches_go_by_their_beginning_and_then_by_length(monkeypatch):
+    monkeypatch.setattr(generated, "WORTH", 2)
+    alike = {0: [9, 9, 1], 1: [1, 2, 3, 4], 2: [9, 9], 3: [1, 2, 3], 4: [5, 6, 7, 8, 9]}
+    assert generated.batches_of(alike, 2) == [[4, 1], [3, 0], [2]]
+    assert generated.batches_of(alike, 3) == [[4, 1, 0], [3, 2]]  # none begin alike as a batch does
+
+
+def test_what_is_shown_of_an_answer():
+    sample = {"doc_id": 4, "score": 0.5, "prompt": "p" * 5 + "q" * 1000, "target": says("a", "b"),
+              "resps": [says("r" * 1001)]}
+    assert generated.example(sample) == {
+        "row": 5, "score": 0.5, "prompt": "q" * 1000, "answer": "r" * 1000,
+        "reference": "a\n— or —\nb"}
+    assert len(generated.example(sample | {"target": says("c" * 1001)})["reference"]) == 1000
+
+
+def test_the_worst_and_the_best_answers_are_shown(model, monkeypatch):
+    def shown(count: int) -> list[int]:
+        texts = [chr(97 + i) for i in range(count)]
+        scripted(monkeypatch, {text: "word " * (i + 1) for i, text in enumerate(texts)})
+        rows = [row(text, "word " * 12) for text in texts]
+        asked = generated.Asked(rows, ["chrf"], "13a", "")
+        found = generated.score("t", asked, how(), Scorer(model, WORDS, 4096, World()))["t"]
+        assert found["n"] == count and found["unfinished"] == 0 and found["empty"] == 0
+        return [each["row"] for each in found["examples"]]
+
+    assert shown(10) == [1, 2, 3, 4, 7, 8, 9, 10]
+    assert shown(8) == list(range(1, 9)) and shown(5) == [1, 2, 3, 4, 5]
+
+
+def test_how_a_batch_begins_again(model, monkeypatch):
+    """What prompts begin with is computed where a batch has several of at least WORTH tokens."""
+    monkeypatch.setattr(generated, "WORTH", 3)
+    begun, seen = [], []
+    monkeypatch.setattr(generate, "begun", lambda model, ids: begun.append(ids) or ids)
+
+    def complete(model, tokenizer, prompts, most, sampling, seeds, stops, begin=None):
+        seen.append((begin, seeds))
+        return [generate.Completion("eos", "x", [])] * len(prompts)
+
+    monkeypatch.setattr(generate, "complete", complete)
+    prompts = {0: [1, 2, 3, 4], 1: [1, 2, 3, 5], 2: [1, 2, 3, 6], 3: [1, 2, 9, 9], 4: [1, 2, 8, 8],
+               5: [7, 7, 7], 6: [7, 7, 7, 8]}
+    scorer = Scorer(model, WORDS, 4096, World())
+    batches = [[0, 1], [2], [3, 4], [5], [6, 5]]
+    made = [*generated.answer_here(prompts, batches, how(seed=5), scorer)]
+    assert begun == [[1, 2, 3]] and [begin for begin, _ in seen] == [
+        [1, 2, 3], [1, 2, 3], None, None, None]  # a row is more than what it begins with
+    assert [seeds for _, seeds in seen] == [
+        [generate.row_seed(5, i) for i in batch] for batch in batches]
+    assert made[0] == {0: {"text": "x", "stop": "eos"}, 1: {"text": "x", "stop": "eos"}}
+    second = World()
+    second.rank, second.size = 1, 2
+    scorer.world = second
+    found = [*generated.answer_here(prompts, batches, how(), scorer)]
+    assert [sorted(one) for one in found] == [[2], [5]]
+
+
+def test_how_far_answering_is_counts_every_row(model, monkeypatch):
+    bars = []
+
+    class Bar(generated.Progress):
+        """Kept."""
+
+        def __init__(self, *given):
+            super().__init__(*given)
+            bars.append((given, self))
+
+    monkeypatch.setattr(generated, "Progress", Bar)
+    scripted(monkeypatch, {})
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        world = World()
+        world.rank, world.size = rank, size
+        scorer = Scorer(model, WORDS, 4096, world)
+        prompts = {i: [1] for i in range(5)}
+        made = generated.generate_batches(prompts, [[0, 1], [2, 3], [4]], how(), scorer, None)
+        assert len(made) == {(0, 1): 5, (0, 2): 3, (1, 2): 2}[rank, size]
+        given, bar = bars[-1]
+        assert given[:4] == ("answering", 5, "rows", rank == 0)
+        assert bar.done == {(0, 1): 5, (0, 2): 5, (1, 2): 4}[rank, size]
+
+
+def test_answers_of_a_cluster(model, monkeypatch, tmp_path):
+    asked = []
+
+    class There:
+        """A cluster."""
+
+        def __init__(self, address: str):
+            asked.append(address)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            asked.append("closed")
+
+        def choose_device(self, flags):
+            asked.append((flags.dtype, flags.embed))
+
+        def check(self, folder, files):
+            asked.append((folder, files))
+
+    def decoded_on(cluster, flags, folder, jobs):
+        for job in jobs:
+            yield SimpleNamespace(rows={one.number: {"completion": f"t{one.number}", "stop": "eos"}
+                                        for one in job})
+
+    monkeypatch.setattr(generated, "Cluster", There)
+    monkeypatch.setattr(generated.decoding, "decoded_on", decoded_on)
+    monkeypatch.setattr(generated.decoding, "Row", lambda number, ids: SimpleNamespace(
+        number=number, ids=ids))
+    scorer = Scorer(model, WORDS, 4096, World(), tmp_path)
+    made = generated.generate_batches({0: [1], 1: [2]}, [[0], [1]], how(ray="a:1"), scorer, None)
+    assert made == {i: {"text": f"t{i}", "stop": "eos"} for i in range(2)}
+    assert asked == ["a:1", ("fp32", "none"), (tmp_path, []), "closed"]
+    assert generated.generate_batches({}, [], how(ray="a:1"), scorer, None) == {}
+    assert len(asked) == 4  # for nothing nobody is asked
+
+
+def test_the_likeliest_tokens_behind_a_border(model):
+    """A blank at the end of the prompt or the begin of the reference is the one between them; what
+    has just room is computed."""
+    scorer = Scorer(model, WORDS, 4096, World())
+    block = model.config.block_size
+
+    def best(ids: list[int], behind: list[int]) -> str:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + behind]))[0, len(ids) - 1:-1, :258]
+        return WORDS.decode_behind(logits.argmax(-1).tolist())
+
+    bos = WORDS.bos_id
+    for text, reference, before in (("ab", "cd", "ab"), ("ab ", "cd", "ab"), ("ab", " cd", "ab")):
+        [found] = generated.forced([row(text, reference)], scorer)
+        assert found["content"] == best([bos, *WORDS.encode(before)], WORDS.encode(" cd"))
+    for size, room in ((block - 2, True), (block - 1, False)):  # the letter itself is not read
+        [found] = generated.forced([row("x" * size, "y")], scorer)
+        assert bool(found["content"]) == room
+    talk = generated.Row("q", None, [bos, 5, 6], says("yes"))
+    [found] = generated.forced([talk], scorer)
+    assert found["content"] == best([bos, 5, 6], WORDS.encode("yes"))
+    twins = generated.forced([row("ab", "cd"), row("ab", "cd"), row("q", "r")], scorer)
+    assert twins[0] == twins[1] != twins[2]
 
 
 # ---- the command

@@ -16,8 +16,8 @@ import sample
 import train
 from plainllama.command import from_text, parse
 from plainllama.foreign import NAMES, TABLE
-from plainllama.help import FIRST, KEYS, unknown
-from plainllama.settings import Settings, UserError
+from plainllama.help import FIRST, KEYS, help_text, option, unknown
+from plainllama.settings import Settings, UserError, key
 
 COMMANDS = {"prepare.py": prepare, "train.py": train, "sample.py": sample,
             "eval.py": importlib.import_module("eval"), "export.py": export, "report.py": report}
@@ -172,3 +172,59 @@ def test_prepare_without_a_config_says_which_it_takes_before_it_asks_the_network
         "no config named: taking config/llama100m.py",
         "its text is hf:ashaba1in/small_openwebtext; for your own: python prepare.py "
         "config/quickstart.py --dataset=mine --sources=my.txt"]
+
+
+# ---- to the letter
+
+def field_of(name: str, default, why: str = "why", choices: tuple = ()):
+    """A field of flags."""
+    made = dataclasses.make_dataclass("Flags", [(name, type(default), key(default, why, choices))])
+    return dataclasses.fields(made)[0]
+
+
+def test_lines_of_a_help():
+    assert option(field_of("n", 3)) == f"  --n=3{' ' * 34}why"
+    assert option(field_of("kind", "a", "how", ("a", "b"))) == (
+        f"  --kind=a{' ' * 31}how: a | b")
+    assert option(field_of("n", 3), "c.py", {"n": 4}) == f"  --n=3{' ' * 34}[c.py: 4] why"
+    for values in (None, {}, {"n": 3}, {"m": 4}):
+        assert option(field_of("n", 3), "c.py", values) == option(field_of("n", 3))
+    long = option(field_of("n", "x"), "c.py", {"n": "y" * 70})
+    assert f"[c.py: {'y' * 60}]" in re.sub(r"\s+", " ", long)
+    lines = option(field_of("n", 3, "word " * 30)).split("\n")
+    assert len(lines) == 3 and max(map(len, lines)) <= 100
+    assert all(line.startswith(" " * 41 + "word") for line in lines[1:])
+    assert lines[0].rstrip().endswith("word") and len(lines[0]) > 90
+    hyphen = option(field_of("n", 3, "a " * 28 + "ab-cd"))
+    assert hyphen.split("\n")[1].strip() == "ab-cd"  # which is not broken
+    web = option(field_of("n", 3, "x" * 99)).split("\n")
+    assert web[-1].strip() == "x" * 99
+
+
+def test_a_whole_help_of_a_few_keys():
+    known = {name: item for name, item in
+             {item.name: item for item in dataclasses.fields(Settings)}.items()
+             if name in ("dataset", "n_layer", "n_kv_head", "rope_theta", "log_interval", "beta1",
+                         "val_fraction")} | {"own": field_of("own", 1)}
+    text = help_text(" Doc.\n", known, "c.py", {"n_layer": 5, "beta1": 0.5})
+    heads = [line for line in text.split("\n") if not line.startswith(" " * 20)]
+    names = [line.split("=")[0].strip() for line in heads]
+    assert names == ["Doc.", "", "options:", "--own", "", "what is changed first (config file or "
+                     "command line)", "--dataset", "--n_layer", "--val_fraction", "", "model",
+                     "--n_kv_head", "--rope_theta", "", "training", "--beta1", "", "cadence",
+                     "--log_interval"]
+    assert text.count("[c.py: ") == 2 and "[c.py: 5]" in text and "[c.py: 0.5]" in text
+    assert help_text(None, {"own": field_of("own", 1)}) == (
+        f"\n\noptions:\n  --own=1{' ' * 32}why")
+
+
+def test_what_is_said_of_a_name():
+    for name, known, says in (
+            ("a.b.seed", ("seed",), "; here it is seed"),
+            ("x.seed", (), "; it is a key of train.py"), ("seed", (), "; it is a key of train.py"),
+            ("temprature", ("temperature",), "; did you mean temperature?"),
+            ("qqq", ("seed",), "; --help lists what there is"), ("lr", ("learning_rate",), "; here it is learning_rate"),
+            ("lr", (), "; here it is --learning_rate of train.py"),
+            ("temp", (), "; here it is --temperature of sample.py"),
+            ("optim", ("optimizer",), "; here it is optimizer (adamw | muon)")):
+        assert unknown(name, known) == says, name

@@ -248,3 +248,137 @@ def test_samples_that_are_not_all_there(pickled, tmp_path, rows, said):
     with pytest.raises(UserError, match=said):
         eval.main(parse([f"--irt={path}", f"--irt-file={pickled}"], "", eval.Flags,
                                     "files"))
+
+
+# ---- to the last digit
+
+def few(**changes) -> irt.Parameters:
+    """Three anchors among five questions, one dimension."""
+    arrays = {"anchors": np.array([4, 0, 2]), "weights": np.array([0.5, 0.3, 0.2]),
+              "a": np.array([[1.0, 2, 0.5, 1, 1]]), "b": np.array([[0.0, 1, -1, 0.5, 0.2]]),
+              "balance": np.array([1.0, 2, 1, 0.5, 0.5]), "blend": np.array(0.25)} | changes
+    return irt.Parameters(**arrays)
+
+
+@pytest.mark.parametrize("changes", [
+    {"anchors": np.array([4, 0, 0])}, {"anchors": np.array([4, 0, 5])},
+    {"anchors": np.array([4, 0, -1])}, {"anchors": np.array([], int), "weights": np.array([])},
+    {"weights": np.ones(2)}, {"b": np.ones((2, 5))}, {"balance": np.ones(4)},
+    {"blend": np.ones(1)}, {"blend": np.array(np.inf)}, {"balance": np.full(5, np.nan)}])
+def test_parameters_that_do_not_fit_together_are_none(changes):
+    assert few().anchors.tolist() == [4, 0, 2]
+    with pytest.raises(UserError, match="not the parameters of n anchors among N questions"):
+        few(**changes)
+
+
+def test_resamples_and_guesses_are_these_draws(monkeypatch):
+    monkeypatch.setattr(irt, "DRAWS", 8)
+    known, right = few(), np.array([1, 0, 1])
+    times = np.random.default_rng(0).multinomial(3, np.full(3, 1 / 3), 8)
+    found = irt.scores(right, (known, ""))
+    each = [known.estimate(right, row.astype(float)) for row in times]
+    for name in ("irt", "pirt", "gpirt"):
+        assert found[name] == known.estimate(right)[name]
+        assert found["intervals"][name] == pytest.approx(
+            np.quantile([one[name] for one in each], [0.025, 0.975]).tolist())
+    accuracies = (times * right).sum(1) / 3
+    assert found["intervals"]["acc"] == np.quantile(accuracies, [0.025, 0.975]).tolist()
+    guessed = np.random.default_rng(0).random((400, 3)) < 0.25
+    values = guessed @ known.weights
+    assert found["guessing"]["irt"] == {
+        "mean": pytest.approx(values.mean()), "deviation": pytest.approx(values.std()),
+        "reaches_0.30": np.mean(values >= 0.3)}
+    values = np.array([known.estimate(row)["pirt"] for row in guessed[:8]])
+    assert found["guessing"]["pirt"] == {
+        "mean": pytest.approx(values.mean()), "deviation": pytest.approx(values.std()),
+        "reaches_0.30": np.mean(values >= 0.3)}
+    assert found["guessing"].keys() == {"acc", "irt", "pirt", "gpirt"}
+    monkeypatch.undo()
+    times = np.random.default_rng(0).multinomial(3, np.full(3, 1 / 3), 200)
+    assert irt.scores(right, (None, "x"))["intervals"]["acc"] == np.quantile(
+        (times * right).sum(1) / 3, [0.025, 0.975]).tolist()
+
+
+@pytest.mark.parametrize(("n", "least"), [(1, 1), (4, 2), (10, 3), (11, 4), (100, 30)])
+def test_guessing_is_a_binomial_distribution(n, least):
+    from scipy import stats
+
+    found = irt.guessed_accuracy(n)
+    assert found == {"mean": 0.25, "deviation": pytest.approx(stats.binom.std(n, 0.25) / n),
+                     "reaches_0.30": pytest.approx(stats.binom.sf(least - 1, n, 0.25))}
+
+
+def test_a_curve_ends_at_thirty_in_each_dimension():
+    a, b = np.array([[40.0, -40, 40], [1, 1, -40]]), np.zeros((2, 3))
+    sums = np.array([30 + 1, -30 + 1, 0])
+    found = irt.curve(a, b, np.array([1.0, 1.0]))
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-sums)), rtol=1e-12)
+    np.testing.assert_allclose(1 - found[:1], np.exp(-31) / (1 + np.exp(-31)), rtol=1e-2)
+
+
+def test_letters_and_likelihoods_of_samples():
+    assert irt.letters([[0.0, 1, 2], [5, 1], [0, 3, 1]]) == {"A": 1, "B": 1, "C": 1}
+    rows = [{"doc_id": "1", "acc": 0, "acc_norm": 1, "target": 1,
+             "resps": [[["-1", 0]], [["-2", 0]]]},
+            {"doc_id": 0, "acc": 1.0, "target": "0", "resps": [[[-3, 0]], [[-4, 0]]]}]
+    right, told = irt.answers(rows, "x")
+    assert right.tolist() == [1, 0]  # acc goes before acc_norm
+    assert told == {"loglikelihood": -2.5, "letters": {"A": 2, "B": 0}}
+    for target in ("x", None, 2):  # nothing is told beside the answers
+        told = irt.answers([rows[0], rows[1] | {"target": target}], "x")[1]
+        assert told == {}
+    with pytest.raises(UserError, match="x: acc or acc_norm is not 0 or 1 everywhere"):
+        irt.answers([rows[0], rows[1] | {"acc": 2}], "x")
+
+
+def test_what_a_task_is_made_of_are_the_arrays():
+    known, other = few(), few(blend=np.array(0.5))
+    assert irt.made_of(None) == irt.made_of(irt.Known(None, "no network")) == {}
+    data = b"".join(getattr(known, name).tobytes()
+                    for name in ("anchors", "weights", "a", "b", "balance", "blend"))
+    assert irt.made_of(irt.Known(known, "")) == {"irt": hashlib.sha256(data).hexdigest()}
+    assert irt.made_of(irt.Known(other, "")) != irt.made_of(irt.Known(known, ""))
+
+
+def test_where_scipy_or_the_network_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value, tried in (("0", True), ("", True), ("1", False), ("yes", False)):
+        asked = []
+
+        def opened(url, timeout, asked=asked):
+            asked.append((url, timeout))
+            raise OSError("no network")
+
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        monkeypatch.setattr(urllib.request, "urlopen", opened)
+        why = irt.load().unavailable
+        assert why.startswith("no network; fetch " if tried else "HF_HUB_OFFLINE is set; fetch ")
+        assert asked == ([(irt.URL, 20)] if tried else [])
+        assert why.endswith(" to ~/.cache/plainllama/tinyBenchmarks.pkl or name a copy with "
+                            "--irt-file")
+    monkeypatch.setattr(irt.importlib.util, "find_spec", lambda name: None)
+    assert irt.load() == (None, "scipy is not installed; python -m pip install -c constraints.txt "
+                                "-e '.[eval]'")
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(pickled, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(urllib.request, "urlopen",
+                        lambda *_, **__: io.BytesIO(pickled.read_bytes()))
+    (tmp_path / "cache").write_text("a file")
+    assert irt.load().parameters.a.shape == (D, N)
+    (tmp_path / "cache").unlink()
+    assert irt.load().unavailable == ""
+    [kept] = (tmp_path / "cache/plainllama").iterdir()  # nothing half written
+    assert kept.name == "tinyMMLU-irt.npz"
+
+
+def test_a_table_becomes_these_arrays(pickled, published):
+    found, table = irt.read(pickled), published["mmlu"]
+    assert found.anchors.tolist() == table["seen_examples"]
+    assert found.weights.tolist() == table["examples_weights"]["mmlu"].tolist()
+    assert (found.a == table["irt_parameters"]["A"][0]).all()
+    assert (found.b == table["irt_parameters"]["B"][0]).all() and found.blend == 0.4
+    for part in table["subscenarios_position"]["mmlu"].values():  # each subject counts alike
+        assert found.balance[part].sum() == pytest.approx(N / SUBJECTS)

@@ -536,3 +536,222 @@ def test_what_sample_writes_is_probed(home, few, capfd):
     assert capfd.readouterr().err == ""
     scores = results.read_scores(eval.Path("out/r"), 5)["tasks"]["probe:s.parquet bins"]
     assert scores["auroc"] > 0.9 and scores["n"] == vectors.LEAST
+
+
+# ---- boundaries, on both sides
+
+def test_what_is_fitted_and_how_it_is_told(data, monkeypatch, capsys):
+    assert probe.PARAMETERS == {
+        "n_estimators": 500, "learning_rate": 0.02, "max_depth": 6, "num_leaves": 63,
+        "subsample": 0.5, "subsample_freq": 1, "colsample_bytree": 0.75, "reg_alpha": 1,
+        "reg_lambda": 1, "deterministic": True, "force_row_wise": True, "n_jobs": 1,
+        "verbosity": -1}
+    bars = []
+
+    class Bar(probe.Progress):
+        """Kept."""
+
+        def __init__(self, *given):
+            super().__init__(*given)
+            bars.append((given, self))
+
+    def fitted(job: probe.Fit) -> list[float]:
+        value = 0.25 if job.name == probe.SHUFFLED else 0.5 + 0.1 * len(job.train) / 128
+        return [value + i / 100 for i in range(len(job.scored))]
+
+    monkeypatch.setattr(probe, "Progress", Bar)
+    monkeypatch.setattr(probe, "fit", fitted)
+    classes = [f"c{i % 22:02}" for i in range(N)]
+    write_csv("l.csv", id=data["ids"], label=classes)
+    found = told(*BASIC, "--seeds=3,4", "--test_ids=t.csv")["probe:e.parquet label"]
+    [(given, bar)] = bars
+    assert given == ("probing", 20, "fits") and bar.done == 20
+    counts = ", ".join(f"c{i:02} {7 + (i < 6)} times" for i in range(20))
+    said = capsys.readouterr().out
+    assert f"label: {counts}\n" in said and "of 22 classes, 120 ids" in said
+    most = max(np.bincount([i % 22 for i in range(N)][40:]))
+    assert found["chances"] == {
+        "accuracy": most / 120, "accuracy_shuffled": most / 120,
+        "accuracy_test": max(np.bincount([i % 22 for i in range(40)])) / 40}
+    assert found["accuracy_shuffled"] == pytest.approx(0.25)
+    assert len(found["folds"]["accuracy"]) == 10
+    assert found["folds"]["accuracy_test"] == pytest.approx(
+        [value + 0.01 for value in found["folds"]["accuracy"]])
+    assert "accuracy_test_shuffled" not in found
+    assert found["made_of"]["seeds"] == [3, 4] and found["made_of"]["label"] == "label"
+    assert probe.margin([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    two = vectors.Joined({}, np.array([0, 1, 1]), ["a", "b"], np.zeros(3, bool), [])
+    assert probe.chance(two, ~two.test) == 0.5
+    three = two._replace(classes=["a", "b", "c"])
+    assert probe.chance(three, ~two.test) == 2 / 3 and probe.chance(three, two.test) == 0
+
+
+def test_older_checkpoints_count_rows(home, tmp_path):
+    state = home / "training/state.json"
+    flags = eval.Flags(ckpt="out/r/checkpoints/step_5")
+    assert probe.checkpoint_of(flags, print)[1]["tokens"] == 9
+    write_json(state, {"format": 1, "step": 5, "rows": 3})
+    run_home, known = probe.checkpoint_of(flags, print)
+    assert (run_home.resolve(), known["step"], known["tokens"]) == (
+        tmp_path / "out/r", 5, 3 * tiny().config.block_size)
+    assert (tmp_path / "out/r/eval").is_dir()
+
+
+def test_lists_of_names_end_after_twelve():
+    names = [f"n{i}" for i in range(13)]
+    assert vectors.shortened([]) == "none" and vectors.shortened(["a", "b"]) == "a, b"
+    assert vectors.shortened(names[:12]) == ", ".join(names[:12])
+    assert vectors.shortened(names) == ", ".join(names[:12]) + ", ... (13)"
+    said: list[str] = []
+    for n in (0, 1, 1234):
+        vectors.counted(said.append, n, "rows")
+    assert said == ["note: left out: 1 rows", "note: left out: 1,234 rows"]
+
+
+def joined_of(counts: dict, tests: dict | None = None) -> vectors.Joined:
+    """Ids with so many labels of each class, and so many test ids."""
+    tests = tests or {}
+    labels = [i for i, name in enumerate(counts) for _ in range(counts[name])]
+    labels += [[*counts].index(name) for name in tests for _ in range(tests[name])]
+    test = np.arange(len(labels)) >= sum(counts.values())
+    return vectors.Joined({}, np.array(labels), [*counts], test, ["x"] * len(labels))
+
+
+@pytest.mark.parametrize(("counts", "tests", "says"), [
+    ({"a": 5, "b": 95}, {}, ""), ({"a": 4, "b": 96}, {}, "label = a has 4 ids, and 5 folds"),
+    ({"a": 50, "b": 49}, {}, "99 ids with vector and label are too few: of less than 100"),
+    ({"a": 99, "b": 5}, {"a": 3}, "t.csv: its known ids are of one class, which has no AUROC"),
+    ({"a": 99, "b": 5}, {"a": 3, "b": 1}, ""), ({"a": 90, "b": 5, "c": 5}, {"a": 3}, ""),
+    ({"a": 96, "b": 4}, {"b": 3}, "label = b has 4 ids besides 3 test ids, and 5 folds need one"),
+    ({"a": 50, "b": 49}, {"b": 3}, "99 ids with vector and label besides 3 test ids are too few"),
+    ({"a": 100}, {}, "all 100 ids have one class, label = a: there is nothing to tell apart")])
+def test_classes_that_can_be_told_apart(counts, tests, says):
+    flags = eval.Flags(test_ids="t.csv" if tests else "")
+    if not says:
+        return vectors.check_classes(joined_of(counts, tests), flags)
+    with pytest.raises(UserError) as error:
+        vectors.check_classes(joined_of(counts, tests), flags)
+    assert str(error.value).startswith(says)
+
+
+def test_which_seeds_and_places_are_taken(data, monkeypatch):
+    monkeypatch.setattr(vectors, "joined", lambda flags, say: None)
+    monkeypatch.setattr(vectors, "check_classes", lambda data, flags: None)
+
+    def taken(**changes):
+        given = {"embeddings": "e", "labels": "l"} | changes
+        return vectors.ask(eval.Flags(**given), print)[1]
+
+    assert taken(seeds=" 1, 02 ,3") == [1, 2, 3] and taken() == [42]
+    assert taken(seeds=str(2**31 - 1)) == [2**31 - 1]
+    assert taken(out="o.json") == [42]
+    (eval.Path("d.json")).mkdir()
+    for changes, says in (({"seeds": str(2**31)}, "say whole numbers from 0, with commas between"),
+                          ({"seeds": "1,,2"}, "say whole numbers"), ({"seeds": "-1"}, "say whole"),
+                          ({"seeds": "1,2,1"}, "a seed stands there twice"),
+                          ({"out": "d.json"}, "--out=d.json is no .json file in a folder"),
+                          ({"out": "o.txt"}, "--out=o.txt is no .json")):
+        with pytest.raises(UserError, match=says):
+            taken(**changes)
+    for size, good in (("1", True), ("2", False)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        if good:
+            taken()
+        else:
+            with pytest.raises(UserError, match="--probe is for one process; start it without"):
+                taken()
+
+
+def test_half_of_the_labels_must_be_known(data, capsys):
+    def found(known: int, other: int) -> vectors.Joined:
+        ids = [*data["ids"][:known], *range(9000, 9000 + other)]
+        write_csv("l.csv", id=ids, label=[i % 2 for i in range(len(ids))])
+        return vectors.joined(eval.Flags(embeddings="e.parquet", labels="l.csv"), print)
+
+    assert len(found(11, 10).ids) == 11
+    assert capsys.readouterr().out == (
+        "note: left out: 10 labels are of ids that e.parquet lacks\n"
+        "note: left out: 149 vectors of e.parquet have no label\n")
+    with pytest.raises(UserError, match=r"^10 of 20 labels in l.csv are of ids that e\."):
+        found(10, 10)
+    write_csv("l.csv", id=data["ids"][:20], label=[i % 2 for i in range(20)])
+    for count, good in ((11, True), (10, False)):
+        write_csv("hand.csv", id=data["ids"][:count], s=range(count))
+        flags = eval.Flags(embeddings="e.parquet", labels="l.csv", against="hand.csv")
+        if good:
+            assert [*vectors.joined(flags, print).vectors] == ["e.parquet", "hand.csv"]
+        else:
+            with pytest.raises(UserError, match=r"^hand.csv lacks 10 of 20 ids that e.parquet and"):
+                vectors.joined(flags, print)
+
+
+@pytest.mark.parametrize(("ids", "order"), [
+    (["10", "9", "-1", "007"], ["-1", "007", "9", "10"]), (["10", "9", "a"], ["10", "9", "a"]),
+    (["1" * 600, "9"], ["9", "1" * 600]), (["1" * 601, "9"], ["1" * 601, "9"])])
+def test_ids_are_sorted_as_numbers_where_all_are(data, ids, order):
+    write_csv("h.csv", id=ids, a=range(len(ids)), b=[0.5] * len(ids))
+    write_csv("l.csv", id=ids, label=[f"c{i}" for i in range(len(ids))])
+    write_csv("t.csv", id=ids[:1])
+    found = vectors.joined(eval.Flags(embeddings="h.csv", labels="l.csv", test_ids="t.csv"), print)
+    assert found.ids == order and found.classes == [f"c{i}" for i in range(len(ids))]
+    places = [ids.index(one) for one in order]
+    assert found.labels.tolist() == places and found.vectors["h.csv"][:, 0].tolist() == places
+    assert found.test.tolist() == [one == ids[0] for one in order]
+
+
+def test_kinds_of_columns_and_what_they_become(data):
+    def read(table: dict, label: str = "label") -> vectors.Vectors:
+        pq.write_table(pa.table(table), "v.parquet")
+        return vectors.read_vectors("v.parquet", "id", label, lambda line: said.append(line))
+
+    said: list[str] = []
+    ids = ["a", "b"]
+    found = read({"id": ids, "n": [1, 2], "flag": [True, False], "x": [0.5, 1.5], "text": ids,
+                  "label": [7, 8]})
+    assert found.values.tolist() == [[1, 1, 0.5], [2, 0, 1.5]] and found.values.dtype == np.float64
+    assert said == ["note: no numbers, and left out of the vectors of v.parquet: text",
+                    "note: the vectors of v.parquet are its columns n, flag, x"]
+    assert found.of(["b", "a", "b"])[:, 0].tolist() == [2, 1, 2]
+    small = read({"id": ids, "x": np.array([1, 2], "f4"), "y": np.array([1, 2], "f4")})
+    assert small.values.dtype == np.float32
+    said.clear()
+    lists = read({"id": ids, "embedding": [[1, 2], [3, 4]], "n": [1, 2]})
+    assert lists.values.tolist() == [[1, 2], [3, 4]] and said == []
+    numbered = read({"id": ids, "emb_1": [1, 2], "emb_x": [5, 6], "n": [3, 4]})
+    assert numbered.values.tolist() == [[1], [2]] and said == []
+    for table, says in (
+            ({"id": ids, "embedding": [[1.0], [2.0, 3.0]]}, "row 1 has 1 numbers, row 2 has 2"),
+            ({"id": ids, "n": [1.0, None]}, "row 2 has a number that is not finite or missing, as "
+                                            "have 1 of 2 rows"),
+            ({"id": ids}, "v.parquet has no vectors: lists of numbers in `embedding`, or columns "
+                          "of numbers; its columns are: id"),
+            ({"id": ids, "embedding": [[], []]}, "v.parquet has no vectors"),
+            ({"id": ["a", None], "n": [1, 2]}, "v.parquet: row 2 has no `id`"),
+            ({"id": ["a", " "], "n": [1, 2]}, "v.parquet: row 2 has no `id`"),
+            ({"id": ["a", "a"], "n": [1, 2]}, "v.parquet: id a stands in rows 1 and 2; an id has"),
+            ({"id": [[1], [2]], "n": [1, 2]}, "v.parquet: `id` holds list<")):
+        with pytest.raises(UserError) as error:
+            read(table)
+        assert says in str(error.value), str(error.value)
+    assert read({"id": [1.0, 20.0], "n": [1, 2]}).rows == {"1": 0, "20": 1}
+    pq.write_table(pa.table({"id": ids, "label": [{"x": 1}, {"x": 2}]}), "l.parquet")
+    with pytest.raises(UserError, match="and a label is one value"):
+        vectors.read_labels("l.parquet", "id", "label", print)
+    pq.write_table(pa.table({"id": [*"abcd"], "label": [1.5, None, float("nan"), 0.0]}),
+                   "l.parquet")
+    said.clear()
+    assert vectors.read_labels("l.parquet", "id", "label", said.append) == {"a": 1.5, "d": 0.0}
+    assert said == ["note: left out: 2 labels of l.parquet are missing"]
+
+
+def test_vectors_of_several_files_that_are_not_all_there(data):
+    said: list[str] = []
+    one = vectors.Vectors("a", {"x": 0, "y": 1, "z": 2}, np.array([[1], [2], [3]]))
+    other = vectors.Vectors("b", {"z": 0, "x": 1, "w": 2}, np.array([[4], [5], [6]]))
+    found = vectors.appended("a,b", [one, other], said.append)
+    assert found.rows == {"x": 0, "z": 1} and found.values.tolist() == [[1, 5], [3, 4]]
+    assert said == ["note: left out: 1 ids of a are not in all of a,b",
+                    "note: left out: 1 ids of b are not in all of a,b"]
+    with pytest.raises(UserError, match=r"^no id is in all of a,b$"):
+        vectors.appended("a,b", [one, vectors.Vectors("b", {"q": 0}, np.array([[1]]))], print)
+    assert vectors.parts_of("") == [] and vectors.parts_of("a.csv, b.csv") == ["a.csv", "b.csv"]

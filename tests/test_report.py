@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,7 +20,28 @@ import sample
 from plainllama import settings
 from plainllama.command import parse
 from plainllama.files import file_entry, write_json
-from plainllama.report.blocks import paragraph, short
+from plainllama.report import card, compare
+from plainllama.report import runs as runs_room
+from plainllama.report.blocks import (
+    Block,
+    as_markdown,
+    cell,
+    flatten,
+    fold,
+    heading,
+    paragraph,
+    short,
+    side_by_side,
+)
+from plainllama.report.charts import (
+    LEARNED,
+    LOSS,
+    MACHINE,
+    chart_block,
+    charts,
+    lines_of,
+    trade_offs,
+)
 from plainllama.report.curves import (
     MOST,
     Chart,
@@ -27,13 +49,48 @@ from plainllama.report.curves import (
     Point,
     along,
     curve,
+    hours_by_step,
+    reader,
     smoothed,
     thinned,
 )
-from plainllama.report.drawing import HEIGHT, LEFT, STYLE, cut_off, draw, limits, ticks
-from plainllama.report.page import PANELS, PARTS
-from plainllama.report.runs import find_run, grouped, load, silent
-from plainllama.report.scores import metrics_by_title
+from plainllama.report.drawing import (
+    HEIGHT,
+    LEFT,
+    STYLE,
+    cut_off,
+    draw,
+    late,
+    limits,
+    ticks,
+)
+from plainllama.report.page import (
+    PANELS,
+    PARTS,
+    as_data,
+    between,
+    command_line,
+    curves,
+    differences,
+    environment,
+    folded,
+    head,
+    runs_of,
+    write_page,
+)
+from plainllama.report.runs import RunFolder, find_run, grouped, is_number, load, silent
+from plainllama.report.scores import baselines, folds, growth, metrics_by_title, scores
+from plainllama.report.texts import answers, masks, samples
+from plainllama.report.texts import sample as sample_block
+from plainllama.report.verdict import (
+    beside_counting,
+    figures,
+    gap,
+    outcome,
+    seconds_of,
+    trend,
+    verdict,
+)
 from plainllama.weights import checkpoint
 
 NASTY = '</script><script>alert("x")</script> <b>&amp; ``` | \ud800'
@@ -543,6 +600,101 @@ def test_a_logarithmic_curve_is_drawn_where_the_numbers_are():
     assert set(heights) <= set(grid)  # 1, 10 and 100 have a line each
 
 
+WHOLE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 312"
+ role="img" aria-label="a &lt; b">
+<rect class="paper" width="100%" height="100%"/>
+<text class="title" x="4" y="18">a &lt; b</text>
+<text x="4" y="38"><tspan class="k0">●</tspan> one</text>
+<text x="4" y="56"><tspan class="k1">●</tspan> {sixty}</text>
+<path class="rule" d="M56 261.3H466"/><text class="y" x="48" y="265.3">1</text>
+<path class="rule" d="M56 216.6H466"/><text class="y" x="48" y="220.6">2</text>
+<path class="rule" d="M56 172.0H466"/><text class="y" x="48" y="176.0">3</text>
+<path class="rule" d="M56 127.4H466"/><text class="y" x="48" y="131.4">4</text>
+<path class="rule" d="M56 82.7H466"/><text class="y" x="48" y="86.7">5</text>
+<text class="x" x="56.0" y="290">0</text><text class="x" x="138.0" y="290">20</text>
+<text class="x" x="220.0" y="290">40</text><text class="x" x="302.0" y="290">60</text>
+<text class="x" x="384.0" y="290">80</text><text class="x" x="466.0" y="290">100</text>
+<text class="y" x="466" y="308">step</text>
+<svg y="72" width="480" height="200" viewBox="0 72 480 200">
+<g class="curve strong k0"><path d="M56.0,216.6 261.0,127.4 466.0,172.0h0"/>
+<polygon points="56.0,172.0 261.0,82.7 466.0,127.4 466.0,216.6 261.0,172.0 56.0,261.3"/></g>
+<g class="curve dots broken k1"><path d="M220.0,216.6 384.0,82.7h0"/>
+<path class="range" d="M220.0,239.0 220.0,194.3"/>
+<circle r="3.5" cx="56.0" cy="261.3"/><circle r="3.5" cx="220.0" cy="216.6"/>
+<circle r="3.5" cx="384.0" cy="82.7"/></g></svg></svg>"""
+BARE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 350" role="img" aria-label="t">
+<path class="rule" d="M56 296.4H946"/><text class="y" x="48" y="300.4">10</text>
+<path class="rule" d="M56 214.3H946"/><text class="y" x="48" y="218.3">20</text>
+<path class="rule" d="M56 166.2H946"/><text class="y" x="48" y="170.2">30</text>
+<path class="rule" d="M56 105.7H946"/><text class="y" x="48" y="109.7">50</text>
+<path class="rule" d="M56 65.9H946"/><text class="y" x="48" y="69.9">70</text>
+<path class="rule" d="M56 23.6H946"/><text class="y" x="48" y="27.6">100</text>
+<text class="x" x="56.0" y="328">2</text><text class="x" x="278.5" y="328">2.5</text>
+<text class="x" x="501.0" y="328">3</text><text class="x" x="723.5" y="328">3.5</text>
+<text class="x" x="946.0" y="328">4</text><text class="y" x="946" y="346">hours</text>
+<svg y="10" width="960" height="300" viewBox="0 10 960 300">
+<g class="curve pale broken k0"><path d="M56.0,296.4 946.0,23.6h0"/></g></svg></svg>"""
+
+
+def points(*rows: tuple) -> list[Point]:
+    """Points of (step, value), or with the ends of a band behind."""
+    return [Point(*row, *(row[1:] * 2 if len(row) == 2 else ())) for row in rows]
+
+
+def test_whole_charts_are_drawn_as_they_are_here():
+    """One as a picture, with a band, bars, a dot that no line leads from and a broken curve; one
+    for the page, wide, of its own range and logarithmic."""
+    lines = [Line(0, "strong", points((0, 2, 1, 3), (50, 4, 3, 5), (100, 3, 2, 4))),
+             Line(9, "dots", points((0, 1), (40, 2, 1.5, 2.5), (80, 5)))]
+    drawn = draw(Chart("a < b", ("val_loss",)), ["one", *"x" * 8, "y" * 70], lines)
+    assert drawn == WHOLE.format(sixty="y" * 60).replace("\n", "")
+    wide = Chart("t", ("loss",), log=True, axis="hours", left=None, wide=True)
+    lines = [Line(8, "pale", points((2, 10), (4, 100)))]
+    assert draw(wide, [*"x" * 9], lines, bare=True) == BARE.replace("\n", "")
+    one = draw(Chart("t", ("loss",)), ["x"], [Line(0, "dots", points((0, 3)))])
+    assert '<path d="M56.0,154.0h0"/><circle r="3.5" cx="56.0" cy="154.0"/>' in one
+    assert ' y="272">0.2</text>' in one  # to the first step, if there is none
+    two = draw(Chart("t", ("loss",)), ["x"], [Line(0, "dots", points((0, 3), (2, 4)))])
+    assert '<path d="M466.0,' in two and two.count("<circle") == 2
+    one = draw(Chart("t", ("loss",), left=None), ["x"] * 8,
+               [Line(7, "dots", points((1, 3), (2, 4)))])
+    assert 'class="curve dots k7"><path d="M56.0,' in one  # not at step 0: a line leads from it
+
+
+@pytest.mark.parametrize(("row", "how", "found"), [
+    ((1, 1, 1), {}, (0.94, 1.06, False)), ((0, 0, 0), {}, (0, 1, False)),
+    ((-2, -2, -2), {}, (-2.12, -1.88, False)), ((2, 1, 3), {}, (0.88, 3.12, False)),
+    ((2, 1, 3), {"zero": True}, (0, 3.18, False)),
+    ((-2, -3, -1), {"zero": True}, (-3.18, 0.18, False)),
+    ((2, 1, 3), {"log": True}, (3**-0.05, 3 * 3**0.05, True)),
+    ((2, 2, 2), {"log": True}, (2 / 1.001, 2.002, True)),
+    ((2, 0, 3), {"log": True}, (0, 3.18, False))])
+def test_heights_have_some_room_around_the_values(row, how, found):
+    chart = Chart("t", ("a",), **how)
+    assert limits(chart, [Line(0, "strong", points((0, *row)))]) == pytest.approx(found)
+
+
+def test_the_first_twentieth_of_the_way_is_early():
+    for steps, kept in (((0, 5, 6, 50, 100), [6, 50, 100]), ((0, 5, 50, 100), [0, 5, 50, 100]),
+                        ((100, 105, 106, 150, 200), [106, 150, 200])):
+        assert [point.step for point in late(points(*((step, 1) for step in steps)))] == kept
+
+
+@pytest.mark.parametrize(("asked", "marks"), [
+    ((0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1]), ((0, 10), [0, 2, 4, 6, 8, 10]), ((3, 3), [3]),
+    ((0, 5), [0, 1, 2, 3, 4, 5]), ((0, 5.1), [0, 2, 4]), ((-7, 8), [-5, 0, 5]),
+    ((0, 0.4), [0, 0.1, 0.2, 0.3, 0.4]), ((0, 12), [0, 2.5, 5, 7.5, 10]),
+    ((0, 50), [0, 10, 20, 30, 40, 50]),
+    ((0, 9), [0, 2, 4, 6, 8]), ((0, 20.1), [0, 5, 10, 15, 20]), ((2.5, 10, True), [4, 6, 8, 10]),
+    ((2, 10, True), [2, 3, 5, 7, 10]), ((1, 29, True), [1, 2, 3, 5, 7, 10, 20]),
+    ((1, 30, True), [1, 3, 10, 30]), ((0.5, 99, True), [1, 3, 10, 30]),
+    ((0.1, 3e3, True), [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e3, 3e3][::2]),
+    ((0.1, 1e3, True), [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e3]),
+    ((1e-4, 1e5, True), [10.0**i for i in range(-4, 6)])])
+def test_ticks_are_round(asked, marks):
+    assert ticks(*asked) == pytest.approx(marks)
+
+
 @pytest.mark.parametrize(("low", "high", "log"), [
     (0, 1e-9, False), (2.9, 3.1, True), (1, 9, True), (1e-4, 1e5, True), (0, 7e5, False),
     (100, 101, False), (1, 8.9, True), (2.1, 8.9, True), (4, 125, True)])
@@ -860,3 +1012,670 @@ def test_what_is_said_of_a_curve(tmp_path):
                             for i, loss in enumerate(losses) if i)
         page = build(run)[0]
         assert said in page and "3 updates were not made" in page
+
+
+# ---- figures to the last digit, of runs that are made by hand
+
+def made(*rows: dict, name: str = "out/r", **parts) -> RunFolder:
+    """A run with these rows of metrics.jsonl, of 10 steps on one CPU; `parts`: of its files."""
+    info = {"config": {"max_steps": 10} | parts.pop("config", {}), "data": parts.pop("data", {}),
+            "device": {"count": 1, "name": "CPU"}, "parameters": {"total": 5}}
+    files = {"status": {}, "samples": [], "evals": []} | parts
+    return RunFolder(name, info | files.pop("info", {}), [*rows], **files)
+
+
+ROWS = ({"step": 0, "tokens": 0, "val_loss": 4.0, "loss": 5.0},
+        {"step": 1, "tokens": 10, "loss": 3.0, "tokens_per_second": 2.0},
+        {"step": 2, "tokens": 30, "loss": 2.0, "val_loss": 2.5, "tokens_per_second": 5.0})
+
+
+def test_of_each_chart_how_it_is_drawn():
+    every = [*LOSS, *LEARNED, *MACHINE]
+    first = {name: [chart.metrics[0] for chart in every if getattr(chart, name)]
+             for name in ("zero", "log", "smooth", "fit", "wide")}
+    assert first == {
+        "zero": ["bleu_gen", "chrf_gen", "calls_gen", "lr", "tokens_per_second", "mfu",
+                 "peak_memory_bytes", "skipped"],
+        "log": ["grad_norm"], "fit": ["loss", "val_bpb"], "wide": ["loss"],
+        "smooth": ["loss", "rewards/margins", "rewards/accuracies", "grad_norm"]}
+    assert {chart.left for chart in every} == {0} and {chart.axis for chart in every} == {"step"}
+    assert [chart.factor for chart in every if chart.factor != 1] == [2**-30]
+
+
+def test_which_lines_a_chart_has_and_what_they_are_called():
+    def looks_of(chart: Chart, *groups: list[RunFolder]) -> tuple[list, list]:
+        lines, labels = lines_of(chart, [*groups])
+        return [(line.number, line.look) for line in lines], labels
+
+    run, other = made(*ROWS), made(*ROWS, name="out/s")
+    noisy = [(0, "pale"), (0, "strong"), (0, "dots")]
+    assert looks_of(LOSS[0], [run]) == ([*noisy[:2], (1, "dots")], ["training", "validation"])
+    assert looks_of(LOSS[0], [run], [other]) == (
+        [*noisy, *((1, look) for _, look in noisy)], ["out/r", "out/s"])  # a colour for each run
+    pairs = Chart("Pairs", ("a", "b"), names=("one", "two"))
+    run, other = (made({"step": 1, "a": 1.0, "b": 2.0}, name=name) for name in ("r", "s"))
+    assert looks_of(pairs, [run], [other]) == (
+        [(i, "strong") for i in range(4)], ["one, r", "two, r", "one, s", "two, s"])
+    assert looks_of(pairs, [run, other])[1] == [
+        f"{name}, r and 1 other seeds (mean, range)" for name in ("one", "two")]
+    assert looks_of(Chart("B", ("b",)), [run], [other])[1] == ["r", "s"]
+    assert looks_of(Chart("B", ("b",)), [run]) == ([(0, "strong")], ["B"])
+    assert looks_of(Chart("none", ("c",)), [run]) == ([], [])
+    sets = made({"step": 1, "val_loss/x": 1.0, "val_loss/y": 2.0, "val_loss/z": None})
+    assert looks_of(Chart("Sets", ("val_loss/",)), [sets]) == (
+        [(0, "dots"), (1, "dots")], ["x", "y"])
+    for name, count, look in (("val_bpb", 60, "dots"), ("val_bpb", 61, "strong"),
+                              ("lr", 1, "strong"), ("bleu_gen", 9, "dots"),
+                              ("expansion_share", 2, "dots")):
+        rows = [{"step": i, name: 1.0} for i in range(count)]
+        assert looks_of(Chart("t", (name,)), [made(*rows)])[0] == [(0, look)], (name, count)
+    for count, looks in ((2, ["strong"]), (3, ["pale", "strong"])):  # of two no running mean
+        rows = [{"step": i, "loss": 1.0} for i in range(count)]
+        assert [look for _, look in looks_of(LOSS[0], [made(*rows)])[0]] == looks
+
+
+def test_a_chart_for_the_page_and_its_script(tmp_path):
+    lines, labels = lines_of(LOSS[0], [[made(*ROWS)]])
+    block = chart_block(LOSS[0], labels, lines, tmp_path / "p.html")
+    axes = {"step": [0, 1, 2], "tokens": [0, 10, 30], "hours": [0, 0.00138889, 0.0025]}
+    assert block.chart == {
+        "title": "Loss, nats per token", "log": False, "axis": "step", "left": 0, "zero": False,
+        "fit": True, "wide": True, "smooth": True, "lines": [  # the script makes the running mean
+            {"number": 0, "look": "pale", "label": "training", "x": axes, "y": [5, 3, 2]},
+            {"number": 1, "look": "dots", "label": "validation", "y": [4, 2.5],
+             "x": {name: values[::2] for name, values in axes.items()}}]}
+    assert block.markdown == "![Loss, nats per token](p_loss.svg)"
+    assert block.html.startswith(
+        '<figure class="chart wide"><figcaption><b>Loss, nats per token</b><span class="keys">'
+        '<span class="k0">training</span><span class="k1">validation</span></span></figcaption>'
+        '<svg xmlns')
+    assert block.html.endswith(
+        '</svg><small>line: running mean, pale: as logged</small><small>dots: validation</small>'
+        '<small class="cut">cut off above: values until step 0</small></figure>')
+    assert (tmp_path / "p_loss.svg").read_text().count(STYLE) == 1
+    bars = [Line(9, "dots", points((1, 2, 1, 3), (2, 3))),
+            Line(1, "chance", points((1, 1), (2, 1)))]
+    block = chart_block(Chart("t", ("score/a/b",)), [*"abcdefghij"], bars, tmp_path / "p.html")
+    assert '<span class="keys"><span class="chance">b</span><span class="k1">j</span>' in block.html
+    assert block.html.endswith("</svg><small>bars: 95 % interval</small></figure>")
+    assert '<figure class="chart"><figcaption>' in block.html
+    assert block.chart["lines"][0] | {"x": 0} == {
+        "number": 9, "look": "dots", "label": "j", "x": 0, "y": [2, 3], "low": [1, 3],
+        "high": [3, 3]}
+    assert block.chart["lines"][1].keys() == {"number", "look", "label", "x", "y"}
+    assert (tmp_path / "p_score_a_b.svg").is_file()
+    block = chart_block(Chart("t", ("a",)), ["t"], [
+        Line(0, "strong", points((1, 2, 1, 3), (2, 3)))], tmp_path / "p.html")
+    assert '<span class="keys"></span>' in block.html and "<small>" not in block.html
+    for labels, numbers, keys in ((["x"], [0], 1), (["t", "x"], [0, 1], 2)):
+        block = chart_block(Chart("t", ("a",)), labels, [
+            Line(number, "strong", points((1, 2), (2, 3))) for number in numbers],
+            tmp_path / "p.html")
+        assert block.html.count("<span class=\"k") == 1 + keys
+    smooth = Chart("t", ("a", "b"), smooth=True)  # too short for a running mean: it is drawn
+    block = chart_block(smooth, ["t"], [Line(0, "strong", points((1, 2), (2, 3)))],
+                        tmp_path / "p.html")
+    assert len(block.chart["lines"]) == 1 and "<small>" not in block.html
+    alone_dots = chart_block(smooth._replace(metrics=("a",)), ["t"], [
+        Line(0, "dots", points((1, 2, 1, 3)))], tmp_path / "p.html")
+    assert alone_dots.html.endswith("<small>bars: 95 % interval</small></figure>")
+
+
+def test_updates_that_were_left_out_are_drawn_if_there_were_any(tmp_path):
+    for skipped, drawn in ((0, 0), (1, 1)):
+        run = made({"step": 1, "skipped": 0}, {"step": 2, "skipped": skipped})
+        assert len(charts([[run]], tmp_path / "p.html", MACHINE)) == drawn
+    idle = made({"step": 1, "lr": 0.0}, {"step": 2, "lr": 0.0})  # of others nothing is news, too
+    assert len(charts([[idle]], tmp_path / "p.html", MACHINE)) == 1
+
+
+def test_trade_offs_are_of_runs_with_the_same_sets(tmp_path):
+    rows = [{"step": i, "val_loss/a": 3.0 + i, "val_loss/b": 5.0 - i, "val_loss/c": 1.0}
+            for i in range(3)]
+    first, second = (made(*rows, name=name) for name in "rs")
+    found = trade_offs([[first], [second]], tmp_path / "p.html")
+    assert [(block.chart["title"], block.chart["axis"]) for block in found] == [
+        (f"Trade-off: loss on a against loss on {other}, nats per token",
+         f"loss on {other} (a run begins at the right)") for other in "bc"]
+    assert all(block.chart["log"] and block.chart["left"] is None for block in found)
+    assert [(line["number"], line["look"], line["label"], line["x"], line["y"])
+            for line in found[0].chart["lines"]] == [
+        (i, "strong", name, {"step": [5, 4, 3]}, [3, 4, 5]) for i, name in enumerate("rs")]
+    assert (tmp_path / "p_trade_off_0.svg").is_file() and (tmp_path / "p_trade_off_1.svg").is_file()
+    other = made({"step": 0, "val_loss/a": 3.0, "val_loss/c": 1.0}, name="t")
+    assert trade_offs([[first], [other]], tmp_path / "p.html") == []
+    assert trade_offs([[made({"step": 0, "val_loss/a": 3.0})]], tmp_path / "p.html") == []
+
+
+def test_between_known_steps_values_lie_on_a_line():
+    read = reader([(0, 1), (10, 20), (20, 60)])
+    assert [read(step) for step in (-10, 0, 5, 10, 15, 20, 30)] == [-18, 1, 10.5, 20, 40, 60, 100]
+    assert reader([(3, 1), (3, 5)])(4) == 5  # no step between: nothing to divide by
+    speeds = made({"step": 1, "tokens": 30, "tokens_per_second": 2.0},
+                  {"step": 2, "tokens": 60, "tokens_per_second": 9.0,
+                   "learned_tokens_per_second": 3.0}, {"step": 3, "tokens_per_second": 2.0},
+                  {"step": 4, "tokens": 90, "tokens_per_second": 0})
+    assert hours_by_step(speeds) == [(0, 0), (1, 15 / 3600), (2, 25 / 3600)]
+    axes = points((0, 0), (2, 0))
+    assert along(speeds, axes) == {"tokens": pytest.approx([0, 60]),
+                                   "hours": pytest.approx([0, 25 / 3600])}
+    assert along(made({"step": 1, "tokens": 5}), axes) == {}  # of one alone is no line
+    assert along(made({"step": 1, "tokens": 0}, {"step": 2, "tokens": 0}), axes) == {}
+    assert along(made({"step": 1, "tokens": 0}, {"step": 2, "tokens": 1}), axes) == {
+        "tokens": [-1, 1]}
+
+
+def test_what_is_kept_of_a_long_curve():
+    """The first and the last point, and of each stretch between them the lowest and the highest."""
+    line = points(*((i, i % 7) for i in range(MOST + 1)))
+    kept = [point.step for point in thinned(line)]
+    stretches = [range(first, min(first + 3, MOST)) for first in range(1, MOST, 3)]
+    ends = [sorted({pick(part, key=lambda i: i % 7) for pick in (min, max)}) for part in stretches]
+    assert kept == [0, *(i for pair in ends for i in pair), MOST]
+    made_mean = smoothed(points(*((i, 1.0 if i < 50 else 2.0) for i in range(100))))
+    assert [point.mean for point in made_mean[47:53]] == pytest.approx(
+        [1, 1 + 1 / 9, 1 + 1 / 3, 2 - 1 / 3, 2 - 1 / 9, 2])
+    assert made_mean[49] == Point(49, *[made_mean[49].mean] * 3)
+
+
+def test_a_run_in_a_sentence_and_its_figures():
+    run = made(*ROWS)
+    said = ("out/r: a LLaMA of 5 parameters, begun at step 2 of 10, after 30 tokens and 0:00:09 of "
+            "training on 1 x CPU: validation loss 2.5 nats per token, – bits per byte.")
+    assert outcome(run) == said and seconds_of(run) == pytest.approx(9)
+    assert figures(run) == {"validation loss, nats per token": "2.5000", "step": "2 of 10",
+                            "tokens": "30", "time of training": "0:00:09",
+                            "tokens per second": "5"}
+    for step, more in ((0, " Nothing is saved yet."), (1, " Its newest checkpoint is of step 1."),
+                       (2, ""), (None, "")):
+        assert outcome(made(*ROWS, status={"step": step})) == said + more
+    last = {"step": 3, "val_loss": 0.7, "val_bpb": 0.25, "val_rewards/accuracies": 0.875,
+            "val_rewards/margins": 1.25, "mfu": 0.5, "tokens": 0}
+    pairs = made(*ROWS, last, config={"documents": "preference"})
+    assert outcome(pairs) == (
+        "out/r: a LLaMA of 5 parameters, begun at step 3 of 10, after 0 learned tokens and 0:00:09 "
+        "of training on 1 x CPU: validation loss 0.7 nats per pair, chosen preferred in 87.5%.")
+    assert figures(pairs) == {
+        "validation loss, nats per pair": "0.7000", "validation, bits per byte": "0.2500",
+        "chosen preferred, validation": "87.5%", "reward margin, validation": "1.250",
+        "step": "3 of 10", "time of training": "0:00:09", "tokens per second": "5", "MFU": "50.0%"}
+    nothing = made({"step": 0, "loss": 1.0}, config={"documents": "preference"})
+    assert outcome(nothing).endswith("validation loss – nats per pair, chosen preferred in 0.0%.")
+    assert figures(nothing) == {"step": "0 of 10"}
+    assert "learned tokens" in figures(made(*ROWS, config={"documents": "chat"}))
+    broken = made(*ROWS, {"step": 3, "loss": None}, {"step": 3, "val_loss": 1.0})
+    assert outcome(broken).endswith(" Its newest loss is not finite; what is said here is older.")
+
+
+def test_what_a_curve_tells_begins_at_half_a_percent():
+    def said(*losses: float) -> str:
+        return trend(made(*({"step": 10 * i, "val_loss": loss} for i, loss in enumerate(losses))))
+
+    assert said(3, 2) == "" and said(3, 2, 1) == (
+        "The validation loss still fell at the end: by 0.4000 over the last 20% of the steps.")
+    assert said(3, 2, 1, 1.0051) == ("The validation loss was lowest at step 20, 1.0000, and has "
+                                     "risen by 0.0051 since.")
+    flat = "The validation loss hardly changed over the last 20% of the steps."
+    assert said(3, 2, 1, 1.0049) == flat
+    assert said(9, 1.0122, 1) == flat and "fell" in said(9, 1.0128, 1)  # two fifths of the last
+
+
+def test_the_training_loss_beside_validation():
+    def rows(count: int) -> list[dict]:
+        return [{"step": i, "loss": float(i)} for i in range(count)] + [{"step": 99, "val_loss": 9}]
+
+    assert gap(made(*rows(19))) == "" and gap(made(*rows(20)[:-1])) == ""
+    assert gap(made(*rows(20))) == ("Over the last 5 logged steps the training loss lies 8.0000 "
+                                    "above that.")
+    assert gap(made(*rows(120))) == ("Over the last 6 logged steps the training loss lies 107.5000 "
+                                     "above that.")
+    low = [row | {"loss": 8.5} if "loss" in row else row for row in rows(40)]
+    assert gap(made(*low)) == ("Over the last 5 logged steps the training loss lies 0.5000 below "
+                               "that.")
+    assert gap(made(*low, config={"documents": "preference"})) == ""
+    text = verdict(made(*low))[-1].markdown
+    assert text.endswith("below that.") and len(verdict(made(*low[:3]))) == 2
+
+
+def test_counting_is_beside_the_newest_scores_that_have_it():
+    def said(*bits: tuple) -> str:
+        return beside_counting(made(evals=[
+            {"step": i, "val_bpb": one, "baselines": {"5-gram_bpb": counted}}
+            for i, (one, counted) in enumerate(bits)]))
+
+    assert said() == said((None, 2)) == said((1, None)) == ""
+    assert said((1, 2), (None, 3)) == (
+        "At step 0 it needs 50.0% fewer bits than a 5-gram model that counted the same text.")
+    assert said((1, 2), (3, 2)) == (
+        "At step 1 it needs 50.0% more bits than a 5-gram model that counted the same text.")
+
+
+def test_seeds_are_a_mean_with_students_interval():
+    from scipy import stats
+
+    assert compare.spread([1.23456]) == "1.2346"
+    for n in range(2, 11):
+        values = [float(i * i) for i in range(n)]
+        half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
+        mean, _, told = compare.spread(values).partition(" ± ")
+        assert mean == f"{np.mean(values):.4f}" and float(told) == pytest.approx(half, rel=5e-4)
+    more = [float(i) for i in range(20)]  # the interval of ten is a little too wide
+    assert compare.spread(more).endswith(f" ± {2.262 * np.std(more, ddof=1) / 20**0.5:.4f}")
+
+
+@pytest.mark.parametrize(("sigmas", "says"), [
+    (13.9, "+13.9 sigma, within the 15.6 sigma around"), (15.7, "OUTSIDE the 15.6"),
+    (-15.7, "-15.7 sigma, OUTSIDE the 15.6")])
+def test_the_bound_is_that_of_one_more_draw(tmp_path, sigmas, says):
+    """Of two seeds, with losses 1 and 3: Student's t 12.706, times the root of 1 + 1/2."""
+    evaluations = [[[100, 1.0], [200, 5.0], [300, 5.0]], [[100, 3.0], [200, 5.0]]]
+    config = vars(settings.Settings())
+    write(tmp_path / "ref.json", {"format": 1, "recipe": compare.recipe(config), "data": {},
+                                  "runs": [{"evaluations": one} for one in evaluations]})
+    off = sigmas * 2**0.5
+    rows = [{"step": 1, "tokens": 200, "val_loss": 6.0}, {"step": 2, "tokens": 300, "val_loss": 1},
+            {"step": 2, "tokens": 100, "val_loss": 2 + off}, {"step": 3, "val_loss": 9.0}]
+    lines = compare.compare(made(*rows, config=config), tmp_path / "ref.json").splitlines()
+    assert lines[0] == f"{200:>15} tokens: 6.0000 nats, reference 5.0000"  # seeds do not differ
+    assert lines[1] == (f"{100:>15} tokens: {2 + off:.4f} nats, reference 2.0000 ± 1.4142, "
+                        f"{sigmas:+.1f} sigma")
+    assert len(lines) == 3 and f"off by {off:+.4f} nats, " in lines[2] and says in lines[2]
+    assert lines[2].endswith("the mean of 2 seeds in which 95 % of such runs lie")
+    kept = json.loads((tmp_path / "ref.json").read_text())
+    kept["runs"] = [{"evaluations": [[7, 1.0]]}]
+    write(tmp_path / "ref.json", kept)
+    run = made({"step": 1, "tokens": 7, "val_loss": 1.5}, config=config)
+    assert compare.compare(run, tmp_path / "ref.json").splitlines() == [
+        f"{7:>15} tokens: 1.5000 nats, reference 1.0000",
+        f"out/r and {tmp_path}/ref.json: at the last of these off by +0.5000 nats"]
+
+
+def test_what_is_a_number_in_a_cell_lies_to_the_right():
+    for text in ("1", "-0.5", "+3", "–", "1,024", "0:01:40", "5 of 1,000", "1.5k", "50.0%",
+                 "0.5 ± 0.1", "0.3 (0.2 to 0.4)"):
+        assert cell(text) == f"<td class=n>{text}</td>", text
+    for text in ("a", "1 a", "v1", "5 of x"):
+        assert cell(text) == f"<td>{text}</td>"
+    assert cell("<b>") == "<td>&lt;b&gt;</td>"
+    assert [short(value) for value in (999.94, 999.96, 999_949, 999_951, 1e15)] == [
+        "999.9", "1k", "999.9k", "1M", "1000T"]
+    assert flatten({"a": {"b": {"c": True}, "d": "x"}, "e": None}) == {
+        "a b c": "true", "a d": "x", "e": "null"}
+    assert heading("a_b #", 3) == Block("<h3>a_b #</h3>", r"### a_b \#")
+    assert as_markdown("_a_ |b|\n <c> a_b") == r"\_a\_ \|b\| \<c\> a_b"
+    block = side_by_side(["one", "two"], [{"a": 1}, {"b": {"c": "x"}}])
+    assert block.markdown == "\n".join(["|  | one | two |", "| --- | --- | --- |", "| a | 1 | – |",
+                                        "| b c | – | x |"])
+    texts = [paragraph("p")]
+    assert [one.html for one in fold("<s>", texts)] == [
+        "<details><summary>&lt;s&gt;</summary>", "<p>p</p>", "</details>"]
+    assert fold("s", texts, True)[0] == Block("<details open><summary>s</summary>", "**s**")
+
+
+def test_scores_of_two_steps_and_two_runs_are_in_two_tables():
+    def table(blocks: list[Block]) -> list[str]:
+        return "\n".join(block.markdown for block in blocks if block.markdown).splitlines()
+
+    evals = [{"step": step, "tasks": {"t": {"acc": 0.25 * step, "acc_stderr": 0.1, "chance": 0.5,
+                                            "irt": float("nan"), "mine": 0.5, "mine_stderr": None}}}
+             for step in (1, 2)]
+    head = ["|  | score | value ± 95 % interval | chance |", "| --- | --- | --- | --- |"]
+    assert table(scores([made(evals=evals)])) == [
+        *head, "| step 2 | t acc | 0.5000 ± 0.1960 | 0.5 |", "| step 2 | t mine | 0.5000 | – |",
+        "**Scores of earlier steps**", *head, "| step 1 | t acc | 0.2500 ± 0.1960 | 0.5 |",
+        "| step 1 | t mine | 0.5000 | – |"]
+    runs = [made(evals=[{"step": 1, "val_bpb": bits}], name=name) for name, bits in
+            (("r", 1.0), ("s", 2.0))]
+    assert table(scores(runs)) == [
+        "|  | score | value ± 95 % interval |", "| --- | --- | --- |",
+        "| r, step 1 | validation bits per byte | 1.0000 |",
+        "| s, step 1 | validation bits per byte | 2.0000 |"]
+    assert table(scores([made()])) == ["No scores yet: eval.py --ckpt RUN --tasks= writes them."]
+    in_folds = {"step": 3, "tasks": {"p": {"auroc": 0.75, "margins": {"auroc": 0.0}, "other": 1.0,
+                                           "folds": {"auroc": [0.5, 1.0]}}, "q": {"acc": 1.0}}}
+    assert table(folds([made(evals=[in_folds])])) == [
+        "|  | score | mean ± 95 % t-interval | by fold | chance |",
+        "| --- | --- | --- | --- | --- |",
+        "| out/r, step 3 | p auroc | 0.7500 ± 0.0000 | 0.5000 1.0000 | – |"]
+    assert folds([made(evals=evals)]) == []
+
+
+def test_growth_is_drawn_of_what_was_scored_more_than_once(tmp_path):
+    def run(*steps: int, name: str, **metrics) -> RunFolder:
+        return made(name=name, evals=[
+            {"step": step, "by_position": {"0-9": 1.0}, "tasks": {
+                "t": {"acc": 0.1 * step, "acc_stderr": 0.1, "second": 1.0, **metrics}}}
+            for step in steps])
+
+    one, two = run(1, 2, name="r", chance=0.25), run(1, 3, name="s", chance=0.25)
+    [block] = growth([one, two], tmp_path / "p.html")
+    assert block.chart["title"] == "t acc" and (tmp_path / "p_score_0.svg").is_file()
+    assert [(line["number"], line["look"], line["label"], line["x"], line["y"])
+            for line in block.chart["lines"]] == [
+        (0, "dots", "r", {"step": [1, 2]}, [0.1, 0.2]),
+        (1, "dots", "s", {"step": [1, 3]}, [0.1, 0.3]),
+        (2, "chance", "chance", {"step": [1, 3]}, [0.25, 0.25])]  # as long as the longest
+    assert block.chart["lines"][0]["low"] == pytest.approx([-0.096, 0.004])
+    assert block.chart["lines"][0]["high"] == pytest.approx([0.296, 0.396])
+    [block] = growth([run(1, 2, name="r")], tmp_path / "p.html")
+    assert [line["label"] for line in block.chart["lines"]] == ["t acc"]
+    assert growth([run(1, name="r")], tmp_path / "p.html") == []
+
+
+def test_samples_and_answers_block_by_block(tmp_path):
+    def steps_shown(count: int) -> list[str]:
+        rows = [{"step": i, "prompt": "p", "completion": "c"} for i in range(count)]
+        blocks = samples([made(samples=[*rows, {"prompt": "without a step"}])], tmp_path)
+        return [block.markdown for block in blocks if block.markdown.startswith("**")]
+
+    assert steps_shown(8) == [f"**step {i}**" for i in range(8)][::-1]
+    assert steps_shown(9) == [f"**step {i}**" for i in (8, 7, 6, 5, 3, 2, 1, 0)]
+    two = samples([made(name=name, samples=[{"step": 1, "prompt": "", "completion": "<c>"}])
+                   for name in "rs"], tmp_path)
+    assert [block.html for block in two[:3]] == [
+        "<h3>r</h3>", "<details open><summary>step 1</summary>", "<pre>&lt;c&gt;</pre>"]
+    assert two[2].markdown == "<pre>&lt;c&gt;</pre>" and len(two) == 8
+    [block] = samples([made(samples=[])], tmp_path)
+    assert block.markdown.startswith("No samples yet")
+    dialog = sample_block({"prompt": "<s>Be <brief>.\n<|system|>S<|end|>", "completion":
+                           "<|assistant|> A \n<|end|>"})
+    assert dialog.html == (
+        '<div class="dialog"><pre>Be &lt;brief&gt;.</pre>'
+        '<div class="turn system"><span>system</span><pre>S</pre></div>'
+        '<div class="turn assistant"><span>assistant</span><pre>A</pre></div></div>')
+    example = {"row": 3, "score": 0.5, "prompt": "p", "answer": "a", "reference": "r"}
+    evals = [{"step": step, "tasks": {"g": {"examples": [example | {"row": step}],
+                                            "signatures": {"bleu": "x"}}, "h": {"acc": 1}}}
+             for step in (1, 2)]
+    assert [block.markdown for block in answers([made(evals=evals)], tmp_path)] == [
+        "### out/r, step 2, g", "| row | score | prompt | answer | reference |\n"
+        "| --- | --- | --- | --- | --- |\n| 2 | 0.5 | p | a | r |", "bleu: x"]
+    half = {"data": {"train_learned": 1000, "train_tokens": 2000}}
+    [block] = masks([made(**half)], tmp_path)
+    assert block.markdown == "50.0% of the 2k training tokens are learned."
+    marked = masks([made(**half, name=name, info={"example": [["a", False], ["b", True]]})
+                    for name in "rs"], tmp_path)
+    assert marked[0].markdown == (
+        "r: 50.0% of the 2k training tokens are learned, the others are read alone. Marked below: "
+        "what is learned of the first document of validation.")
+    assert marked[1] == Block('<pre class="mask">a<mark>b</mark></pre>', "<pre>a[[b]]</pre>")
+    assert masks([made(data={"train_learned": 5, "train_tokens": 0})], tmp_path) == []
+    assert masks([made(data={"train_learned": 5})], tmp_path) == []
+
+
+def test_a_run_is_silent_after_ten_minutes_or_five_of_its_longest_pauses(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(runs_room.time, "time", lambda: 10_000.0)
+    for pauses, most in (((), 600), ((10, 20), 600), ((120,), 600), ((10, 200, 20), 1000)):
+        times = [0, *np.cumsum(pauses).tolist()]
+        (run / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": i, "time": at}) + "\n" for i, at in enumerate(times)))
+        for age, gone in ((most, False), (most + 1, True)):
+            os.utime(run / "metrics.jsonl", (10_000 - age, 10_000 - age))
+            assert silent(run) == gone, (pauses, age)
+
+
+def test_numbers_are_finite_and_the_newest_counts():
+    for value, number in ((1, True), (0.5, True), (True, False), (math.nan, False), ("1", False),
+                          (math.inf, False), (None, False)):
+        assert is_number(value) == number
+    run = made({"a": 1.0, "b": 2.0}, {"a": None}, {"b": 3})
+    assert (run.last("a"), run.last("b"), run.last("c")) == (1.0, 3, None)
+    assert [run.ends_broken(name) for name in "abc"] == [True, False, False]
+
+
+def test_the_command_of_a_run_and_what_differs():
+    def said(out_dir: str | None, count: int = 1, **given) -> str:
+        return command_line(made(config={"out_dir": out_dir}, info={
+            "config_file": "config/c.py", "device": {"count": count},
+            "overrides": given})).partition(" by: ")[2]
+
+    assert said("out/c") == said(None) == "train.py config/c.py"
+    assert said("out/x", seed=3, mixture={"a": 0.5}, dataset="b c") == (
+        "train.py config/c.py --out_dir=out/x --seed=3 '--mixture={\"a\": 0.5}' '--dataset=b c'")
+    assert said("out/c", 2) == "train.py config/c.py on 2 ranks of torchrun"
+    runs = [made(config={"a": 1, "b": 1, "out_dir": "x", "resume": "r"}),
+            made(config={"a": 1, "b": 2, "c": 3, "out_dir": "y", "resume": "s"})]
+    assert between(runs) == [{"b": 1, "c": None}, {"b": 2, "c": 3}]
+
+
+def test_the_unit_of_the_loss_is_that_of_the_runs(tmp_path):
+    for kinds, unit in ((("text",), "token"), (("preference",), "pair"),
+                        (("text", "preference"), "token or pair")):
+        runs = [made(*ROWS, config={"documents": kind}) for kind in kinds]
+        found = [block.chart["title"] for block in curves(runs, tmp_path / "p.html") if block.chart]
+        assert found[0] == f"Loss, nats per {unit}"
+    blocks = curves([made({"step": 1, "lr": 1.0})], tmp_path / "p.html")
+    assert len(blocks) == 1  # no grid around nothing
+
+
+# ---- the card of a model
+
+def given(**changes) -> SimpleNamespace:
+    """Flags of export.py."""
+    return SimpleNamespace(**{"to": "out/Hub", "push": "", "license": "", "dtype": "fp32",
+                              "code": False, "adapter": False} | changes)
+
+
+def test_a_card_is_of_a_text_model_a_talking_one_or_an_adapter(tmp_path):
+    def text(merged: str = "", **changes) -> str:
+        return card.card(tmp_path / "none", tmp_path, given(**changes), {"layers": 2, "none": None},
+                         (1234567, 89000), merged)
+
+    plain = text()
+    for part in ("---\nlibrary_name: transformers\n", "# Hub\n\nA LLaMA of 1,234,567 parameters "
+                 "(89,000 without embeddings), trained from text by", "Licence: not stated.",
+                 "\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
+                 "AutoModelForCausalLM.from_pretrained(\"Hub\")", 'asked = tokenizer("The"',
+                 "skip_special_tokens=True", "vllm serve Hub\n", "llama-completion -m Hub.gguf",
+                 "--to=Hub.gguf", 'curl http://localhost:8000/v1/completions', '-p "The" -n 50',
+                 "ollama create hub -f Hub.Modelfile", 'ollama run hub "The"',
+                 '{"model": "Hub", "prompt": "The", "max_tokens": 50}', "--ckpt=CHECKPOINT --to"):
+        assert part in plain, part
+    assert plain.endswith("\n## Architecture\n\n| | |\n| --- | --- |\n| layers | 2 |\n")
+    assert "Merged" not in plain and "trust_remote_code" not in plain
+    assert "license: mit\nlibrary" in text(license="mit") and "Licence: mit." in text(license="mit")
+    assert ("\nMerged after training; loss and scores below are from before: a, b.\n\n## Arch"
+            in text("a, b"))
+    code = text(code=True)
+    assert 'from_pretrained("Hub", trust_remote_code=True)' in code and "vllm serve" not in code
+    assert "exported without it, it is a plain LLaMA, which they open." in code
+    assert "# me/Name\n" in text(push="me/Name") and "Name.gguf" in text(push="me/Name")
+    for base, says in (("/home/me/base", "base"), ("", "BASE"), (None, "BASE")):
+        write(tmp_path / "adapter_config.json", {"base_model_name_or_path": base})
+        adapter = text(adapter=True)
+        for part in ("library_name: peft\n", "An adapter beside a LLaMA of", "--merge --to=Hub",
+                     "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTok",
+                     "AutoPeftModelForCausalLM.from_pretrained",
+                     f"vllm serve {says} --enable-lora --lora-modules Hub=Hub\n"):
+            assert part in adapter, part
+        assert "/home" not in adapter
+    (tmp_path / "chat_template.jinja").write_text("x")
+    talks = text()
+    for part in ("trained from dialogs by", "skip_special_tokens=False", "llama-cli -m Hub.gguf\n",
+                 "/v1/chat/completions", 'ollama run hub "Hello!"', "apply_chat_template",
+                 '{"model": "Hub", "messages": [{"role": "user", "content": "Hello!"}], "max_'):
+        assert part in talks, part
+
+
+def test_how_a_model_was_trained_as_its_run_says():
+    def facts(state: dict | None = None, **info) -> dict:
+        return {name: value for name, value in card.training_facts(info, state or {}).items()
+                if value is not None}
+
+    assert facts() == {"objective": "the next token", "steps": 0, "tokens trained on": "0",
+                       "command": "python train.py ''"}
+    found = facts({"step": 7, "rows": 70}, config={
+        "block_size": 100, "packing": "concat", "doc_mask": True, "dedup": "none", "min_chars": 0,
+        "max_chars": None, "preference_beta": 0.1, "nll_weight": 0.0, "lora_r": 8, "seed": 4,
+        "documents": "text", "train_on": "auto", "chat_template": "own", "init_from": "out/a"},
+        config_file="c.py", overrides={"seed": 4, "out_dir": "a b"}, instead={"seed": 3},
+        git={"commit": "abc", "dirty": True}, device={"count": 2, "name": "H100"},
+        data={"name": "code", "sources": [{"path": "a"}, {"path": "b"}], "train_tokens": 4000,
+              "train_learned": 1000, "manifest_sha256": "f",
+              "tokenizer": {"spec": "bytes", "vocab_size": 1258, "sha256": "e"}})
+    assert found == {
+        "data set": "code", "sources": "a, b", "documents": "text",
+        "data recipe": "packing=concat, doc_mask=True, block_size=100",
+        "training split": "4,000 tokens", "started from": "out/a",
+        "tokenizer": "bytes, 1,258 entries, sha256 e", "data's sha256": "f",
+        "objective": "the next token, lora_r 8", "steps": 7, "tokens trained on": "7,000",
+        "device": "2 x H100", "commit": "abc (edited)", "changed of c.py": "seed 4 (there: 3)",
+        "command": "python train.py c.py --seed=4 '--out_dir=a b'"}
+    talks = facts({"tokens": 9}, config={
+        "documents": "preference", "objective": "dpo", "preference_beta": 0.5, "nll_weight": 1.0,
+        "train_on": "last", "chat_template": "model", "mixture": {"a": 3, "b": 1}},
+        git={"commit": "abc"}, data={"name": "a", "sources": [{"path": "x"}], "train_tokens": 8,
+                                     "train_learned": 2, "tokenizer": "old"})
+    assert talks == {
+        "data set": "a (75.0%), b (25.0%)", "validated on": "a", "documents": "preference",
+        "learned": "last, 25.0% of the tokens", "tokenizer": "old",
+        "chat template": "the first model's own, chat_template.jinja",
+        "objective": "dpo, preference_beta 0.5, nll_weight 1.0", "steps": 0, "learned tokens": "9",
+        "commit": "abc", "command": "python train.py ''"}
+    assert facts(config={"documents": "chat", "train_on": "all"})["learned"] == "all"
+    assert card.tokenizer_of({"tokenizer": {"spec": "s"}}) == "s, sha256 None"
+    assert card.tokenizer_of({}) is None
+
+
+def test_a_card_has_the_curve_up_to_its_step(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    for step in (50, 100):
+        write(run / f"eval/step_{step}.json", {"step": step, "val_bpb": step / 4, "tasks": {}})
+    (tmp_path / "hub").mkdir()
+    text = card.curve_and_scores(run, 50, tmp_path / "hub")
+    assert text.startswith("\n![Loss, nats per token](curve_loss.svg)\n\n## Scores\n\n|")
+    assert "12.5000" in text and "25.0000" not in text
+    picture = (tmp_path / "hub/curve_loss.svg").read_text()
+    assert ">50</text>" in picture and ">60</text>" not in picture
+    assert "## Scores" not in card.curve_and_scores(run, 60, tmp_path / "hub")
+    (run / "metrics.jsonl").write_text("")
+    assert card.curve_and_scores(run, 70, tmp_path / "hub") == ""
+    assert capsys.readouterr().out == (f"no curve in the model card: {run}/metrics.jsonl holds no "
+                                       "rows yet; come back after a few steps\n")
+
+
+# ---- the command's own lines
+
+def test_what_report_says_and_refuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(make_run(Path(f"out/{name}"), n_layer=3 + i)) for i, name in enumerate("abc")]
+    assert run_main(runs[:1]) == 0
+    assert capsys.readouterr().out == ("1 run(s) -> out/a/report.html and out/a/report.md\n")
+    assert run_main([*runs, "--out=x.html"]) == 0
+    assert capsys.readouterr().out == "3 run(s) -> x.html and x.md\n"
+    (tmp_path / "out/b").rename(tmp_path / f"out/{'b' * 120}")
+    runs[1] = f"out/{'b' * 120}"
+    assert run_main(runs) == 0
+    assert capsys.readouterr().out.startswith(
+        f"3 run(s) -> out/a/report_with_{'b' * 100}.html and ")
+    for words, says in ((["--compare=x", "--out=y.html"], "exclude each other"),
+                        (["--compare=x", "--save_reference=y"], "exclude each other"),
+                        (["--watch", "--save_reference=y"], "--watch writes pages; leave out"),
+                        (["--every=0", "--watch"], "every is 0, must be at least 1"),
+                        (["--out=page.htm"], "--out=page.htm must end in .html; the Markdown")):
+        with pytest.raises(settings.UserError, match=says):
+            run_main([runs[0], *words])
+    assert report.Flags() == report.Flags(ckpt="", out="", watch=False, every=10, compare="",
+                                          save_reference="")
+
+
+def test_what_is_said_while_a_run_is_watched(tmp_path, monkeypatch, capsys):
+    """Of two runs one is killed and one ends; one has no rows at first."""
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(Path(f"out/{name}"), n_layer=3 + i) for i, name in enumerate("ab")]
+    for run in runs:
+        write(run / "status.json", {"state": "running", "step": 100})
+    os.utime(runs[0] / "metrics.jsonl", (1e9, 1e9))
+    rows, slept = (runs[1] / "metrics.jsonl").read_text(), []
+    (runs[1] / "metrics.jsonl").write_text("")
+
+    def sleep(seconds: int) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            (runs[1] / "metrics.jsonl").write_text(rows)
+        if len(slept) == 4:
+            write(runs[1] / "status.json", {"state": "done", "step": 100})
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    assert run_main([*map(str, runs), "--watch", "--every=7"]) == 0
+    out = "out/a/report_with_b.html"
+    assert slept == [7] * 4 and capsys.readouterr().out == (
+        "waiting for the first rows of metrics.jsonl\n" * 2
+        + f"{out}, anew every 7 s; Ctrl-C ends this and not the run\n"
+        "out/a has not written for long; it may have been killed\n"
+        f"2 run(s) -> {out}: the last page, nothing goes on\n")
+
+
+def test_models_are_ranked_beside_those_that_count():
+    """By the newest evaluation that has them, of each run."""
+    evals = [{"step": step, "val_bpb": 1.0 * step, "baselines": {
+        "unigram_bpb": 4.0, "5-gram_bpb": 2.5, "tokens": 9}} for step in (2, 3)] + [{"step": 4}]
+    [block] = baselines([made(evals=evals)])
+    assert block.markdown.splitlines() == [
+        "| step 3 | bits per byte | below unigram |", "| --- | --- | --- |",
+        "| 5-gram | 2.5000 | 37.5% |", "| out/r | 3.0000 | 25.0% |", "| unigram | 4.0000 | 0.0% |"]
+    assert baselines([made(evals=evals[2:])]) == []
+
+
+def test_a_reference_of_a_newer_format_is_refused(tmp_path):
+    run = made({"step": 1, "tokens": 7, "val_loss": 1.5}, config=vars(settings.Settings()))
+    kept = {"recipe": compare.recipe({}), "data": {}, "runs": [{"evaluations": [[7, 1.0]]}]}
+    write(tmp_path / "r.json", kept | {"format": 1})
+    assert len(compare.read(tmp_path / "r.json", run)) == 1
+    write(tmp_path / "r.json", kept | {"format": 2})
+    with pytest.raises(settings.UserError, match="a format newer than this program's 1; update it"):
+        compare.read(tmp_path / "r.json", run)
+
+
+def test_what_a_page_holds_for_its_script(tmp_path):
+    assert as_data({"a": "</script>\ud800é"}) == '{"a": "\\u003c/script>\\ud800é"}'
+    run = made(*ROWS)
+    twin = write_page([run], tmp_path / "new/p.html")
+    text = (tmp_path / "new/p.html").read_text()
+    assert twin == tmp_path / "new/p.md" and runs_of(tmp_path / "new/p.html") == ["out/r"]
+    assert "<noscript>" not in text and '{"every": 0, "charts": [{' in text
+    write_page([run], tmp_path / "new/p.html", 5)
+    assert '<noscript><meta http-equiv="refresh" content="5"></noscript>' in (
+        tmp_path / "new/p.html").read_text()
+    assert runs_of(tmp_path / "none.html") == [] == runs_of(tmp_path / "new/p.md")
+    with pytest.raises(settings.UserError, match=r"p\.html is the page of out/r; name another"):
+        write_page([made(*ROWS, name="out/s")], tmp_path / "new/p.html")
+    (tmp_path / "q.md").write_text("mine")
+    with pytest.raises(settings.UserError, match=r"q\.html or .*q\.md is there already; name anot"):
+        write_page([run], tmp_path / "q.html")
+
+
+def test_the_environment_of_a_run():
+    run = made(info={"started": 86400 * 365 + 60, "git": {"commit": "a"}}, config={
+        "mixture": {"a": 0.5}})
+    [block] = environment([run], Path())
+    assert [line.split(" | ") for line in block.markdown.splitlines()[2:]] == [
+        ["| started", "1971-01-01 00:01 UTC |"], ["| device count", "1 |"],
+        ["| device name", "CPU |"], ["| git commit", "a |"], ["| mixture a", "0.5 |"]]
+    [block] = environment([made(info={"started": None})], Path())
+    assert "| started | null |" in block.markdown and "mixture" not in block.markdown
+
+
+def test_of_a_page_of_several_runs_the_head_compares(tmp_path):
+    runs = [made(*ROWS, name=name, config={"seed": i}) for i, name in enumerate("rs")]
+    blocks = head(runs)
+    assert [block.markdown for block in blocks[::2]][:2] == [
+        "## What differs between these runs", "## What came of them"]
+    assert blocks[1].markdown.splitlines() == ["|  | r | s |", "| --- | --- | --- |",
+                                               "| seed | 0 | 1 |"]
+    assert blocks[4].markdown == "**In sentences**" and len(blocks) == 8
+    assert head([made(*ROWS), made(*ROWS)])[1].markdown == "Nothing of their configs."
+    assert head(runs[:1]) == verdict(runs[0])
+    blocks = folded("A <b>", [paragraph("x")])
+    assert [block.html for block in blocks] == [
+        '<details class="panel"><summary><h2>A &lt;b&gt;</h2></summary>', "<p>x</p>", "</details>"]
+    config = vars(settings.Settings()) | {"n_layer": 3, "out_dir": "x"}
+    run = made(config=config, info={"config_file": "c.py", "instead": {"seed": 4}})
+    found = [block.markdown for block in differences([run], tmp_path)]
+    assert found == [
+        "out/r was last started by: train.py c.py --out_dir=x",
+        "|  | c.py | this run |\n| --- | --- | --- |\n| seed | 4 | 1337 |",
+        "**1 other keys differ from the parent, the defaults**",
+        "|  | parent | out/r |\n| --- | --- | --- |\n| n_layer | 16 | 3 |", ""]

@@ -1,9 +1,11 @@
 """Config files are parsed and checked, never run."""
 
 import dataclasses
+import errno
 import importlib
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ import prepare
 import report
 import sample
 import train
-from plainllama import machine, settings
+from plainllama import command, machine, settings
 from plainllama.command import parse
 from plainllama.evaluation import tasks
 from plainllama.report import compare
@@ -509,3 +511,387 @@ def test_names_near_and_far():
     assert [settings.ceil_div(a, 4) for a in (0, 1, 4, 5, -1)] == [0, 1, 1, 2, 0]
     assert settings.deciding("identity") == ("dataset", "seed")
     assert settings.deciding("prepare", "identity") == ("dataset", "workers", "max_dropped", "seed")
+
+
+# ---- command lines to the letter
+
+@dataclasses.dataclass
+class Own:
+    """Flags of a command for tests."""
+
+    ckpt: str = settings.key("out", "a model")
+    ray: str = settings.key("", "a cluster", bare="here")
+    share: float = settings.key(0.5, "a share", (), 0.25, 0.75)
+    count: int = settings.key(3, "a count", low=2)
+    free: int = settings.key(3, "without bounds")
+    kind: str = settings.key("auto", "a kind", ("auto", "true", "false"))
+    open: bool = settings.key(False, "a switch")
+    sets: object = settings.key(None, "anything")
+
+
+def own(*words: str, takes: str = "files"):
+    return parse(list(words), "Doc.", Own, takes)
+
+
+def own_fails(*words: str, takes: str = "files") -> str:
+    with pytest.raises(UserError) as error:
+        own(*words, takes=takes)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("word", "value"), [
+    ("--share=0.25", 0.25), ("--share=0.75", 0.75), ("--share=0.5", 0.5), ("--count=2", 2),
+    ("--count=1e2", 100), ("--count=1_000", 1000), ("--count=2.0", 2), ("--free=-5", -5),
+    (f"--free={2**63 - 1}", 2**63 - 1), (f"--free={-2**63}", -2**63), ("--kind=1", "true"),
+    ("--kind=0", "false"), ("--kind=TRUE", "true"), ("--kind=auto", "auto"), ("--open", True),
+    ("--open=no", False), ("--open=YES", True), ("--open=0", False), ("--ray", "here"),
+    ("--ray=a:1", "a:1"), ("--sets=[1, 'a']", [1, "a"]), ("--sets={'a': 0.5}", {"a": 0.5}),
+    ("--sets=a", "a"), ("--sets=a,b", ["a", "b"]), ("--sets=(1, 2)", ["(1", " 2)"])])
+def test_a_value_of_each_kind_is_read(word, value):
+    found = own(word).flags
+    name = word[2:].partition("=")[0]
+    assert getattr(found, name) == value and type(getattr(found, name)) is type(value)
+    assert own(word).overrides == {name: value}
+
+
+@pytest.mark.parametrize(("word", "says"), [
+    ("--share=0.2499", "--share: share is 0.2499, must be at least 0.25 and at most 0.75"),
+    ("--share=0.7501", "--share: share is 0.7501, must be at least 0.25 and at most 0.75"),
+    ("--count=1", "--count: count is 1, must be at least 2"),
+    ("--count=x", "--count: 'x' is not a whole number"),
+    ("--count=", "--count: '' is not a whole number"),
+    ("--share=x", "--share: 'x' is not a number"),
+    (f"--free={2**63}", f"--free: free is {2**63}, must fit in 64 bits"),
+    ("--kind=yes", "--kind: kind is one of auto | true | false, not 'yes'"),
+    ("--kind=fals", "--kind: kind is one of auto | true | false, not 'fals'; did you mean false?"),
+    ("--open=2", "--open: '2' is not true or false"), ("--ckpt", "--ckpt needs a value: "
+                                                       "--ckpt=VALUE"),
+    ("--sets=[1", "--sets: '[1' is not a Python literal"),
+    ("--sets={[]}", "--sets: '{[]}' is not a Python literal"),
+    ("--sets=,a", "--sets: nothing stands before or after a comma of ',a'"),
+    ("--shar=1", "unknown option --shar; did you mean share?"),
+    ("--seed=1", "unknown option --seed; it is a key of train.py")])
+def test_a_value_that_cannot_be_read_is_said(word, says):
+    assert own_fails(word) == says
+
+
+def test_words_of_a_command_line():
+    found = own("a", "--count", "7", "b", "--open", "c", "--ray", "--share", "0.3")
+    assert (found.files, found.overrides) == (["a", "b", "c"], {
+        "count": 7, "open": True, "ray": "here", "share": 0.3})
+    assert vars(found.flags) == {"ckpt": "out", "ray": "here", "share": 0.3, "count": 7, "free": 3,
+                                 "kind": "auto", "open": True, "sets": None}
+    assert (found.config_file, found.base, found.changed, found.given) == ("", "", {}, frozenset())
+    assert own("--ckpt=a=b").flags.ckpt == "a=b" and own("-x").files == ["-x"]
+    assert parse([], None, None, "files").flags is None
+
+
+def test_a_name_that_stands_alone_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "c,d").mkdir()
+    for word, ckpt in (("a", "a"), ("a,b", "a,b"), ("c,d", "c,d"), ("~/a", f"{tmp_path}/a")):
+        found = own(word, takes="model")
+        assert (found.flags.ckpt, found.files, found.overrides) == (ckpt, [], {"ckpt": ckpt})
+    assert own(takes="model").overrides == {}
+    for words, says in ((["a,x"], "cannot use 'a,x': no run or checkpoint is called so"),
+                        (["x", "a"], "cannot use 'x': no run or checkpoint is called so"),
+                        (["a", "b"], "expected one model, found a b; name it once"),
+                        (["a", "--ckpt=b"],
+                         "expected one model, found a beside --ckpt; name it once")):
+        assert own_fails(*words, takes="model") == says
+
+
+def test_where_each_value_of_a_config_came_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "n_layer = 3\nseed = 7\nwarmup_steps = 5\n", "first.py")
+    write(tmp_path, "base = 'first.py'\nseed = 8\nn_head = 4\n", "second.py")
+    write(tmp_path, "base = 'second.py'\nd_model = 64\nout_dir = 'out/mine'\n", "third.py")
+    found = parse(["third.py", "--seed=8", "--n_layer=5", "--d_ff=96", "--out_dir=out/o"], "", Own)
+    assert (found.base, found.config_file, found.files) == ("second.py", "third.py", ["third.py"])
+    assert found.changed == {"d_model": 64, "out_dir": "out/mine"}
+    assert found.overrides == {"seed": 8, "n_layer": 5, "d_ff": 96, "out_dir": "out/o"}
+    assert found.instead == {"n_layer": 3, "d_ff": 2048}  # not the folder, and not what is so there
+    assert found.given == {"n_layer", "seed", "warmup_steps", "n_head", "d_model", "out_dir",
+                           "d_ff"}
+    c = found.config
+    assert (c.n_layer, c.seed, c.warmup_steps, c.n_head, c.d_model, c.d_ff, c.out_dir) == (
+        5, 8, 5, 4, 64, 96, "out/o")
+    alone = parse(["first.py"], "")
+    assert (alone.base, alone.config.out_dir, alone.flags) == ("", "out/first", None)
+    with pytest.raises(UserError, match=r"^expected one config file, found 2: first\.py sec"):
+        parse(["first.py", "second.py"], "")
+    default = parse([], "")
+    assert default.files == [] and default.config_file.endswith("config/llama100m.py")
+    with pytest.raises(UserError, match="does not divide into n_head"):
+        parse(["first.py", "--n_head=7"], "")
+    parse(["first.py", "--n_head=7", "--init_from=x"], "")  # the shape is that model's
+
+
+VALUES = [
+    ("1 + 2 * 3", 7), ("7 // 2", 3), ("-3", -3), ("2 ** 10", 1024), ("2**64 // 2**60", 16),
+    ("2**64 // 2**62 + 2**-1 * 2", 5), ("(2**63) ** 2 // (2**63) ** 2", 1), ("10 / 5", 2),
+    ("- (1 - 4)", 3), ("True + 1", 2)]
+
+
+@pytest.mark.parametrize(("text", "value"), VALUES)
+def test_arithmetic_of_config_files(tmp_path, text, value):
+    path = write(tmp_path, f"_n = {text}\nmax_steps = _n + 10\n")
+    assert parse([path], "").config.max_steps == value + 10
+
+
+@pytest.mark.parametrize("text", ["2 ** 65", "(2**63 + 1) ** 2", "2 ** -65", "'a' * 3", "1 % 2",
+                                  "not 1", "+1", "[1][0]", "{**{}}", "f'x'", "other", "'a' + 'b'"])
+def test_what_is_no_arithmetic_of_config_files(tmp_path, text):
+    path = write(tmp_path, f"\n_n = {text}\n")
+    with pytest.raises(UserError) as error:
+        parse([path], "")
+    assert str(error.value).startswith(f"{path}:2: ") and str(error.value).endswith(
+        " is not a literal, arithmetic, or a name assigned above; configs are parsed, not run")
+
+
+def test_literals_of_config_files(tmp_path):
+    path = write(tmp_path, "'''Doc.'''\n_a = 0.5\nsources = [1, ('x', _a), {'k': [_a]}]\n"
+                           "eval_sets = None\ntie_embeddings = True\n")
+    config = parse([path], "").config
+    assert config.sources == [1, ["x", 0.5], {"k": [0.5]}] and config.tie_embeddings is True
+    for text, says in (("max_steps = 1\nfoo = 2\n", ":2: unknown key foo"),
+                       ("max_steps += 1\n", ":1: only `key = value` lines are allowed; configs"),
+                       ("a.b = 1\n", ":1: only `key"), ("max_steps = warmup_steps = 1\n", ":1: o"),
+                       ("max_steps: int = 1\n", ":1: only"), ("1 + 1\n", ":1: only"),
+                       ("max_steps = 2\n\nlearning_rate = 'x'\n", ":3: learning_rate takes float"),
+                       ("_x = 1 / 0\n", ":1: division by zero"),
+                       (f"min_lr = {2**63}\n", f":1: min_lr takes float, not {2**63}"),
+                       (f"seed = -{2**63 + 1}\n", f":1: seed is {-2**63 - 1}, must fit in 64"),
+                       (f"seed = -{2**63}\n", f":1: seed is {-2**63}, must be at least 0"),
+                       ("_x = 10.0 ** 64 ** 2\n", ":1: '"), ("_x = 1e300 * 1e300\nmin_lr = _x",
+                                                             ":2: min_lr is inf, must be a fin")):
+        path = write(tmp_path, text)
+        with pytest.raises(UserError) as error:
+            parse([path], "")
+        assert str(error.value).startswith(f"{path}{says}"), str(error.value)
+
+
+def test_the_configs_that_could_be_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def said(word: str) -> str:
+        with pytest.raises(UserError) as error:
+            parse([word], "")
+        return str(error.value)
+
+    assert said("x.py") == "no config file x.py; there are: none here"
+    for number in range(14):
+        write(tmp_path, "", f"c{number:02}.py")
+    assert said("x.py") == "no config file x.py; there are: " + ", ".join(
+        f"c{number:02}.py" for number in range(12)) + "; did you mean c13.py?"
+    (tmp_path / "config").mkdir()
+    write(tmp_path / "config", "", "toy.py")
+    assert said("toi.py") == ("no config file toi.py; there are: config/toy.py; did you mean "
+                              "toy.py?")
+    assert said("config/zzzzzzzzzz.py").endswith("there are: config/toy.py")
+    assert said(f"{tmp_path}/toi.py").startswith(
+        f"no config file {tmp_path}/toi.py; there are: {tmp_path}/c00.py, ")
+    assert said("a.txt") == ("a.txt is not a config file, which ends in .py; options begin with --,"
+                             " text to prepare is named with --sources=a.txt")
+
+
+def test_help_of_flags_and_of_a_config(tmp_path, monkeypatch, capsys):
+    def shown(*words: str, **how) -> str:
+        with pytest.raises(SystemExit) as left:
+            parse(list(words), "Doc.", Own, **how)
+        assert left.value.code == 0
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "n_layer = 99\n", "c.py")
+    assert shown("-h", takes="files") == shown("--help", takes="files") == shown(
+        "c.py", "-h", takes="files")  # which is no config there
+    text = shown("-h", takes="files")
+    assert text.startswith("Doc.\n\noptions:\n") and text.count("\n  --") == 8
+    assert "n_layer" not in text
+    for words in (("c.py", "--help"), ("--help", "c.py"), ("--help", "--x.py", "c.py")):
+        assert "[c.py: 99]" in shown(*words)
+    assert "[c.py" not in shown("--help") and "--count=3" in shown("--help")
+    only = shown("--help", reads=("seed",))
+    assert "--seed=" in only and "n_layer" not in only and "--count=3" in only
+
+
+# ---- how commands end
+
+def left_with(call, *args) -> object:
+    with pytest.raises(SystemExit) as left:
+        command.run_command(call, *args)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return left.value.code
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (UserError("mend\n  it"), 2, "error: mend it\n"),
+    (settings.Incomplete("go on"), 1, "error: go on\n"),
+    (KeyboardInterrupt(), 1,
+     "error: interrupted; the same command goes on from what is complete\n"),
+    (MemoryError("no room"), 2,
+     "error: out of memory (no room); take a smaller model or batch\n"),
+    (BrokenPipeError(), 1, ""),
+    *((OSError(number, "Full", *where), 1,
+       f"error: Full: {(*where, 'while writing')[0]}; nothing that was complete is lost\n")
+      for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+      for where in ((), ("data/x",))),
+    (PermissionError(errno.EACCES, "Permission denied", "data"), 2,
+     "error: Permission denied: data; nothing that was complete is lost\n"),
+    (OSError(errno.ENXIO, "No such device"), 2,
+     "error: No such device: OSError; nothing that was complete is lost\n")])
+def test_each_end_has_its_code_and_its_line(capsys, error, code, said):
+    def main(word: str) -> int:
+        assert word == "word" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        raise error
+
+    assert left_with(main, "word") == code
+    assert capsys.readouterr().err == said
+
+
+def test_ends_without_a_message(capsys):
+    assert left_with(lambda: 75) == 75 and left_with(lambda: None) == 0 and left_with(int) == 0
+    seen = []
+    with pytest.raises(SystemExit):
+        command.run_command(lambda: seen.append(signal.getsignal(signal.SIGINT)))
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # it is done
+    with pytest.raises(SystemExit):  # one that was started with & stays so
+        command.run_command(lambda: seen.append(signal.getsignal(signal.SIGINT)))
+    assert seen == [signal.default_int_handler, signal.SIG_IGN]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def broken() -> None:
+        raise OSError("without a number")
+
+    with pytest.raises(OSError, match="without a number"):
+        command.run_command(broken)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def begins(monkeypatch):
+    """parse_arguments() of these words; nothing that it sets outlives the test."""
+    def call(*words: str, **how):
+        monkeypatch.setattr(sys, "argv", ["x.py", *words])
+        return command.parse_arguments("Doc.", Own, **how)
+
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield call
+    signal.signal(signal.SIGINT, before)
+
+
+def test_how_a_command_begins(begins, monkeypatch, capsys, tmp_path):
+    calm = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    found = begins("--count=5", takes="files")
+    assert found.flags.count == 5 and capsys.readouterr().out == ""
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # started with &
+    signal.signal(signal.SIGINT, calm)
+    assert (len(found.began), command.CommandLine(None, None, [], "", "", {}, {}).began) == (3, ())
+    begins()
+    assert capsys.readouterr().out == "no config named: taking config/llama100m.py\n"
+    begins(write(tmp_path, "n_layer = 1"))
+    assert capsys.readouterr().out == ""
+    ended = []
+    monkeypatch.setattr(command.os, "_exit", ended.append)
+    signal.getsignal(signal.SIGINT)(2, None)  # Ctrl-C while torch is loaded
+    assert ended == [1]
+    assert capsys.readouterr().err == f"error: {command.INTERRUPTED}\n"
+    with pytest.raises(SystemExit) as left:
+        begins("--count=1", takes="files")
+    assert left.value.code == 2 and capsys.readouterr().err.endswith("must be at least 2\n")
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as left:
+        begins(takes="files")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: numpy is not installed for {sys.executable}; first: . .venv/bin/activate (or, "
+        "once: python -m pip install -c constraints.txt -e .)\n")
+
+
+def test_streams_that_are_closed_lead_nowhere(begins, monkeypatch):
+    screen = sys.stdout
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    begins(takes="files")
+    assert sys.stdin.read() == "" and not sys.stdin.writable()
+    assert sys.stdout.writable() and sys.stderr.writable()
+    monkeypatch.setattr(sys, "stdout", screen)
+    begins(takes="files", outlives="it goes on")
+    assert sys.stdout.warning == "it goes on" and sys.stdout.stream is screen
+
+
+# ---- cores and quotas
+
+def test_quotas_to_the_core(tmp_path, monkeypatch):
+    assert machine.quota(tmp_path) == float("inf")
+    for text, found in (("max 100000", float("inf")), ("250000 100000", 2.5),
+                        ("0 100", float("inf")), ("1 100000", 1e-5), ("broken", float("inf"))):
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+        assert machine.quota(tmp_path) == found, text
+    monkeypatch.setattr(machine, "affinity", lambda: 8)
+    (own := tmp_path / "own").write_text("0::/\n")
+    for quota, found in ((250_000, 2), (299_999, 2), (50_000, 1), (900_000, 8)):
+        (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+        assert machine.cores(str(own), str(tmp_path)) == found
+    own.write_text("3:cpuset:/\n4:cpu:/a:b\n")
+    (tmp_path / "cpu/a:b").mkdir(parents=True)
+    (tmp_path / "cpu/a:b/cpu.max").write_text("300000 100000\n")
+    assert machine.cores(str(own), str(tmp_path)) == 3
+    own.write_text("3:cpuset,memory:/a:b\n")
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b/cpu.max").write_text("100000 100000\n")
+    assert machine.cores(str(own), str(tmp_path)) == 8
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "sched_getaffinity", {0: {1, 5, 6}}.get)  # of this process
+    assert machine.affinity() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 7)
+    assert machine.affinity() == 7
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: None)
+    assert machine.affinity() == 1
+
+
+def test_work_counts_busy_ticks(monkeypatch):
+    ticks = "cpu  100 20 30 4000 500 6 7 8 9 10\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: ticks)
+    monkeypatch.setattr(machine.time, "monotonic", lambda: 12.5)
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: {"SC_CLK_TCK": 50}[name])
+    monkeypatch.setattr(machine.os, "times", lambda: (1.0, 2.0, 4.0, 8.0, 99.0))
+    assert machine.work() == (12.5, (100 + 20 + 30 + 6 + 7 + 8) / 50, 15.0)
+    monkeypatch.setattr(machine.os.path, "exists", lambda path: False)
+    assert machine.work() == ()
+
+
+@pytest.mark.parametrize(("others", "threads", "says"), [
+    (2.0, 2, ""), (2.4, 2, ""), (2.5, 2, "OMP_NUM_THREADS=2"), (2.6, 2, "OMP_NUM_THREADS=1"),
+    (3.2, 2, "OMP_NUM_THREADS=1"), (3.25, 2, ""), (3.3, 2, "")])
+def test_how_many_cores_others_leave(monkeypatch, others, threads, says):
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine, "work", lambda: (110.0, 100.0 + 10 * others + 3.0, 5.0 + 3.0))
+    said = machine.crowded((100.0, 100.0, 5.0), threads)
+    if others <= 2.4:
+        assert said == ""
+    else:
+        fewer = f", or start again with {says}" if says else ""
+        assert said == (f"other processes keep {others:.1f} of 4 cores busy, and this run's "
+                        f"{threads} threads share them: it gets faster when they end{fewer}")
+
+
+@pytest.mark.parametrize(("cores", "given", "threads"), [(4, None, None), (3, None, "3"),
+                                                         (3, "9", "9"), (4, "9", "9")])
+def test_threads_are_as_many_as_a_quota_allows(monkeypatch, cores, given, threads):
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(machine, "affinity", lambda: 4)
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    machine.share_the_machine()
+    assert os.environ.get("OMP_NUM_THREADS") == threads

@@ -260,6 +260,292 @@ def test_collectives_have_less_time_after_the_first_step_and_more_in_a_save():
         dist.destroy_process_group()
 
 
+# ---- by the clock, which the test moves
+
+class Table:
+    """A store of one process."""
+
+    def __init__(self, **values: bytes):
+        self.values = {name.replace("_", " "): value for name, value in values.items()}
+        self.lost = False
+
+    def set(self, name: str, value: str) -> None:
+        if self.lost:
+            raise RuntimeError("the store is gone")
+        self.values[name] = value if isinstance(value, bytes) else value.encode()
+
+    def get(self, name: str) -> bytes:
+        return self.values[name]
+
+    def check(self, names: list[str]) -> bool:
+        return all(name in self.values for name in names)
+
+
+class Beats:
+    """An event that is set after so many waits."""
+
+    def __init__(self, count: int):
+        self.left, self.waited = count, []
+
+    def wait(self, seconds: float) -> bool:
+        self.waited.append(seconds)
+        self.left -= 1
+        return self.left < 0
+
+    def is_set(self) -> bool:
+        return self.left < 0
+
+
+@pytest.fixture
+def ended(monkeypatch) -> list:
+    """What end() of a Watch was told, and how long was slept."""
+    said: list = []
+    monkeypatch.setattr(watch.Watch, "end", lambda self, *words, **how: said.append(
+        (*words, *how.items())))
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: said.append(seconds))
+    return said
+
+
+def watching(rank: int, size: int, store: Table | None = None) -> watch.Watch:
+    """A Watch whose threads the test is."""
+    found = watch.Watch(None, rank, size)
+    found.store = store or Table()
+    return found
+
+
+def test_a_rank_is_lost_after_twenty_beats_without_a_new_sign(ended):
+    for rank in (0, 1):
+        ended.clear()
+        signs = watching(rank, 3, Table(sign_2=b"7 there, process 5"))
+        for _ in range(20):
+            signs.hear(2)  # the first of them is new
+        assert ended == []
+        signs.store.set("sign 2", "8 there, process 5")
+        for _ in range(20):
+            signs.hear(2)
+        assert ended == [] and signs.heard == {2: (b"8 there, process 5", 38.0)}
+        signs.hear(2)
+        reason = ("rank 2 (there, process 5) has given no sign of life for 40 s: it hangs or is "
+                  "cut off; the last checkpoint stands, the same command goes on from there")
+        assert ended == ([4.0, (reason,)] if rank == 0 else [(reason,)])
+        assert signs.store.check(["end"]) == (rank == 0)  # rank 0 tells the others
+    signs = watching(0, 2, Table(sign_1=b"done"))
+    ended.clear()
+    for _ in range(50):
+        signs.hear(1)
+    assert ended == []
+    never = watching(1, 2)
+    for _ in range(20):
+        never.hear(0)
+    assert ended[0][0].startswith("rank 0 (it never gave one) has given no sign of life for 40 s")
+
+
+def test_ranks_give_signs_and_listen(ended):
+    for rank, heard in ((0, [1, 2]), (1, [0]), (2, [0])):
+        signs = watching(rank, 3)
+        signs.over, listened = Beats(3), []
+        signs.hear = listened.append
+        signs.cut_off = 30.0
+        signs.talk()
+        assert signs.over.waited == [2.0] * 4 and listened == heard * 3
+        assert signs.store.values == {f"sign {rank}": f"2 {signs.name}".encode()}
+        assert signs.cut_off == 0
+    signs.store.set("end", "rank 1 is lost")
+    signs.over = Beats(1)
+    signs.talk()
+    assert ended == [("rank 1 is lost",)]
+    signs.over, signs.store.lost = Beats(5), True
+    signs.talk()  # the store is lost: nothing is raised, and nothing more tried
+    assert len(signs.over.waited) == 1
+
+
+def test_a_rank_that_cannot_reach_the_first_machine_leaves(ended):
+    signs = watching(1, 2)
+    signs.over = Beats(20)
+    signs.count()
+    assert signs.cut_off == 40.0 and ended == []
+    signs.over = Beats(1)
+    signs.count()
+    assert ended == [(f"rank 1 ({signs.name}) cannot reach the first machine for 40 s; the last "
+                      "checkpoint stands, the same command goes on from there",
+                      ("torchrun", True))]
+    assert (watch.ARRIVE, watch.FIRST_SUM, watch.BEAT, watch.SILENCE, watch.COPIES) == (
+        600, 180, 2, 40, 0.5)
+    assert (timedelta(minutes=30), timedelta(seconds=100)) == (watch.PATIENT, watch.BRISK)
+
+
+def test_a_rank_ends_once_with_a_farewell(monkeypatch):
+    said: list = []
+    monkeypatch.setattr(watch, "leave", lambda *words: said.append(words))
+    signs = watching(0, 2)
+
+    def farewell() -> None:
+        said.append("farewell")
+        raise OSError("the disk is gone too")
+
+    signs.farewell = farewell
+    signs.end("why")
+    signs.end("why", torchrun=True)
+    assert said == ["farewell", ("why", False), "farewell", ("why", True)]
+    signs.over.set()
+    signs.end("why")
+    assert len(said) == 4
+
+
+def test_the_last_words_of_a_rank():
+    class Thread:
+        """One that has ended, or hangs."""
+
+        def __init__(self, alive: bool):
+            self.alive, self.joined = alive, []
+
+        def join(self, timeout: float) -> None:
+            self.joined.append(timeout)
+
+        def is_alive(self) -> bool:
+            return self.alive
+
+    for alive, broken, words in (((False, False), "", {"sign 1": b"done"}),
+                                 ((False, False), "why", {"end": b"why"}),
+                                 ((True, False), "", {}), ((False, True), "why", {}), ((), "", {})):
+        signs = watching(1, 2)
+        signs.threads, signs.broken = [Thread(one) for one in alive], broken
+        signs.close()
+        assert signs.store.values == words and signs.over.is_set()
+        assert all(thread.joined == [5] for thread in signs.threads)
+        signs.store.lost = True
+        signs.close()  # nobody is left to be told
+
+
+def test_two_ranks_of_a_machine_say_why_they_leave(monkeypatch, capsys):
+    left: list = []
+    monkeypatch.setattr(watch.os, "_exit", lambda code: left.append(code))
+    monkeypatch.setattr(watch.os, "kill", lambda *what: left.append(what))
+    monkeypatch.setattr(watch.time, "sleep", left.append)
+    for rank, says in ((None, True), ("0", True), ("1", True), ("2", False), ("10", False)):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if rank:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        watch.leave("why")
+        assert capsys.readouterr().err == ("error: why\n" if says else "")
+    assert left == [1] * 5
+    left.clear()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    watch.leave("why", torchrun=True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    watch.leave("why", torchrun=False)
+    assert left == [1, 1]
+    watch.leave("why", torchrun=True)
+    assert left[2:] == [4.0, (os.getppid(), signal.SIGKILL), 1]
+
+
+def test_the_first_sum_is_that_of_all_ranks(monkeypatch):
+    said, asked, timers = [], [], []
+    monkeypatch.setattr(watch, "leave", said.append)
+    monkeypatch.setattr(watch, "meet", lambda store, rank, size: (store, rank, size))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: asked.append((url, timeout)) or
+                        iter([("s", 2, 4)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *how: asked.append(how))
+
+    class Timer(threading.Timer):
+        """Kept."""
+
+        def __init__(self, *how):
+            super().__init__(*how)
+            timers.append((self, how))
+
+    monkeypatch.setattr(watch.threading, "Timer", Timer)
+    for result, wrong in ((10.0, 0), (9.0, 1 << 20)):
+        monkeypatch.setattr(dist, "all_reduce", lambda parts, result=result: asked.append(
+            parts.unique().tolist()) or parts.fill_(result))
+        assert watch.join("gloo", "cpu") == ("s", 2, 4)
+        assert len(said) == bool(wrong)
+    assert said[0].startswith(f"the first sum over 4 ranks is wrong in {1 << 20} places; usual")
+    assert asked[:3] == [("env://", timedelta(seconds=600)),
+                         ("gloo", None, watch.PATIENT, 4, 2, ("s", 2, 4)), [3.0]]
+    timer, (seconds, call, [message]) = timers[0]
+    assert seconds == 180 and call == watch.leave
+    assert timer.daemon and timer.finished.is_set()  # and so it does not strike any more
+    assert message.startswith("the first sum over 4 ranks did not come within 180 s; usual cures")
+
+
+def test_the_time_limit_is_in_minutes(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    for minutes, at, asks in ((2, 1120, False), (2, 1120.1, True), (0, 1e18, False)):
+        now[0] = 1000.0
+        stop = watch.StopFlag(minutes)
+        now[0] = at
+        assert stop.asked() == asks
+        stop.close(False)
+        stop.close(False)  # a second time does nothing
+
+
+def test_signals_after_a_run_do_nothing_if_the_process_leaves():
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        watch.StopFlag(0).close(True)
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 3
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_first_signal_is_said_by_the_first_rank_and_a_copy_changes_nothing(monkeypatch, capfd,
+                                                                             rank):
+    now, left = [10.0], []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watch.os, "_exit", left.append)
+    stop = watch.StopFlag(0)
+    stop.outbox.send(bytes([signal.SIGUSR2]))  # somebody else's
+    stop.outbox.send(bytes([signal.SIGTERM]))
+    wait = threading.Event()
+    for _ in range(500):
+        if stop.asked():
+            break
+        wait.wait(0.01)
+    assert stop.signalled == 10.0
+    now[0] = 10.5
+    stop.outbox.send(bytes([signal.SIGTERM]))  # half a second later: a copy
+    stop.outbox.send(bytes([signal.SIGUSR2]))
+    wait.wait(0.1)
+    assert left == [] and stop.signalled == 10.0
+    now[0] = 10.6
+    stop.outbox.send(bytes([signal.SIGINT]))
+    for _ in range(500):
+        if left:
+            break
+        wait.wait(0.01)
+    stop.close(False)
+    assert left == [143]
+    assert capfd.readouterr().out == ("SIGTERM: asked to finish the step and save; a second signal "
+                                      "leaves at once\n" if rank == "0" else "")
+
+
+@pytest.mark.parametrize(("error", "size", "ends"), [
+    (RuntimeError("Gloo connection closed"), 2, True), (RuntimeError("gloo"), 1, False),
+    (dist.DistError("x"), 2, True), (dist.DistError("x"), 1, False),
+    (RuntimeError("other"), 2, False), (settings.UserError("gloo"), 2, False)])
+def test_who_leaves_because_of_another(monkeypatch, ended, error, size, ends):
+    closed = []
+    monkeypatch.setattr(watch.Watch, "close", lambda self: closed.append(self.broken))
+    with pytest.raises(type(error)), watch.guard(None, 1, size, 0, False) as (_, signs):
+        signs.farewell = None
+        raise error
+    go_on = "; the last checkpoint stands, the same command goes on from there"
+    assert closed == [f"rank 1: {error}" + go_on * isinstance(error, RuntimeError)]
+    assert ended == ([1, (f"rank 1: another rank has gone or hangs ({error}){go_on}",)]
+                     if ends else [])
+    assert signs.farewell() is None
+    long = RuntimeError("x" * 161)
+    with pytest.raises(RuntimeError), watch.guard(None, 1, 1, 0, False):
+        raise long
+    assert closed[-1] == f"rank 1: {'x' * 160}{go_on}"
+
+
 # ---- two jobs
 
 def test_a_second_job_on_a_run_is_refused(home, monkeypatch):

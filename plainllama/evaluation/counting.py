@@ -26,6 +26,7 @@ from plainllama.tokens.shards import Split, open_split
 from plainllama.tokens.tokenizer import Tokenizer
 
 RUN = 13  # words in a row that are no coincidence (https://arxiv.org/abs/2005.14165, appendix C)
+AT_ONCE = 1 << 24  # tokens of a shard that are counted together: each is 8 bytes then
 MOST = 1 << 23  # tokens that the 5-gram model counts: its table is in memory
 LOOK = 1 << 22  # tokens of the training data in which a validation split is looked for unasked
 
@@ -37,8 +38,8 @@ def unigram(split: Split, vocab_size: int) -> np.ndarray:
     counts = np.ones(vocab_size, np.int64)
     for i in range(len(split.names)):
         shard = split.shard(i)
-        for first in range(0, len(shard), 1 << 24):
-            counts += np.bincount(shard[first:first + (1 << 24)], minlength=vocab_size)
+        for first in range(0, len(shard), AT_ONCE):
+            counts += np.bincount(shard[first:first + AT_ONCE], minlength=vocab_size)
     return counts / counts.sum()
 
 
@@ -157,10 +158,10 @@ def documents(splits: list[Split], tokenizer: Tokenizer, world: World, most: int
     for split, i in shards[world.rank::world.size]:
         tokens = split.shard(i)
         for start, end in pairwise([*split.index(i).tolist(), len(tokens)]):
-            if progress.done >= total:
+            if progress.done >= most:  # of fewer all, also where a rank has the longer shards
                 break
             yield tokenizer.decode(tokens[start:end])
-            progress.add(world.size * (end - start))
+            progress.add(min(world.size * (end - start), total - progress.done))
     progress.close()
 
 
