@@ -223,7 +223,8 @@ def test_what_is_said_of_a_name():
             ("a.b.seed", ("seed",), "; here it is seed"),
             ("x.seed", (), "; it is a key of train.py"), ("seed", (), "; it is a key of train.py"),
             ("temprature", ("temperature",), "; did you mean temperature?"),
-            ("qqq", ("seed",), "; --help lists what there is"), ("lr", ("learning_rate",), "; here it is learning_rate"),
+            ("qqq", ("seed",), "; --help lists what there is"),
+            ("lr", ("learning_rate",), "; here it is learning_rate"),
             ("lr", (), "; here it is --learning_rate of train.py"),
             ("temp", (), "; here it is --temperature of sample.py"),
             ("optim", ("optimizer",), "; here it is optimizer (adamw | muon)")):
