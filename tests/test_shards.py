@@ -1,5 +1,6 @@
 """The token format and the batch stream."""
 
+import hashlib
 import json
 import shutil
 
@@ -7,9 +8,20 @@ import numpy as np
 import pytest
 from conftest import documents, write_data_set
 
-from plainllama.settings import UserError
+from plainllama.settings import Settings, UserError
 from plainllama.tokens import shards, tokenizer
-from plainllama.tokens.rows import PAD, DocumentRows, Rows, permute, training_rows
+from plainllama.tokens.rows import (
+    PAD,
+    DocumentRows,
+    FitRows,
+    Rows,
+    hash_of_data,
+    ids_of,
+    permute,
+    spread,
+    training_rows,
+    val_rows,
+)
 
 
 @pytest.fixture
@@ -77,6 +89,33 @@ def test_permutation_is_one(size):
     assert sorted(order) == list(range(size))
 
 
+def feistel(value: int, size: int, key: tuple) -> int:
+    """permute() of one position, written once more with Python's numbers."""
+    half = 0
+    while 4 ** half < size:
+        half += 1
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
+    while True:
+        left, right = divmod(value, 2 ** half)
+        for place in range(0, 32, 8):
+            mixed = right + int.from_bytes(digest[place:place + 8], "little")
+            mixed = mixed * 0x9E3779B97F4A7C15 % 2 ** 64
+            mixed = (mixed ^ mixed // 2 ** 29) * 0xBF58476D1CE4E5B9 % 2 ** 64
+            left, right = right, left ^ mixed // 2 ** 32 % 2 ** half
+        value = left * 2 ** half + right
+        if value < size:
+            return value
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 16, 17, 1000, 10 ** 12])
+def test_the_permutation_is_the_same_on_every_machine(size):
+    positions = np.arange(min(size, 40)) * (size // min(size, 40))
+    for key in ((7, 0), ((7, "set"), 3)):
+        order = permute(positions, size, key)
+        assert order.dtype == np.int64
+        assert order.tolist() == [feistel(at, size, key) for at in positions.tolist()]
+
+
 def test_permutation_shuffles_evenly():
     """Over many keys, each position goes everywhere about equally often."""
     hits = np.zeros((20, 20))
@@ -86,9 +125,94 @@ def test_permutation_shuffles_evenly():
     assert chi_square < 361 + 6 * (2 * 361) ** 0.5  # 19 x 19 degrees of freedom
 
 
-def test_no_row_can_be_made(folder):
+def test_no_row_can_be_made(folder, tmp_path):
+    split = shards.open_split(folder, "val")
     with pytest.raises(UserError, match="fewer than one row"):
-        Rows(shards.open_split(folder, "val"), 10_000, 0)
+        Rows(split, 10_000, 0)
+    with pytest.raises(UserError) as error:
+        Rows(split, split.tokens, 0)
+    assert str(error.value) == (
+        f"data set {folder}: its val split has {split.tokens} tokens, fewer than one row of "
+        f"block_size {split.tokens} + 1; prepare more text or lower block_size")
+    rows = Rows(split, split.tokens - 1, 0)
+    assert (rows.windows, rows.tail) == (1, 0)
+    assert Rows(split, (split.tokens - 2) // 2, 0).tail == 1 + split.tokens % 2
+    assert Rows(split, 7, 0, limit=10 ** 6).windows == (split.tokens - 1) // 7
+    write_data_set(tmp_path / "none", {"train": [], "val": [""]}, 0)
+    write_data_set(tmp_path / "one", {"train": [""], "val": [""]}, 1)
+    for kind, message in ((Rows, "has 0 tokens"), (DocumentRows, "no document of two tokens")):
+        with pytest.raises(UserError, match=message):
+            kind(shards.open_split(tmp_path / "none", "train"), 8, 0)
+    rows = DocumentRows(shards.open_split(tmp_path / "one", "val"), 8, 0)  # begin and end
+    assert rows.windows == 1 and rows.rows(0, 2)[:, :3].tolist() == [[256, 257, PAD]] * 2
+    assert DocumentRows(shards.open_split(folder, "train"), 16, 0, limit=3).windows == 3
+
+
+def test_what_a_run_sees_of_its_rows_is_said_and_counted(tmp_path):
+    for name, texts in (("a", ["x" * 41, "y" * 8]), ("b", ["z" * 30])):  # 53 and 32 tokens
+        write_data_set(tmp_path / name, {"train": texts, "val": texts}, 1)
+    split = shards.open_split(tmp_path / "a", "train")
+    rows = Rows(split, 10, 0)
+    assert rows.summary(12) == "5 rows of 10 tokens in a, 2 tokens left out; 2.40 epochs"
+    assert rows.targets(3, 7) == rows.tokens(3, 7) == 70
+    cut = DocumentRows(split, 10, 0)  # 43 and 10 tokens, in 5 and 1 windows
+    assert cut.summary(3) == "6 rows of 10 tokens in a, 0 tokens left out; 0.50 epochs"
+    assert cut.targets(0, 12) == 2 * (42 + 9) == cut.tokens(0, 12)
+    fit = FitRows(split, 10, 0)  # windows of 11, 11, 11, 11, 3 and 10
+    assert fit.summary(3) == ("6 rows of 10 tokens in a: 6 documents, 89.5% of the tokens learned, "
+                              "13.6% of the rows empty; 0.50 epochs")
+    assert (fit.targets(0, 6), fit.tokens(0, 6)) == (51, 57)
+    manifest = shards.read_manifest(tmp_path / "a")
+    for packing in ("concat", "fit"):
+        config = Settings(mixture={"a": 3, "b": 1}, block_size=10, seed=1, packing=packing)
+        mixed = training_rows(tmp_path / "a", manifest, config)
+        a, b = mixed.sets
+        assert mixed.rows_of(0, 0, 400) == (0, 300) and mixed.rows_of(1, 400, 800) == (100, 200)
+        assert mixed.tokens(0, 400) == a.tokens(0, 300) + b.tokens(0, 100)
+        assert mixed.targets(1200, 40) == a.targets(900, 30) + b.targets(300, 10)
+        assert mixed.summary(401) == (f"a mixture of 75.0% {a.summary(300)}, and 25.0% "
+                                      f"{b.summary(100)}")
+
+
+@pytest.mark.parametrize(("weights", "slots", "expected"), [
+    ([1, 1], 4, [0, 1, 0, 1]), ([1, 3], 4, [1, 0, 1, 1]), ([2, 1], 4, [0, 0, 1, 0]),
+    ([1, 1, 1], 4, [0, 1, 2, 0]), ([5], 3, [0, 0, 0])])
+def test_a_table_is_spread_evenly(weights, slots, expected):
+    assert spread(weights, slots).tolist() == expected
+
+
+def test_a_mixture_takes_a_thousandth_or_says_so(tmp_path):
+    assert np.bincount(spread([1, 999])).tolist() == [1, 999]
+    with pytest.raises(UserError) as error:
+        spread([1, 2999, 0.5])
+    assert str(error.value) == ("mixture: a weight of 0.5 beside 3000.5 in all is less than one in "
+                                "1000; leave it out or give it more")
+
+
+def test_rows_are_opened_as_the_config_says(folder, tmp_path):
+    manifest = shards.read_manifest(folder)
+    config = Settings(block_size=16, seed=3, packing="doc", overfit_rows=2)
+    rows = training_rows(folder, manifest, config)
+    assert type(rows) is DocumentRows and rows.windows == 2
+    assert (rows.split.split, rows.block_size, rows.seed) == ("train", 16, 3)
+    rows = val_rows(folder, manifest, 16)
+    assert type(rows) is Rows and (rows.split.split, rows.block_size, rows.seed) == ("val", 16, 0)
+    assert hash_of_data(folder, config) == (folder / "manifest.sha256").read_text().strip()
+    write_data_set(tmp_path / "b", {"train": ["b" * 40], "val": ["b"]}, 1)
+    config = Settings(mixture={"b": 1, "toy": 1}, packing="concat")
+    both = [(tmp_path / name / "manifest.sha256").read_text()[:64] for name in ("toy", "b", "toy")]
+    assert hash_of_data(folder, config) == hashlib.sha256("".join(both).encode()).hexdigest()
+    manifest["tokenizer"]["sha256"] = "another"
+    with pytest.raises(UserError, match=r"b has another tokenizer than .*toy; prepare it with"):
+        training_rows(folder, manifest, config)
+
+
+def test_ids_come_without_flags():
+    from plainllama.tokens.rows import BEGINS, CONTEXT
+
+    row = np.array([256 | CONTEXT | BEGINS, 7 | CONTEXT, 8, CONTEXT - 1, PAD, PAD])
+    assert ids_of(row).tolist() == [256, 7, 8, CONTEXT - 1] and ids_of(row).dtype == np.int64
+    assert ids_of(np.array([3, 65535], np.uint16)).tolist() == [3, 65535]
 
 
 def test_every_byte_is_verified(folder, tmp_path):
@@ -176,8 +300,6 @@ def test_rows_of_one_document_lose_nothing_and_share_nothing(folder, T):
 
 @pytest.mark.parametrize("packing", ["concat", "doc"])
 def test_mixture_is_exact_by_its_table(tmp_path, packing):
-    from plainllama.settings import Settings
-
     for name, n in (("a", 40), ("b", 15), ("c", 7)):
         write_data_set(tmp_path / name, {"train": [name + d for d in documents(n)],
                                          "val": documents(3)}, 3)
