@@ -392,8 +392,8 @@ class Batch(NamedTuple):
     ids: "Tensor"  # (R, T) int64
     targets: "Tensor"  # (R, T) int64: the id that follows, IGNORE where nothing is learned
     starts: "Tensor | None"  # (R, T) bool: a document begins; None if tokens look across documents
-    sparse: bool = False  # there is much that is not learned: places() are worth it
-    beside: "Tensor | None" = None  # (R, T) fp64: what is known of each document, where it starts
+    sparse: bool  # there is much that is not learned: places() are worth it
+    beside: "Tensor | None"  # (R, T) fp64: what is known of each document, where it starts
 
     def take(self, rows) -> "Batch":
         """Give some of the rows: a slice or a list of their numbers."""
