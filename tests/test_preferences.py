@@ -1,6 +1,8 @@
 """Pairs of answers from their records to the loss: what is kept, what is learned, and what DPO and
 ORPO make of it, beside formulas that share nothing with the program."""
 
+import hashlib
+import io
 import json
 import math
 import shutil
@@ -178,6 +180,16 @@ def test_the_embedded_pairs_are_pairs_and_held_out_ones_are_others():
         longer = np.mean([len(row["chosen"]) > len(row["rejected"]) for row in rows])
         assert 0.1 < longer < 0.9  # length alone does not tell them apart
     assert not {r["prompt"] for r in made["train"]} & {r["prompt"] for r in made["held_out"]}
+
+
+def test_the_embedded_pairs_are_the_same_everywhere():
+    embedded_preference.write_rows(file := io.BytesIO())
+    made = file.getvalue()
+    assert made.count(b"\n") == 2000
+    assert hashlib.sha256(made).hexdigest()[:16] == "69a22dd00dd37050"
+    for split, digest in (("train", "a54275c5c3543da5"), ("held_out", "fbc1f18205b2283c")):
+        drawn = json.dumps([*embedded_preference.pairs(split, 300, seed=7)])
+        assert hashlib.sha256(drawn.encode()).hexdigest()[:16] == digest
 
 
 # ---- a batch -> the loss

@@ -2,6 +2,7 @@
 of a byte-level tokenizer, where a text's ids are its bytes."""
 
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -18,7 +19,7 @@ from model import ModelConfig
 from plainllama.command import parse
 from plainllama.files import write_json
 from plainllama.settings import Settings, UserError, check_keys
-from plainllama.text import records
+from plainllama.text import embedded_chat, records
 from plainllama.text.documents import Tally, documents
 from plainllama.text.selection import DEDUP, choose_hold_out, placed
 from plainllama.text.sources import survey
@@ -487,3 +488,32 @@ def test_a_set_of_text_does_not_become_one_of_dialogs(tmp_path, monkeypatch):
     inside(tmp_path, monkeypatch, sources="a.txt")
     with pytest.raises(UserError, match="documents was 'text', is now 'chat'"):
         inside(tmp_path, monkeypatch, sources="a.jsonl", documents="chat")
+
+
+# ---- the generated dialogs
+
+def test_the_embedded_dialogs_are_the_same_everywhere():
+    """Reports name this set: whoever draws other dialogs has another set."""
+    embedded_chat.write_rows(file := io.BytesIO())
+    made = file.getvalue()
+    assert made.count(b"\n") == 8000
+    assert hashlib.sha256(made).hexdigest()[:16] == "b9932ebbe848ddca"
+    first = made.splitlines()[:300]
+    assert [json.dumps(row).encode() for row in embedded_chat.dialogs("train", 300)] == first
+    for split, digest in (("train", "bcdd33da5da222a0"), ("held_out", "cb0ecb7b492941a5")):
+        drawn = json.dumps([*embedded_chat.dialogs(split, 300, seed=7)])
+        assert hashlib.sha256(drawn.encode()).hexdigest()[:16] == digest
+    assert max(map(embedded_chat.size_of, map(json.loads, made.splitlines()))) == 500
+
+
+def test_the_size_of_a_dialog_is_that_of_its_parts():
+    call = {"name": "f", "arguments": {"x": "1"}}  # 37 characters of JSON
+    spoken = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]
+    tool = {"name": "f"}  # 13, and a line's end
+    size = embedded_chat.size_of
+    assert size({"messages": spoken, "tools": []}) == 5 + 4 + 24
+    assert size({"messages": spoken, "tools": [tool, tool]}) == 5 + 4 + 2 * 14 + 24
+    called = [spoken[0], {"role": "assistant", "content": "", "tool_calls": [call, call]},
+              {"role": "tool", "content": "4"}, spoken[1]]
+    assert size({"messages": called, "tools": [tool]}) == (
+        6 + 8 + 14 + 2 * (len(json.dumps(call)) + 26) + 24)

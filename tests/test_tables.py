@@ -7,6 +7,7 @@ import decimal
 import gzip
 import hashlib
 import html.parser
+import io
 import json
 import lzma
 import math
@@ -813,3 +814,19 @@ def test_the_planted_signal_lies_in_the_order(tmp_path):
     assert len(rows) == embedded_table.COUNT
     assert [int(row["leaves"]) for row in rows[:1000]] == labels.tolist()
     assert described("embedded:table") == [{"path": "embedded:table"}]
+
+
+def test_the_generated_clients_are_the_same_everywhere(tmp_path, monkeypatch):
+    made = [*embedded_table.clients(120, seed=1)]
+    monkeypatch.setattr(embedded_table, "clients", lambda: iter(made))
+    embedded_table.write_rows(file := io.BytesIO())
+    embedded_table.write_sums(str(tmp_path / "sums.csv"))
+    found = [file.getvalue(), (tmp_path / "sums.csv").read_bytes(), repr(made).encode()]
+    assert [hashlib.sha256(content).hexdigest()[:16] for content in found] == [
+        "454cceefec7f8ad7", "4bd05177f3cda766", "65005db4b9ca5ba2"]
+    with open(tmp_path / "sums.csv") as file:
+        rows = [*csv.DictReader(file)]
+    by_hand = [float(event[2]) for event in made[0][2] if event[2]]
+    assert float(rows[0]["sum"]) == pytest.approx(sum(by_hand))
+    assert float(rows[0]["greatest"]) == max(by_hand)
+    assert int(rows[0]["count"]) == len(made[0][2])
