@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -336,3 +337,192 @@ def test_the_hash_file_is_verified_to_its_last_byte(folder):
         assert shards.verify(folder)[0] == 1, change
         path.write_bytes(content)
     assert shards.verify(folder)[0] == 0
+
+
+# ---- the format, byte by byte
+
+@pytest.mark.parametrize(("vocab", "width"), [
+    (1, 2), (65535, 2), (65536, 2), (65537, 4), (1 << 20, 4)])
+def test_tokens_have_two_bytes_while_every_id_fits(vocab, width):
+    assert shards.token_dtype(vocab) == np.dtype(f"<u{width}")
+
+
+def test_files_are_what_the_format_says(tmp_path):
+    writer = shards.ShardWriter(tmp_path, "train-00000", np.dtype("<u4"))
+    for ids, learned in (([7, 1, 2], [0, 1, 1]), ([70000, 5], [0, 1]),
+                         ([3] * 5, [0, 0, 0, 0, 1])):
+        writer.add(np.array(ids), np.array(learned, bool))
+    assert {path.name for path in tmp_path.iterdir()} == {"train-00000.bin.tmp",
+                                                          "train-00000.idx.tmp"}
+    entries = writer.close()
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    ids = [7, 1, 2, 70000, 5, 3, 3, 3, 3, 3]
+    assert found == {
+        "train-00000.bin": b"plnllama" + struct.pack("<IIQ", 1, 4, 10) + bytes(40)
+        + struct.pack("<10I", *ids),
+        "train-00000.idx": struct.pack("<3Q", 0, 3, 5),
+        "train-00000.mask": bytes([0b00010110, 0b10]),
+        "train-00000.num": struct.pack("<3I", 2, 1, 1)}
+    assert entries == {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                       | ({"tokens": 10, "documents": 3, "largest_id": 70000}
+                          if name.endswith(".bin") else {}) for name, content in found.items()}
+
+
+def of_clients(folder, files=(("a", "b"), ("c",))):
+    """A data set of tables, of which each client's text is [its letter] * 3."""
+    write_data_set(folder, {"train": ["x"], "val": ["y"]}, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for i, names in enumerate(files):
+        writer = shards.ShardWriter(folder, f"train-{i:05}", np.dtype("<u2"))
+        for name in names:
+            writer.add(np.array([ord(name)] * 3), client=name)
+        manifest["files"] |= writer.close()
+    manifest["recipe"]["documents"] = "table"
+    shards.write_manifest(folder, {k: v for k, v in manifest.items() if k != "format"})
+    return folder
+
+
+def test_clients_are_told_by_the_files_beside_their_tokens(tmp_path):
+    folder = of_clients(tmp_path / "t")
+    assert json.loads((folder / "train-00000.ids").read_text()) == ["a", "b"]
+    assert not (folder / "train-00000.mask").exists() and not (folder / "val-00000.ids").exists()
+    split = shards.open_split(folder, "train")
+    assert split.clients() == ["a", "b", "c"]
+    assert (split.whole, split.masked, split.together, split.documents) == (True, False, 1, 3)
+    assert split.bounds().tolist() == [0, 3, 6, 9] and split.tokens == 9
+    assert split.read(0, 9).tolist() == [97] * 3 + [98] * 3 + [99] * 3
+    assert split.read(2, 4).tolist() == [97, 98] and split.read(5, 7).tolist() == [98, 99]
+    assert [split.file_of(token) for token in (0, 5, 6, 8)] == [0, 0, 1, 1]
+    assert shards.verify(folder) == (0, [])
+
+
+@pytest.mark.parametrize(("kind", "version", "about"), [
+    (None, 1, (False, False, 1)), ("text", 1, (False, False, 1)), ("chat", 2, (True, True, 1)),
+    ("preference", 2, (True, True, 2)), ("table", 3, (True, False, 1))])
+def test_the_format_of_a_manifest_is_that_of_its_documents(folder, kind, version, about):
+    manifest_with(folder, lambda m: m["recipe"].update({"documents": kind} if kind else {}))
+    manifest = shards.read_manifest(folder)
+    split = shards.Split(folder, "train", manifest)
+    assert manifest["format"] == version
+    assert (split.whole, split.masked, split.together) == about
+    assert shards.verify(folder) == (0, [])
+
+
+def test_masks_and_sources_are_those_of_each_file(tmp_path):
+    write_data_set(tmp_path / "m", {"train": ["x"], "val": ["y"]}, 1)
+    manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
+    masks = [[0, 1, 1], [0] * 7 + [1], [0, 0, 1, 0, 1, 1, 0, 1, 1]], [[0, 1] * 8, [0, 1]]
+    for i, own in enumerate(masks):
+        writer = shards.ShardWriter(tmp_path / "m", f"train-{i:05}", np.dtype("<u2"))
+        for mask in own:
+            writer.add(np.arange(len(mask)), np.array(mask, bool))
+        manifest["files"] |= writer.close()
+    manifest["recipe"]["documents"] = "chat"
+    manifest["source_of"] = {"train-00000.bin": 1, "train-00001.bin": 0}
+    shards.write_manifest(tmp_path / "m", {k: v for k, v in manifest.items() if k != "format"})
+    split = shards.open_split(tmp_path / "m", "train")
+    start = 0
+    for mask in [*masks[0], *masks[1]]:
+        assert split.read_mask(start, start + len(mask)).tolist() == list(map(bool, mask))
+        assert split.read_mask(start + 1, start + len(mask)).tolist() == list(map(bool, mask[1:]))
+        start += len(mask)
+    assert split.sources().tolist() == [1, 1, 1, 0, 0]
+    assert split.learned_counts().tolist() == [2, 1, 5, 8, 1]
+
+
+# ---- what is refused
+
+def test_each_way_in_which_a_folder_is_no_data_set_has_its_message(folder, tmp_path):
+    def message(of=folder):
+        with pytest.raises(UserError) as error:
+            shards.read_manifest(of)
+        return str(error.value)
+
+    path, original = folder / "manifest.json", (folder / "manifest.json").read_bytes()
+    assert message(tmp_path / "my set") == (
+        f"no data set {tmp_path / 'my set'}; make it with: python prepare.py CONFIG "
+        "--dataset='my set' (--sources=YOUR.txt for text of your own)")
+    for name in ("manifest.json", "manifest.sha256"):  # a link to nowhere, and a file
+        of = tmp_path / f"no-{name}"
+        of.symlink_to("nowhere") if name == "manifest.json" else of.touch()
+        assert message(of) == (f"{of} is a file or a link to nowhere, where a folder shall be; "
+                               "remove it or name another")
+    (tmp_path / "other").mkdir()
+    assert message(tmp_path / "other") == (
+        f"{tmp_path / 'other'} is not a data set: it has no manifest.json")
+    for name in ("x.bin", "y.tmp"):
+        (tmp_path / "other" / name).touch()
+        assert message(tmp_path / "other") == (
+            f"data set {tmp_path / 'other'} is unfinished (no manifest.json); run prepare.py again")
+        (tmp_path / "other" / name).unlink()
+    manifest = json.loads(original)
+    for version in (0, 4, None):
+        path.write_text(json.dumps(manifest | {"format": version}))
+        assert message() == (f"{path} has format {version}, this program reads 1 and 2 and 3; use "
+                             "the plainllama that wrote it, or prepare the data set again")
+    path.write_bytes(original + b" ")
+    assert message() == f"{path} does not match manifest.sha256: one of them is damaged"
+    path.write_bytes(original)
+    shutil.move(folder / "manifest.sha256", folder / "away")
+    assert message() == f"{path} does not match manifest.sha256: one of them is damaged"
+    shutil.move(folder / "away", folder / "manifest.sha256")
+    for change in (lambda m: m.update(files=[]), lambda m: m["splits"].pop("train"),
+                   lambda m: m["tokenizer"].pop("vocab_size"),
+                   lambda m: m["files"].update(x={"sha256": ""})):
+        manifest_with(folder, change)
+        assert "is not a plainllama manifest (" in message()
+        path.write_bytes(original)
+        manifest_with(folder, lambda m: None)
+    token_file = folder / "train-00001.bin"
+    size = token_file.stat().st_size
+    with open(token_file, "ab") as file:
+        file.write(b"x")
+    assert message() == (f"data set {folder}: train-00001.bin has {size + 1} bytes where the "
+                         f"manifest says {size}; prepare it again")
+    assert shards.verify(folder) == (1, [message()])
+    shutil.move(token_file, tmp_path / "away")
+    assert message() == f"data set {folder}: train-00001.bin is missing; prepare it again"
+    token_file.symlink_to(tmp_path / "away")
+    assert message() == f"{path} names 'train-00001.bin', which leaves the data set's folder"
+
+
+def test_verify_names_what_is_damaged_and_what_is_foreign(folder, tmp_path):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "sources.json"):
+        (folder / name).touch()  # what a system puts there, and what prepare.py notes
+    assert shards.verify(folder) == (0, [])
+    assert [path.name for path in shards.files_in(folder)] == sorted(
+        [*json.loads((folder / "manifest.json").read_text())["files"], "manifest.json",
+         "manifest.sha256", "sources.json"])
+    (folder / "more.txt").touch()
+    content = bytearray((folder / "val-00001.idx").read_bytes())
+    content[-1] ^= 1
+    (folder / "val-00001.idx").write_bytes(content)
+    assert shards.verify(folder) == (1, [
+        f"{folder / 'val-00001.idx'}: its sha256 is not the manifest's",
+        f"{folder / 'more.txt'}: not named by the manifest"])
+    assert shards.verify(tmp_path / "none")[0] == 2
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, b"P"), (8, b"\2"), (12, b"\3"), (16, b"\0\0")])
+def test_a_header_that_is_another_is_refused(folder, place, value):
+    split = shards.open_split(folder, "train")
+    content = bytearray((folder / "train-00000.bin").read_bytes())
+    content[place:place + len(value)] = value
+    (folder / "train-00000.bin").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        split.read(0, 1)
+    assert str(error.value) == (f"{folder / 'train-00000.bin'}: its header does not match the "
+                                "manifest; prepare it again")
+
+
+def test_an_id_beyond_the_tokenizer_is_refused(folder):
+    for largest, fits in ((257, True), (258, False)):
+        manifest_with(folder, lambda m, largest=largest: m["files"]["val-00001.bin"].update(
+            largest_id=largest))
+        if fits:
+            shards.open_split(folder, "val")
+            continue
+        with pytest.raises(UserError) as error:
+            shards.open_split(folder, "val")
+    assert str(error.value) == (f"{folder / 'val-00001.bin'} holds id 258 but the tokenizer has "
+                                "258 entries; prepare it again")
