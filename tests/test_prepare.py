@@ -28,10 +28,11 @@ from hub_stub import SHA, Hub
 import prepare
 from plainllama import command
 from plainllama.settings import Settings, UserError
-from plainllama.text import documents, records, sources
+from plainllama.text import documents, records, selection, sources, workers
 from plainllama.text.documents import Tally
 from plainllama.text.selection import choose_hold_out, placed
 from plainllama.text.sources import survey
+from plainllama.tokens import parts as parts_room
 from plainllama.tokens import shards, tokenizer
 
 pa = pytest.importorskip("pyarrow")
@@ -918,3 +919,406 @@ def test_what_follows_packed_data(ending, pack, tmp_path):
         path.write_bytes(pack(one) + tail)
         with pytest.raises(UserError, match=f"{ending} is damaged or cut short: .*replace it"):
             list(documents.documents(survey(str(path))[1], Tally()))
+
+
+# ---- what is held out, document by document
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def parts_with(folder, lines, name="a.jsonl"):
+    (folder / name).write_bytes(jsonl(lines))
+    return survey(str(folder / name))[1]
+
+
+def test_what_decides_a_split(tmp_path):
+    assert selection.text_hash("Привет") == hash_of("Привет")
+    assert selection.deciding_part("a text") == "a text" == selection.said("a text")
+    pair = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "m"},
+                         {"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "assistant", "content": "b"}], "tools": [{"name": "t"}]}
+    assert json.loads(selection.deciding_part(records.Dialog(json.dumps(pair)))) == [
+        pair["messages"][:3], [{"name": "t"}]]
+    alone = records.Dialog(json.dumps({"messages": pair["messages"]}))
+    assert selection.deciding_part(alone) == alone
+
+
+def test_the_bound_is_that_of_the_fraction_or_beside_the_nearest_document(tmp_path):
+    hashes = sorted(map(hash_of, LINES))
+    parts = parts_with(tmp_path, LINES)
+    assert choose_hold_out(parts, 0.1) == selection.HoldOut(bound=int(0.1 * 2**64))
+    assert choose_hold_out(parts, 0) == selection.HoldOut()
+    few = parts_with(tmp_path, LINES[:3])
+    low, _, high = sorted(map(hash_of, LINES[:3]))
+    assert low > int(1e-6 * 2**64)
+    assert choose_hold_out(few, 1e-6).bound == low + 1  # the nearest one, so that there is one
+    assert high < int((1 - 1e-9) * 2**64)
+    assert choose_hold_out(few, 1 - 1e-9).bound == high  # all but the furthest
+    assert choose_hold_out(few, (low + 1) / 2**64).bound >= low
+    assert hashes[0] < int(0.1 * 2**64) <= hashes[-1]
+
+
+def test_it_is_read_no_further_than_needed(tmp_path, monkeypatch):
+    """SCAN characters, and on until both splits have a document."""
+    read = []
+    lines = [str(i) * 10 for i in range(400)]
+    parts = parts_with(tmp_path, lines)
+    real = documents.documents
+    monkeypatch.setattr(selection, "documents",
+                        lambda *words: (read.append(text) or text for text in real(*words)))
+    for scan, fraction in ((100, 0.5), (100, 0.02), (10**6, 0.5)):
+        monkeypatch.setattr(selection, "SCAN", scan)
+        read.clear()
+        choose_hold_out(parts, fraction)
+        held = [hash_of(line) < int(fraction * 2**64) for line in lines]
+        settled = max(held.index(True), held.index(False)) + 1
+        sizes = np.cumsum([len(line) for line in lines])
+        enough = int(np.searchsorted(sizes, scan, "right")) + 1
+        assert len(read) == min(len(lines), max(settled, enough, 2))
+
+
+def test_one_document_is_cut_and_none_is_an_error(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(300))
+    parts = parts_with(tmp_path, [text])
+    assert choose_hold_out(parts, 0.25) == selection.HoldOut(fraction=0.25, long=0)
+    assert choose_hold_out(parts, 0) == selection.HoldOut()
+    with pytest.raises(UserError) as error:
+        choose_hold_out(parts, 0.25, whole=True)
+    assert str(error.value) == ("sources: a single dialog, pair or client is left, and validation "
+                                "needs another; give more")
+    with pytest.raises(UserError) as error:
+        choose_hold_out(parts_with(tmp_path, ["", ""], "b.jsonl"), 0.1)
+    assert str(error.value).startswith(
+        "sources: no document is left; dropped: 2 empty (first b.jsonl:1)")
+    with pytest.raises(UserError, match="needs another; give more; dropped: 1 empty"):
+        choose_hold_out(parts_with(tmp_path, ["", "x"], "b.jsonl"), 0.1, whole=True)
+    with pytest.raises(UserError, match=r"no document is left: there is no record in them$"):
+        choose_hold_out([], 0.1)
+    twice = parts_with(tmp_path, ["same", "same"], "c.jsonl")
+    assert choose_hold_out(twice, 0.25) == selection.HoldOut(fraction=0.25, long=0)
+
+
+@pytest.mark.parametrize(("sizes", "fraction", "long"), [
+    ([4096] * 3, 0.1, True), ([4095] * 3, 0.1, False), ([4096] * 63, 0.05, True),
+    ([4096] * 64, 0.05, False), ([9000] + [100] * 300, 0.1, True),
+    ([9000] + [100] * 1000, 0.1, False), ([9000] + [100] * 300, 0.05, False)])
+def test_ends_are_held_out_where_few_documents_are_most_of_the_text(sizes, fraction, long,
+                                                                    tmp_path):
+    """The last one: by their hashes nearly the fraction is held out."""
+    lines = [chr(0x4e00 + i) * size for i, size in enumerate(sizes)]
+    found = choose_hold_out(parts_with(tmp_path, lines), fraction)
+    assert found.long == (4096 if long else sys.maxsize)
+    assert found.fraction == (fraction if long else 0)
+
+
+def test_the_least_end_is_a_hundred_characters(tmp_path):
+    parts = parts_with(tmp_path, ["a" * 30000, "b" * 9000])
+    found = choose_hold_out(parts, 0.01)
+    assert (found.long, found.fraction) == (10000, 0.01)
+    assert [(split, len(text)) for split, text in placed(["c" * 10000, "d" * 9999], found)] == [
+        ("train", 9900), ("val", 100), ("train", 9999)]
+
+
+def test_where_a_document_is_cut():
+    def cut(texts, **how):
+        return [*placed(texts, selection.HoldOut(**how))]
+
+    line, word = "a" * 85 + "\n" + "b" * 14, "a" * 85 + " " + "b" * 14
+    assert cut([line], fraction=0.1, long=100) == [("train", line[:90]), ("val", line[90:])]
+    line, word = "a" * 88 + "\n" + "b" * 11, "a" * 88 + " " + "b" * 11
+    for text in (line, word):  # near: a fifth of the end before it
+        assert cut([text], fraction=0.1, long=100) == [("train", text[:89]), ("val", text[89:])]
+    both = "a" * 88 + "\n \n " + "b" * 8  # a line's end rather than a word's
+    assert cut([both], fraction=0.1, long=100) == [("train", both[:89]), ("val", both[89:])]
+    edge = "a" * 87 + "\n" + "b" * 12  # just too far
+    assert cut([edge], fraction=0.1, long=100) == [("train", edge[:90]), ("val", edge[90:])]
+    assert cut(["xy"], fraction=1.0, long=0) == [("val", "xy")]  # no empty text
+    assert cut(["abcd"] * 3, start=6) == [("train", "abcd"), ("train", "ab"), ("val", "cd"),
+                                          ("val", "abcd")]
+    low, high = sorted(["x", "y"], key=hash_of)
+    assert cut([low, high], bound=hash_of(high)) == [("val", low), ("train", high)]
+
+
+def test_rows_repeat_earlier_ones_by_the_keys_of_a_shard():
+    marks = np.array([[[5], [7], [5], [5], [9], [7]]], np.uint64)
+    shards_of = [selection.repeats(marks, selection.Shard(i, 3, 0)) for i in range(3)]
+    assert sum(found.astype(int) for found in shards_of).tolist() == [0, 0, 1, 1, 0, 1]
+    whole = selection.repeats(marks, selection.Shard(0, 1, 0))
+    assert whole.tolist() == [False, False, True, True, False, True]
+    # signatures: of 32 bands of four hashes half must be equal, and a band altogether
+    draw = np.random.default_rng(1)
+    first = draw.integers(0, 2**32, 128, dtype=np.uint32)
+    for equal, repeated in ((64, True), (63, False)):
+        other = first.copy()
+        other[equal:] += 1
+        marks = np.stack([first, other]).reshape(2, 32, 4).swapaxes(0, 1)
+        assert selection.repeats(marks, selection.Shard(0, 1, 0)).tolist() == [False, repeated]
+
+
+def test_some_that_agree_in_a_band_by_chance_may_stand_between():
+    draw = np.random.default_rng(1)
+    for between, found in ((2, True), (3, False)):
+        rows = draw.integers(0, 2**32, (between + 2, 128), dtype=np.uint32)
+        rows[:, :4] = rows[0, :4]  # all agree in the first band, the first and the last nowhere else
+        rows[-1] = np.where(np.arange(128) % 4 < 3, rows[0], rows[-1])
+        marks = rows.reshape(len(rows), 32, 4).swapaxes(0, 1)
+        repeated = selection.repeats(marks, selection.Shard(0, 1, 0))
+        assert repeated.tolist() == [False] * (between + 1) + [found]
+
+
+def test_marks_of_all_parts_lie_band_by_band(tmp_path):
+    (tmp_path / "work.tmp").mkdir()
+    kind = selection.DEDUP["near"]
+    marks = [np.arange(n * 128, dtype="<u4").reshape(n, 128) + 1000 * n for n in (3, 0, 2)]
+    for number, own in enumerate(marks):
+        assert selection.marks_of(tmp_path, number).name == f"marks-0000{number}.npy"
+        np.save(selection.marks_of(tmp_path, number), own)
+    path, sizes = selection.gather_marks(tmp_path, 3, kind)
+    assert sizes == [3, 0, 2] and path == tmp_path / "work.tmp/marks-5.bin"
+    whole = np.concatenate(marks)
+    found = np.fromfile(path, "<u4").reshape(32, 5, 4)
+    assert all(np.array_equal(found[band], whole[:, 4 * band:4 * band + 4]) for band in range(32))
+    assert (kind.rule, kind.width, kind.bands) == ("near duplicate", 128, 32)
+    exact = selection.DEDUP["exact"]
+    assert (exact.rule, exact.width, exact.bands) == ("duplicate", 1, 1)
+    assert exact.mark("a").tolist() == [hash_of("a")]
+
+
+def test_a_signature_is_of_runs_of_three_words():
+    rensa = pytest.importorskip("rensa")
+
+    def of(runs):
+        made = rensa.RMinHash(num_perm=128, seed=1)
+        made.update(runs)
+        return made.digest()
+
+    assert selection.signature("One two, THREE four!").tolist() == of(["one two three",
+                                                                        "two three four"])
+    assert selection.signature("One two").tolist() == of(["One two"])  # shorter: as it is
+    assert selection.signature("a b c").dtype == np.dtype("<u4")
+
+
+def test_near_duplicates_need_their_package(monkeypatch):
+    monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
+    selection.check_dedup("exact")
+    with pytest.raises(UserError, match="dedup=near needs the package rensa: "):
+        selection.check_dedup("near")
+    monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: name == "rensa")
+    selection.check_dedup("near")
+
+
+# ---- documents
+
+@pytest.mark.parametrize(("rules", "text", "says"), [
+    ({}, "", "empty"), ({}, "x", ""), ({"min_chars": 3}, "ab", "under 3 characters"),
+    ({"min_chars": 3}, "abc", ""), ({"max_chars": 3}, "abc", ""),
+    ({"max_chars": 3}, "abcd", "over 3 characters"), ({"max_chars": 0}, "abcd", ""),
+    ({"min_chars": 9}, records.Dropped("broken line"), "broken line")])
+def test_rules_name_what_they_drop(rules, text, says):
+    assert documents.Rules(**rules).broken_by(text) == says
+
+
+def test_what_is_noted_is_added_up_and_the_first_is_named():
+    tally, asked = Tally(), []
+    for place in "abc":
+        tally.note("rule", lambda place=place: asked.append(place) or place, 2)
+    tally.note("other", lambda: "d")
+    assert tally == {"rule": {"count": 6, "first": "a"}, "other": {"count": 1, "first": "d"}}
+    assert asked == ["a"] and tally.records == 0
+    tally.add({"rule": {"count": 5, "first": "z"}, "third": {"count": 1, "first": "y"}})
+    assert tally["rule"] == {"count": 11, "first": "a"} and tally["third"]["first"] == "y"
+
+
+def test_texts_are_cut_only_over_their_bound(monkeypatch):
+    monkeypatch.setattr(documents, "DOCUMENT", 16)
+    monkeypatch.setattr(records, "DOCUMENT", 16)
+    assert documents.cut_up("abc ") == ["abc "]
+    assert documents.cut_up("abcd efgh ijkl m") == ["abcd efgh ijkl m"]  # 16 bytes
+    assert documents.cut_up("abcd efgh ijkl mn") == ["abcd efgh ijkl", " mn"]
+    assert documents.cut_up("я" * 9) == ["я" * 8, "я"]
+    dialog = records.Dialog("x" * 100)
+    assert documents.cut_up(dialog) == [dialog]
+
+
+def test_beginnings_are_spread_evenly(tmp_path):
+    """`size` characters in all, of each part a share; everything if there is less."""
+    def of(*sizes):
+        found = []
+        for number, size in enumerate(sizes):
+            lines = [f"{number}{'x' * 99}"] * (size // 100)
+            (tmp_path / f"{number}.jsonl").write_bytes(jsonl(lines))
+            found.append(records.Piece(str(tmp_path / f"{number}.jsonl"), "", ".jsonl", "text",
+                                       size))
+        return [documents.Part([piece]) for piece in found]
+
+    def taken(parts, size):
+        return [text[0] for text in documents.beginnings(parts, size)]
+
+    parts = of(1000, 2000)
+    assert parts[0].size == 1000
+    assert taken(parts, 600) == ["0"] * 2 + ["1"] * 4
+    assert taken(parts, 610) == ["0"] * 3 + ["1"] * 5
+    assert taken(parts, 2999) == ["0"] * 10 + ["1"] * 20
+    assert taken(parts, 3000) == taken(parts, 10**6) == ["0"] * 10 + ["1"] * 20
+    assert taken([], 5) == []
+
+
+# ---- workers, and how far they are
+
+def overview(parts, counters):
+    parts = {number: Mock(size=size) for number, size in parts.items()}
+    made = workers.Overview(Path("data/x"), parts, counters)
+    made.began -= 8
+    return made
+
+
+def test_how_far_all_parts_are(capsys):
+    counters = [30, 8000, 50_000, 40_000, 10_000]
+    view = overview({0: 100_000, 1: 200_000}, counters)
+    view.update()
+    assert (view.done, view.total, view.unit, view.active) == (50, 300, "kB", True)
+    assert capsys.readouterr().out == ""
+    assert view.details(8) == (", 30 documents, 1,000 tokens/s, 0 of 2 parts, 8 s, slowest: part "
+                               "1, 5%")
+    view.waiting = {0}
+    assert view.details(4) == (", 30 documents, 2,000 tokens/s, 1 of 2 parts, 4 s, slowest: part "
+                               "0, 40%")
+    counters[3] = 0
+    assert view.details(4).endswith("1 of 2 parts, 4 s")  # it has not begun
+    counters[2] = 3_000_000  # packed files were larger than guessed: a tenth for what waits
+    view.update()
+    assert (view.done, view.total) == (3000, 3000 + 150)
+    view.waiting = set()
+    view.update()
+    assert (view.done, view.total) == (3000, 3000)
+    line = capsys.readouterr().out
+    assert line.startswith("data/x: 3,000 of 3,000 kB, ") and line.endswith("2 of 2 parts, 8 s\n")
+    assert workers.Overview(Path("y"), {3: Mock(size=0)}, [1, 1, 5, 0, 0, 0, 7]).details(
+        1).endswith("slowest: part 3, 700%")
+
+
+def test_what_workers_report_is_added_up():
+    import multiprocessing
+
+    counters, shown = multiprocessing.get_context("spawn").Array("q", 6), []
+    report = partial(workers.count_up, counters, lambda: shown.append(1))
+    report(2, 1, 10, 100)
+    report(0, 2, 20, 200)
+    report(2, 1, 10, 100)
+    assert list(counters) == [4, 40, 400, 200, 0, 200] and len(shown) == 3
+    told = []
+    there = workers.There("tools", told.append)
+    there.report(5, 1, 2, 3)
+    there.report(5, 1, 2, 3)
+    assert told == [[1, 2, 3], [2, 4, 6]]
+    made = workers.make_there(lambda worker, number, part: worker.report(number, part, 0, 1),
+                              "tools", 7, 9, told.append)
+    assert made == [9, 0, 1] == told[-1]
+
+
+def test_as_many_processes_as_are_asked_or_needed(monkeypatch):
+    monkeypatch.setattr(workers, "cores", lambda: 5)
+    assert [workers.Processes(most).count(jobs) for most, jobs in (
+        (0, 9), (0, 4), (3, 9), (3, 2), (1, 1))] == [5, 4, 3, 2, 1]
+    cluster = Mock(places=lambda jobs: jobs + 1)
+    assert workers.Nodes(cluster).count(3) == 4
+
+
+def test_one_process_makes_the_parts_in_their_order(tmp_path, capsys):
+    made = []
+
+    def make(worker, number, part):
+        made.append((worker.tools, number, part.size))
+        worker.report(number, 1, 2, part.size)
+
+    parts = {3: Mock(size=7000), 1: Mock(size=5000)}
+    workers.Processes(1).run(tmp_path, make, parts, loaded="tools")
+    assert made == [("tools", 3, 7000), ("tools", 1, 5000)]
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 1 and out[0].startswith(f"{tmp_path}: 12 of 12 kB, ")
+    assert ", 2 documents, " in out[0] and "2 of 2 parts" in out[0]
+
+
+def test_nodes_report_what_they_make_and_what_is_made_counts_once(tmp_path, capsys):
+    parts, seen = {0: Mock(size=4000), 2: Mock(size=6000)}, []
+
+    def each(make, jobs, load, show):
+        assert jobs is parts and make.func is workers.make_there
+        views = []
+        for reports, number in (({0: [1, 10, 1000]}, 0), ({2: [5, 50, 2000]}, 2)):
+            show(reports)
+            yield number, [n * 2 for n in reports[number]]
+            show({})
+            views.append(number)
+        seen.extend(views)
+
+    workers.Nodes(Mock(each=each)).run(tmp_path, None, parts)
+    assert seen == [0, 2]
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path}: 6 of 6 kB, ") and ", 12 documents, " in out
+    workers.Nodes(Mock(each=lambda make, jobs, load, show: show({}) or [])).run(
+        tmp_path, None, parts)
+
+
+# ---- parts
+
+@pytest.mark.parametrize(("sizes", "expected"), [
+    ([], [[]]), ([5], [[5]]), ([3, 4], [[3, 4]]), ([9], [[9]]), ([10], [[10], []]),
+    ([11, 1], [[11], [1]]), ([4, 6, 1], [[4, 6], [1]])])
+def test_documents_are_encoded_by_the_megabyte(sizes, expected, monkeypatch):
+    monkeypatch.setattr(parts_room, "BATCH", 10)
+    found = [*parts_room.batches(("train", "x" * size) for size in sizes)]
+    assert [[len(text) for _, text in batch] for batch in found] == expected
+
+
+def test_counts_of_parts_are_added_up_and_the_longest_stays():
+    none = parts_room.no_counts()
+    assert none == {split: {"documents": 0, "tokens": 0, "bytes": 0, "longest": 0}
+                    for split in ("train", "val")}
+    counts = none["train"]
+    for more in ({"tokens": 3, "longest": 3}, {"tokens": 9, "longest": 9},
+                 {"tokens": 5, "longest": 5, "learned": 2}):
+        parts_room.add_counts(counts, more)
+    assert counts == {"documents": 0, "tokens": 17, "bytes": 0, "longest": 9, "learned": 2}
+    assert none["val"]["tokens"] == 0
+
+
+def test_a_part_is_finished_when_its_files_are_whole(tmp_path):
+    (tmp_path / "work.tmp").mkdir()
+    assert parts_room.finished_part(tmp_path, 3) == {}
+    made = {"files": {"train-00003.bin": {"size": 4}, "train-00003.idx": {"size": 2}}}
+    (tmp_path / "work.tmp/part-00003.json").write_text(json.dumps(made))
+    for name, size, whole in (("train-00003.bin", 4, False), ("train-00003.idx", 2, True),
+                              ("train-00003.idx", 1, False), ("train-00003.idx", 3, False)):
+        (tmp_path / name).write_bytes(bytes(size))
+        assert parts_room.finished_part(tmp_path, 3) == (made if whole else {})
+
+
+@pytest.mark.parametrize(("tokens", "held", "keys", "says"), [
+    (64, 1, {}, "its train split has 64 tokens, fewer than one row of block_size 64 + 1; give more "
+     "text or lower block_size"), (65, 1, {}, ""), (65, 0, {}, ""), (64, 1, {"packing": "doc"}, ""),
+    (64, 0, {"packing": "fit", "documents": "chat"}, "no dialog is left in its val split; give "
+     "more, or a greater block_size"),
+    (64, 0, {"packing": "fit", "documents": "table"}, "no client is left in its val split; give "
+     "more, or a greater block_size"), (64, 1, {"packing": "fit", "documents": "table"}, "")])
+def test_what_a_set_lacks_is_said(tokens, held, keys, says):
+    config = Settings(**{"block_size": 64, "packing": "concat"} | keys)
+    splits = {"train": {"tokens": tokens, "documents": 1}, "val": {"tokens": 1, "documents": held}}
+    assert parts_room.what_is_lacking(config, splits) == says
+
+
+def test_rows_that_were_not_asked_for_may_be_dropped_up_to_a_share():
+    made = {"splits": {"train": {"documents": 6}, "val": {"documents": 1}}, "dropped": {
+        "duplicate": {"count": 9, "first": "a:1"}, "over max_tokens 3": {"count": 2, "first": "b"},
+        "unknown role": {"count": 2, "first": "a:7"}, "broken line": {"count": 1, "first": "a:9"}}}
+    manifest = {"recipe": {"sources": [{"path": "a.jsonl"}]}, "by_source": [made]}
+    assert parts_room.rows_in(made) == 21
+    parts_room.refuse_many_dropped(manifest, 3 / 21)
+    parts_room.refuse_many_dropped({"recipe": {"sources": [{"path": "a"}]}}, 0)
+    with pytest.raises(UserError) as error:
+        parts_room.refuse_many_dropped(manifest, 3 / 21 - 1e-9)
+    assert str(error.value) == (
+        "sources: 3 of 21 rows of a.jsonl are dropped: 2 unknown role (first a:7); 1 broken line "
+        "(first a:9); mend it by its converter, fields or block_size, or allow it with "
+        "--max_dropped=0.15")
