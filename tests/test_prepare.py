@@ -1060,8 +1060,8 @@ def test_some_that_agree_in_a_band_by_chance_may_stand_between():
     draw = np.random.default_rng(1)
     for between, found in ((2, True), (3, False)):
         rows = draw.integers(0, 2**32, (between + 2, 128), dtype=np.uint32)
-        rows[:, :4] = rows[0, :4]  # all agree in the first band, the first and the last nowhere else
-        rows[-1] = np.where(np.arange(128) % 4 < 3, rows[0], rows[-1])
+        rows[:, :4] = rows[0, :4]  # all agree in the first band; elsewhere none does
+        rows[-1] = np.where(np.arange(128) % 4 < 3, rows[0], rows[-1])  # but for three of four
         marks = rows.reshape(len(rows), 32, 4).swapaxes(0, 1)
         repeated = selection.repeats(marks, selection.Shard(0, 1, 0))
         assert repeated.tolist() == [False] * (between + 1) + [found]
@@ -1322,3 +1322,379 @@ def test_rows_that_were_not_asked_for_may_be_dropped_up_to_a_share():
         "sources: 3 of 21 rows of a.jsonl are dropped: 2 unknown role (first a:7); 1 broken line "
         "(first a:9); mend it by its converter, fields or block_size, or allow it with "
         "--max_dropped=0.15")
+
+
+# ---- sources
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ("a.txt", [{"path": "a.txt"}]), (["a", {"path": "b"}], [{"path": "a"}, {"path": "b"}]),
+    (("a",), [{"path": "a"}]), ({"path": "a", "max_documents": 1}, None),
+    ({"path": "a", "slice": ":"}, None), ({"path": "a", "slice": "3:17"}, None),
+    ({"path": "a", "weight": 1}, None), ({"path": "a", "weight": 0.1}, None),
+    ({"path": "a", "fields": {}}, None), ({"path": "a", "shuffle": False}, None)])
+def test_sources_are_read_as_dicts(given, expected):
+    found = sources.described(given)
+    assert found == (expected or [given]) and all(one is not given for one in found)
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ({"path": "a", "colum": "x"}, "{'path': 'a', 'colum': 'x'} has an unknown key 'colum'; did you "
+     "mean column?"),
+    *((bad, f"{bad!r} is not a path, glob, -, hf:NAME, embedded or {{'path': ..., 'column': ..., "
+       "'slice': '10:20', 'max_documents': 5}") for bad in (3, {"column": "x"}, {"path": ""})),
+    *(({"path": "a", "slice": bad}, f"slice of a is FROM:TO, not {bad!r}") for bad in (
+        "3", "a:b", "1:2:3", "-1:2", 5)),
+    *(({"path": "a", "max_documents": bad}, "max_documents of a takes a whole number above 0, "
+       f"not {bad!r}") for bad in (0, -1, 1.0, True, "5")),
+    *(({"path": "a", "weight": bad}, f"weight of a takes a number above 0, not {bad!r}") for bad
+      in (0, 0.0, -1.5, float("inf"), float("nan"), True, "1")),
+    ({"path": "a", "name": 3}, "name of a takes a text, not 3"),
+    ({"path": "a", "fields": []}, "fields of a takes a dict, not []"),
+    ({"path": "a", "columns": "x"}, "columns of a takes a list, not 'x'"),
+    ({"path": "a", "shuffle": 1}, "shuffle of a takes True or False, not 1")], ids=str)
+def test_sources_that_are_none_are_refused(given, says):
+    with pytest.raises(UserError) as error:
+        sources.described([given])
+    assert str(error.value) == f"sources: {says}"
+
+
+@pytest.mark.parametrize(("documents", "given", "says"), [
+    ("text", {"name": "x"}, "name of a is for documents='chat' and 'preference'"),
+    ("text", {"id": "x"}, "id of a is for documents='table'"),
+    ("chat", {"column": "x"}, "column of a has no effect on documents=chat"),
+    ("preference", {"id": "x"}, "id of a has no effect on documents=preference"),
+    ("table", {"slice": ":3"}, "slice of a has no effect on documents=table"),
+    ("table", {"system": "x"}, "system of a has no effect on documents=table"),
+    ("chat", {"train_on": "user"}, "train_on of a is assistant, last or all, not 'user'"),
+    ("chat", {"fields": {"x": "y"}}, "fields of a takes {our name: yours}, not 'x': 'y'; ours "),
+    ("chat", {"fields": {"messages": 3}}, "fields of a takes {our name: yours}, not 'messages': "),
+    ("chat", {"count": 1, "weight": 1.0}, "a has a count and a weight; give one")])
+def test_keys_of_sources_have_an_effect_or_are_refused(documents, given, says):
+    with pytest.raises(UserError) as error:
+        sources.check_sources([{"path": "a"} | given], documents)
+    assert str(error.value).startswith(f"sources: {says}")
+
+
+def test_keys_of_sources_that_go_together(tmp_path, capsys):
+    def check(*given, documents="chat"):
+        sources.check_sources([{"path": "a"} | one for one in given], documents)
+
+    for train_on in ("assistant", "last", "all"):
+        check({"train_on": train_on, "fields": {"messages": "m"}, "system": "s", "slice": ":3"})
+    check({"weight": 1}, {"weight": 2})
+    check({"count": 1}, {}, documents="preference")
+    check({"column": "x", "slice": ":3", "max_documents": 4}, documents="text")
+    with pytest.raises(UserError, match="give all of them a weight, or none; a count is for"):
+        check({"weight": 1}, {})
+    assert capsys.readouterr().out == ""
+    (tmp_path / "c.py").write_text("def f(record):\n    return record\n")
+    check({"converter": f"{tmp_path}/c.py:f", "fields": {"own": "theirs"}})
+    assert capsys.readouterr().out == f"sources: a: its rows go through {tmp_path}/c.py:f\n"
+    with pytest.raises(UserError, match="fields of a takes"):
+        check({"converter": f"{tmp_path}/c.py:f", "fields": {"own": 3}})
+
+
+def test_how_records_become_dialogs():
+    bare = sources.how_of({}, "last", "chat")
+    assert (bare.converter, bare.fields, bare.system, bare.train_on, bare.pairs) == (
+        "auto", (), "", "last", False)
+    full = sources.how_of({"converter": "rows", "fields": {"a": "b"}, "system": "s",
+                           "train_on": "all"}, "last", "preference")
+    assert (full.converter, full.fields, full.system, full.train_on, full.pairs) == (
+        "rows", (("a", "b"),), "s", "all", True)
+
+
+def piece(size, number=0):
+    return records.Piece(f"{number}", f"{number}", ".txt", "text", size)
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [
+    ([], [[]]), ([10], [[10]]), ([40 << 10] * 4, [[40 << 10]] * 4), ([32 << 10] * 5,
+     [[32 << 10] * 2] * 2 + [[32 << 10]]), ([(64 << 10) + 1, 1], [[(64 << 10) + 1], [1]]),
+    ([1, 64 << 10], [[1], [64 << 10]]), ([1, (64 << 10) - 1], [[1, (64 << 10) - 1]]),
+    ([50 << 10] * 24, [[50 << 10] * 2] * 12), ([1 << 20] * 2400, [[1 << 20] * 64] * 37 +
+     [[1 << 20] * 32])])
+def test_pieces_are_joined_to_parts(sizes, expected):
+    found = sources.parts_of([piece(size) for size in sizes])
+    assert [[one.size for one in part.pieces] for part in found] == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, "abcdefghi"), ({"slice": "2:"}, "cdefghi"), ({"slice": ":7"}, "abcdefg"),
+    ({"slice": "2:7"}, "cdefg"), ({"slice": "3:6"}, "def"), ({"slice": "4:4"}, ""),
+    ({"slice": "0:1"}, "a"), ({"slice": "8:"}, "i"), ({"slice": "9:"}, ""),
+    ({"max_documents": 1}, "a"), ({"max_documents": 3}, "abc"), ({"max_documents": 4}, "abcd"),
+    ({"slice": "2:7", "max_documents": 3}, "cde"), ({"slice": "2:4", "max_documents": 3}, "cd"),
+    ({"slice": "5:", "max_documents": 3}, "fgh")])
+def test_a_slice_is_of_all_files_of_a_source(given, expected, tmp_path):
+    for name, letters in (("1", "abc"), ("2", "def"), ("3", "ghi")):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(letters))
+    files = [records.Piece(str(path), path.name, ".jsonl", "text", path.stat().st_size)
+             for path in sorted(tmp_path.iterdir())]
+    taken = [*sources.pieces_of({"path": "x"} | given, files)]
+    assert "".join(documents.documents([documents.Part(taken)], Tally())) == expected
+    assert all(one.skip < one.take for one in taken)
+    if not given:
+        assert taken == [records.replace(one, stop=one.size) for one in files]
+
+
+def test_few_pieces_are_made_of_a_packed_file(tmp_path):
+    line = jsonl(["x" * 90])
+    (tmp_path / "0.jsonl.gz").write_bytes(gzip.compress(line * 900_000, 1))
+    size = (tmp_path / "0.jsonl.gz").stat().st_size * 3
+    file = records.Piece(str(tmp_path / "0.jsonl.gz"), "0.jsonl.gz", ".jsonl", "text", size)
+    for files, pieces in ((1, 4), (2, 4), (3, 2), (4, 2), (5, 1), (9, 1)):
+        found = [*sources.pieces_of({"path": "x"}, [file] * files)]
+        assert len(found) == files * pieces, files
+
+
+def test_what_a_file_is_told_by(tmp_path, monkeypatch):
+    def kind(name, source="x", how=None, content=b"x"):
+        (tmp_path / name).write_bytes(content)
+        made = sources.whole_file({"path": source}, name, tmp_path / name, how)
+        assert made.path == str(tmp_path / name) and made.label == name
+        assert made.column == "text" and made.how is how
+        return made.kind, made.size
+
+    assert kind("a.py", "embedded") == (".txt", 1) == kind("a.md") == kind("a.txt")
+    assert kind("a.jsonl.gz") == (".jsonl", 3) and kind("a.txt.xz") == (".txt", 4)
+    how = sources.how_of({}, "last", "chat")
+    for content, text, dialogs in ((b' \n{"a": 1}', ".jsonl", ".jsonl"), (b"[1]", ".txt", ".json")):
+        assert kind("in.csv", "-", None, content)[0] == text
+        assert kind("in.csv", "-", how, content)[0] == dialogs
+    assert kind("in.csv", "-", None, b"word {")[0] == ".txt"
+    assert kind("in.csv", "-", None, b" " * 65535 + b"{")[0] == ".jsonl"
+    assert kind("in.csv", "-", None, b" " * 65536 + b"{")[0] == ".txt"
+    with pytest.raises(UserError) as error:
+        kind("a.txt", how=how)
+    assert str(error.value) == (f"{tmp_path / 'a.txt'}: dialogs are rows of .jsonl, .json, "
+                                ".parquet, not plain text")
+    with pytest.raises(UserError, match="unknown kind of file"):
+        kind("a.exe")
+    assert sources.whole_file({"path": "x", "column": "c"}, "a.txt", tmp_path / "a.txt",
+                              None).column == "c"
+
+
+def test_what_is_read_twice_or_blank_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("a.txt", "a"), ("b.txt", " \n"), ("c.txt", "c")):
+        (tmp_path / name).write_text(content)
+    found, parts = survey(["*.txt", "a.txt"])
+    assert capsys.readouterr().out == (
+        "sources: *.txt: 1 of its files are blank: b.txt\n"
+        "sources: a.txt: 1 of its files belong to an earlier source too\n")
+    assert [one["path"] for one in found] == ["*.txt", "a.txt"]
+    assert [[one.label for one in part.pieces] for part in parts] == [
+        ["a.txt", "b.txt", "c.txt", "a.txt"]]
+    prints = found[0]["files"]
+    assert prints["a.txt"] == sources.content_hash(Path("a.txt"), {}) and len(prints) == 3
+    old = [{"files": dict.fromkeys(prints, "0" * 16)}, {"files": {}}]
+    older = survey(["*.txt", "a.txt"], old)[0]  # of an older data set
+    assert {len(one) for one in older[0]["files"].values()} == {16}
+    assert older[1]["files"] == {"a.txt": prints["a.txt"]}
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"^sources: b\.txt is empty$"):
+        survey("b.txt")
+    with pytest.raises(UserError) as error:
+        survey(["none.txt", "a.txt"])
+    assert str(error.value).endswith("; if 'none.txt,a.txt' is one name, write in a config file: "
+                                     "sources = ['none.txt,a.txt']")
+    with pytest.raises(UserError) as error:
+        survey(["none.txt"])
+    assert "is one name" not in str(error.value)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(LINES[:3]))
+    with pytest.raises(UserError, match=r"a\.jsonl has no record, or its slice and max_documents "):
+        survey({"path": "a.jsonl", "slice": "3:"})
+    survey("a.txt", seen=(seen := {}))
+    assert len(seen) == 1
+
+
+def test_parts_of_dialogs_are_of_one_source_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(b'{"prompt": "q", "response": "a"}\n')
+    found, parts = survey(["a.jsonl", "b.jsonl"], documents="chat", train_on="last")
+    assert [(part.source, [one.label for one in part.pieces]) for part in parts] == [
+        (0, ["a.jsonl"]), (1, ["b.jsonl"])]
+    assert [sorted(one) for one in found] == [["files", "path"]] * 2
+    assert {one.how.train_on for part in parts for one in part.pieces} == {"last"}
+    (tmp_path / "c.py").write_text("def f(record):\n    return record\n")
+    found, _ = survey({"path": "a.jsonl", "converter": "c.py:f"}, documents="chat",
+                      train_on="last")
+    assert found[0]["converter"] == hashlib.sha256((tmp_path / "c.py").read_bytes()).hexdigest()
+
+
+# ---- records
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("", [""]), ("x" * 16, ["x" * 16]), ("x" * 17, ["x" * 16, "x"]),
+    ("a" * 7 + " " + "b" * 9, ["a" * 7 + " " + "b" * 8, "b"]),
+    ("a" * 8 + " " + "b" * 8, ["a" * 8, " " + "b" * 8]),  # from the half on
+    ("a" * 15 + " b", ["a" * 15, " b"]), ("a" * 16 + " b", ["a" * 16, " b"]),
+    ("a b c d e f g h i j", ["a b c d e f g h", " i j"]),
+    ("a" * 15 + "я", ["a" * 15, "я"]), ("a" * 14 + "你b", ["a" * 14, "你b"]),
+    ("a" * 13 + "🎉", ["a" * 13, "🎉"]), ("a" * 12 + "🎉b", ["a" * 12 + "🎉", "b"]),
+    ("я" * 17, ["я" * 8, "я" * 8, "я"])])
+def test_a_text_is_cut_before_a_space_or_a_character(text, expected, monkeypatch):
+    monkeypatch.setattr(records, "DOCUMENT", 16)
+    found = [*records.chunks_of(io.BytesIO(text.encode()))]
+    assert [chunk.decode() for chunk in found] == expected
+
+
+@pytest.mark.parametrize(("name", "size", "few", "expected"), [
+    ("a.jsonl", 10, 4, [(0, 10, 10)]), ("a.jsonl", 0, 4, []),
+    ("a.jsonl", 65536, 4, [(0, 65536, 65536)]),
+    ("a.jsonl", 65537, 4, [(0, 65536, 65536), (65536, 1, 65537)]),
+    ("a.jsonl", 12 << 16, 1, [(i << 16, 1 << 16, (i + 1) << 16) for i in range(12)]),
+    ("a.jsonl", 24 << 16, 1, [(i << 17, 1 << 17, (i + 1) << 17) for i in range(12)]),
+    ("a.jsonl", 1 << 30, 1, [(i << 26, 1 << 26, (i + 1) << 26) for i in range(16)]),
+    ("a.jsonl.gz", 1 << 20, 4, [(i << 18, 1 << 18, (i + 1) << 18 if i < 3 else sys.maxsize)
+                                for i in range(4)]),
+    ("a.jsonl.xz", (1 << 20) + 1, 1, [(0, (1 << 20) + 1, sys.maxsize)]),
+    ("a.jsonl.zst", 1 << 20, 4, [(0, 1 << 20, sys.maxsize)])])
+def test_where_lines_are_cut_into_pieces(name, size, few, expected):
+    file = records.Piece(name, name, ".jsonl", "text", size)
+    assert [(one.start, one.size, one.stop) for one in records.line_pieces(file, few)] == expected
+
+
+def test_a_line_that_is_too_long_is_one_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "LINE", 20)
+    fits, over = b'{"text": "' + b"x" * 7 + b'"}\n', b'{"text": "' + b"x" * 8 + b'"}\n'
+    assert (len(fits), len(over)) == (20, 21)
+    content = over + fits + b"\n" + b"y" * 45 + b"\n" + fits + over
+    (tmp_path / "a.jsonl").write_bytes(content)
+    for start in (0, 1, 20, 21, 22, 41, 42, 43, 60, 87, 88, 89, 107, 108, 109):
+        piece = records.Piece(str(tmp_path / "a.jsonl"), "a", ".jsonl", "text", 0, start)
+        found = [(at, *texts) for at, texts in records.line_records(piece)]
+        wanted = [(0, "line over 0 MB"), (21, "xxxxxxx"), (42, "line over 0 MB"), (88, "xxxxxxx"),
+                  (108, "line over 0 MB")]
+        assert found == [one for one in wanted if one[0] >= start], start
+        stopped = records.replace(piece, start=0, stop=start)
+        found = [(at, *texts) for at, texts in records.line_records(stopped)]
+        assert found == [one for one in wanted if one[0] < start], start
+    places = [records.line_place(piece, at) for at in (0, 21, 42, 88, 108)]
+    assert places == [":1", ":2", ":4", ":5", ":6"]
+
+
+@pytest.mark.parametrize(("line", "text", "dropped"), [
+    (b'{"text": "a", "n": 1}', "a", False), (b'{"text": ""}', "", False),
+    (b'{"n": 1, "m": 2}', "no column 'text', only n, m", True), (b"{}", "no column 'text', only ",
+                                                                 True),
+    (b'{"text": 3}', "text is not a string", True), (b'{"text": null}', "text is not a string",
+                                                     True),
+    (b"[1]", "broken line", True), (b'{"text": "a"', "broken line", True), (b"{" * 9999,
+                                                                            "broken line", True),
+    (b'{"text": "\xff"}', "invalid utf-8", True), (b'{"text": "\\ud800"}', "invalid utf-8", True),
+    (b'{"text": "\\udfff"}', "invalid utf-8", True), (b'{"text": "\\ue000\\ud7ff"}', "\ue000\ud7ff",
+                                                    False),
+    (b'{"text": "\\ud83c\\udf89"}', "🎉", False)])
+def test_what_is_taken_of_a_line(line, text, dropped):
+    found = records.text_in(piece(1), False, line)
+    assert found == text and isinstance(found, records.Dropped) == dropped
+
+
+def test_a_byte_order_mark_begins_a_file_alone():
+    mark = b"\xef\xbb\xbf"
+    assert records.decoded(mark + b"a", True) == "a"
+    assert records.decoded(mark + b"a") == "\ufeffa" == records.decoded(mark * 2 + b"a", True)
+    assert records.text_in(piece(1), True, mark + b'{"text": "a"}') == "a"
+    assert records.text_in(piece(1), False, mark + b'{"text": "a"}') == "broken line"
+
+
+def test_a_dialog_of_the_greatest_size(monkeypatch):
+    how = sources.how_of({}, "last", "chat")
+    one = records.replace(piece(1), how=how)
+    record = {"prompt": "q", "response": "a"}
+    text = records.taken(one, record)
+    assert isinstance(text, records.Dialog) and text.left_out == 0
+    for size, fits in ((len(text), True), (len(text) - 1, False)):
+        monkeypatch.setattr(records, "DOCUMENT", size)
+        assert (records.taken(one, record) == text) == fits
+    found = records.taken(one, {"messages": [{"role": "narrator", "content": "x"}]})
+    assert (found, found.found) == ("unknown role", "'narrator'")
+
+
+@pytest.mark.parametrize(("name", "kind", "named"), [
+    ("a.txt", ".txt", ".txt"), ("A.TXT.GZ", ".txt", ".txt"), ("a.json.zst", ".json", ".json"),
+    ("a.jsonl.xz", ".jsonl", ".jsonl"), ("a.parquet", ".parquet", ".parquet"),
+    ("a.parquet.gz", "", ""), ("a.md", "", ".txt"), ("a.md.gz", "", ".txt"), ("a.mdx", "", ""),
+    ("a", "", ""), ("jsonl", "", ""), ("a.txt.bak", "", ""), ("a.csv.gz", "", "")])
+def test_kinds_are_told_by_names(name, kind, named):
+    assert (records.kind_of(name), records.kind_named(name)) == (kind, named)
+    assert records.kind_of("x/B.Csv.gz", [".csv"]) == ".csv"
+
+
+def test_how_files_are_unpacked(tmp_path):
+    for ending, growth, seekable in (("", 1, True), (".gz", 3, True), (".XZ", 4, True),
+                                     (".zst", 3, False)):
+        packing = records.packing_of(f"a.jsonl{ending}")
+        assert (packing.growth, packing.seekable) == (growth, seekable)
+    content = random.Random(1).randbytes(50_000)
+    half = 20_000
+    for ending, pack in ((".gz", gzip.compress), (".xz", lzma.compress)):
+        path = tmp_path / f"a{ending}"
+        for packed in (pack(content[:half]) + pack(content[half:]),
+                       pack(content[:half]) + bytes(9000) + pack(content[half:]) + bytes(3)):
+            path.write_bytes(packed)
+            with records.opened(str(path)) as file:
+                assert file.readable() and file.read(7) == content[:7]
+                assert file.read() == content[7:]
+        path.write_bytes(pack(content)[:-9])
+        with pytest.raises(UserError) as error, records.naming_damage(str(path)):
+            records.opened(str(path)).read()
+        assert str(error.value) == (f"{path} is damaged or cut short: its last packed stream does "
+                                    "not end; replace it")
+        path.write_bytes(b"")
+        assert records.opened(str(path)).read() == b""
+
+
+def test_blank_files_are_those_of_white_space(tmp_path):
+    for content, blank in ((b"", True), (b"\xef\xbb\xbf \t\r\n", True), (b" " * 9000 + b"x", False),
+                           (b"x" + b" " * 9000, False), (b"\0", False)):
+        (tmp_path / "a.txt").write_bytes(content)
+        assert records.is_blank(str(tmp_path / "a.txt")) == blank
+
+
+def test_row_groups_are_pieces_with_their_sizes(tmp_path):
+    lines = [str(i) * 50 for i in range(7)]
+    (tmp_path / "a.parquet").write_bytes(parquet(lines, rows=3))
+    file = records.Piece(str(tmp_path / "a.parquet"), "a", ".parquet", "text", 0)
+    meta = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    cuts = [*records.row_pieces(file, 4)]
+    assert [(one.start, one.size) for one in cuts] == [
+        (i, meta.row_group(i).column(1).total_uncompressed_size) for i in range(3)]
+    found = [(at, *texts) for one in cuts for at, texts in records.row_records(one)]
+    assert found == [*enumerate(lines)]
+    how = sources.how_of({}, "last", "chat")
+    cuts = [*records.row_pieces(records.replace(file, how=how), 4)]
+    assert [(one.start, one.size) for one in cuts] == [
+        (i, meta.row_group(i).total_byte_size) for i in range(3)]
+    places = [at for one in cuts for at, _ in records.row_records(one)]
+    assert places == [*range(7)] and records.KINDS[".parquet"].place(file, 3) == " row 4"
+    assert records.KINDS[".json"].place(file, 3) == " object 4"
+
+
+@pytest.mark.parametrize(("kind", "text"), [
+    (pa.string(), True), (pa.large_string(), True), (pa.binary(), True), (pa.int64(), False),
+    (pa.dictionary(pa.int32(), pa.string()), True), (pa.list_(pa.string()), False)])
+def test_columns_of_text_are_read_and_others_refused(kind, text, tmp_path):
+    values = pa.array([["x"]] if pa.types.is_list(kind) else [1] if kind == pa.int64() else ["x"])
+    pq.write_table(pa.table({"text": values.cast(kind) if not pa.types.is_dictionary(kind) else
+                             values.dictionary_encode()}), tmp_path / "a.parquet")
+    file = records.Piece(str(tmp_path / "a.parquet"), "a", ".parquet", "text", 0)
+    if text:
+        assert [*next(iter(records.row_records(*records.row_pieces(file, 1))))[1]] == ["x"]
+    else:
+        with pytest.raises(UserError, match=r"column 'text' is .*, not text$"):
+            [*records.row_pieces(file, 1)]
+
+
+def test_damage_names_the_file_and_the_system_names_its_own():
+    for raised, says in ((ValueError("x"), "a is damaged or cut short: x; replace it"),
+                         (EOFError("y"), "a is damaged or cut short: y; replace it"),
+                         (UnicodeDecodeError("utf-8", b"a", 0, 1, "z"), "a is no UTF-8 text: ")):
+        with pytest.raises(UserError) as error, records.naming_damage("a"):
+            raise raised
+        assert str(error.value).startswith(says)
+    with pytest.raises(FileNotFoundError), records.naming_damage("a"):
+        Path("nowhere/at/all").read_bytes()
