@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import html.parser
 import io
+import itertools
 import json
 import lzma
 import math
@@ -615,6 +616,185 @@ def test_bad_rows_are_counted_or_end_it(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=says):
             inside(tmp_path, monkeypatch, documents="table", sources=[source()], dataset="e",
                    **keys)
+
+
+# ---- what is planned, read and drawn, to the letter
+
+def test_settings_are_those_of_the_source():
+    assert settings_of(source()) == {
+        "version": 1, "formats": ["plain"], "time_format": "", "shuffle": False, "group": "",
+        "seed": 1, "columns": [
+            {"column": name, "decimals": None, "words": {}, "names": [name]}
+            for name in ("day", "what", "sum")]}
+    full = settings_of(source(
+        format=["json", "grouped"], group="what", shuffle=True, seed=7, time_format="%Y", columns=[
+            "what", {"column": "day", "name": ["when", "date"], "unit": "UTC"},
+            {"column": "sum", "name": "amount", "decimals": 0, "words": {5.0: "five"}}]))
+    assert full == {
+        "version": 1, "formats": ["json", "grouped"], "time_format": "%Y", "shuffle": True,
+        "group": "what", "seed": 7, "columns": [
+            {"column": "what", "decimals": None, "words": {}, "names": ["what"]},
+            {"column": "day", "decimals": None, "words": {}, "names": ["when (UTC)", "date (UTC)"]},
+            {"column": "sum", "decimals": 0, "words": {"5": "five"}, "names": ["amount"]}]}
+    unread = settings_of(source(time_format="%Y", columns=["sum"]))
+    assert unread["time_format"] == ""  # the time is not shown
+    for decimals in (0, 15):
+        assert settings_of(source(columns=[{"column": "sum", "decimals": decimals}]))
+    for wrong in ({"decimals": 16}, {"decimals": -1}, {"name": ""}, {"name": [""]}, {"name": [3]},
+                  {"name": []}, {"name": 3}):
+        with pytest.raises(UserError):
+            settings_of(source(columns=[{"column": "sum"} | wrong]))
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("9" * 18, int("9" * 18)), ("9" * 19, "9" * 19), ("-" + "9" * 17, -int("9" * 17)),
+    ("-" + "9" * 18, "-" + "9" * 18), ("1", 1), ("1.0", 1.0), ("", ""), ("-", "-")])
+def test_whole_numbers_have_at_most_eighteen_characters(text, value):
+    assert (tables.typed(text), type(tables.typed(text))) == (value, type(value))
+
+
+def test_equal_values_of_other_types_are_written_as_they_are():
+    assert rendered([[1], [1.0], [1]], ["a"], "plain").split("\n")[1:] == ["1", "1.0", "1"]
+
+
+@pytest.mark.parametrize(("head", "between"), [
+    ("a,b;c,d", ","), ("a;b", ";"), ("a\tb", "\t"), ("a|b", "|"), ("a", ","), ("a;b,c", ","),
+    ("a\nb;c;d", ",")])
+def test_the_first_line_tells_what_stands_between_cells(head, between):
+    assert tables.delimiter(head) == between
+
+
+def planned(tmp_path, size, **keys):
+    path = tmp_path / keys.pop("name", "t.csv")
+    path.write_bytes(b"x" * size)
+    own = source(**keys)
+    return reading.clients_pieces(own, {"files": "f"}, [("t.csv", path)], settings_of(own))
+
+
+@pytest.mark.parametrize(("size", "count"), [
+    (0, 1), (1, 1), (64 << 10, 1), ((64 << 10) + 1, 2), (12 << 16, 12), ((12 << 16) - 1, 12),
+    (24 << 16, 12), (8 << 20, 13)])
+def test_transactions_are_sorted_into_a_dozen_pieces_or_more(size, count, tmp_path, monkeypatch):
+    found = planned(tmp_path, size)
+    assert len(found) == count and [piece.start for piece in found] == [*range(count)]
+    assert {piece.size for piece in found} == {size // count}
+    origin = found[0].table
+    assert (origin.path, origin.id, origin.time, origin.pieces) == ("t.csv", "who", "day", count)
+    assert (origin.time_format, origin.decimal) == ("", "") and len(origin.name) == 16
+    assert origin.files == (("t.csv", str(tmp_path / "t.csv")),)
+    assert origin.read == ["who", "day", "day", "what", "sum"]
+    assert all((piece.kind, piece.label, piece.path) == ("table", "t.csv", "") for piece in found)
+    monkeypatch.setattr(reading, "PIECE", 1 << 10)
+    assert len(planned(tmp_path, size)) == max(1, math.ceil(size / 1024))
+
+
+def test_packed_tables_are_larger_than_their_files(tmp_path):
+    assert len(planned(tmp_path, 64 << 10, name="t.csv.gz")) == 3
+    assert planned(tmp_path, 0, decimal=",", time_format="%Y")[0].table.decimal == ","
+    named = planned(tmp_path, 0, columns=["sum", "who"])[0].table
+    assert named.read == ["who", "day", "sum", "who"]
+    untimed = planned(tmp_path, 0, name="t.parquet", time="", columns=["a", {"column": "a",
+                                                                          "name": "b"}])
+    assert untimed[0].table.read == ["who", "a"]
+
+
+def test_dates_of_a_csv_and_numbers_of_a_parquet_are_times_alike(tmp_path, monkeypatch):
+    """As time_format says: there is no first kind that the others must have."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("who,day,what,sum\n1,20240102,b,2\n1,20231231,a,1\n")
+    pq.write_table(reading_table({"who": [1], "day": [20240103], "what": ["c"], "sum": [3]}),
+                   tmp_path / "b.parquet")
+    [client] = clients(source(path="*", time_format="%Y%m%d"))
+    assert client.columns["sum"] == [1, 2, 3]
+    assert client.columns["day"] == ["20231231", "20240102", 20240103]
+
+
+def reading_table(columns):
+    import pyarrow
+
+    return pyarrow.table(columns)
+
+
+@pytest.mark.parametrize(("value", "form", "seconds"), [
+    (5, "", 5), (2.5, "", 2.5), (-1, "", -1), ("1970-01-01", "", 0), ("1970-01-02", "", 86400),
+    ("1969-12-31T23:59:59", "", -1), ("1970-01-01T01:00:00+01:00", "", 0), ("soon", "", None),
+    (None, "", None), ("1970", "%Y", 0), (1971, "%Y", 365 * 86400), (1971.0, "%Y", 365 * 86400),
+    (1971.5, "%Y", None), ("x", "%Y", None), ("01.02.1970", "%d.%m.%Y", 31 * 86400),
+    ("1970-01-01 00:00 +0100", "%Y-%m-%d %H:%M %z", -3600)])
+def test_a_time_orders(value, form, seconds):
+    assert reading.moment(value, form) == seconds
+
+
+@pytest.mark.parametrize(("value", "plain"), [
+    (None, None), (float("nan"), None), (float("inf"), "inf"), (-0.0, 0.0), (2.5, 2.5), ("a", "a"),
+    (7, 7), (2**63 - 1, 2**63 - 1), (2**63, str(2**63)), (-2**63, str(-2**63)),
+    (1 - 2**63, 1 - 2**63), (True, "true"), (False, "false"), (b"x", "x"),
+    (decimal.Decimal("1.50"), 1.5), (datetime.date(2024, 1, 2), "2024-01-02")], ids=repr)
+def test_values_of_a_parquet_are_plain(value, plain):
+    found = reading.plain(value)
+    assert (found, type(found)) == (plain, type(plain)) and str(found) == str(plain)
+
+
+@pytest.mark.parametrize(("cell", "comma", "value"), [
+    ("", False, None), ("NULL", True, None), (reading.MARK + "NULL", False, "NULL"),
+    ("1,5", True, 1.5),
+    ("1,5", False, "1,5"), ("1,5,2", True, "1,5,2"), ("a,5", True, "a,5"), ("-0,25", True, -0.25),
+    (reading.MARK + "7", False, 7), ("x", False, "x")])
+def test_cells_are_read(cell, comma, value):
+    assert reading.cell_of(cell, comma) == value
+    if not comma:
+        assert reading.text_of(cell) == (None if value is None else str(value))
+
+
+def test_arrays_become_transactions():
+    who = itertools.repeat("c")
+    assert [*reading.unfolded([who, [1, 2], ["a", None]])] == [["c", 1, "a"], ["c", 2, None]]
+    assert [*reading.unfolded([who, [1], ["a", "b"]])] == [
+        "a transaction of a client whose arrays differ in length"] * 2
+    assert [*reading.unfolded([who, [], []])] == ["a client without a transaction"]
+
+
+def test_the_newest_rows_are_kept_in_their_order(monkeypatch):
+    for most, kept, lost in ((2, [(1, "b"), (2, "a")], 2), (4, [(0, "c"), (1, "d"), (1, "b"),
+                                                               (2, "a")], 0), (9, None, 0)):
+        monkeypatch.setattr(reading, "NEWEST", most)
+        rows = [(2, "a"), (1, "d"), (0, "c"), (1, "b")]
+        assert reading.keep_newest(rows) == lost
+        assert rows == (kept or [(0, "c"), (1, "d"), (1, "b"), (2, "a")])
+
+
+def test_clients_of_a_piece_come_with_what_is_left_out_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "NEWEST", 2)
+    [piece] = planned(tmp_path, 0)
+    lines = [["b", 3, [3, "x", 1]], ["", "a rule", "t.csv:7"], ["a", 1, [1, "y", 2]],
+             *(["b", n, [n, "z", n]] for n in (9, 8, 7, 6, 5))]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    noted = []
+    found = [*reading.clients_in(piece.table, str(tmp_path / "p.jsonl"), lambda rule, where, count:
+                                 noted.append((rule, where(), count)))]
+    assert found == [Client("b", {"day": [8, 9], "what": ["z", "z"], "sum": [8, 9]}),
+                     Client("a", {"day": [1], "what": ["y"], "sum": [2]})]
+    assert noted == [("a rule", "t.csv:7", 1),
+                     ("transactions before a client's newest 2", "t.csv: client b", 4)]
+
+
+def test_where_a_csv_is_broken_is_said_by_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text, says in (('who,"day,what,sum\n1,2,a,3\n', "t.csv:1: unexpected end of data (to line "
+                        "2); mend the quotes of that row"),
+                       ('who,day,what,sum\n1,2,a,3\n1,2,"a"b,3\n', "t.csv:3: "),
+                       ('who,day,what,sum\n1,2,"a\nb",3\n1,2,"a\n1,3,b,4\n",5\n', "t.csv:4: a cell "
+                        "in quotes holds whole rows, such as '1,3,b,4'; close its quote, or double "
+                        "a quote that is text")):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(UserError) as error:
+            [*clients(source())]
+        assert str(error.value).startswith(says), text
+    (tmp_path / "t.csv").write_text('who,day,what,sum\n1,2,"a\nb",3\n\n1,2\n,2,a,3\n1,2,a,3\n')
+    rows = [*reading.transactions(survey(source(), documents="table")[1][0].pieces[0].table)]
+    assert rows == [("1", [2, [2, "a\nb", 3]]),
+                    ("", ["a row with more or fewer cells than the first line", "t.csv:5"]),
+                    ("", ["a transaction without who", "t.csv:6"]), ("1", [2, [2, "a", 3]])]
 
 
 # ---- a data set
