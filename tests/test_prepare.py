@@ -1159,6 +1159,10 @@ def test_beginnings_are_spread_evenly(tmp_path):
     assert parts[0].size == 1000
     assert taken(parts, 600) == ["0"] * 2 + ["1"] * 4
     assert taken(parts, 610) == ["0"] * 3 + ["1"] * 5
+    assert taken(parts, 603) == ["0"] * 3 + ["1"] * 5  # 201 and 402 characters
+    small = [documents.Part([records.replace(part.pieces[0], size=150)]) for part in parts[:1]]
+    assert small[0].size == 150 and taken(small, 150) == taken(small, 200) == ["0"] * 10
+    assert taken(small, 149) == ["0"] * 2  # of a packed file, whose size is a guess
     assert taken(parts, 2999) == ["0"] * 10 + ["1"] * 20
     assert taken(parts, 3000) == taken(parts, 10**6) == ["0"] * 10 + ["1"] * 20
     assert taken([], 5) == []
@@ -1240,7 +1244,8 @@ def test_one_process_makes_the_parts_in_their_order(tmp_path, capsys):
     assert ", 2 documents, " in out[0] and "2 of 2 parts" in out[0]
 
 
-def test_nodes_report_what_they_make_and_what_is_made_counts_once(tmp_path, capsys):
+def test_nodes_report_what_they_make_and_what_is_made_counts_once(tmp_path, capsys,
+                                                                  monkeypatch):
     parts, seen = {0: Mock(size=4000), 2: Mock(size=6000)}, []
 
     def each(make, jobs, load, show):
@@ -1253,12 +1258,23 @@ def test_nodes_report_what_they_make_and_what_is_made_counts_once(tmp_path, caps
             views.append(number)
         seen.extend(views)
 
+    class Spied(workers.Overview):
+        def update(self):
+            views.append((list(self.counters), sorted(self.waiting)))
+            super().update()
+
+    views: list = []
+    monkeypatch.setattr(workers, "Overview", Spied)
     workers.Nodes(Mock(each=each)).run(tmp_path, None, parts)
-    assert seen == [0, 2]
+    assert seen == [0, 2] and views == [
+        ([1, 10, 1000, 1000, 0, 0], [0, 2]), ([2, 20, 2000, 2000, 0, 0], [2]),
+        ([7, 70, 4000, 2000, 0, 2000], [2]), ([12, 120, 6000, 2000, 0, 4000], [])]
     out = capsys.readouterr().out
     assert out.startswith(f"{tmp_path}: 6 of 6 kB, ") and ", 12 documents, " in out
+    views.clear()
     workers.Nodes(Mock(each=lambda make, jobs, load, show: show({}) or [])).run(
         tmp_path, None, parts)
+    assert views == [([0] * 6, [0, 2])]
 
 
 # ---- parts

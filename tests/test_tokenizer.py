@@ -872,3 +872,63 @@ def test_steps_are_written_as_tokenizers_reads_them():
     hidden = [vocabulary.BYTES[chr(256 + n)] for n in (32, 33, 34, 66, 67)]
     assert hidden == [32, 127, 128, 160, 173]
     assert all(vocabulary.BYTES[chr(n)] == n for n in (33, 126, 161, 172, 174, 255))
+
+
+def test_characters_without_a_piece_are_written_by_their_bytes():
+    """Ranks of one id and of several come together, as `tokenizers` gives them."""
+    tok = tokenizer.Tokenizer(*tokenizer_json.complete(sentencepiece_like(), "x"))
+    assert tok.engine == "tiktoken"
+    for text in ("ab", "a日b", "日本", "éa", "🎉", "ab ab日 é本🎉b", "本" * 9):
+        assert tok.encode(text) == tok._ids([text])[0], text
+    ids = {piece: i for i, piece in enumerate(sentencepiece_like()["model"]["vocab"])}
+    assert tok.encode("b日本") == [ids[piece] for piece in (
+        "▁", "b", "<0xE6>", "<0x97>", "<0xA5>", "本")]
+
+
+def sentencepiece_like() -> dict:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b",
+              "本", "ab", "▁ab"]
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+             "vocab": {piece: i for i, piece in enumerate(pieces)},
+             "merges": [["a", "b"], ["▁", "ab"]]}
+    decoder = {"type": "Sequence", "decoders": [
+        vocabulary.replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    return vocabulary.layout(
+        model, None, decoder, [vocabulary.special(piece, i) for i, piece in enumerate(pieces[:3])],
+        {"type": "Sequence", "normalizers": fast_bpe.SENTENCEPIECE})
+
+
+def test_tiktoken_stands_for_those_alone_that_it_can():
+    def engine(**changes):
+        spec = sentencepiece_like()
+        for name, value in changes.items():
+            if name in ("added", "pre_tokenizer", "normalizer"):
+                spec["added_tokens" if name == "added" else name] = value
+            else:
+                spec["model"][name] = value
+        return tokenizer.Tokenizer(*tokenizer_json.complete(spec, "x")).engine
+
+    added = sentencepiece_like()["added_tokens"]
+    assert engine() == engine(pre_tokenizer=vocabulary.SPACES) == "tiktoken"
+    assert engine(merges=["a b", "▁ ab"]) == "tiktoken"  # as texts
+    assert engine(ignore_merges=True) == "tokenizers"
+    assert engine(added=[*added, vocabulary.special("x", 300) | {"special": False}]) == "tokenizers"
+    assert engine(pre_tokenizer={"type": "Whitespace"}) == "tokenizers"
+    assert engine(merges=[["a", "b"], ["▁", "ab"], ["a", "b"]]) == "tokenizers"
+    assert engine(normalizer={"type": "Prepend", "prepend": "▁"}) == "tokenizers"
+    twice = [["a", "b"], ["a", "b"], ["▁", "ab"]]  # in a row it counts once
+    assert fast_bpe.make_fast_encoder(
+        sentencepiece_like() | {"model": sentencepiece_like()["model"] | {"merges": twice}},
+        tokenizer.Tokenizer(*tokenizer_json.complete(sentencepiece_like(), "x"))._tokenizers.model,
+        np.dtype("<u2"))
+
+
+def test_a_bpe_is_trained_in_silence_to_its_size(capfd):
+    for size in (300, 301):
+        spec = vocabulary.train(size, PROSE)
+        assert len(spec["model"]["vocab"]) == size - 2
+        assert spec["pre_tokenizer"] == vocabulary.cut_like(vocabulary.SPLIT)
+    found = capfd.readouterr()
+    assert (found.out, found.err) == ("", "")
+    assert len(vocabulary.train(999, ["\ud800"])["model"]["vocab"]) < 300
