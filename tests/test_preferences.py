@@ -118,6 +118,44 @@ def test_what_is_no_pair_is_refused_by_name(record, says):
         paired(record, PAIRS)
 
 
+def test_transcripts_and_sides_are_read_as_they_stand():
+    from plainllama.text import pairs
+
+    assert pairs.said_in("\n\nHuman: a \n\nAssistant: b\n\nHuman: c\n\nAssistant:") == [
+        *said("a", "b", "c"), {"role": "assistant", "content": ""}]
+    assert pairs.said_in("\n\nHuman: a\n\nAssistant:", "user") == said("a")
+    assert pairs.said_in("\n\nHuman: a\n\nAssistant: b", "user") == said("a", "b")
+    for text in ("x\n\nHuman: a", "plain", ""):  # something stands before the first speaker
+        assert pairs.said_in(text) == [{"role": "assistant", "content": text}]
+        assert pairs.said_in(text, "user") == [{"role": "user", "content": text}]
+    assert pairs.said_in(" \n\nHuman: a") == said("a")
+    assert pairs.said_in({"from": "x"}) == [{"from": "x"}]
+    assert pairs.prompt_of({"instruction": "Add.", "input": "2"}) == said("Add.\n\n2")
+    assert pairs.prompt_of({}) == [] == pairs.prompt_of({"prompt": "", "instruction": ""})
+    for bad in (3, None, [], [3], ["a"], {"x": 1}):
+        with pytest.raises(Refused, match="a side is not a text, a message or a list of messages"):
+            pairs.said_in(bad)
+
+
+def test_what_is_cut_of_both_sides_is_added_up():
+    late = {"role": "user", "content": "Thanks."}
+    record = {"chosen": [*said("Why?", "So."), late], "rejected": [*said("Why?", "No."), late,
+                                                                  late]}
+    made, cut = paired(record, PAIRS)
+    assert cut == 3 and json.loads(made)["rejected"] == said("", "No.")[1:]
+    tools = [{"name": "f", "description": "", "parameters": {}}]
+    made, _ = paired({"prompt": "Why?", "chosen": "So.", "rejected": "No.", "tools": tools,
+                      "system": "Be."}, PAIRS)
+    assert json.loads(made)["messages"][0] == {"role": "system", "content": "Be."}
+    assert json.loads(made)["tools"][0]["name"] == "f"
+    turns = said("a", "b", "c")  # what was said before is learned of neither side
+    made, _ = paired({"chosen": [*turns, *said("", "d")[1:]],
+                      "rejected": [*turns, *said("", "e")[1:]]}, PAIRS)
+    whole = said("a", "b", "c", "d")
+    whole[1]["learn"] = False
+    assert json.loads(made)["messages"] == whole
+
+
 def pair_of(rng, words, size=6):
     """A pair of short random texts with a prompt of one or two turns."""
     prompt = said(*(" ".join(rng.choice(words, 3)) for _ in range(rng.choice([1, 3]))))

@@ -30,11 +30,13 @@ import prepare
 from plainllama.settings import UserError
 from plainllama.text import clients as reading
 from plainllama.text import embedded_table, tables
+from plainllama.text.documents import Part, Tally
 from plainllama.text.sources import clients, described, survey
 from plainllama.text.tables import FORMATS, Client, Renderer, hash_of, settings_of
 from plainllama.tokens import shards
+from plainllama.tokens.newest import TableEncoder
 from plainllama.tokens.rows import FitRows, val_rows
-from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 
 HOSTILE = ["NaN", "nan", "NULL", "null", "", " ", "007", "-5", "1e5", "12", "1.50", "a, b",
            "a|b", "# x", "### y", '"', 'say "no"', "it's", "<td>&amp;</td>", "a\nb", "\r", "\t",
@@ -795,6 +797,34 @@ def test_where_a_csv_is_broken_is_said_by_lines(tmp_path, monkeypatch):
     assert rows == [("1", [2, [2, "a\nb", 3]]),
                     ("", ["a row with more or fewer cells than the first line", "t.csv:5"]),
                     ("", ["a transaction without who", "t.csv:6"]), ("1", [2, [2, "a", 3]])]
+
+
+def test_of_a_client_the_most_transactions_that_fit_are_kept():
+    """Beside a search through all numbers of them."""
+    words = make_tokenizer("bytes")
+    draw = random.Random(3)
+    renderer = Renderer(settings_of(source(columns=["what"])))
+    for count in (1, 2, 3, 7, 30):
+        client = Client("c", {"what": ["x" * draw.randint(1, 30) for _ in range(count)]})
+        texts = [renderer.text(client, n) for n in range(1, count + 1)]
+        sizes = [len(text) + 2 for text in texts]
+        for room in {min(sizes) - 1, *(size + more for size in sizes for more in (-1, 0, 1)), 999}:
+            table = tables.Table(renderer.text(client))
+            table.client, table.renderer, table.kept = client, renderer, table
+            table.where = "t.csv: client c".format
+            dropped, cut = Tally(), Tally()
+            [found] = TableEncoder(room)(words, [table], Part([]), dropped, cut)
+            most = sum(size <= room for size in sizes)
+            if not most:
+                assert (found, cut) == ([], {}) and dropped == {
+                    f"a transaction alone longer than block_size {room - 1}": {
+                        "count": 1, "first": "t.csv: client c"}}
+                continue
+            [(ids, learned)] = found
+            assert words.decode(ids) == texts[most - 1] == str(table.kept) and learned is None
+            assert dropped == {} and {rule: entry["count"] for rule, entry in cut.items()} == (
+                {} if most == count else {f"clients to block_size {room - 1}": 1,
+                                          "transactions before that": count - most})
 
 
 # ---- a data set
