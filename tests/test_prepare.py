@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -1242,6 +1243,69 @@ def test_one_process_makes_the_parts_in_their_order(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 1 and out[0].startswith(f"{tmp_path}: 12 of 12 kB, ")
     assert ", 2 documents, " in out[0] and "2 of 2 parts" in out[0]
+
+
+def test_several_processes_share_the_parts_and_an_error_ends_them(tmp_path, capsys, monkeypatch):
+    """With threads in place of the processes."""
+    asked, ended, views = [], [], []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, count, context, start, given):
+            asked.append((count, context.get_start_method(), start, given[0]))
+            workers.POOL[:] = [workers.Worker("tools", partial(
+                workers.count_up, given[1], workers.nothing))]
+            super().__init__(count)
+
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            ended.append((wait, cancel_futures))
+            super().shutdown(wait, cancel_futures=cancel_futures)
+
+    class Spied(workers.Overview):
+        def update(self):
+            views.append((list(self.counters), sorted(self.waiting)))
+            super().update()
+
+    def make(worker, number, part):
+        if part.size == 13:
+            raise UserError("bad luck")
+        worker.report(number, 1, 10, part.size)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(workers, "Overview", Spied)
+    monkeypatch.setattr(workers, "POOL", [])
+    parts = {number: Mock(size=1000 * number) for number in (1, 2, 4)}
+    workers.Processes(2).run(tmp_path, make, parts, load="load")
+    assert asked == [(2, "spawn", workers.start_worker, "load")] and ended == [(True, False)]
+    assert views[-1] == ([3, 30, 7000, 0, 1000, 2000, 0, 4000], [])
+    assert "3 of 3 parts" in capsys.readouterr().out
+    child = Mock()
+    monkeypatch.setattr(workers.multiprocessing, "active_children", lambda: [child])
+    with pytest.raises(UserError, match="bad luck"):
+        workers.Processes(2).run(tmp_path, make, parts | {3: Mock(size=13)})
+    assert child.kill.call_count == 1 and ended[1] == (False, True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.SIGINT not in mask  # Ctrl-C is heard again
+
+
+def test_a_process_of_the_pool_is_prepared(monkeypatch):
+    import multiprocessing
+
+    calls, counters = [], multiprocessing.get_context("spawn").Array("q", 4)
+    monkeypatch.setattr(workers, "POOL", [])
+    monkeypatch.setattr(workers.signal, "signal", lambda *words: calls.append(words))
+    monkeypatch.setattr(workers.signal, "pthread_sigmask", lambda *words: calls.append(words))
+    monkeypatch.setattr(workers.threading, "Thread", lambda **keys: calls.append(keys) or Mock())
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "")
+    workers.start_worker(lambda: "tools", counters)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    assert calls == [(signal.SIGINT, signal.SIG_DFL), (signal.SIG_UNBLOCK, {signal.SIGINT}),
+                     {"target": workers.die_with, "args": [None], "daemon": True}]
+    workers.work(lambda worker, number, part: worker.report(number, part, 2, 3), 0, 1)
+    assert list(counters) == [1, 2, 3, 3] and workers.POOL[0].tools == "tools"
+    codes, parent = [], Mock()
+    monkeypatch.setattr(workers.os, "_exit", codes.append)
+    workers.die_with(parent)
+    assert codes == [1] and parent.join.call_count == 1
 
 
 def test_nodes_report_what_they_make_and_what_is_made_counts_once(tmp_path, capsys,
