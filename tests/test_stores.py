@@ -523,3 +523,40 @@ def test_what_lies_somewhere_now(tmp_path, monkeypatch):
     assert stores.look_at(str(tmp_path / "a")) == 3
     monkeypatch.setattr(stores, "store_of", lambda url: (Store(b"abcd"), url))
     assert stores.look_at("xy://a") == "4 bytes, ETag e"
+
+
+class Listing:
+    """A store of a few objects, which notes what it is asked for."""
+
+    def __init__(self, *names, kind="file"):
+        self.found, self.kind, self.asked = {name: {"type": "file"} for name in names}, kind, []
+        self.found["b/d/sub"] = {"type": "directory"}
+
+    def glob(self, name, detail):
+        self.asked.append(("glob", name, detail))
+        return self.found
+
+    find = glob
+
+    def info(self, name):
+        self.asked.append(("info", name))
+        return {"type": self.kind}
+
+
+@pytest.mark.parametrize(("url", "kind", "asked", "labels", "folder"), [
+    ("s3://b/d/*", "file", ["glob"], {"x.txt": "b/d/x.txt", "y/z.txt": "b/d/y/z.txt"}, False),
+    ("s3://b/d/?.txt", "file", ["glob"], None, False), ("s3://b/[d]", "file", ["glob"], None, False),
+    ("s3://b/d/", "file", ["glob"], None, True), ("s3://b/d", "directory", ["info", "glob"], None,
+                                                  True),
+    ("s3://b/d/x.txt", "file", ["info"], {"x.txt": "b/d/x.txt"}, False),
+    ("https://b/d/x.txt?sign=1", "file", ["info"], {"x.txt": "b/d/x.txt?sign=1"}, False),
+    ("https://b/d/*", "file", ["glob"], None, False)])
+def test_what_a_store_lists(url, kind, asked, labels, folder, monkeypatch):
+    store = Listing("b/d/x.txt", "b/d/y/z.txt", "b/d/.hidden", "b/d/.x/a", kind=kind)
+    name = url.partition("://")[2]
+    monkeypatch.setattr(stores, "store_of", lambda url: (store, name))
+    found = stores.listed(url)
+    assert found[0] is store and found[2] == folder
+    assert found[1] == (labels or {"x.txt": "b/d/x.txt", "y/z.txt": "b/d/y/z.txt"})
+    assert [one[0] for one in store.asked] == asked
+    assert all(one[1] == name and one[2:] in ((), (True,)) for one in store.asked)
