@@ -815,3 +815,41 @@ def test_dialogs_need_a_template_of_ours_or_of_a_model(tmp_path):
         made = parts_room.for_documents({"documents": "chat", "tokenizer": str(place),
                                          "chat_template": "model"}, make_tokenizer(str(place)))
         assert "add_generation_prompt" in made.template and made.base == grown.sha256
+
+
+def test_pairs_are_shown_side_by_side(tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.jsonl").write_bytes(jsonl(
+        {"prompt": f"q{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(12)))
+    lines = lines_of(tmp_path, monkeypatch, capsys, {"dataset": "d"}, flags={"show": 4},
+                     documents="preference", sources=["p.jsonl"])
+    shown = lines[lines.index("--- p.jsonl"):-1]
+    assert len(shown) == 12 and shown[::3] == ["--- p.jsonl"] * 4
+    numbers = [line.partition("q")[2].partition("<")[0] for line in shown[1::3]]
+    assert len(set(numbers)) == 4
+    for number, chosen, rejected in zip(numbers, shown[1::3], shown[2::3], strict=True):
+        for side, text, line in (("chosen", "good", chosen), ("rejected", "bad", rejected)):
+            assert line == (f"{side}: <s><|user|>q{number}<|end|><|assistant|>[[{text}{number}"
+                            "<|end|>]]")
+
+
+def test_a_restart_writes_what_an_undisturbed_run_does(tmp_path, monkeypatch):
+    """Also what the tokenizer was made of, which is noted alone."""
+    rows = [{"messages": turns(random.Random(i))} for i in range(30)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
+    keys = {"documents": "chat", "sources": "a.jsonl", "block_size": 512, "dedup": "exact"}
+    whole = shards.read_manifest(inside(tmp_path, monkeypatch, **keys))
+    assert len(whole["tokenizer"]["base"]) == 64
+    for name in ("make_shards", "merged"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, name, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                inside(tmp_path, monkeypatch, dataset=name, **keys)
+        folder = inside(tmp_path, monkeypatch, dataset=name, **keys)
+        assert shards.read_manifest(folder) == whole and not (folder / "work.tmp").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "merged", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            inside(tmp_path, monkeypatch, dataset="f", **keys)
+    (tmp_path / "data/f/mine.txt").touch()
+    with pytest.raises(UserError, match=r"data/f holds files of somebody else \(mine\.txt\); take"):
+        inside(tmp_path, monkeypatch, dataset="f", **keys)
