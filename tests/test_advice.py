@@ -258,3 +258,17 @@ def test_the_speed_is_that_of_the_part_that_is_measured(monkeypatch):
     monkeypatch.setattr(advice, "SECONDS", 1)  # a slow first turn is the only one, and counts
     speed, _ = advice.tokens_per_second(run, 50)
     assert len(made) == 1 and speed == pytest.approx(share * 16 / 2)
+
+
+def test_from_how_much_text_on_which_config_is_suggested():
+    """docs/text.md has the table."""
+    for tokens, name in ((3_000_000, "quickstart"), (5_999_999, "quickstart"),
+                         (6_000_000, "laptop"), (99_999_999, "laptop"),
+                         (100_000_000, "llama100m")):
+        assert advised(Settings(max_steps=10**9), {}, tokens)[0] == f"{name}.py"
+    for tokens, passes in ((250_000_000, 4), (250_100_000, 4 * 250 / 250.1), (10**9, 1)):
+        _, run = advised(Settings(max_steps=3), {}, tokens)
+        assert run.max_steps * run.global_batch_tokens / tokens == pytest.approx(passes, rel=3e-4)
+    least = next(n for n in range(1000, 10**6, 64) if advised(Settings(max_steps=10**9), {}, n)[0])
+    assert advised(Settings(max_steps=10**9), {}, least)[1].max_steps == 100
+    assert (advice.LAYERS, advice.PASS) == (2, 5e9)

@@ -223,3 +223,7 @@ def test_words_are_quoted_so_that_they_can_be_read():
         "\"a 'b'\"", "'a \"b\"'", "'a$b'", "'a`b'", "'a\\b'", "'a!b'"]
     assert [cures.packed(name) for name in ("a.gz", "a.XZ", "a.zst", "a.zip", "a")] == [
         True, True, True, False, False]
+
+
+def test_so_much_is_looked_at():
+    assert cures.LOOK == 2**16

@@ -535,3 +535,7 @@ def test_the_room_loads_nothing_slow():
     assert not {"numpy", "torch", "tokenizers", "pyarrow"} & set(eval(out.stdout))
     assert CONVERTERS.keys() >= {"messages", "conversations", "instruction", "prompt",
                                          "pairs"}
+
+
+def test_what_a_source_does_not_say():
+    assert How() == How("auto", (), "", "assistant", False)

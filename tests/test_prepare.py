@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -1643,8 +1644,10 @@ def test_a_line_that_is_too_long_is_one_record(tmp_path, monkeypatch):
     assert (len(fits), len(over)) == (20, 21)
     content = over + fits + b"\n" + b"y" * 45 + b"\n" + fits + over
     (tmp_path / "a.jsonl").write_bytes(content)
-    for start in (0, 1, 20, 21, 22, 41, 42, 43, 60, 87, 88, 89, 107, 108, 109):
-        piece = records.Piece(str(tmp_path / "a.jsonl"), "a", ".jsonl", "text", 0, start)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))  # cannot be sought in
+    starts = (0, 1, 20, 21, 22, 41, 42, 43, 60, 87, 88, 89, 107, 108, 109)
+    for start, name in itertools.product(starts, ("a.jsonl", "a.jsonl.gz")):
+        piece = records.Piece(str(tmp_path / name), "a", ".jsonl", "text", 0, start)
         found = [(at, *texts) for at, texts in records.line_records(piece)]
         wanted = [(0, "line over 0 MB"), (21, "xxxxxxx"), (42, "line over 0 MB"), (88, "xxxxxxx"),
                   (108, "line over 0 MB")]
@@ -1654,6 +1657,14 @@ def test_a_line_that_is_too_long_is_one_record(tmp_path, monkeypatch):
         assert found == [one for one in wanted if one[0] < start], start
     places = [records.line_place(piece, at) for at in (0, 21, 42, 88, 108)]
     assert places == [":1", ":2", ":4", ":5", ":6"]
+
+
+def test_a_file_is_read_to_a_byte_in_chunks():
+    megabyte = 1 << 20
+    for size, sizes in ((0, []), (5, [5]), (megabyte, [megabyte]), (megabyte + 1, [megabyte, 1]),
+                        (2 * megabyte + 7, [megabyte, megabyte, 7])):
+        file = io.BytesIO(bytes(3 * megabyte))
+        assert [len(chunk) for chunk in records.first_bytes(file, size)] == sizes
 
 
 @pytest.mark.parametrize(("line", "text", "dropped"), [
@@ -1778,3 +1789,42 @@ def test_damage_names_the_file_and_the_system_names_its_own():
         assert str(error.value).startswith(says)
     with pytest.raises(FileNotFoundError), records.naming_damage("a"):
         Path("nowhere/at/all").read_bytes()
+
+
+# ---- bounds and defaults
+
+def test_the_bounds_of_what_is_read_at_a_time():
+    """A document of 16 MB, a line of 64, parts of 64: docs/design.md counts on them."""
+    assert (records.DOCUMENT, records.LINE, records.PART) == (2**24, 2**26, 2**26)
+    assert (records.READ, parts_room.BATCH, prepare.LOOKED_AT) == (8192, 2**20, 500)
+    assert (parts_room.SAMPLE, parts_room.CHECKED) == (2**25, 2**16)
+    assert (selection.SCAN, selection.KEYS) == (2**24, 2**22)
+    assert (selection.FEW, selection.NEARLY, selection.LONG, selection.TAIL) == (64, 0.2, 4096, 100)
+    assert (selection.BANDS, selection.NEAR) == (32, 0.5)
+
+
+def test_what_is_not_said_is_the_plain_case():
+    assert documents.Rules() == documents.Rules(False, 0, 0)
+    part = documents.Part([])
+    assert (part.rules, part.source, part.repeated) == (documents.Rules(), 0, {})
+    assert selection.HoldOut() == selection.HoldOut(0, 0.0, sys.maxsize, sys.maxsize)
+    bare = records.Piece("p", "l", "k", "c", 3)
+    assert (bare.start, bare.stop, bare.skip, bare.take) == (0, sys.maxsize, 0, sys.maxsize)
+    assert bare.how is None and bare.table is None
+    assert records.Dialog("x").left_out == 0 and records.Dropped("x").found == ""
+    assert [kind.packable for kind in records.KINDS.values()] == [True, True, True, False]
+    assert records.OF_ROWS == [".jsonl", ".json", ".parquet"]
+    assert (records.PLAIN.growth, records.PLAIN.seekable) == (1, True)
+    assert (prepare.Flags().show, prepare.Flags().ray) == (0, "")
+
+
+def test_the_end_of_a_long_record_is_counted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "DOCUMENT", 16)
+    monkeypatch.setattr(records, "DOCUMENT", 16)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["ab cd", "a b c d e f g h i j k l m n o p q r", ""]))
+    for cut in (Tally(), None):
+        dropped = Tally()
+        found = [*documents.documents(survey(str(tmp_path / "a.jsonl"))[1], dropped, cut)]
+        assert "".join(found) == "ab cda b c d e f g h i j k l m n o p q r" and len(found) == 4
+        assert dropped.records == 2 and dropped == {"empty": {"count": 1, "first": "a.jsonl:3"}}
+        assert cut is None or cut == {"document over 0 MB": {"count": 1, "first": "a.jsonl:2"}}

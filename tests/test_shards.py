@@ -368,6 +368,14 @@ def test_files_are_what_the_format_says(tmp_path):
                           if name.endswith(".bin") else {}) for name, content in found.items()}
 
 
+def test_the_largest_id_is_that_of_all_documents(tmp_path):
+    for documents_of, largest in (([[0, 0]], 0), ([[]], 0), ([[1], [9, 3], [4]], 9)):
+        writer = shards.ShardWriter(tmp_path, "val-00001", np.dtype("<u2"))
+        for ids in documents_of:
+            writer.add(np.array(ids, int))
+        assert writer.close()["val-00001.bin"]["largest_id"] == largest
+
+
 def of_clients(folder, files=(("a", "b"), ("c",))):
     """A data set of tables, of which each client's text is [its letter] * 3."""
     write_data_set(folder, {"train": ["x"], "val": ["y"]}, 1)
@@ -411,7 +419,8 @@ def test_the_format_of_a_manifest_is_that_of_its_documents(folder, kind, version
 def test_masks_and_sources_are_those_of_each_file(tmp_path):
     write_data_set(tmp_path / "m", {"train": ["x"], "val": ["y"]}, 1)
     manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
-    masks = [[0, 1, 1], [0] * 7 + [1], [0, 0, 1, 0, 1, 1, 0, 1, 1]], [[0, 1] * 8, [0, 1]]
+    masks = ([[0, 1, 1], [0, 0, 1] * 70, [0] * 7 + [1], [0, 0, 1, 0, 1, 1, 0, 1, 1]],
+             [[0, 1] * 8, [0, 1]])
     for i, own in enumerate(masks):
         writer = shards.ShardWriter(tmp_path / "m", f"train-{i:05}", np.dtype("<u2"))
         for mask in own:
@@ -426,8 +435,8 @@ def test_masks_and_sources_are_those_of_each_file(tmp_path):
         assert split.read_mask(start, start + len(mask)).tolist() == list(map(bool, mask))
         assert split.read_mask(start + 1, start + len(mask)).tolist() == list(map(bool, mask[1:]))
         start += len(mask)
-    assert split.sources().tolist() == [1, 1, 1, 0, 0]
-    assert split.learned_counts().tolist() == [2, 1, 5, 8, 1]
+    assert split.sources().tolist() == [1, 1, 1, 1, 0, 0]
+    assert split.learned_counts().tolist() == [2, 70, 1, 5, 8, 1]
 
 
 # ---- what is refused

@@ -561,3 +561,8 @@ def test_what_a_store_lists(url, kind, asked, labels, folder, monkeypatch):
     assert found[1] == (labels or {"x.txt": "b/d/x.txt", "y/z.txt": "b/d/y/z.txt"})
     assert [one[0] for one in store.asked] == asked
     assert all(one[1] == name and one[2:] in ((), (True,)) for one in store.asked)
+
+
+def test_how_long_and_how_much_is_asked_for():
+    assert (stores.WAITS, stores.FIRST, stores.MOST) == ((1, 3, 9), 2**16, 2**23)
+    assert (stores.Url("x").size, stores.Url("x").stamp) == (0, "")

@@ -799,6 +799,18 @@ def test_where_a_csv_is_broken_is_said_by_lines(tmp_path, monkeypatch):
                     ("", ["a transaction without who", "t.csv:6"]), ("1", [2, [2, "a", 3]])]
 
 
+def test_what_is_written_as_it_came_is_counted():
+    renderer = Renderer(settings_of(source(columns=[
+        {"column": "what", "words": {"7": "seven"}}, {"column": "sum", "decimals": 1}, "day"])))
+    columns = {"what": [7, 7.0, "8", None, "x"], "sum": [1, 2.5, "3,1", None, "y"],
+               "day": ["z"] * 5}
+    assert renderer.unknown(Client("c", columns)) == {
+        "note: codes of what without a word": 2,
+        "note: values of sum that are no numbers, so without decimals": 2}
+    sound = {"what": [7, None], "sum": [1, None], "day": ["z", None]}
+    assert not any(renderer.unknown(Client("c", sound)).values())
+
+
 def test_of_a_client_the_most_transactions_that_fit_are_kept():
     """Beside a search through all numbers of them."""
     words = make_tokenizer("bytes")
@@ -1040,3 +1052,8 @@ def test_the_generated_clients_are_the_same_everywhere(tmp_path, monkeypatch):
     assert float(rows[0]["sum"]) == pytest.approx(sum(by_hand))
     assert float(rows[0]["greatest"]) == max(by_hand)
     assert int(rows[0]["count"]) == len(made[0][2])
+
+
+def test_the_bounds_of_what_is_sorted():
+    assert (reading.PIECE, reading.HELD, reading.NEWEST) == (2**24, 2**16, 2**16)
+    assert (tables.VERSION, reading.EPOCH.timestamp()) == (1, 0)

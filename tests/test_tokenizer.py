@@ -932,3 +932,27 @@ def test_a_bpe_is_trained_in_silence_to_its_size(capfd):
     found = capfd.readouterr()
     assert (found.out, found.err) == ("", "")
     assert len(vocabulary.train(999, ["\ud800"])["model"]["vocab"]) < 300
+
+
+def test_the_network_is_asked_unless_it_may_not_be(monkeypatch):
+    asked = []
+
+    def published(name, file, search, network):
+        asked.append((name, search, network))
+        raise UserError("x")
+
+    monkeypatch.setattr(vocabulary, "published", published)
+    for find, name in ((vocabulary.mistral, "tokenizer.model"), (vocabulary.gpt2, "vocab.bpe")):
+        for more, network in (((), True), ((False,), False)):
+            with pytest.raises(UserError, match="x"):
+                find(["a"], *more)
+            assert asked[-1] == (name, ["a"], network)
+    monkeypatch.undo()
+    tried = []
+    monkeypatch.setattr(vocabulary, "download", lambda name: tried.append(name) or b"")
+    monkeypatch.setattr(vocabulary.sys, "path", [])
+    with pytest.raises(UserError, match="the download has the wrong sha256"):
+        vocabulary.published("n", vocabulary.MISTRAL, [])
+    with pytest.raises(UserError, match="the download has the wrong"):
+        tokenizer.make_tokenizer("gpt2")
+    assert tried == ["n", "vocab.bpe"] and tokenizer.CUT == 2**20
