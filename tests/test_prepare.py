@@ -1659,6 +1659,16 @@ def test_a_line_that_is_too_long_is_one_record(tmp_path, monkeypatch):
     assert places == [":1", ":2", ":4", ":5", ":6"]
 
 
+def test_objects_may_lie_over_the_ends_of_chunks(tmp_path):
+    texts = ["a" * 700_000, "b" * 700_000, "c", "é" * 1_200_000, "d" * 10]
+    for content in (as_array(texts), "\n".join(json.dumps({"text": text}, ensure_ascii=False)
+                                               for text in texts).encode()):
+        (tmp_path / "a.json").write_bytes(content)
+        piece = records.Piece(str(tmp_path / "a.json"), "a.json", ".json", "text", 0)
+        found = [(at, *one) for at, one in records.object_records(piece)]
+        assert found == [*enumerate(texts)]
+
+
 def test_a_file_is_read_to_a_byte_in_chunks():
     megabyte = 1 << 20
     for size, sizes in ((0, []), (5, [5]), (megabyte, [megabyte]), (megabyte + 1, [megabyte, 1]),
@@ -1828,3 +1838,43 @@ def test_the_end_of_a_long_record_is_counted_once(tmp_path, monkeypatch):
         assert "".join(found) == "ab cda b c d e f g h i j k l m n o p q r" and len(found) == 4
         assert dropped.records == 2 and dropped == {"empty": {"count": 1, "first": "a.jsonl:3"}}
         assert cut is None or cut == {"document over 0 MB": {"count": 1, "first": "a.jsonl:2"}}
+
+
+@pytest.mark.parametrize(("path", "revision", "split"), [
+    ("hf:a/b", None, "train"), ("hf:a/b@r", "r", "train"), ("hf:a/b:val", None, "val"),
+    ("hf:a/b@r:val", "r", "val")])
+def test_what_is_asked_of_the_hub(path, revision, split, monkeypatch, capsys):
+    asked = []
+    hub = Mock(hf_hub_download=lambda *words, **keys: asked.append((words, keys)) or words[1])
+    hub.HfApi().dataset_info = lambda name, **keys: asked.append((name, keys)) or Mock(sha="abc")
+    files = {"train": ["hf://x@abc/2.txt", "hf://x@abc/1.txt"], "val": ["hf://x@abc/v.txt"]}
+    built = Mock(**{"config.data_files": files})
+    datasets = Mock(load_dataset_builder=lambda name, **keys: asked.append((name, keys)) or built)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    wanted = ["1.txt", "2.txt"] if split == "train" else ["v.txt"]
+    downloads = [(("a/b", name), {"repo_type": "dataset", "revision": "abc", "etag_timeout": 20})
+                 for name in wanted]
+    about, found = sources.hub_files(path, {})
+    assert about == {"revision": "abc"} and found == [(name, Path(name)) for name in wanted]
+    assert asked == [("a/b", {"revision": revision, "timeout": 20}), ("a/b", {"revision": "abc"}),
+                     *downloads]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: file {number} of {len(wanted)}, {name}" for number, name in enumerate(wanted, 1)]
+    asked.clear()  # what an earlier run found is asked for alone
+    assert sources.hub_files(path, {"revision": "abc", "files": {name: "" for name in wanted}})[
+        1] == found and asked == downloads
+    with pytest.raises(UserError, match=r"no split 'x'; there are train, val$"):
+        sources.hub_files("hf:a/b:x", {})
+    built.config.data_files = None
+    with pytest.raises(UserError, match=r"no split 'train'; there are $"):
+        sources.hub_files("hf:a/b", {})
+    hub.hf_hub_download = Mock(side_effect=KeyError("gone"))
+    with pytest.raises(UserError) as error:
+        sources.hub_files(path, {"revision": "abc", "files": {"1.txt": ""}})
+    assert str(error.value) == (
+        f"{path}: KeyError: 'gone'. Try again: what is downloaded stays. Offline: copy the files "
+        "of datasets/a/b into a folder and say --sources=PATH; its files: 1.txt")
+    for bad in ("hf:", "hf:a:b:c", "hf:a@", "hf:a:"):
+        with pytest.raises(UserError, match=r"is not hf:NAME\[@REVISION\]\[:SPLIT\]"):
+            sources.hub_files(bad, {})
