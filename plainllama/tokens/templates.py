@@ -112,7 +112,7 @@ class Template:
         found = list(self.written.finditer(text, len(prompt)))
         if not found:
             raise Refused("it ends an answer with no special token, so a model could never stop")
-        self.ends.add(special_in(found[-1]))
+        self.ends.add(next(filter(None, found[-1].groups())))
         if talk[1]["content"]:
             self.begin = text[len(prompt):].partition(talk[1]["content"])[0]
 
@@ -135,11 +135,6 @@ class Template:
         if isinstance(value, dict):
             return {self.marked(key, mark): self.marked(item, mark) for key, item in value.items()}
         return [self.marked(item, mark) for item in value] if isinstance(value, list) else value
-
-
-def special_in(found: re.Match) -> str:
-    """Give the special token of a match of Template.written, without the white space beside it."""
-    return next(filter(None, found.groups()))
 
 
 def compiled(source: str, now: datetime):
@@ -282,7 +277,7 @@ class ModelChat(Chat):
         at = 0
         for found in self.template.written.finditer(text):
             parts += [self.part(text[at:found.start()], at == 0, mark),
-                      [self.tokenizer.special_ids[special_in(found)]]]
+                      [self.tokenizer.special_ids[next(filter(None, found.groups()))]]]
             at = found.end()
         parts.append(self.part(text[at:], at == 0, mark))
         ids = np.concatenate(parts, dtype=self.tokenizer.kind, casting="unsafe")
