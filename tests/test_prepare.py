@@ -716,12 +716,13 @@ def test_long_documents_are_cut_before_a_space_and_long_words_anywhere(tmp_path,
 
 
 def test_one_long_text_is_held_out_at_its_end(tmp_path, monkeypatch):
-
     monkeypatch.setattr(documents, "DOCUMENT", 1000)
+    monkeypatch.setattr(records, "DOCUMENT", 1000)
     text = "\n".join(f"line {i} of it" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
     _, parts = survey(str(tmp_path / "a.txt"))
     held_out = choose_hold_out(parts, 0.1)
+    assert held_out == selection.HoldOut(start=int(0.9 * len(text)))
     have = list(placed(documents.documents(parts[:1], Tally()), held_out))
     assert "".join(t for _, t in have) == text
     assert [s for s, _ in have] == sorted(s for s, _ in have)
