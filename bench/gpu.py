@@ -321,7 +321,7 @@ class Arm:
         for _ in range(4):
             x = torch.randint(bench.config.vocab_size, (rows, context), device=device)
             y = torch.cat((x[:, 1:], torch.full_like(x[:, :1], IGNORE)), 1)
-            self.batches.append(Batch(x, y, None))
+            self.batches.append(Batch(x, y, None, False, None))
         synchronize(device)
         self.build_seconds = time.perf_counter() - begin
 

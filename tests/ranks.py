@@ -79,7 +79,7 @@ def train(made: Engine, steps: range) -> list[list[float]]:
         x, y = x[world.rank::world.size], y[world.rank::world.size]
         fill = made.accumulate * made.micro - len(x)
         batch = Batch(torch.cat([x, torch.zeros(fill, LENGTH, dtype=torch.long)]),
-                      torch.cat([y, torch.full((fill, LENGTH), IGNORE)]), None)
+                      torch.cat([y, torch.full((fill, LENGTH), IGNORE)]), None, False, None)
         outcome = read_outcome(made.update(batch, 1e-3, targets))
         seen.append([outcome.loss / targets, outcome.square_norm**0.5])
     return seen

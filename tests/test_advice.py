@@ -158,3 +158,141 @@ def test_what_is_given_stays():
         named = str(ROOT / f"config/{name}.py")
         file, run = advised(Settings(max_steps=10**6), {"learning_rate": 0.5}, 3_000_000, named)
         assert file == "quickstart.py" and run.learning_rate == 0.5
+
+
+# ---- what is printed, to the letter
+
+def test_counts_are_printed(capsys):
+    manifest = {
+        "recipe": {"val_fraction": 0.1},
+        "dropped": {"empty": {"count": 2, "first": "a:1"},
+                    "a transaction without who": {"count": 1, "first": "a:2"}},
+        "cut": {"note: odd": {"count": 3, "first": "a:3"},
+                "document over 16 MB": {"count": 1200, "first": "a:4"}},
+        "splits": {"train": {"documents": 1500, "tokens": 2_000_000, "bytes": 5_000_000,
+                             "longest": 1024},
+                   "val": {"documents": 3, "tokens": 0, "bytes": 500_000, "longest": 7}}}
+    advice.print_counts(manifest)
+    assert capsys.readouterr().out.splitlines() == [
+        "         1,506 documents in", "             2 dropped: empty (first: a:1)",
+        "             1 dropped: a transaction without who (first: a:2)",
+        "             3 note: odd (first: a:3)", "         1,200 cut: document over 16 MB (first: "
+        "a:4)", "           documents          tokens        MB  bytes/token    longest",
+        "train          1,500       2,000,000       5.0        2.500      1,024",
+        "val                3               0       0.5   500000.000          7"]
+    manifest["cut"] = {"a client": {"count": 1, "first": "b"}}  # it is no cut, but a client less
+    manifest["by_source"], manifest["recipe"]["documents"] = [], "preference"
+    manifest["splits"]["train"]["learned"] = 250_000
+    advice.print_counts(manifest)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "         1,506 pairs in"
+    assert lines[3] == "             1 dropped: a client (first: b)"
+    assert lines[4:] == ["               pairs          tokens        MB      learned    longest",
+                         "train          1,500       2,000,000       5.0        0.125      1,024",
+                         "val                3               0       0.5        0.000          7"]
+    manifest["recipe"]["documents"] = "table"
+    advice.print_counts(manifest)
+    assert "clients in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("val", "said"), [(8, False), (12, False), (7.9, True), (12.1, True)])
+def test_a_split_of_another_size_than_asked_is_said(val, said, capsys):
+    counts = {"documents": 1, "tokens": 1, "longest": 1}
+    manifest = {"recipe": {"val_fraction": 0.1}, "dropped": {}, "splits": {
+        "train": counts | {"bytes": int(1000 - 10 * val)},
+        "val": counts | {"bytes": int(10 * val)}}}
+    advice.print_counts(manifest)
+    note = (f"note: validation is {val:.3g} % of the text, 10 % was asked (val_fraction): "
+            "documents are held out whole")
+    assert (note in capsys.readouterr().out.splitlines()) == said
+    del manifest["recipe"]["val_fraction"]
+    manifest["splits"]["train"]["bytes"] = manifest["splits"]["val"]["bytes"] = 0
+    advice.print_counts(manifest)
+    assert "note" not in capsys.readouterr().out
+
+
+def test_windows_share_their_last_token():
+    assert [advice.windows_of(tokens, 8) for tokens in (0, 1, 8, 9, 16, 17)] == [0, 0, 0, 1, 1, 2]
+    config = Settings(max_steps=3, block_size=8, global_batch_tokens=40)
+    assert advice.passes_of(config, splits(17)) == 120 / 16
+    assert advice.passes_of(config, splits(8)) == 0
+
+
+def test_little_text_is_said_to_the_letter():
+    config = Settings(block_size=32, global_batch_tokens=32 * 2000)
+    made = {"train": {"documents": 1000, "tokens": 64001}, "val": {"documents": 3, "tokens": 0}}
+    assert advice.small(config, made) == (
+        "note: little text: train 1,000 documents, 64,001 tokens, 2,000 windows of block_size 32; "
+        "val 3 documents, 0 tokens, 0 windows of block_size 32; validation of fewer than 20 "
+        "windows says little: more text, a larger --val_fraction or a smaller --block_size")
+    made["train"]["tokens"] -= 1
+    assert "; a step takes 2,000 rows: more text, or a smaller --global_batch_tokens; validation " \
+        in advice.small(config, made)
+    assert advice.small(Settings(documents="chat"), splits(1)) == ""
+
+
+@pytest.mark.parametrize(("speed", "file", "hours"), [
+    (1000, "quickstart", "3.4 minutes"), (28.5, "laptop", "119.8 minutes"),
+    (28.4, "quickstart", "2 hours")])
+def test_what_a_run_is_worth_is_said_to_the_letter(speed, file, hours, monkeypatch):
+    monkeypatch.setattr(advice, "tokens_per_second", lambda run, vocab: (speed, f"cpu {vocab}"))
+    config = Settings(max_steps=4000, global_batch_tokens=1000, block_size=10)
+    keys = {"max_steps": 2048, "global_batch_tokens": 100, "n_layer": 3, "d_model": 64,
+            "block_size": 10}
+    lines = advice.suggestion(config, str(ROOT / f"config/{file}.py"), keys, splits(40_001), 99)
+    assert lines[:2] == [
+        "note: 4,000 steps of 1,000 tokens would read this text 100.0 times",
+        f"suggested: {file}.py, 3 layers of 64, context 10, 2,048 steps of 100 tokens, 5.1 times "
+        f"the text: about {hours} here (cpu 99, {speed:,.0f} tokens/s, eager, measured for a "
+        "moment)"]
+    assert lines[2:] == ([f"for comparison: {advice.ENDED}"] if file == "quickstart" else [])
+
+
+def test_the_speed_is_that_of_the_part_that_is_measured(monkeypatch):
+    """A clock that a forward pass moves: each turn takes a second, but for the first."""
+    from model import LLaMA, ModelConfig, flops_per_token
+
+    made, now = [], [0.0]
+    monkeypatch.setattr(advice.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(advice, "SECONDS", 3)
+    monkeypatch.setattr(advice, "CONTEXT", 16)
+    real = LLaMA.forward
+
+    def forward(self, ids, *words):
+        now[0] += 2 if not made else 1
+        made.append((self.config.n_layer, self.config.block_size, *ids.shape))
+        return real(self, ids, *words)
+
+    monkeypatch.setattr(LLaMA, "forward", forward)
+    run = Settings(n_layer=5, n_head=2, n_kv_head=1, d_model=16, d_ff=24, block_size=64,
+                   global_batch_tokens=16 * 7, device="cpu")
+    speed, device = advice.tokens_per_second(run, 50)
+    assert device == "cpu" and made == [(2, 16, 7, 16)] * 4  # one to warm up, three that count
+    whole = ModelConfig(5, 2, 16, 24, 50, 64, 1)
+    part = ModelConfig(2, 2, 16, 24, 50, 16, 1)
+    share = flops_per_token(part, 16) / flops_per_token(whole, 64)
+    assert speed == pytest.approx(share * 3 * 7 * 16 / 3)
+    made.clear()
+    size = 16 * sum(p.numel() for p in LLaMA(part).parameters())
+    for budget, rows in ((3 * size, 3), (4 * size - 1, 3), (size / 2, 1)):
+        monkeypatch.setattr(advice, "PASS", budget)
+        advice.tokens_per_second(run, 50)
+        assert made[-1] == (2, 16, rows, 16)
+    made.clear()
+    monkeypatch.setattr(advice, "SECONDS", 1)  # a slow first turn is the only one, and counts
+    speed, _ = advice.tokens_per_second(run, 50)
+    assert len(made) == 1 and speed == pytest.approx(share * 16 / 2)
+
+
+def test_from_how_much_text_on_which_config_is_suggested():
+    """docs/text.md has the table."""
+    for tokens, name in ((3_000_000, "quickstart"), (5_999_999, "quickstart"),
+                         (6_000_000, "laptop"), (99_999_999, "laptop"),
+                         (100_000_000, "llama100m")):
+        assert advised(Settings(max_steps=10**9), {}, tokens)[0] == f"{name}.py"
+    for tokens, passes in ((250_000_000, 4), (250_100_000, 4 * 250 / 250.1), (10**9, 1)):
+        _, run = advised(Settings(max_steps=3), {}, tokens)
+        assert run.max_steps * run.global_batch_tokens / tokens == pytest.approx(passes, rel=3e-4)
+    least = next(n for n in range(1000, 10**6, 64) if advised(Settings(max_steps=10**9), {}, n)[0])
+    assert advised(Settings(max_steps=10**9), {}, least)[1].max_steps == 100
+    assert (advice.LAYERS, advice.PASS) == (2, 5e9)

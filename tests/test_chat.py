@@ -207,6 +207,12 @@ def test_a_call_in_another_form_is_named(text, reason):
         chat.parsed(text)
 
 
+@pytest.mark.parametrize("text", ["a\n</think>\n\nb", "<think>\nnever ended", "a <think>\nb\n"
+                                  "</think>\n\nc", "", "</tool_call>"])
+def test_what_only_looks_like_reasoning_stays_text(text):
+    assert chat.parsed(text) == {"role": "assistant", "content": text}
+
+
 def test_whole_turns_are_cut_off_the_end():
     talk = chat.Chat(made("bytes"))
     messages = [{"role": "user", "content": "12345"}, {"role": "assistant", "content": "123"},
@@ -218,6 +224,7 @@ def test_whole_turns_are_cut_off_the_end():
         kept, cut = talk.fitted(whole, room)
         assert len(kept.ids) == size and cut == lost and kept.ids.tolist() == (
             whole.ids[:size].tolist())
+        assert kept.ends == ([13, 22] if size == 22 else [13])
     assert talk.fitted(whole, 12) == (None, 9)
     messages[1]["learn"] = False
     unlearned = talk.rendered({"messages": messages})

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,104 @@ def test_markdown_is_read_as_text(tmp_path, monkeypatch):
         assert [text[:3] for text in texts(source)] == ["# A", "# B"]
     with pytest.raises(UserError, match="not plain text"):
         survey("notes/a.md", documents="chat")
+
+
+# ---- each cure, to the letter
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("a b.html", "; make text of it: pandoc -t plain -o 'a b.txt' 'a b.html'"),
+    ("a.PDF", "; make text of it: pdftotext a.PDF a.txt"),
+    ("a.zip", "; make text of it: unzip a.zip -d a"), ("a.exe", ""), ("a", ""),
+    ("a.tar", "; make text of it: mkdir -p a && tar -xf a.tar -C a"),
+    ("https://h/a.pdf", "; download it, and name the file: what mends it is then said"),
+    ("https://h/a", "; a folder of a web server ends in /")])
+def test_a_file_of_another_kind(name, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cures.for_kind(name) == says
+    for there in ("a b.txt", "a.txt", "new_a.txt"):
+        Path(there).touch()
+    if says.startswith("; make text of it: p"):  # what is there stays
+        assert cures.for_kind(name) == says.replace("a b.txt", "new_a b.txt").replace(
+            " a.txt", " new_new_a.txt")
+
+
+@pytest.mark.parametrize(("head", "mark", "column"), [
+    ("id,text", "", "--sources=t.jsonl"), ("id;body", "chr(59)", "body"), ("id\tx", "chr(9)", "x"),
+    ("a;b,c;d", "chr(59)", "a"), ('"Index";"Title"', "chr(59)", "Title"), ("id", "chr(9)", "id"),
+    ("raw,body", "", "body")])
+def test_a_table_becomes_rows(head, mark, column, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text(head + "\n1,2,3\n", encoding="utf-8-sig")
+    said = cures.for_kind("t.csv")
+    assert said.startswith("; make rows of it: python -c ") and said.endswith(
+        "; of clients and their transactions, say --documents=table")
+    assert (f", delimiter={mark})" in said) == bool(mark) and " > t.jsonl, and then " in said
+    assert column in said.partition("and then ")[2]
+
+
+def test_what_is_left_is_listed_by_its_name():
+    left = Counter({".md": 2, ".py": 1, "links to nothing": 0})
+    assert cures.for_left("my data", left) == (
+        "2 .md, 1 .py (read if it is named: --sources='my data/**/*.md')")
+    assert cures.for_left("d", Counter({"b": 3, "a": 1})) == "1 a, 3 b"
+    assert cures.for_left("d", Counter()) == "" == cures.for_left("d", Counter({"a": 0}))
+
+
+@pytest.mark.parametrize(("names", "says"), [
+    (["chosen", "rejected", "x"], "its rows are pairs: --documents=preference"),
+    (["chosen", "x"], "name another: --sources=\"{'path': 'p', 'column': 'chosen'}\"; or say "
+     "--documents=chat"),
+    (["id", "prompt"], "its rows look like dialogs: say --documents=chat, best with "
+     "config/chat.py"),
+    (["id", "text"], "name another: --sources=p; or say --documents=chat"),
+    (["ID", "Index", ""], "name another: --sources=\"{'path': 'p', 'column': 'ID'}\"; or say "
+     "--documents=chat"),
+    ([], "name another: --sources=\"{'path': 'p', 'column': 'content'}\"; or say "
+     "--documents=chat")])
+def test_a_column_that_is_not_there(names, says):
+    assert cures.for_column("p", names) == says
+
+
+@pytest.mark.parametrize(("content", "encoding"), [
+    (b"\xff\xfea\0", "utf-16"), (b"\xfe\xff\0a", "utf-16"), (b"a\0b\0", "utf-16le"),
+    (b"a\x80", "cp1252"), (b"a\x9f", "cp1252"), (b"a\xa0\x7f", "latin1"), (b"\xe4\xf6", "latin1"),
+    (b"\xff", "latin1"), (b"x" * 65535 + b"\x80", "cp1252"), (b"x" * 65536 + b"\x80", "latin1"),
+    (None, "latin1")])
+def test_an_encoding_is_guessed(content, encoding, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("a b").write_bytes(content)
+    assert cures.for_bytes("a b") == (f"it looks like {encoding}: iconv -f {encoding} -t utf-8 "
+                                      "'a b' > 'utf8_a b'")
+
+
+@pytest.mark.parametrize(("rule", "first", "says"), [
+    ("no column 'text', only id, body", "d/a.jsonl:1", ["name another: --sources=\"{'path': "
+     "'/x/d/a.jsonl', 'column': 'body'}\"; or say --documents=chat"]),
+    ("invalid utf-8", "a.jsonl.gz:3", ["unpack it, and name the file: what mends it is then said"]),
+    ("not an object", "u:1", ["download it, and name the file: what mends it is then said"]),
+    ("invalid utf-8", "else:1", ["it looks like latin1: iconv -f latin1 -t utf-8 my.jsonl > "
+                                 "utf8_my.jsonl"]),
+    ("broken line", "d/a.jsonl:1", ["a file that is one JSON array, and no row a line, is named "
+                                    ".json"]),
+    ("broken line", "d/a.jsonl:2", []), ("empty", "d/a.jsonl:1", []),
+    ("no known fields", "d/a.jsonl:7", ["say which they are, as fields={'prompt': 'YOURS', ...}, "
+                                        "or give a converter"]),
+    ("not an object", "d/a.jsonl:7", ["if they are texts, make rows of them: python -c \"import "
+     "json; [print(json.dumps(dict(text=text))) for text in json.load(open('/x/d/a.jsonl'))]\" > "
+     "/x/d/a.jsonl"])])
+def test_what_was_dropped_is_mended(rule, first, says):
+    paths = {"d/a": "/x/short", "d/a.jsonl": "/x/d/a.jsonl", "u": "https://h/u",
+             "a.jsonl.gz": "/x/a.jsonl.gz"}
+    assert cures.for_dropped({rule: {"count": 2, "first": first}}, paths) == says
+
+
+def test_words_are_quoted_so_that_they_can_be_read():
+    assert [cures.quoted(word) for word in ("a 'b'", 'a "b"', "a$b", "a`b", "a\\b", "a!b")] == [
+        "\"a 'b'\"", "'a \"b\"'", "'a$b'", "'a`b'", "'a\\b'", "'a!b'"]
+    assert [cures.packed(name) for name in ("a.gz", "a.XZ", "a.zst", "a.zip", "a")] == [
+        True, True, True, False, False]
+
+
+def test_so_much_is_looked_at():
+    assert cures.LOOK == 2**16

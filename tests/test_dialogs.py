@@ -19,7 +19,7 @@ from plainllama.parallel import World
 from plainllama.settings import UserError
 from plainllama.text import embedded_chat
 from plainllama.text.dialogs import How, asked, converted, spoken
-from plainllama.text.forms import CONVERTERS, Refused
+from plainllama.text.forms import CONVERTERS, Refused, listed
 from plainllama.tokens.chat import parsed, written
 
 U, A = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -372,6 +372,40 @@ def test_a_converter_of_ones_own(tmp_path, monkeypatch):
         assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_rows_stay_as_they_are_but_for_the_names_of_their_fields():
+    row = {"q": "é", "a": [1], "left": None}
+    how = How("rows", (("prompt", "q"), ("answer", "a")))
+    made, cut = converted(row, how)
+    assert json.loads(made) == {"prompt": "é", "answer": [1], "left": None} and cut == 0
+    with pytest.raises(Refused, match="a field that is named") as error:
+        converted(row, How("rows", (("prompt", "gone"),)))
+    assert "gone" in error.value.found
+
+
+def test_what_was_found_is_shown_in_one_short_line():
+    for found, shown in ((" a  b\nc ", "a b c"), ("x" * 60, "x" * 60), ("x" * 61, "x" * 60),
+                         ("x" + " " * 198 + "yz", "x y"), ("a\0b", "a?b"), (5, "5")):
+        error = Refused("rule", found)
+        assert (str(error), error.found) == ("rule", shown)
+    text = "y" * 100 + "<think>" + "z" * 100
+    with pytest.raises(Refused) as error:
+        read({"messages": [U, {"role": "assistant", "content": text}]})
+    assert error.value.found == ("y" * 30 + "<think>" + "z" * 23)
+    with pytest.raises(Refused) as error:
+        read({"messages": [U, {"role": "assistant", "content": "yy</tool_call>"}]})
+    assert error.value.found == "yy</tool_call>"
+
+
+def test_columns_of_unlike_lengths_are_no_messages():
+    for bad in ({"role": ["user"], "content": []}, {"role": ["user"], "content": "x"}, {}, "{}",
+                {"role": "user"}, 3, '"x"', "["):
+        with pytest.raises(Refused, match="bad"):
+            listed(bad, "bad")
+    assert listed({"role": ["user", "x"], "content": ["a", "b"]}, "bad") == [
+        {"role": "user", "content": "a"}, {"role": "x", "content": "b"}]
+    assert listed("[1]", "bad") == [1] == listed([1], "bad")
+
+
 # ---- what nobody has thought of
 
 def holds(dialog):
@@ -622,3 +656,7 @@ def test_which_dialogs_a_task_reads(tmp_path, monkeypatch):
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=says):
             scoring.read_dialogs(f"dialogs:{file}", 0)
+
+
+def test_what_a_source_does_not_say():
+    assert How() == How("auto", (), "", "assistant", False)

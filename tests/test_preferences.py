@@ -1,6 +1,8 @@
 """Pairs of answers from their records to the loss: what is kept, what is learned, and what DPO and
 ORPO make of it, beside formulas that share nothing with the program."""
 
+import hashlib
+import io
 import json
 import math
 import shutil
@@ -119,6 +121,44 @@ def test_what_is_no_pair_is_refused_by_name(record, says):
         paired(record, PAIRS)
 
 
+def test_transcripts_and_sides_are_read_as_they_stand():
+    from plainllama.text import pairs
+
+    assert pairs.said_in("\n\nHuman: a \n\nAssistant: b\n\nHuman: c\n\nAssistant:") == [
+        *said("a", "b", "c"), {"role": "assistant", "content": ""}]
+    assert pairs.said_in("\n\nHuman: a\n\nAssistant:", "user") == said("a")
+    assert pairs.said_in("\n\nHuman: a\n\nAssistant: b", "user") == said("a", "b")
+    for text in ("x\n\nHuman: a", "plain", ""):  # something stands before the first speaker
+        assert pairs.said_in(text) == [{"role": "assistant", "content": text}]
+        assert pairs.said_in(text, "user") == [{"role": "user", "content": text}]
+    assert pairs.said_in(" \n\nHuman: a") == said("a")
+    assert pairs.said_in({"from": "x"}) == [{"from": "x"}]
+    assert pairs.prompt_of({"instruction": "Add.", "input": "2"}) == said("Add.\n\n2")
+    assert pairs.prompt_of({}) == [] == pairs.prompt_of({"prompt": "", "instruction": ""})
+    for bad in (3, None, [], [3], ["a"], {"x": 1}):
+        with pytest.raises(Refused, match="a side is not a text, a message or a list of messages"):
+            pairs.said_in(bad)
+
+
+def test_what_is_cut_of_both_sides_is_added_up():
+    late = {"role": "user", "content": "Thanks."}
+    record = {"chosen": [*said("Why?", "So."), late], "rejected": [*said("Why?", "No."), late,
+                                                                  late]}
+    made, cut = paired(record, PAIRS)
+    assert cut == 3 and json.loads(made)["rejected"] == said("", "No.")[1:]
+    tools = [{"name": "f", "description": "", "parameters": {}}]
+    made, _ = paired({"prompt": "Why?", "chosen": "So.", "rejected": "No.", "tools": tools,
+                      "system": "Be."}, PAIRS)
+    assert json.loads(made)["messages"][0] == {"role": "system", "content": "Be."}
+    assert json.loads(made)["tools"][0]["name"] == "f"
+    turns = said("a", "b", "c")  # what was said before is learned of neither side
+    made, _ = paired({"chosen": [*turns, *said("", "d")[1:]],
+                      "rejected": [*turns, *said("", "e")[1:]]}, PAIRS)
+    whole = said("a", "b", "c", "d")
+    whole[1]["learn"] = False
+    assert json.loads(made)["messages"] == whole
+
+
 def pair_of(rng, words, size=6):
     """A pair of short random texts with a prompt of one or two turns."""
     prompt = said(*(" ".join(rng.choice(words, 3)) for _ in range(rng.choice([1, 3]))))
@@ -181,6 +221,16 @@ def test_the_embedded_pairs_are_pairs_and_held_out_ones_are_others():
         longer = np.mean([len(row["chosen"]) > len(row["rejected"]) for row in rows])
         assert 0.1 < longer < 0.9  # length alone does not tell them apart
     assert not {r["prompt"] for r in made["train"]} & {r["prompt"] for r in made["held_out"]}
+
+
+def test_the_embedded_pairs_are_the_same_everywhere():
+    embedded_preference.write_rows(file := io.BytesIO())
+    made = file.getvalue()
+    assert made.count(b"\n") == 2000
+    assert hashlib.sha256(made).hexdigest()[:16] == "69a22dd00dd37050"
+    for split, digest in (("train", "a54275c5c3543da5"), ("held_out", "fbc1f18205b2283c")):
+        drawn = json.dumps([*embedded_preference.pairs(split, 300, seed=7)])
+        assert hashlib.sha256(drawn.encode()).hexdigest()[:16] == digest
 
 
 # ---- a batch -> the loss

@@ -2,6 +2,7 @@
 of a byte-level tokenizer, where a text's ids are its bytes."""
 
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -11,18 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_prepare import inside, run, zst
 
 import prepare
 from model import ModelConfig
-from plainllama.command import parse
+from plainllama.command import DEFAULT_CONFIG, CommandLine, parse
 from plainllama.files import write_json
 from plainllama.settings import Settings, UserError, check_keys
-from plainllama.text import records
-from plainllama.text.documents import Tally, documents
+from plainllama.text import embedded_chat, records
+from plainllama.text.documents import Part, Tally, documents
 from plainllama.text.selection import DEDUP, choose_hold_out, placed
 from plainllama.text.sources import survey
+from plainllama.tokens import parts as parts_room
 from plainllama.tokens import shards
+from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 from plainllama.weights.huggingface import config_json
 
 pa = pytest.importorskip("pyarrow")
@@ -487,3 +491,365 @@ def test_a_set_of_text_does_not_become_one_of_dialogs(tmp_path, monkeypatch):
     inside(tmp_path, monkeypatch, sources="a.txt")
     with pytest.raises(UserError, match="documents was 'text', is now 'chat'"):
         inside(tmp_path, monkeypatch, sources="a.jsonl", documents="chat")
+
+
+# ---- the generated dialogs
+
+def test_the_embedded_dialogs_are_the_same_everywhere():
+    """Reports name this set: whoever draws other dialogs has another set."""
+    embedded_chat.write_rows(file := io.BytesIO())
+    made = file.getvalue()
+    assert made.count(b"\n") == 8000
+    assert hashlib.sha256(made).hexdigest()[:16] == "b9932ebbe848ddca"
+    first = made.splitlines()[:300]
+    assert [json.dumps(row).encode() for row in embedded_chat.dialogs("train", 300)] == first
+    for split, digest in (("train", "bcdd33da5da222a0"), ("held_out", "cb0ecb7b492941a5")):
+        drawn = json.dumps([*embedded_chat.dialogs(split, 300, seed=7)])
+        assert hashlib.sha256(drawn.encode()).hexdigest()[:16] == digest
+    assert max(map(embedded_chat.size_of, map(json.loads, made.splitlines()))) == 500
+
+
+def test_the_size_of_a_dialog_is_that_of_its_parts():
+    call = {"name": "f", "arguments": {"x": "1"}}  # 37 characters of JSON
+    spoken = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]
+    tool = {"name": "f"}  # 13, and a line's end
+    size = embedded_chat.size_of
+    assert size({"messages": spoken, "tools": []}) == 5 + 4 + 24
+    assert size({"messages": spoken, "tools": [tool, tool]}) == 5 + 4 + 2 * 14 + 24
+    called = [spoken[0], {"role": "assistant", "content": "", "tool_calls": [call, call]},
+              {"role": "tool", "content": "4"}, spoken[1]]
+    assert size({"messages": called, "tools": [tool]}) == (
+        6 + 8 + 14 + 2 * (len(json.dumps(call)) + 26) + 24)
+
+
+# ---- the whole output
+
+def lines_of(tmp_path, monkeypatch, capsys, given, files=(), flags=(), **keys):
+    """What prepare.py prints, but for how far it was."""
+    monkeypatch.chdir(tmp_path)
+    config = Settings(**{"dataset": "d", "tokenizer": "bytes", "workers": 1, "block_size": 64,
+                         "val_fraction": 0.1} | keys)
+    assert prepare.main(CommandLine(config, prepare.Flags(**dict(flags)), list(files),
+                                    str(ROOT / DEFAULT_CONFIG), "", {}, given)) == 0
+    return [line for line in capsys.readouterr().out.splitlines() if " a second, " not in line]
+
+
+COUNTED = [
+    "            46 documents in", "             1 dropped: duplicate (first: b.jsonl:5)",
+    "             1 dropped: no known fields (first: b.jsonl:6 (bad))",
+    "           documents          tokens        MB      learned    longest",
+    "train             40             456       0.0        0.414         15",
+    "val                4              45       0.0        0.400         12"]
+BY_SOURCE = [
+    "source                        rows   dropped  left out      kept       tokens     learned  an "
+    "epoch   share",
+    "first                           40         0         0        40          465         195 "
+    "       10   49.5%  28% of it",
+    "b.jsonl                          6         1         1         4           36          12 "
+    "       17   50.5%  each 4.2 times",
+    "an epoch: dialogs or pairs that a pass takes; share: of the learned tokens in it"]
+
+
+def test_all_that_is_printed_of_dialogs(tmp_path, monkeypatch, capsys):
+    def row(question, answer):
+        return {"messages": [{"role": "user", "content": question},
+                             {"role": "assistant", "content": answer}]}
+
+    (tmp_path / "a.jsonl").write_bytes(jsonl(row(f"q{i}", "a" * (i % 7 + 1)) for i in range(40)))
+    rows = [row(f"x{i}", "bb") for i in range(4)]
+    (tmp_path / "b.jsonl").write_bytes(jsonl([*rows, rows[0], {"bad": 1}]))
+    sources = [{"path": "a.jsonl", "count": 10, "name": "first"}, {"path": "b.jsonl", "count": 17}]
+    keys = {"documents": "chat", "sources": sources, "dedup": "exact", "max_dropped": 0.5}
+    hint = (f"its text is {sources}; for your own: python prepare.py config/quickstart.py "
+            "--dataset=mine --sources=my.txt")
+    shown = [line for source, question, answer in (
+        ("first", "q5", 6), ("b.jsonl", "x0", 0), ("first", "q37", 3), ("b.jsonl", "x3", 0),
+        ("first", "q33", 6)) for line in (
+            f"--- {source}", f"<s><|user|>{question}<|end|><|assistant|>[["
+            f"{'a' * answer or 'bb'}<|end|>]]")]
+    lines = lines_of(tmp_path, monkeypatch, capsys, {"dataset": "d"}, flags={"show": 5}, **keys)
+    assert lines == [
+        hint, "data/d: looking for repeated documents", "data/d: 2 parts, 0 of them done; 1 "
+        "workers; tokenizer bytes, 263 entries (tiktoken)", "data/d: complete", *COUNTED,
+        *BY_SOURCE, *shown, "next: python train.py --dataset=d --out_dir=out/d"]
+    given = {"dataset": "d", "learning_rate": 0.1, "epochs": 2.0, "max_dropped": 0.5}
+    lines = lines_of(tmp_path, monkeypatch, capsys, given, **keys)
+    assert lines == [
+        hint, "no effect here, but on train.py: epochs, learning_rate", "data/d: already prepared",
+        *COUNTED, *BY_SOURCE,
+        "next: python train.py --dataset=d --epochs=2.0 --learning_rate=0.1 --out_dir=out/d"]
+    assert not any(line.startswith("its text") for line in lines_of(
+        tmp_path, monkeypatch, capsys, {"sources": "a.jsonl", "dataset": "d"}, **keys))
+    assert not any(line.startswith("its text") for line in lines_of(
+        tmp_path, monkeypatch, capsys, {"dataset": "d"}, files=["c.py"], **keys))
+    monkeypatch.setattr(prepare.sys.stdout, "isatty", lambda: True, raising=False)
+    for no_colour, begin in (("", "\033[32m"), ("1", "[[")):
+        monkeypatch.setenv("NO_COLOR", no_colour)
+        lines = lines_of(tmp_path, monkeypatch, capsys, {"dataset": "d"}, flags={"show": 1}, **keys)
+        assert any(f"<|assistant|>{begin}aaaaaa<|end|>" in line for line in lines)
+    lines = lines_of(tmp_path, monkeypatch, capsys, {}, flags={"inspect": "data/d"})
+    assert [line.partition(":")[0] for line in lines[:3]] == ["recipe", "source", "tokenizer"]
+    assert lines[3:] == [*COUNTED, *(
+        f"{split}, {size + 7} tokens: <s><|user|>{question}<|end|><|assistant|>[[{'a' * size}"
+        "<|end|>]]" for split, question, size in (
+            ("train", "q0", 1), ("train", "q1", 2), ("train", "q2", 3), ("val", "q3", 4),
+            ("val", "q29", 2), ("val", "q31", 4)) if len(question) == 2),
+        "val, 10 tokens: <s><|user|>q29<|end|><|assistant|>[[aa<|end|>]]",
+        "val, 12 tokens: <s><|user|>q31<|end|><|assistant|>[[aaaa<|end|>]]"]
+    files = [*shards.read_manifest(tmp_path / "data/d")["files"]]
+    assert lines_of(tmp_path, monkeypatch, capsys, {}, flags={"verify": "data/d"}) == [
+        f"data/d: ok, {len(files)} files, train 456 tokens, val 45 tokens"]
+
+
+def test_all_that_is_printed_of_a_text(tmp_path, monkeypatch, capsys):
+    (tmp_path / "t.txt").write_text("some words of a text\nand more\n" * 400)
+    given = {"dataset": "e", "sources": "t.txt"}
+    counted = ["             2 documents in",
+               "           documents          tokens        MB  bytes/token    longest",
+               "train              1          10,802       0.0        1.000     10,802",
+               "val                1           1,202       0.0        0.998      1,202"]
+    lines = lines_of(tmp_path, monkeypatch, capsys, given, **given)
+    assert lines[:6] == ["data/e: 1 parts, 0 of them done; 1 workers; tokenizer bytes, 258 entries "
+                         "(tiktoken)", "data/e: complete", *counted]
+    assert lines[6].startswith("note: little text: ") and lines[7:] == [
+        "next: python train.py --dataset=e --out_dir=out/e"]
+    lines = lines_of(tmp_path, monkeypatch, capsys, given, files=["c.py"], **given)
+    assert lines[0] == "data/e: already prepared"
+    assert lines[-1] == "next: python train.py c.py --dataset=e --out_dir=out/e"
+    lines = lines_of(tmp_path, monkeypatch, capsys, {}, flags={"inspect": "data/e"})
+    assert lines[3:] == [*counted, "train, 10,802 tokens: some words of a text",
+                         "val, 1,202 tokens: some words of a text"]
+    long = "".join("abcdefghij" * 20) + "\n"
+    (tmp_path / "u.jsonl").write_bytes(jsonl({"text": f"{i}{long}"} for i in range(60)))
+    lines_of(tmp_path, monkeypatch, capsys, {}, files=["c.py"], dataset="u", sources="u.jsonl")
+    lines = lines_of(tmp_path, monkeypatch, capsys, {}, flags={"inspect": "data/u"})
+    texts = [line.partition(": ")[2] for line in lines if line.startswith(("train, ", "val, "))]
+    assert len(texts) == 6 and {len(text) for text in texts} == {63}  # 64 tokens, of them <s>
+
+
+def test_some_clients_are_shown_as_text(tmp_path, monkeypatch, capsys):
+    (tmp_path / "t.csv").write_text("who,day,what\n" + "".join(
+        f"{i % 9},{i},a{i}\n" for i in range(27)))
+    source = {"path": "t.csv", "id": "who", "time": "day", "columns": ["day", "what"]}
+    lines = lines_of(tmp_path, monkeypatch, capsys, {"dataset": "t"}, flags={"show": 2},
+                     dataset="t", documents="table", sources=[source], block_size=256)
+    shown = lines[lines.index(next(line for line in lines if line.startswith("--- "))):-1]
+    clients = [line.split()[1].rstrip(",") for line in shown if line.startswith("--- ")]
+    assert len(clients) == 2 and shown == [line for who in clients for line in (
+        f"--- {who}, {2 + len(chr(10).join(rows_of(int(who))))} tokens", *rows_of(int(who)))]
+
+
+def rows_of(who: int) -> list[str]:
+    return ["day|what", *(f"{i}, a{i}" for i in (who, who + 9, who + 18))]
+
+
+def test_what_cannot_go_together_is_one_line(tmp_path, monkeypatch, capsys):
+    for given, files, flags, keys, says in (
+            ({"workers": 2}, ["c.py"], {"ray": "auto"}, {}, "--workers counts processes of this "
+             "machine, and --ray takes all places of a cluster; leave one out"),
+            ({}, ["c.py"], {"show": 1}, {}, "--show is for dialogs and tables: --documents=chat; "
+             "text is shown by --inspect"),
+            ({"sources": "a"}, [], {}, {}, "sources without a dataset would be d, with the "
+             "tokenizer bytes; add --dataset=NAME, best also config/quickstart.py"),
+            *(({}, ["c.py"], {}, {"dataset": name}, f"dataset {name!r} is not the name of a folder "
+               "under data/") for name in ("../x", "", ".x", "a/b", "a b", "-x"))):
+        with pytest.raises(UserError) as error:
+            lines_of(tmp_path, monkeypatch, capsys, given, files, flags, **keys)
+        assert str(error.value) == says
+    for name in ("a", "a.b-c+d", "7", "ы"):
+        with pytest.raises(UserError, match="sources"):
+            lines_of(tmp_path, monkeypatch, capsys, {}, ["c.py"], dataset=name, sources="none.txt")
+    assert [*tmp_path.iterdir()] == []
+
+
+# ---- dialogs -> tokens of a part
+
+def encoder(room, drops=False, **source):
+    """A DialogEncoder and the tokenizer of bytes with the tokens of dialogs."""
+    words = parts_room.for_documents({"documents": "chat", "tokenizer": "bytes", "chat_template":
+                                      "own"}, make_tokenizer("bytes"))
+    return parts_room.DialogEncoder([{"path": "a"} | source], room, drops), words
+
+
+def encoded(made, *rows, pairs=False):
+    encode, words = made
+    texts = []
+    for number, row in enumerate(rows):
+        text = records.Dialog(json.dumps(row))
+        text.where = f"a:{number}".format
+        texts.append(text)
+    dropped, cut = Tally(), Tally()
+    found = encode(words, texts, Part([], source=0), dropped, cut)
+    return [[(len(ids), int(learned.sum())) for ids, learned in sides] for sides in found], {
+        rule: (entry["count"], entry["first"]) for rule, entry in dropped.items()}, {
+        rule: (entry["count"], entry["first"]) for rule, entry in cut.items()}
+
+
+TALK = {"messages": [{"role": "user", "content": "12345"}, {"role": "assistant", "content": "123"},
+                     {"role": "user", "content": "1"}, {"role": "assistant", "content": "1234"}]}
+
+
+@pytest.mark.parametrize(("room", "drops", "most", "found", "dropped", "cut"), [
+    (22, False, 22, [[(22, 9)]], {}, {}), (22, True, 22, [[(22, 9)]], {}, {}),
+    (21, False, 22, [[(13, 4)]], {}, {"dialogs to block_size 20": (1, "a:0"),
+                                      "learned tokens behind that": (5, "a:0")}),
+    (13, False, 99, [[(13, 4)]], {}, {"dialogs to block_size 12": (1, "a:0"),
+                                      "learned tokens behind that": (5, "a:0")}),
+    (12, False, 99, [[]], {"longer than block_size 11": (1, "a:0")}, {}),
+    (21, True, 99, [[]], {"longer than block_size 20": (1, "a:0")}, {}),
+    (22, False, 21, [[]], {"over max_tokens 21": (1, "a:0")}, {}),
+    (12, False, 21, [[]], {"over max_tokens 21": (1, "a:0")}, {})])
+def test_a_dialog_is_cut_to_its_room(room, drops, most, found, dropped, cut):
+    made = encoder(room, drops, max_tokens=most)
+    assert encoded(made, TALK) == (found, dropped, cut)
+
+
+PAIR = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "12345"},
+                     {"role": "assistant", "content": "123"}, {"role": "user", "content": "1"},
+                     {"role": "assistant", "content": "1234"}],
+        "rejected": [{"role": "assistant", "content": "12"}]}
+
+
+@pytest.mark.parametrize(("room", "drops", "most", "found", "dropped", "cut"), [
+    # <s>, system 3, 7 + 5 before the last question of 3, the answers 6 and 4
+    (48, False, 99, [[(25, 5), (23, 3)]], {}, {}), (48, True, 48, [[(25, 5), (23, 3)]], {}, {}),
+    (47, False, 99, [[(13, 5), (11, 3)]], {}, {
+        "prompts at their beginning, to block_size 46": (1, "a:0")}),
+    (24, False, 99, [[(13, 5), (11, 3)]], {}, {
+        "prompts at their beginning, to block_size 23": (1, "a:0")}),
+    (23, False, 99, [[]], {"longer than block_size 22": (1, "a:0")}, {}),
+    (47, True, 99, [[]], {"longer than block_size 46": (1, "a:0")}, {}),
+    (47, False, 47, [[]], {"over max_tokens 47": (1, "a:0")}, {}),
+    (48, False, 47, [[]], {"over max_tokens 47": (1, "a:0")}, {})])
+def test_a_pair_loses_the_beginning_of_its_prompt(room, drops, most, found, dropped, cut):
+    made = encoder(room, drops, max_tokens=most)
+    row = json.loads(json.dumps(PAIR))
+    row["messages"][2]["learn"] = False
+    assert encoded(made, row) == (found, dropped, cut)
+
+
+def test_rows_that_share_their_last_token_leave_a_tail(tmp_path, monkeypatch):
+    (tmp_path / "work.tmp").mkdir()
+    words = make_tokenizer("bytes")
+    words.save(tmp_path)
+    config = Settings(block_size=8, sources="a.txt", tokenizer="bytes")
+    for tokens, tail in ((0, 0), (1, 1), (8, 8), (9, 0), (10, 1), (16, 7), (17, 0), (25, 0)):
+        counts = {"documents": 1, "tokens": tokens, "bytes": 3, "longest": tokens}
+        for number, own in enumerate(({"train": counts}, {"val": counts | {"tokens": 2}})):
+            write_json(tmp_path / f"work.tmp/part-{number:05}.json", {
+                "files": {}, "splits": own, "cut": {},
+                "dropped": {"empty": {"count": 1, "first": f"{number}"}}})
+        made = parts_room.merged(tmp_path, [Part([]), Part([])], config, words)
+        assert made["splits"]["train"] == counts | {"tail": tail}
+        assert made["splits"]["val"]["tail"] == 2 and made["block_size"] == 8
+        assert made["dropped"] == {"empty": {"count": 2, "first": "0"}} and made["cut"] == {}
+        assert made["tokenizer"] == {"spec": "bytes", "sha256": words.sha256, "vocab_size": 258,
+                                     "bos": 256, "eos": 257, "engine": "tiktoken"}
+        assert [*made["files"]] == ["tokenizer.json"] and "by_source" not in made
+
+
+def test_a_tokenizer_is_made_once_and_its_engine_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} text of words " * 99)
+    _, parts = survey(["a.txt", "b.txt"])
+    config = Settings(tokenizer="bpe:300", sources=["a.txt", "b.txt"])
+    (folder := tmp_path / "d").mkdir()
+    seen = []
+    real = Tokenizer.check
+    monkeypatch.setattr(Tokenizer, "check", lambda self, texts: seen.append(texts) or
+                        real(self, texts))
+    words = parts_room.choose_tokenizer(config, folder, parts)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{folder}: training the tokenizer bpe:300"
+    assert lines[1].startswith(f"{folder}: bytes per token this one ") and len(lines) == 2
+    assert [(tmp_path / f"{name}.txt").read_text() for name in "ba"] in seen
+    words.save(folder)
+    again = parts_room.choose_tokenizer(config, folder, parts)
+    assert again.sha256 == words.sha256 and capsys.readouterr().out == ""
+    monkeypatch.setattr(Tokenizer, "check", lambda self, texts: False)
+    parts_room.choose_tokenizer(config, folder, parts)
+    assert capsys.readouterr().out == (f"{folder}: the faster engine differs on this text; "
+                                       "`tokenizers` is used\n")
+    monkeypatch.setattr(Tokenizer, "check", lambda self, texts: seen.append(texts) or True)
+    monkeypatch.setattr(parts_room, "CHECKED", 10)
+    for i in range(40):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i:02}" * 50)
+    for count in (1, 7, 8, 9, 16, 17, 40):  # of at most nine files, from the last on
+        parts_room.choose_tokenizer(config, folder, [Part([records.replace(
+            parts[0].pieces[0], path=str(tmp_path / f"{i:02}.txt"), size=10)])
+            for i in range(count)])
+        assert seen[-1] == [f"{i:02}" * 5 for i in reversed(range(count))][::count // 8 + 1]
+
+
+@pytest.mark.parametrize(("keys", "kind"), [
+    ({"documents": "text"}, None), ({"documents": "table"}, "TableEncoder"),
+    ({"documents": "chat", "too_long": "drop"}, "DialogEncoder"),
+    ({"documents": "preference", "too_long": "cut"}, "DialogEncoder")])
+def test_what_encodes_documents(keys, kind):
+    made = parts_room.encoder_of(Settings(block_size=64, sources="a", **keys))
+    if kind is None:
+        assert made is parts_room.encode_texts
+    else:
+        assert type(made).__name__ == kind and made.room == 65
+    if kind == "DialogEncoder":
+        assert made.drops == (keys["too_long"] == "drop") and made.sources == [{"path": "a"}]
+
+
+def test_dialogs_need_a_template_of_ours_or_of_a_model(tmp_path):
+    words = make_tokenizer("bytes")
+    base = words.sha256
+    assert parts_room.for_documents({"documents": "text"}, words) is words and words.base == ""
+    recipe = {"documents": "chat", "tokenizer": "bytes", "chat_template": "own"}
+    grown = parts_room.for_documents(recipe, words)
+    assert (grown.vocab_size, grown.base) == (263, base) and grown.template
+    with pytest.raises(UserError) as error:
+        parts_room.for_documents(recipe | {"chat_template": "model"}, words)
+    assert str(error.value) == ("chat_template=model takes the template of a model's folder, and "
+                                "tokenizer=bytes is none")
+    grown.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}")
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        made = parts_room.for_documents({"documents": "chat", "tokenizer": str(place),
+                                         "chat_template": "model"}, make_tokenizer(str(place)))
+        assert "add_generation_prompt" in made.template and made.base == grown.sha256
+
+
+def test_pairs_are_shown_side_by_side(tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.jsonl").write_bytes(jsonl(
+        {"prompt": f"q{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(12)))
+    lines = lines_of(tmp_path, monkeypatch, capsys, {"dataset": "d"}, flags={"show": 4},
+                     documents="preference", sources=["p.jsonl"])
+    shown = lines[lines.index("--- p.jsonl"):-1]
+    assert len(shown) == 12 and shown[::3] == ["--- p.jsonl"] * 4
+    numbers = [line.partition("q")[2].partition("<")[0] for line in shown[1::3]]
+    assert len(set(numbers)) == 4
+    for number, chosen, rejected in zip(numbers, shown[1::3], shown[2::3], strict=True):
+        for side, text, line in (("chosen", "good", chosen), ("rejected", "bad", rejected)):
+            assert line == (f"{side}: <s><|user|>q{number}<|end|><|assistant|>[[{text}{number}"
+                            "<|end|>]]")
+
+
+def test_a_restart_writes_what_an_undisturbed_run_does(tmp_path, monkeypatch):
+    """Also what the tokenizer was made of, which is noted alone."""
+    rows = [{"messages": turns(random.Random(i))} for i in range(30)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
+    keys = {"documents": "chat", "sources": "a.jsonl", "block_size": 512, "dedup": "exact"}
+    whole = shards.read_manifest(inside(tmp_path, monkeypatch, **keys))
+    assert len(whole["tokenizer"]["base"]) == 64
+    for name in ("make_shards", "merged"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, name, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                inside(tmp_path, monkeypatch, dataset=name, **keys)
+        folder = inside(tmp_path, monkeypatch, dataset=name, **keys)
+        assert shards.read_manifest(folder) == whole and not (folder / "work.tmp").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "merged", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            inside(tmp_path, monkeypatch, dataset="f", **keys)
+    (tmp_path / "data/f/mine.txt").touch()
+    with pytest.raises(UserError, match=r"data/f holds files of somebody else \(mine\.txt\); take"):
+        inside(tmp_path, monkeypatch, dataset="f", **keys)

@@ -10,6 +10,7 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -342,3 +343,226 @@ def test_a_server_that_goes_leaves_what_is_complete(server, tmp_path, monkeypatc
         made(tmp_path, monkeypatch, "there", f"{server.url}/a.jsonl")
     server.gone = True  # what was made of it still stands
     made(tmp_path, monkeypatch, "there", f"{server.url}/a.jsonl")
+
+
+# ---- rules of stores, without one
+
+@pytest.mark.parametrize(("path", "url", "name"), [
+    ("s3://b/c?d", True, "s3://b/c?d"), ("https://h/a?sign=1?2", True, "https://h/a"),
+    ("http://h/a", True, "http://h/a"), ("C:\\x", False, "C:\\x"), ("hf:name", False, "hf:name"),
+    ("a/b?c", False, "a/b?c"), ("3s://x", False, "3s://x"), ("git+ssh://x", True, "git+ssh://x")])
+def test_what_lies_in_a_store(path, url, name):
+    assert (stores.is_url(path), stores.name_of(path)) == (url, name)
+
+
+def test_an_object_is_told_by_the_best_that_its_store_says():
+    for info, stamp in (({"size": 5}, "5 bytes"), ({}, "None bytes"),
+                        ({"size": 5, "ETag": '"x"', "mtime": 3}, "5 bytes, ETag x"),
+                        ({"size": 5, "mtime": 3, "created": 2}, "5 bytes, mtime 3"),
+                        ({"size": 5, "generation": 7, "ETag": "x"}, "5 bytes, generation 7")):
+        assert stores.stamp_of(info) == stamp
+
+
+def failure(status=None, kind=OSError, **said):
+    error = kind("x")
+    if status is not None:
+        error.status = status
+    for name, value in said.items():
+        setattr(error, name, value)
+    return error
+
+
+@pytest.mark.parametrize(("error", "passes"), [
+    (failure(), True), (failure(500), True), (failure(499), False), (failure(503), True),
+    (failure(404), False), (failure(408), True), (failure(429), True), (failure(403), False),
+    (failure(kind=FileNotFoundError), False), (failure(503, FileNotFoundError), True),
+    (failure(kind=ValueError), False), (failure(kind=PermissionError), False),
+    (failure(response={"ResponseMetadata": {"HTTPStatusCode": 500}}), True),
+    (failure(response={"ResponseMetadata": {"HTTPStatusCode": 404}}), False),
+    (failure(response={}), True), (failure(response=SimpleNamespace(status_code=502)), True),
+    (failure(response=SimpleNamespace(status_code=401)), False),
+    (failure(__cause__=failure(404)), False), (failure(404, __cause__=failure(500)), True),
+    (failure(kind=type("OfflineModeIsEnabled", (OSError,), {})), False)])
+def test_what_may_pass(error, passes):
+    assert stores.may_pass(error) == passes
+
+
+def test_a_request_is_made_again_after_a_while(monkeypatch, capsys):
+    slept, calls = [], []
+    monkeypatch.setattr(stores.time, "sleep", slept.append)
+
+    def failing(times, error):
+        calls.clear()
+
+        def call(*words, **keys):
+            calls.append((words, keys))
+            if len(calls) <= times:
+                raise error
+            return "done"
+        return call
+
+    assert stores.again("it", failing(3, OSError("a  b\nc")), 1, x=2) == "done"
+    assert slept == [1, 3, 9] and calls == [((1,), {"x": 2})] * 4
+    assert capsys.readouterr().out.splitlines() == [
+        f"it: OSError: a b c; again in {seconds} s" for seconds in (1, 3, 9)]
+    slept.clear()
+    with pytest.raises(OSError, match="x"):
+        stores.again("it", failing(4, OSError("x")))
+    assert len(calls) == 4 and slept == [1, 3, 9]
+    with pytest.raises(FileNotFoundError):
+        stores.again("it", failing(1, FileNotFoundError("x")))
+    assert len(calls) == 1
+    with pytest.raises(Incomplete) as error:
+        stores.asked("it", failing(4, OSError("x" * 400)))
+    assert str(error.value) == (f"it: OSError: {'x' * 300}, 4 times; the same command goes on from "
+                                "what is complete")
+    for refused in (UserError, Incomplete):
+        with pytest.raises(refused, match=r"^it: FileNotFoundError: x$"):
+            stores.asked("it", failing(1, FileNotFoundError("x")), refused=refused)
+    for own in (UserError("mine"), Incomplete("mine")):
+        with pytest.raises(type(own), match=r"^mine$"):
+            stores.asked("it", failing(1, own))
+    try:
+        try:
+            raise KeyError("inner")
+        except KeyError as inner:
+            raise OSError("outer") from inner
+    except OSError as outer:
+        assert stores.line_of(outer) == "KeyError: 'inner'"
+
+
+def test_how_stores_are_opened(monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    aiohttp = pytest.importorskip("aiohttp")
+    asked = []
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **keys: asked.append(keys))
+    for url in ("s3://b/c", "http://h/a", "https://h/a"):
+        stores.store_of(url)
+    assert asked[0] == {"use_listings_cache": False}
+    for options in asked[1:]:
+        assert options == {
+            "use_listings_cache": False, "headers": {"Accept-Encoding": "identity"},
+            "client_kwargs": {"trust_env": True, "timeout": aiohttp.ClientTimeout(
+                total=None, sock_connect=20, sock_read=60)}}
+
+
+class Store:
+    """A store of one object, which notes the ranges that are asked for."""
+
+    def __init__(self, content, **info):
+        self.content, self.asked = content, []
+        self.information = {"size": len(content), "ETag": "e"} | info
+
+    def info(self, name):
+        return self.information
+
+    def open(self, name, mode, cache_type, size):
+        assert (name, mode, cache_type, size) == ("name", "rb", "none", len(self.content))
+        store, file = self, io.BytesIO(self.content)
+
+        class Asked:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                pass
+
+            def seek(self, place):
+                store.asked.append([place])
+                file.seek(place)
+
+            def read(self, count):
+                store.asked[-1].append(count)
+                return file.read(count)
+
+        return Asked()
+
+
+def test_requests_grow_as_long_as_they_follow(monkeypatch):
+    content = random.Random(1).randbytes(4000)
+    store = Store(content)
+    monkeypatch.setattr(stores, "store_of", lambda url: (store, "name"))
+    monkeypatch.setattr(stores, "FIRST", 100)
+    monkeypatch.setattr(stores, "MOST", 400)
+    url = stores.surveyed(store, "x://name")
+    assert (url, url.size, url.stamp) == ("x://name", 4000, "4000 bytes, ETag e")
+    stream = stores.Stream(url)
+    assert stream.readable() and stream.seekable() and stream.tell() == 0
+    assert stream.read(50) == content[:50] and stream.read(50) == content[50:100]
+    assert store.asked == [[0, 100]]
+    assert stream.read(1) == content[100:101] and store.asked[1:] == [[100, 200]]
+    assert stream.seek(299) == 299 and stream.read(9) == content[299:300]  # it has come already
+    assert len(store.asked) == 2 and stream.tell() == 300
+    assert stream.read(1) and stream.seek(400, 1) == 701 and store.asked[2:] == [[300, 400]]
+    assert stream.read(3) == content[701:704] and store.asked[3:] == [[701, 100]]  # anew
+    assert stream.seek(-1, 1) == 703 and stream.read(1) == content[703:704]
+    assert store.asked[4:] == [[703, 100]]
+    assert stream.seek(-10, 2) == 3990 and stream.readall() == content[3990:]
+    assert store.asked[5:] == [[3990, 10]] and stream.read(1) == b"" and stream.tell() == 4000
+    stream.seek(0)
+    store.asked.clear()
+    assert stream.readall() == content
+    sizes = [100, 200, *[400] * 9, 100]
+    assert store.asked == [[sum(sizes[:i]), size] for i, size in enumerate(sizes)]
+    store.information = store.information | {"ETag": "f"}
+    stream.seek(0)
+    with pytest.raises(Incomplete, match=r"x://name has changed since it was surveyed: 4000 bytes, "
+                       "ETag e, now 4000 bytes, ETag f; bring that one back"):
+        stream.read(1)
+
+
+def test_an_object_without_a_size_or_ranges_is_refused():
+    for info in ({"size": None}, {"partial": False}):
+        with pytest.raises(UserError, match="x://n: its server gives no size or no ranges"):
+            stores.surveyed(Store(b"abc", **info), "x://n")
+    assert stores.surveyed(Store(b"abc", partial=True), "x://n").size == 3
+
+
+def test_what_lies_somewhere_now(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert stores.look_at(str(tmp_path / "a")) == 3
+    monkeypatch.setattr(stores, "store_of", lambda url: (Store(b"abcd"), url))
+    assert stores.look_at("xy://a") == "4 bytes, ETag e"
+
+
+class Listing:
+    """A store of a few objects, which notes what it is asked for."""
+
+    def __init__(self, *names, kind="file"):
+        self.found, self.kind, self.asked = {name: {"type": "file"} for name in names}, kind, []
+        self.found["b/d/sub"] = {"type": "directory"}
+
+    def glob(self, name, detail):
+        self.asked.append(("glob", name, detail))
+        return self.found
+
+    find = glob
+
+    def info(self, name):
+        self.asked.append(("info", name))
+        return {"type": self.kind}
+
+
+@pytest.mark.parametrize(("url", "kind", "asked", "labels", "folder"), [
+    ("s3://b/d/*", "file", ["glob"], {"x.txt": "b/d/x.txt", "y/z.txt": "b/d/y/z.txt"}, False),
+    ("s3://b/d/?.txt", "file", ["glob"], None, False),
+    ("s3://b/[d]", "file", ["glob"], None, False),
+    ("s3://b/d/", "file", ["glob"], None, True), ("s3://b/d", "directory", ["info", "glob"], None,
+                                                  True),
+    ("s3://b/d/x.txt", "file", ["info"], {"x.txt": "b/d/x.txt"}, False),
+    ("https://b/d/x.txt?sign=1", "file", ["info"], {"x.txt": "https://b/d/x.txt?sign=1"}, False),
+    ("https://b/d/*", "file", ["glob"], None, False)])
+def test_what_a_store_lists(url, kind, asked, labels, folder, monkeypatch):
+    store = Listing("b/d/x.txt", "b/d/y/z.txt", "b/d/.hidden", "b/d/.x/a", kind=kind)
+    name = url if url.startswith("http") else url.partition("://")[2]
+    monkeypatch.setattr(stores, "store_of", lambda url: (store, name))
+    found = stores.listed(url)
+    assert found[0] is store and found[2] == folder
+    assert found[1] == (labels or {"x.txt": "b/d/x.txt", "y/z.txt": "b/d/y/z.txt"})
+    assert [one[0] for one in store.asked] == asked
+    assert all(one[1] == name and one[2:] in ((), (True,)) for one in store.asked)
+
+
+def test_how_long_and_how_much_is_asked_for():
+    assert (stores.WAITS, stores.FIRST, stores.MOST) == ((1, 3, 9), 2**16, 2**23)
+    assert (stores.Url("x").size, stores.Url("x").stamp) == (0, "")

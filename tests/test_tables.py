@@ -7,6 +7,8 @@ import decimal
 import gzip
 import hashlib
 import html.parser
+import io
+import itertools
 import json
 import lzma
 import math
@@ -28,11 +30,13 @@ import prepare
 from plainllama.settings import UserError
 from plainllama.text import clients as reading
 from plainllama.text import embedded_table, tables
+from plainllama.text.documents import Part, Tally
 from plainllama.text.sources import clients, described, survey
 from plainllama.text.tables import FORMATS, Client, Renderer, hash_of, settings_of
 from plainllama.tokens import shards
+from plainllama.tokens.newest import TableEncoder
 from plainllama.tokens.rows import FitRows, val_rows
-from plainllama.tokens.tokenizer import Tokenizer
+from plainllama.tokens.tokenizer import Tokenizer, make_tokenizer
 
 HOSTILE = ["NaN", "nan", "NULL", "null", "", " ", "007", "-5", "1e5", "12", "1.50", "a, b",
            "a|b", "# x", "### y", '"', 'say "no"', "it's", "<td>&amp;</td>", "a\nb", "\r", "\t",
@@ -616,6 +620,225 @@ def test_bad_rows_are_counted_or_end_it(tmp_path, monkeypatch, capsys):
                    **keys)
 
 
+# ---- what is planned, read and drawn, to the letter
+
+def test_settings_are_those_of_the_source():
+    assert settings_of(source()) == {
+        "version": 1, "formats": ["plain"], "time_format": "", "shuffle": False, "group": "",
+        "seed": 1, "columns": [
+            {"column": name, "decimals": None, "words": {}, "names": [name]}
+            for name in ("day", "what", "sum")]}
+    full = settings_of(source(
+        format=["json", "grouped"], group="what", shuffle=True, seed=7, time_format="%Y", columns=[
+            "what", {"column": "day", "name": ["when", "date"], "unit": "UTC"},
+            {"column": "sum", "name": "amount", "decimals": 0, "words": {5.0: "five"}}]))
+    assert full == {
+        "version": 1, "formats": ["json", "grouped"], "time_format": "%Y", "shuffle": True,
+        "group": "what", "seed": 7, "columns": [
+            {"column": "what", "decimals": None, "words": {}, "names": ["what"]},
+            {"column": "day", "decimals": None, "words": {}, "names": ["when (UTC)", "date (UTC)"]},
+            {"column": "sum", "decimals": 0, "words": {"5": "five"}, "names": ["amount"]}]}
+    unread = settings_of(source(time_format="%Y", columns=["sum"]))
+    assert unread["time_format"] == ""  # the time is not shown
+    for decimals in (0, 15):
+        assert settings_of(source(columns=[{"column": "sum", "decimals": decimals}]))
+    for wrong in ({"decimals": 16}, {"decimals": -1}, {"name": ""}, {"name": [""]}, {"name": [3]},
+                  {"name": []}, {"name": 3}):
+        with pytest.raises(UserError):
+            settings_of(source(columns=[{"column": "sum"} | wrong]))
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("9" * 18, int("9" * 18)), ("9" * 19, "9" * 19), ("-" + "9" * 17, -int("9" * 17)),
+    ("-" + "9" * 18, "-" + "9" * 18), ("1", 1), ("1.0", 1.0), ("", ""), ("-", "-")])
+def test_whole_numbers_have_at_most_eighteen_characters(text, value):
+    assert (tables.typed(text), type(tables.typed(text))) == (value, type(value))
+
+
+def test_equal_values_of_other_types_are_written_as_they_are():
+    assert rendered([[1], [1.0], [1]], ["a"], "plain").split("\n")[1:] == ["1", "1.0", "1"]
+
+
+@pytest.mark.parametrize(("head", "between"), [
+    ("a,b;c,d", ","), ("a;b", ";"), ("a\tb", "\t"), ("a|b", "|"), ("a", ","), ("a;b,c", ","),
+    ("a\nb;c;d", ",")])
+def test_the_first_line_tells_what_stands_between_cells(head, between):
+    assert tables.delimiter(head) == between
+
+
+def planned(tmp_path, size, **keys):
+    path = tmp_path / keys.pop("name", "t.csv")
+    path.write_bytes(b"x" * size)
+    own = source(**keys)
+    return reading.clients_pieces(own, {"files": "f"}, [("t.csv", path)], settings_of(own))
+
+
+@pytest.mark.parametrize(("size", "count"), [
+    (0, 1), (1, 1), (64 << 10, 1), ((64 << 10) + 1, 2), (12 << 16, 12), ((12 << 16) - 1, 12),
+    (24 << 16, 12), (8 << 20, 13)])
+def test_transactions_are_sorted_into_a_dozen_pieces_or_more(size, count, tmp_path, monkeypatch):
+    found = planned(tmp_path, size)
+    assert len(found) == count and [piece.start for piece in found] == [*range(count)]
+    assert {piece.size for piece in found} == {size // count}
+    origin = found[0].table
+    assert (origin.path, origin.id, origin.time, origin.pieces) == ("t.csv", "who", "day", count)
+    assert (origin.time_format, origin.decimal) == ("", "") and len(origin.name) == 16
+    assert origin.files == (("t.csv", str(tmp_path / "t.csv")),)
+    assert origin.read == ["who", "day", "day", "what", "sum"]
+    assert all((piece.kind, piece.label, piece.path) == ("table", "t.csv", "") for piece in found)
+    monkeypatch.setattr(reading, "PIECE", 1 << 10)
+    assert len(planned(tmp_path, size)) == max(1, math.ceil(size / 1024))
+
+
+def test_packed_tables_are_larger_than_their_files(tmp_path):
+    assert len(planned(tmp_path, 64 << 10, name="t.csv.gz")) == 3
+    assert planned(tmp_path, 0, decimal=",", time_format="%Y")[0].table.decimal == ","
+    named = planned(tmp_path, 0, columns=["sum", "who"])[0].table
+    assert named.read == ["who", "day", "sum", "who"]
+    untimed = planned(tmp_path, 0, name="t.parquet", time="", columns=["a", {"column": "a",
+                                                                          "name": "b"}])
+    assert untimed[0].table.read == ["who", "a"]
+
+
+def test_dates_of_a_csv_and_numbers_of_a_parquet_are_times_alike(tmp_path, monkeypatch):
+    """As time_format says: there is no first kind that the others must have."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("who,day,what,sum\n1,20240102,b,2\n1,20231231,a,1\n")
+    pq.write_table(reading_table({"who": [1], "day": [20240103], "what": ["c"], "sum": [3]}),
+                   tmp_path / "b.parquet")
+    [client] = clients(source(path="*", time_format="%Y%m%d"))
+    assert client.columns["sum"] == [1, 2, 3]
+    assert client.columns["day"] == ["20231231", "20240102", 20240103]
+
+
+def reading_table(columns):
+    import pyarrow
+
+    return pyarrow.table(columns)
+
+
+@pytest.mark.parametrize(("value", "form", "seconds"), [
+    (5, "", 5), (2.5, "", 2.5), (-1, "", -1), ("1970-01-01", "", 0), ("1970-01-02", "", 86400),
+    ("1969-12-31T23:59:59", "", -1), ("1970-01-01T01:00:00+01:00", "", 0), ("soon", "", None),
+    (None, "", None), ("1970", "%Y", 0), (1971, "%Y", 365 * 86400), (1971.0, "%Y", 365 * 86400),
+    (1971.5, "%Y", None), ("x", "%Y", None), ("01.02.1970", "%d.%m.%Y", 31 * 86400),
+    ("1970-01-01 00:00 +0100", "%Y-%m-%d %H:%M %z", -3600)])
+def test_a_time_orders(value, form, seconds):
+    assert reading.moment(value, form) == seconds
+
+
+@pytest.mark.parametrize(("value", "plain"), [
+    (None, None), (float("nan"), None), (float("inf"), "inf"), (-0.0, 0.0), (2.5, 2.5), ("a", "a"),
+    (7, 7), (2**63 - 1, 2**63 - 1), (2**63, str(2**63)), (-2**63, str(-2**63)),
+    (1 - 2**63, 1 - 2**63), (True, "true"), (False, "false"), (b"x", "x"),
+    (decimal.Decimal("1.50"), 1.5), (datetime.date(2024, 1, 2), "2024-01-02")], ids=repr)
+def test_values_of_a_parquet_are_plain(value, plain):
+    found = reading.plain(value)
+    assert (found, type(found)) == (plain, type(plain)) and str(found) == str(plain)
+
+
+@pytest.mark.parametrize(("cell", "comma", "value"), [
+    ("", False, None), ("NULL", True, None), (reading.MARK + "NULL", False, "NULL"),
+    ("1,5", True, 1.5),
+    ("1,5", False, "1,5"), ("1,5,2", True, "1,5,2"), ("a,5", True, "a,5"), ("-0,25", True, -0.25),
+    (reading.MARK + "7", False, 7), ("x", False, "x")])
+def test_cells_are_read(cell, comma, value):
+    assert reading.cell_of(cell, comma) == value
+    if not comma:
+        assert reading.text_of(cell) == (None if value is None else str(value))
+
+
+def test_arrays_become_transactions():
+    who = itertools.repeat("c")
+    assert [*reading.unfolded([who, [1, 2], ["a", None]])] == [["c", 1, "a"], ["c", 2, None]]
+    assert [*reading.unfolded([who, [1], ["a", "b"]])] == [
+        "a transaction of a client whose arrays differ in length"] * 2
+    assert [*reading.unfolded([who, [], []])] == ["a client without a transaction"]
+
+
+def test_the_newest_rows_are_kept_in_their_order(monkeypatch):
+    for most, kept, lost in ((2, [(1, "b"), (2, "a")], 2), (4, [(0, "c"), (1, "d"), (1, "b"),
+                                                               (2, "a")], 0), (9, None, 0)):
+        monkeypatch.setattr(reading, "NEWEST", most)
+        rows = [(2, "a"), (1, "d"), (0, "c"), (1, "b")]
+        assert reading.keep_newest(rows) == lost
+        assert rows == (kept or [(0, "c"), (1, "d"), (1, "b"), (2, "a")])
+
+
+def test_clients_of_a_piece_come_with_what_is_left_out_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "NEWEST", 2)
+    [piece] = planned(tmp_path, 0)
+    lines = [["b", 3, [3, "x", 1]], ["", "a rule", "t.csv:7"], ["a", 1, [1, "y", 2]],
+             *(["b", n, [n, "z", n]] for n in (9, 8, 7, 6, 5))]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    noted = []
+    found = [*reading.clients_in(piece.table, str(tmp_path / "p.jsonl"), lambda rule, where, count:
+                                 noted.append((rule, where(), count)))]
+    assert found == [Client("b", {"day": [8, 9], "what": ["z", "z"], "sum": [8, 9]}),
+                     Client("a", {"day": [1], "what": ["y"], "sum": [2]})]
+    assert noted == [("a rule", "t.csv:7", 1),
+                     ("transactions before a client's newest 2", "t.csv: client b", 4)]
+
+
+def test_where_a_csv_is_broken_is_said_by_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text, says in (('who,"day,what,sum\n1,2,a,3\n', "t.csv:1: unexpected end of data (to line "
+                        "2); mend the quotes of that row"),
+                       ('who,day,what,sum\n1,2,a,3\n1,2,"a"b,3\n', "t.csv:3: "),
+                       ('who,day,what,sum\n1,2,"a\nb",3\n1,2,"a\n1,3,b,4\n",5\n', "t.csv:4: a cell "
+                        "in quotes holds whole rows, such as '1,3,b,4'; close its quote, or double "
+                        "a quote that is text")):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(UserError) as error:
+            [*clients(source())]
+        assert str(error.value).startswith(says), text
+    (tmp_path / "t.csv").write_text('who,day,what,sum\n1,2,"a\nb",3\n\n1,2\n,2,a,3\n1,2,a,3\n')
+    rows = [*reading.transactions(survey(source(), documents="table")[1][0].pieces[0].table)]
+    assert rows == [("1", [2, [2, "a\nb", 3]]),
+                    ("", ["a row with more or fewer cells than the first line", "t.csv:5"]),
+                    ("", ["a transaction without who", "t.csv:6"]), ("1", [2, [2, "a", 3]])]
+
+
+def test_what_is_written_as_it_came_is_counted():
+    renderer = Renderer(settings_of(source(columns=[
+        {"column": "what", "words": {"7": "seven"}}, {"column": "sum", "decimals": 1}, "day"])))
+    columns = {"what": [7, 7.0, "8", None, "x"], "sum": [1, 2.5, "3,1", None, "y"],
+               "day": ["z"] * 5}
+    assert renderer.unknown(Client("c", columns)) == {
+        "note: codes of what without a word": 2,
+        "note: values of sum that are no numbers, so without decimals": 2}
+    sound = {"what": [7, None], "sum": [1, None], "day": ["z", None]}
+    assert not any(renderer.unknown(Client("c", sound)).values())
+
+
+def test_of_a_client_the_most_transactions_that_fit_are_kept():
+    """Beside a search through all numbers of them."""
+    words = make_tokenizer("bytes")
+    draw = random.Random(3)
+    renderer = Renderer(settings_of(source(columns=["what"])))
+    for count in (1, 2, 3, 7, 30):
+        client = Client("c", {"what": ["x" * draw.randint(1, 30) for _ in range(count)]})
+        texts = [renderer.text(client, n) for n in range(1, count + 1)]
+        sizes = [len(text) + 2 for text in texts]
+        for room in {min(sizes) - 1, *(size + more for size in sizes for more in (-1, 0, 1)), 999}:
+            table = tables.Table(renderer.text(client))
+            table.client, table.renderer, table.kept = client, renderer, table
+            table.where = "t.csv: client c".format
+            dropped, cut = Tally(), Tally()
+            [found] = TableEncoder(room)(words, [table], Part([]), dropped, cut)
+            most = sum(size <= room for size in sizes)
+            if not most:
+                assert (found, cut) == ([], {}) and dropped == {
+                    f"a transaction alone longer than block_size {room - 1}": {
+                        "count": 1, "first": "t.csv: client c"}}
+                continue
+            [(ids, learned)] = found
+            assert words.decode(ids) == texts[most - 1] == str(table.kept) and learned is None
+            assert dropped == {} and {rule: entry["count"] for rule, entry in cut.items()} == (
+                {} if most == count else {f"clients to block_size {room - 1}": 1,
+                                          "transactions before that": count - most})
+
+
 # ---- a data set
 
 def write_clients(path, count=40):
@@ -813,3 +1036,24 @@ def test_the_planted_signal_lies_in_the_order(tmp_path):
     assert len(rows) == embedded_table.COUNT
     assert [int(row["leaves"]) for row in rows[:1000]] == labels.tolist()
     assert described("embedded:table") == [{"path": "embedded:table"}]
+
+
+def test_the_generated_clients_are_the_same_everywhere(tmp_path, monkeypatch):
+    made = [*embedded_table.clients(120, seed=1)]
+    monkeypatch.setattr(embedded_table, "clients", lambda: iter(made))
+    embedded_table.write_rows(file := io.BytesIO())
+    embedded_table.write_sums(str(tmp_path / "sums.csv"))
+    found = [file.getvalue(), (tmp_path / "sums.csv").read_bytes(), repr(made).encode()]
+    assert [hashlib.sha256(content).hexdigest()[:16] for content in found] == [
+        "454cceefec7f8ad7", "4bd05177f3cda766", "65005db4b9ca5ba2"]
+    with open(tmp_path / "sums.csv") as file:
+        rows = [*csv.DictReader(file)]
+    by_hand = [float(event[2]) for event in made[0][2] if event[2]]
+    assert float(rows[0]["sum"]) == pytest.approx(sum(by_hand))
+    assert float(rows[0]["greatest"]) == max(by_hand)
+    assert int(rows[0]["count"]) == len(made[0][2])
+
+
+def test_the_bounds_of_what_is_sorted():
+    assert (reading.PIECE, reading.HELD, reading.NEWEST) == (2**24, 2**16, 2**16)
+    assert (tables.VERSION, reading.EPOCH.timestamp()) == (1, 0)

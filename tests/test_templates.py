@@ -413,3 +413,63 @@ def test_a_template_needs_its_folder(home):
     (home / "model/tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="brings no template"):
         prepare.main(parse(["talk.py"], "", prepare.Flags))
+
+
+# ---- what a template is given and may use
+
+def test_messages_are_written_as_templates_read_them():
+    call = {"name": "f", "arguments": {"x": 1}}
+    messages = [
+        {"role": "tool", "content": "of no call"}, {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "reasoning": "r", "tool_calls": [call, TOOL | call]},
+        {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "a", "tool_calls": [call], "learn": False}]
+    calls = [{"id": f"call{number:05}", "type": "function", "function": made} for number, made in
+             ((1, call), (2, TOOL | call), (3, call))]
+    assert templates.for_template(messages) == [
+        {"role": "tool", "content": "of no call"}, {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "reasoning": "r", "reasoning_content": "r",
+         "thinking": "r", "tool_calls": calls[:2]},
+        {"role": "tool", "content": "1", "tool_call_id": "call00001", "name": "f"},
+        {"role": "tool", "content": "2", "tool_call_id": "call00002", "name": "f"},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "a", "tool_calls": calls[2:]}]
+
+
+@pytest.mark.parametrize(("text", "parts", "kept"), [
+    ("a b", ["a", "b"], True), ("a b", ["a", "c"], False), ("a", [], True), ("x", [" x\n"], True),
+    ('say \\"no\\"', ['say "no"'], True), ('say "no"', ['say "no"'], True),
+    ("a\\nb", ["a\nb"], True), ("ab", ["a\nb"], False), ("é", ["é"], True)])
+def test_what_a_template_keeps(text, parts, kept):
+    assert templates.keeps(text, *parts) == kept
+
+
+@pytest.mark.parametrize(("source", "text"), [
+    ("{{ {'b': 'é', 'a': 1} | tojson }}", '{"b": "é", "a": 1}'),
+    ("{{ {'b': 'é'} | tojson(ensure_ascii=true) }}", '{"b": "\\u00e9"}'),
+    ("{{ {'b': 1, 'a': 2} | tojson(indent=1) }}", '{\n "b": 1,\n "a": 2\n}'),
+    ("{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':'), sort_keys=true) }}", '{"a":2,"b":1}'),
+    ("{% if true %}\nx\n{% endif %}\ny", "x\ny"), ("a\n   {% if true %}\nb{% endif %}", "a\nb"),
+    ("{% generation %}x{% endgeneration %}y", "xy"), ("{{ strftime_now('%Y-%m') }}", "2031-05"),
+    ("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "1")])
+def test_what_a_template_may_use(source, text):
+    assert templates.compiled(source, datetime(2031, 5, 4)).render() == text
+
+
+def test_white_space_beside_special_tokens_is_theirs_if_they_take_it():
+    spec = json.loads(tokenizer_json.complete(vocabulary.single_bytes(), "x")[1])
+    spec["added_tokens"] += [
+        {"id": 300, "content": "<bare>", "special": True},
+        {"id": 301, "content": "<bare>left", "special": True, "lstrip": True, "rstrip": False},
+        {"id": 302, "content": "<right>", "special": True, "lstrip": False, "rstrip": True},
+        {"id": 303, "content": "<no>", "special": False}]
+    made = templates.Template("{% for m in messages %}{{ m.role + m.content + '</s>' }}{% endfor %}"
+                              "{% if add_generation_prompt %}assistant{% endif %}", spec)
+    found = [*made.written.finditer(" <bare> <bare>left <right> <no> <s>")]
+    assert [one[0] for one in found] == ["<bare>", " <bare>left", "<right> ", "<s>"]
+    assert [[*filter(None, one.groups())] for one in found] == [
+        ["<bare>"], ["<bare>left"], ["<right>"], ["<s>"]]
+    assert made.ends == {"</s>"} and made.begin == ""
+    assert made.marked({"<s>": ["a</s>", 3], "b": "<no>"}, "|") == {
+        "<|s>": ["a<|/s>", 3], "b": "<no>"}

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from plainllama.settings import Settings, UserError
-from plainllama.tokens import fast_bpe, tokenizer, vocabulary
+from plainllama.tokens import fast_bpe, tokenizer, tokenizer_json, vocabulary
 from plainllama.tokens.tokenizer_json import boundaries, byte_info, decoded_bytes, write_hf_files
 
 PROSE = [f"The {a} {b} of {n} rivers runs {c}ly past, isn't it?\n\tx_{n} = [{n}, {n * n}]  # {b}\n"
@@ -458,10 +458,13 @@ def test_bad_specs(spec, found):
 
 
 def test_the_tokenizer_of_a_run_is_that_of_its_newest_checkpoint(tmp_path):
-    for step, size in ((9, 300), (10, 310)):
+    hashes = set()
+    for step, size in ((9, 260), (10, 263)):  # of more the text is too small
         (tmp_path / f"checkpoints/step_{step}").mkdir(parents=True)
         made = tokenizer.make_tokenizer(f"bpe:{size}", lambda: ["a little text of a few words"] * 9)
         made.save(tmp_path / f"checkpoints/step_{step}")
+        hashes.add(made.sha256)
+    assert len(hashes) == 2
     assert tokenizer.make_tokenizer(str(tmp_path)).sha256 == made.sha256
 
 
@@ -535,3 +538,424 @@ def test_bad_files(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.model"):
         tokenizer.make_tokenizer(str(tmp_path))
+
+
+# ---- parts of a tokenizer.json
+
+def metaspace(scheme: str) -> dict:
+    """A byte-fallback BPE whose words begin with a space by a Metaspace of a scheme."""
+    pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh", "▁a", "ab"]
+    names = ["<unk>", "<s>", "</s>"]
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+             "vocab": {piece: i for i, piece in enumerate([*names, *pieces])},
+             "merges": ["▁ a", "a b"]}
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, space]}
+    return vocabulary.layout(model, space, decoder,
+                             [vocabulary.special(piece, i) for i, piece in enumerate(names)])
+
+
+def test_behind_a_control_token_no_text_is_the_first():
+    for scheme, first, behind in (("first", ["▁a", "b"], ["ab"]), ("never", ["ab"], ["ab"]),
+                                  ("always", ["▁a", "b"], ["▁a", "b"])):
+        tok = tokenizer.Tokenizer(*tokenizer_json.complete(metaspace(scheme), "x"))
+        names = {i: piece for i, (piece, _) in
+                 tokenizer_json.list_entries(json.loads(tok.json_bytes)).items()}
+        assert [names[i] for i in tok.encode("ab")] == first
+        assert [names[int(i)] for i in tok.encode_behind("ab")] == behind
+        assert tok.decode(tok.encode("ab")) == "ab" == tok.decode_behind(tok.encode_behind("ab"))
+        assert tok.decode_behind([1, *tok.encode_behind("ab"), 2]) == "ab"  # specials are left out
+        assert 1 not in [*tok.encode_behind("<s>")] and tok.decode([1, 2]) == ""
+        assert [*tok.encode_behind("a\ud800")] == [*tok.encode_behind("a\ufffd")]
+
+
+def test_what_is_never_first_is_written_anew():
+    spec = metaspace("first")
+    before = json.dumps(spec)
+    made = tokenizer_json.never_first(spec)
+    assert json.dumps(spec) == before and made is not spec
+    assert made["pre_tokenizer"] == spec["pre_tokenizer"] | {"prepend_scheme": "never"}
+    assert made["decoder"]["decoders"][2] == spec["decoder"]["decoders"][2] | {
+        "prepend_scheme": "never"}
+    assert {k: v for k, v in made.items() if k not in ("pre_tokenizer", "decoder")} == {
+        k: v for k, v in spec.items() if k not in ("pre_tokenizer", "decoder")}
+    spec["decoder"] = {"type": "Sequence", "decoders": [
+        {"type": "Fuse", "start": 5}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    assert tokenizer_json.never_first(spec)["decoder"]["decoders"] == [
+        {"type": "Fuse", "start": 5}, {"type": "Strip", "content": " ", "start": 0, "stop": 0}]
+    for scheme in ("never", "always"):
+        spec = metaspace(scheme)
+        assert tokenizer_json.never_first(spec) is spec
+    spec = vocabulary.single_bytes()
+    assert tokenizer_json.never_first(spec) is spec
+
+
+@pytest.mark.parametrize(("piece", "decoders", "dropped"), [
+    ("▁▁a▁", {"Metaspace": {}}, 3), ("a", {"Metaspace": {}}, 0),
+    ("▁a", {"Metaspace": {"prepend_scheme": "never"}}, 0),
+    ("▁a", {"Metaspace": {"prepend_scheme": "first"}}, 1),
+    ("▁▁a", {"Metaspace": {"prepend_scheme": "always"}}, 2),
+    ("▁▁a", {"Strip": {}}, 1), ("a▁", {"Strip": {}}, 0), ("▁a", {"Fuse": {}}, 0), ("a", {}, 0)])
+def test_spaces_that_a_document_loses_at_its_start(piece, decoders, dropped):
+    assert tokenizer_json.spaces_dropped(piece, decoders) == dropped
+
+
+def test_bytes_are_those_that_pieces_decode_to(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(metaspace("first")))
+    info = byte_info(file)
+    ids = {piece: i for piece, i in metaspace("first")["model"]["vocab"].items()}
+    assert (info.lengths[ids["<0x41>"]], info.lengths[ids["▁a"]], info.lengths[ids["ab"]]) == (
+        1, 2, 2)
+    assert (info.prefix[ids["▁a"]], info.prefix[ids["ab"]], info.bos_id) == (1, 0, 1)
+    assert info.lengths[:3].tolist() == [0, 0, 0]
+    row = np.array([1, ids["▁a"], ids["▁a"], 2, 1, ids["ab"]])
+    assert decoded_bytes(row, info) == 1 + 2 + 0 + 0 + 2
+    assert decoded_bytes(np.array([[5, 6], [1, ids["▁a"]]]), info) == 1 + 1
+    spec = json.loads(tokenizer_json.complete(vocabulary.single_bytes(), "x")[1])
+    spec["model"]["vocab"] = spec["model"]["vocab"] | {"ĠÃ©": 600, "日": 601}
+    file.write_text(json.dumps(spec))
+    lengths = byte_info(file).lengths
+    assert len(lengths) == 602 and lengths[600] == 3  # characters that stand for bytes
+    assert lengths[601] == 3 and lengths[599] == 0  # an added token as it is; no token
+
+
+@pytest.mark.parametrize(("model", "added", "expected"), [
+    ({"type": "BPE", "unk_token": "<unk>"}, ["<unk>", "<s>", "</s>"],
+     {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    ({"type": "BPE"}, ["<|endoftext|>"],
+     {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
+    ({"type": "Unigram", "unk_id": 0, "vocab": [["<u>", 0.0]]}, ["<s>", "</s>", "[PAD]", "<pad>"],
+     {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<u>", "pad_token": "[PAD]"}),
+    ({"type": "Unigram", "unk_id": 1, "vocab": [["a", 0.0], ["b", 0.0]]}, ["<s>", "</s>"],
+     {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "b"}),
+    ({"type": "Unigram", "unk_id": None}, ["<s>", "</s>"],
+     {"bos_token": "<s>", "eos_token": "</s>"}),
+    ({"type": "BPE", "unk_id": 0, "unk_token": "x"}, [], {"unk_token": "x"})])
+def test_special_tokens_are_named_as_transformers_does(model, added, expected):
+    spec = {"model": {"vocab": {}} | model,
+            "added_tokens": [vocabulary.special(name, 10 + i) for i, name in enumerate(added)]}
+    assert tokenizer_json.named_tokens(spec) == expected
+
+
+def test_entries_and_steps_are_listed():
+    spec = {"model": {"vocab": {"a": 0, "b": 2}}, "added_tokens": [
+        {"id": 2, "content": "c", "special": True}, {"id": 3, "content": "d"}]}
+    assert tokenizer_json.list_entries(spec) == {0: ("a", False), 2: ("c", True), 3: ("d", False)}
+    spec = {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": None}
+    assert tokenizer_json.list_entries(spec) == {0: ("a", False), 1: ("b", False)}
+    one, two = {"type": "Fuse"}, {"type": "Strip"}
+    inner = {"type": "Sequence", "decoders": [two, one]}
+    assert tokenizer_json.list_steps(None) == [] == tokenizer_json.list_steps({})
+    assert tokenizer_json.list_steps(one) == [one]
+    assert tokenizer_json.list_steps({"type": "Sequence", "x": [one, inner]}) == [one, two, one]
+
+
+def test_what_a_document_needs_is_added():
+    spec, data = tokenizer_json.complete(vocabulary.single_bytes(), "x")
+    assert spec["added_tokens"] == [vocabulary.special("<s>", 256), vocabulary.special("</s>", 257)]
+    assert vocabulary.special("<s>", 256) == {
+        "id": 256, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": True}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+              {"Sequence": {"id": "A", "type_id": 0}}]
+    assert spec["post_processor"] == {
+        "type": "TemplateProcessing", "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "tokens": ["<s>"], "ids": [256]}}}
+    assert (spec["truncation"], spec["padding"], spec["model"]["dropout"]) == (None, None, None)
+    assert json.loads(data) == spec and data.endswith(b"}\n") and b'": ' not in data
+    assert tokenizer_json.complete(json.loads(data), "x", data)[1] is data  # nothing was missing
+    spec = json.loads(data)
+    spec["truncation"] = {"max_length": 4}
+    assert tokenizer_json.complete(spec, "x", b"own")[1] == data
+    unigram = {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]},
+               "decoder": {"type": "Fuse"}, "added_tokens": [vocabulary.special("<unk>", 0)],
+               "pre_tokenizer": {"type": "Whitespace"}}
+    spec, _ = tokenizer_json.complete(unigram, "x")
+    assert "dropout" not in spec["model"]
+    guard = {"type": "Split", "behavior": "MergedWithPrevious", "invert": False, "pattern": {
+        "Regex": r"<(?=unk>)|<(?=s>)|<(?=/s>)|<(?=0x[0-9A-F]{2}>)"}}
+    assert spec["pre_tokenizer"] == {"type": "Sequence",
+                                     "pretokenizers": [{"type": "Whitespace"}, guard]}
+    again = json.dumps(spec)
+    tokenizer_json.guard_special_pieces(spec)
+    assert json.dumps(spec) == again  # once
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"added_tokens": [{"id": "5", "content": "a"}]}, "in its added_tokens has no id or no "),
+    ({"added_tokens": [{"id": 5, "content": 7}]}, "in its added_tokens has no id or no content"),
+    ({"added_tokens": [{"id": True, "content": "a"}]}, "in its added_tokens has no id"),
+    ({"model": []}, "x holds no tokenizer model; give a BPE or unigram tokenizer"),
+    ({"decoder": None}, "x: a BPE tokenizer with decoders [] is not supported; take a BPE or "
+     "unigram of the LLaMA or GPT family"),
+    ({"decoder": {"type": "WordPiece"}}, "x: a BPE tokenizer with decoders ['WordPiece'] is not"),
+    ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "x: a WordLevel tokenizer with"),
+    ({"model": {"vocab": [["a", 0.0]]}}, "x: its Unigram model has no unk_id, and so no id for a "
+     "character that its vocabulary lacks; give it one")])
+def test_a_tokenizer_that_cannot_be_used_is_named(changes, says):
+    with pytest.raises(UserError) as error:
+        tokenizer_json.complete(vocabulary.single_bytes() | changes, "x")
+    assert says in str(error.value)
+
+
+def test_the_files_for_transformers(made, tmp_path):
+    tok, folder = made("bytes")
+    for place in (folder, folder / "tokenizer.json"):
+        assert tokenizer_json.sha256_of(place) == tok.sha256
+        assert tokenizer_json.read_spec(place)[1] == tok.json_bytes
+    write_hf_files(folder / "tokenizer.json", tmp_path, 512)
+    text = (tmp_path / "tokenizer_config.json").read_text()
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512,
+              "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
+              "bos_token": "<s>", "eos_token": "</s>"}
+    assert json.loads(text) == config and text.startswith('{\n "tok') and text.endswith("}\n")
+    assert not (tmp_path / "chat_template.jinja").exists()
+    for given, beside, found in (("ä", "", "ä"), ("ä", "own", "own"), ("", "own", "own")):
+        source = tmp_path / f"{given}{beside}"
+        source.mkdir()
+        tok.save(source)
+        if beside:
+            (source / "chat_template.jinja").write_text(beside)
+        write_hf_files(source / "tokenizer.json", source, 512, given)
+        assert (source / "chat_template.jinja").read_text("utf-8") == found
+        text = (source / "tokenizer_config.json").read_text("utf-8")
+        assert json.loads(text) == config | {"chat_template": found} and found in text
+        for place in (source, source / "tokenizer.json"):
+            assert tokenizer.Tokenizer.load(place).template == found
+    assert tok.template == ""
+
+
+# ---- sizes, cuts and places at their bounds
+
+def test_the_sizes_of_a_bpe(monkeypatch):
+    asked = []
+    monkeypatch.setattr(vocabulary, "train", lambda size, texts: asked.append((size, texts)) or
+                        vocabulary.single_bytes())
+    for size in (258, 2**31 - 1):
+        tokenizer.train_bpe(f"bpe:{size}", lambda: "texts")
+    assert asked == [(258, "texts"), (2**31 - 1, "texts")]
+    for size in ("257", "-1", str(2**31), "", "4k"):
+        with pytest.raises(UserError) as error:
+            tokenizer.train_bpe(f"bpe:{size}", lambda: "texts")
+        assert str(error.value) == (f"tokenizer bpe:{size}: bpe:N takes a whole number from 258 to "
+                                    "2^31 - 1, as bpe:4096")
+
+
+def test_a_text_is_cut_only_over_its_bound(made, monkeypatch):
+    tok = tokenizer.Tokenizer.load(made("bpe:340")[1])
+    monkeypatch.setattr(tokenizer, "CUT", 10)
+    seen = []
+    real = tok._part
+    monkeypatch.setattr(tok, "_part", lambda text, begins: seen.append((text, begins)) or
+                        real(text, begins))
+    for engine in ("tiktoken", "tokenizers"):
+        assert tok.engine == engine
+        for text, parts, words in (
+                ("abcd efghi", ["abcd efghi"], 0), ("abcd efghij", ["abcd", " efghij"], 0),
+                ("abcdefghij k", ["abcdefghij", " k"], 1), ("abcdefghijk", ["abcdefghij", "k"], 1),
+                ("ab  cd  efgh ij", ["ab  cd", "  efgh ij"], 0), (" " * 12, [" " * 10, "  "], 1),
+                ("a b c d e f g h i j k l", ["a b c d e", " f g h i", " j k l"], 0)):
+            seen.clear()
+            tok.cut_words = 0
+            ids = tok._long(text)
+            assert [part for part, _ in seen] == parts and tok.cut_words == words, text
+            assert [begins for _, begins in seen] == [True] + [False] * (len(parts) - 1)
+            assert tok.decode(ids) == text
+        tok.give_up()
+    short = tokenizer.Tokenizer.load(made("bpe:340")[1])
+    short.give_up()
+    monkeypatch.setattr(short, "_long", lambda text: [len(text)])
+    assert short._batch(["x" * 10, "y" * 11]) == [[10], [11]]
+    assert len(short._batch(["x" * 10])[0]) == len(short._ids(["x" * 10])[0]) != 1
+
+
+def test_engines_that_begin_a_text_in_their_way_take_it_whole(made, monkeypatch):
+    tok = tokenizer.Tokenizer.load(made("sp-unigram")[1])
+    assert tok.engine == "tokenizers"
+    monkeypatch.setattr(tokenizer, "CUT", 10)
+    assert tok._long("a word and more") == tok._ids(["a word and more"])[0]
+    assert tok.cut_words == 0
+
+
+def test_bytes_per_token_are_compared(made, monkeypatch):
+    tok, _ = made("bytes")
+    asked = []
+
+    def lies_here(name, **keys):
+        asked.append((name, keys))
+        if name == "gpt2":
+            raise UserError("x")
+        return tok
+
+    monkeypatch.setattr(tokenizer, "make_tokenizer", lies_here)
+    found = tokenizer.compared(tok, ["aé", "", "\ud800"])
+    assert found == {"this one": 1.0, "mistral": 1.0}
+    assert tokenizer.compared(made("bpe:340")[0], PROSE)["this one"] > 1.2
+    assert tokenizer.compared(tok, [])["this one"] == 0
+    assert asked[:2] == [("mistral", {"network": False}), ("gpt2", {"network": False})]
+
+
+def test_a_special_token_is_known_by_its_entry():
+    spec, _ = tokenizer_json.complete(vocabulary.single_bytes(), "x")
+    names = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
+    whole = spec | {"added_tokens": [*spec["added_tokens"], *(
+        vocabulary.special(name, 258 + i) for i, name in enumerate(names))]}
+    tok = tokenizer.Tokenizer(*tokenizer_json.complete(whole, "x"))
+    assert (tok.vocab_size, tok.stop_ids, tok.roles) == (263, {257, 262}, {258, 259, 260, 261})
+    assert tok.special_ids == {"<s>": 256, "</s>": 257} | {
+        name: 258 + i for i, name in enumerate(names)}
+    some = spec | {"added_tokens": whole["added_tokens"][:-2]}
+    tok = tokenizer.Tokenizer(*tokenizer_json.complete(some, "x"))
+    assert (tok.stop_ids, tok.roles) == ({257}, set())  # roles of something else
+
+
+def test_published_files_are_found_in_their_order(tmp_path, monkeypatch):
+    content = b"the file"
+    file = vocabulary.Published(hashlib.sha256(content).hexdigest(), "some-package", "in/side.x")
+    monkeypatch.setattr(vocabulary, "download", lambda name: asked.append(name) or content)
+    monkeypatch.setattr(vocabulary.sys, "path", [str(tmp_path / "site")])
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    asked: list = []
+    with pytest.raises(UserError) as error:
+        vocabulary.published("name.x", file, [tmp_path / "a"], network=False)
+    assert str(error.value) == (f"name.x ({file.sha256[:12]}…) was not found; `pip install "
+                                "some-package` brings it")
+    assert vocabulary.published("name.x", file, []) == content and asked == ["name.x"]
+    (tmp_path / "site/in").mkdir(parents=True)
+    (tmp_path / "site/in/side.x").write_bytes(content)
+    assert vocabulary.published("name.x", file, [tmp_path / "a"], network=False) == content
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/name.x").write_bytes(b"another")
+    (tmp_path / "site/in/side.x").unlink()
+    with pytest.raises(UserError, match=r"not found; .*a/name\.x has the wrong sha256; `pip "):
+        vocabulary.published("name.x", file, [tmp_path / "a"], network=False)
+    (tmp_path / "a/name.x").write_bytes(content)
+    assert vocabulary.published("name.x", file, [tmp_path / "a"]) == content
+    assert asked == ["name.x"]
+
+
+def test_downloads_wait_twenty_seconds(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    (tmp_path / "m").write_bytes(b"model")
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *words, **keys: asked.append(
+        (words, keys)) or str(tmp_path / "m"))
+    monkeypatch.setattr(vocabulary.urllib.request, "urlopen", lambda url, timeout: asked.append(
+        (url, timeout)) or io.BytesIO(b"file"))
+    assert vocabulary.download("tokenizer.model") == b"model"
+    assert vocabulary.download("vocab.bpe") == b"file"
+    assert asked == [
+        (("mistralai/Mistral-7B-v0.1", "tokenizer.model"), {"etag_timeout": 20}),
+        ("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe", 20)]
+
+
+def test_merges_are_in_the_order_in_which_sentencepiece_joins():
+    score = {"a": 0, "b": 0, "ab": -2.0, "aba": -1.0, "aa": -3.0, "aaa": -3.0, "xy": -4.0}
+    assert vocabulary.merges(score) == [["ab", "a"], ["a", "b"], ["aa", "a"], ["a", "aa"],
+                                        ["a", "a"]]
+
+
+def test_steps_are_written_as_tokenizers_reads_them():
+    assert vocabulary.replace(" ", "x") == {"type": "Replace", "pattern": {"String": " "},
+                                            "content": "x"}
+    assert vocabulary.replace("  ", "x")["pattern"] == {"Regex": "  "}
+    assert vocabulary.split("x") == {"type": "Split", "pattern": {"Regex": "x"}, "invert": False,
+                                     "behavior": "Isolated"}
+    assert vocabulary.cut_like("x") == {"type": "Sequence", "pretokenizers": [
+        vocabulary.split("x"), {"type": "ByteLevel", "add_prefix_space": False,
+                                "trim_offsets": True, "use_regex": False}]}
+    assert vocabulary.layout({"m": 1}, None, {"d": 1}) == {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": {"d": 1},
+        "model": {"m": 1}}
+    assert len(vocabulary.BYTES) == 256 and vocabulary.BYTES["Ā"] == 0
+    assert (vocabulary.BYTES["a"], vocabulary.BYTES["Ġ"], vocabulary.BYTES["Ń"]) == (97, 32, 173)
+    hidden = [vocabulary.BYTES[chr(256 + n)] for n in (32, 33, 34, 66, 67)]
+    assert hidden == [32, 127, 128, 160, 173]
+    assert all(vocabulary.BYTES[chr(n)] == n for n in (33, 126, 161, 172, 174, 255))
+
+
+def test_characters_without_a_piece_are_written_by_their_bytes():
+    """Ranks of one id and of several come together, as `tokenizers` gives them."""
+    tok = tokenizer.Tokenizer(*tokenizer_json.complete(sentencepiece_like(), "x"))
+    assert tok.engine == "tiktoken"
+    for text in ("ab", "a日b", "日本", "éa", "🎉", "ab ab日 é本🎉b", "本" * 9):
+        assert tok.encode(text) == tok._ids([text])[0], text
+    ids = {piece: i for i, piece in enumerate(sentencepiece_like()["model"]["vocab"])}
+    assert tok.encode("b日本") == [ids[piece] for piece in (
+        "▁", "b", "<0xE6>", "<0x97>", "<0xA5>", "本")]
+
+
+def sentencepiece_like() -> dict:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b",
+              "本", "ab", "▁ab"]
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+             "vocab": {piece: i for i, piece in enumerate(pieces)},
+             "merges": [["a", "b"], ["▁", "ab"]]}
+    decoder = {"type": "Sequence", "decoders": [
+        vocabulary.replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    return vocabulary.layout(
+        model, None, decoder, [vocabulary.special(piece, i) for i, piece in enumerate(pieces[:3])],
+        {"type": "Sequence", "normalizers": fast_bpe.SENTENCEPIECE})
+
+
+def test_tiktoken_stands_for_those_alone_that_it_can():
+    def engine(**changes):
+        spec = sentencepiece_like()
+        for name, value in changes.items():
+            if name in ("added", "pre_tokenizer", "normalizer"):
+                spec["added_tokens" if name == "added" else name] = value
+            else:
+                spec["model"][name] = value
+        return tokenizer.Tokenizer(*tokenizer_json.complete(spec, "x")).engine
+
+    added = sentencepiece_like()["added_tokens"]
+    assert engine() == engine(pre_tokenizer=vocabulary.SPACES) == "tiktoken"
+    assert engine(merges=["a b", "▁ ab"]) == "tiktoken"  # as texts
+    assert engine(ignore_merges=True) == "tokenizers"
+    assert engine(added=[*added, vocabulary.special("x", 300) | {"special": False}]) == "tokenizers"
+    assert engine(pre_tokenizer={"type": "Whitespace"}) == "tokenizers"
+    assert engine(merges=[["a", "b"], ["▁", "ab"], ["a", "b"]]) == "tokenizers"
+    assert engine(normalizer={"type": "Prepend", "prepend": "▁"}) == "tokenizers"
+    twice = [["a", "b"], ["a", "b"], ["▁", "ab"]]  # in a row it counts once
+    assert fast_bpe.make_fast_encoder(
+        sentencepiece_like() | {"model": sentencepiece_like()["model"] | {"merges": twice}},
+        tokenizer.Tokenizer(*tokenizer_json.complete(sentencepiece_like(), "x"))._tokenizers.model,
+        np.dtype("<u2"))
+
+
+def test_a_bpe_is_trained_in_silence_to_its_size(capfd):
+    for size in (300, 301):
+        spec = vocabulary.train(size, PROSE)
+        assert len(spec["model"]["vocab"]) == size - 2
+        assert spec["pre_tokenizer"] == vocabulary.cut_like(vocabulary.SPLIT)
+    found = capfd.readouterr()
+    assert (found.out, found.err) == ("", "")
+    assert len(vocabulary.train(999, ["\ud800"])["model"]["vocab"]) < 300
+
+
+def test_the_network_is_asked_unless_it_may_not_be(monkeypatch):
+    asked = []
+
+    def published(name, file, search, network):
+        asked.append((name, search, network))
+        raise UserError("x")
+
+    monkeypatch.setattr(vocabulary, "published", published)
+    for find, name in ((vocabulary.mistral, "tokenizer.model"), (vocabulary.gpt2, "vocab.bpe")):
+        for more, network in (((), True), ((False,), False)):
+            with pytest.raises(UserError, match="x"):
+                find(["a"], *more)
+            assert asked[-1] == (name, ["a"], network)
+    monkeypatch.undo()
+    tried = []
+    monkeypatch.setattr(vocabulary, "download", lambda name: tried.append(name) or b"")
+    monkeypatch.setattr(vocabulary.sys, "path", [])
+    with pytest.raises(UserError, match="the download has the wrong sha256"):
+        vocabulary.published("n", vocabulary.MISTRAL, [])
+    with pytest.raises(UserError, match="the download has the wrong"):
+        tokenizer.make_tokenizer("gpt2")
+    assert tried == ["n", "vocab.bpe"] and tokenizer.CUT == 2**20

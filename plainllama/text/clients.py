@@ -27,7 +27,7 @@ from typing import Any
 from plainllama.files import as_json, read_json, sha256_bytes, write_json
 from plainllama.settings import UserError, install, nearest
 from plainllama.text.records import Piece, kind_of, naming_damage, opened, packing_of
-from plainllama.text.tables import Client, code_of, delimiter, typed
+from plainllama.text.tables import CACHED, Client, code_of, delimiter, typed
 
 FILES = (".csv", ".parquet")
 PIECE = 16 << 20  # bytes of a piece on the disk, roughly: the memory of a worker is ten times that
@@ -98,7 +98,7 @@ def columns_in(origin: Origin, path: str, there: list[str]) -> list[int]:
 
 def csv_rows(origin: Origin, path: str) -> Iterator[Row]:
     """Read the rows of a .csv; what stands between its cells is told by its first line."""
-    cell = lru_cache(1 << 16)(partial(cell_of, comma=origin.decimal == ","))
+    cell = lru_cache(CACHED)(partial(cell_of, comma=origin.decimal == ","))
     with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         head = text.readline()
         between = delimiter(head)
@@ -106,23 +106,23 @@ def csv_rows(origin: Origin, path: str) -> Iterator[Row]:
         lines = (quoted.sub(rf'"{MARK}\1"', line) if '"N' in line or '"n' in line else line
                  for line in itertools.chain([head], text))
         reader = csv.reader(lines, delimiter=between, strict=True)
-        line, begun = 0, 1  # of the row before its last, of this one its first
+        begun = 1  # the first line of the row at hand
         try:
             header = next(reader, [])
             who, *chosen = columns_in(origin, path, header)
             # a date is read as it is written: 2024.10 is no number of a time_format with a point
             dates = [bool(origin.time_format) and header[i] == origin.time for i in chosen]
-            line, begun = reader.line_num, reader.line_num + 1
+            begun = reader.line_num + 1
             for cells in reader:
                 if reader.line_num > begun and len(cells) == len(header):
                     refuse_rows_inside(origin, f"{path}:{begun}", cells, between, chosen[0])
-                line, begun = reader.line_num, reader.line_num + 1
+                begun = reader.line_num + 1
                 if len(cells) == len(header):
-                    yield line, [text_of(cells[who]), *(
+                    yield reader.line_num, [text_of(cells[who]), *(
                         text_of(cells[i]) if date else cell(cells[i])
                         for i, date in zip(chosen, dates, strict=True))]
                 elif cells:
-                    yield line, "a row with more or fewer cells than the first line"
+                    yield reader.line_num, "a row with more or fewer cells than the first line"
         except csv.Error as error:
             raise UserError(f"{path}:{begun}: {error} (to line {reader.line_num}); mend the quotes "
                             "of that row") from None
@@ -221,7 +221,7 @@ def plain(value: Any) -> int | float | str | None:
 def transactions(origin: Origin) -> Iterator[tuple[str, list]]:
     """Give the client and [time, values] of every row of the files, ("", [rule, place]) for one
     that has none."""
-    when = lru_cache(1 << 16)(moment)
+    when = lru_cache(CACHED)(moment)
     first = 2 if origin.time else 1  # of the values
     numeric = None  # whether times are numbers, as the first one is
     unread = (f"is not written as time_format={origin.time_format}" if origin.time_format else

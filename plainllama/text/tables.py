@@ -28,6 +28,7 @@ COLUMN = {"column": str, "name": object, "unit": str, "decimals": int, "words": 
 EXAMPLE = "{'path': 'my.csv', 'id': 'client', 'time': 'date', 'columns': ['date', 'amount']}"
 CODE = re.compile(r"[0-9]+[eE][0-9]+")  # more likely than a number
 WHOLE = re.compile(r"-?[0-9]+\.0")
+CACHED = 65536  # cells and times that are kept as they were read or written
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 # text that stands without quotes in a line of cells, and in YAML, which has words of its own
 BARE = re.compile(r'(?![#"\s])(?:(?!, )[^|\x00-\x1f\x7f-\x9f\u2028\u2029])+(?<!\s)')
@@ -177,7 +178,7 @@ class Renderer:
 
     def __init__(self, settings: dict):
         self.settings, self.columns = settings, settings["columns"]
-        self.cell = lru_cache(1 << 16, typed=True)(self.made_cell)  # the same ones come often
+        self.cell = lru_cache(CACHED, typed=True)(self.made_cell)  # the same ones come often
 
     def made_cell(self, form: str, number: int, value: Any) -> str:
         """Write a value of column `number`."""

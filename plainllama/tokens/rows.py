@@ -32,7 +32,7 @@ def permute(positions: np.ndarray, size: int, key: tuple) -> np.ndarray:
     `size` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): O(1) memory, no
     start-up, each window exactly once an epoch.
     """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    half = ((size - 1).bit_length() + 1) // 2
     mask = np.uint64((1 << half) - 1)
     digest = hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
     round_keys = np.frombuffer(digest, "<u8")
@@ -60,7 +60,7 @@ class Rows:
         if split.masked:
             raise UserError(f"data set {split.folder} holds dialogs, which are for packing=fit")
         self.split, self.block_size, self.seed = split, block_size, seed
-        self.windows = (split.tokens - 1) // block_size if split.tokens else 0
+        self.windows = (split.tokens - 1) // block_size
         self.tail = split.tokens - self.windows * block_size - 1
         if self.windows < 1:
             raise UserError(f"data set {split.folder}: its {split.split} split has {split.tokens} "
@@ -392,8 +392,8 @@ class Batch(NamedTuple):
     ids: "Tensor"  # (R, T) int64
     targets: "Tensor"  # (R, T) int64: the id that follows, IGNORE where nothing is learned
     starts: "Tensor | None"  # (R, T) bool: a document begins; None if tokens look across documents
-    sparse: bool = False  # there is much that is not learned: places() are worth it
-    beside: "Tensor | None" = None  # (R, T) fp64: what is known of each document, where it starts
+    sparse: bool  # there is much that is not learned: places() are worth it
+    beside: "Tensor | None"  # (R, T) fp64: what is known of each document, where it starts
 
     def take(self, rows) -> "Batch":
         """Give some of the rows: a slice or a list of their numbers."""

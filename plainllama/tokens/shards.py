@@ -112,7 +112,7 @@ def read_manifest(folder: Path) -> dict:
     manifest = read_json(path)
     if manifest.get("format") not in MANIFESTS.values():
         raise UserError(f"{path} has format {manifest.get('format')}, this program reads "
-                        f"{' and '.join(map(str, MANIFESTS.values()))}; "
+                        f"{' and '.join(map(str, sorted({*MANIFESTS.values()})))}; "
                         "use the plainllama that wrote it, or prepare the data set again")
     if not digest.is_file() or digest.read_bytes() != f"{sha256(path)}\n".encode():
         raise UserError(f"{path} does not match manifest.sha256: one of them is damaged")

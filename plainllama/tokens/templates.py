@@ -80,8 +80,7 @@ class Template:
         self.names = named_tokens(spec)
         special = [entry for entry in spec["added_tokens"] if entry["special"]]
         special.sort(key=lambda entry: -len(entry["content"]))  # the longest first
-        self.special = [entry["content"] for entry in special]
-        self.typed = re.compile("|".join(map(re.escape, self.special)))
+        self.typed = re.compile("|".join(re.escape(entry["content"]) for entry in special))
         # some take the white space beside them
         self.written = re.compile("|".join(
             r"\s*" * entry.get("lstrip", False) + f"({re.escape(entry['content'])})"
@@ -113,7 +112,7 @@ class Template:
         found = list(self.written.finditer(text, len(prompt)))
         if not found:
             raise Refused("it ends an answer with no special token, so a model could never stop")
-        self.ends.add(self.special[(found[-1].lastindex or 0) - 1])
+        self.ends.add(next(filter(None, found[-1].groups())))
         if talk[1]["content"]:
             self.begin = text[len(prompt):].partition(talk[1]["content"])[0]
 
@@ -277,9 +276,8 @@ class ModelChat(Chat):
         parts: list[Any] = []
         at = 0
         for found in self.template.written.finditer(text):
-            name = self.template.special[(found.lastindex or 0) - 1]
             parts += [self.part(text[at:found.start()], at == 0, mark),
-                      [self.tokenizer.special_ids[name]]]
+                      [self.tokenizer.special_ids[next(filter(None, found.groups()))]]]
             at = found.end()
         parts.append(self.part(text[at:], at == 0, mark))
         ids = np.concatenate(parts, dtype=self.tokenizer.kind, casting="unsafe")
