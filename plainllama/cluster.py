@@ -258,6 +258,12 @@ def tokens() -> bool:
 
 def asks_for_token(address: str) -> bool:
     """Whether a cluster refuses who shows no token; one that does not would lose its processes."""
+    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/ray_current_cluster")
+    if address == "auto":
+        try:
+            answers(address := noted.read_text())
+        except (OSError, UserError):
+            return False  # none runs here, for which Ray would look long
     words = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     with contextlib.suppress(subprocess.TimeoutExpired):
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)

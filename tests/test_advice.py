@@ -237,15 +237,16 @@ def test_little_text_is_said_to_the_letter():
 def test_what_a_run_is_worth_is_said_to_the_letter(speed, file, hours, monkeypatch):
     monkeypatch.setattr(advice, "tokens_per_second", lambda run, vocab: (speed, f"cpu {vocab}"))
     config = Settings(max_steps=4000, global_batch_tokens=1000, block_size=10)
-    keys = {"max_steps": 2048, "global_batch_tokens": 100, "n_layer": 3, "d_model": 64,
-            "block_size": 10}
-    lines = advice.suggestion(config, str(ROOT / f"config/{file}.py"), keys, splits(40_001), 99)
+    keys = {"max_steps": 2048, "global_batch_tokens": 100, "d_model": 64, "block_size": 10}
+    lines = advice.outlook(config, "mine.py", {"sources": "x", "n_layer": 3}, str(
+        ROOT / f"config/{file}.py"), keys, splits(40_001), 99)
     assert lines[:2] == [
         "note: 4,000 steps of 1,000 tokens would read this text 100.0 times",
         f"suggested: {file}.py, 3 layers of 64, context 10, 2,048 steps of 100 tokens, 5.1 times "
         f"the text: about {hours} here (cpu 99, {speed:,.0f} tokens/s, eager, measured for a "
         "moment)"]
-    assert lines[2:] == ([f"for comparison: {advice.ENDED}"] if file == "quickstart" else [])
+    assert lines[2:] == (["for comparison, validation: the demo ends at 1.43 bits per byte, Python "
+                          "code, after 2.05 M tokens"] if file == "quickstart" else [])
 
 
 def test_the_speed_is_that_of_the_part_that_is_measured(monkeypatch):

@@ -538,6 +538,22 @@ def test_tokens_are_asked_for_by_ray_itself(monkeypatch):
     assert cluster.tokens() is True
 
 
+def test_the_cluster_of_this_machine_is_asked_for_its_token(tmp_path, monkeypatch):
+    seen: list = []
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(cluster.subprocess, "run", lambda words, **_: seen.append(
+        words[-1]) or SimpleNamespace(stdout="", stderr="InvalidAuthToken"))
+    assert cluster.asks_for_token("auto") is False and not seen  # none was started
+    (tmp_path / "ray").mkdir()
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        (tmp_path / "ray/ray_current_cluster").write_text(address)
+        assert cluster.asks_for_token("auto") is False  # it has gone
+        head.listen()
+        assert cluster.asks_for_token("auto") is True and seen[-1] == address
+
+
 def test_addresses_at_which_something_listens():
     with socket.create_server(("127.0.0.1", 0)) as there:
         port = there.getsockname()[1]

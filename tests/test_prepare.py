@@ -30,7 +30,7 @@ from hub_stub import SHA, Hub
 import prepare
 from plainllama import command
 from plainllama.settings import Settings, UserError
-from plainllama.text import documents, records, selection, sources, workers
+from plainllama.text import documents, records, selection, sources, stores, workers
 from plainllama.text.documents import Tally
 from plainllama.text.selection import choose_hold_out, placed
 from plainllama.text.sources import survey
@@ -1871,6 +1871,7 @@ def test_what_is_asked_of_the_hub(path, revision, split, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"no split 'train'; there are $"):
         sources.hub_files("hf:a/b", {})
     hub.hf_hub_download = Mock(side_effect=KeyError("gone"))
+    monkeypatch.setattr(stores, "WAITS", ())
     with pytest.raises(UserError) as error:
         sources.hub_files(path, {"revision": "abc", "files": {"1.txt": ""}})
     assert str(error.value) == (
