@@ -52,8 +52,10 @@ class Cluster:
         """Connect. UserError where there is no such cluster."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for a report home
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 are few where all is busy
-        place = os.environ.get("RAY_ADDRESS", "") if self.address == HERE else self.address
-        if self.address != HERE:
+        place = "" if self.address == HERE else self.address
+        if place in ("", "auto"):
+            place = os.environ.get("RAY_ADDRESS", place)
+        else:
             answers(place)
         if place and "RAY_AUTH_MODE" not in os.environ and tokens() and asks_for_token(place):
             os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is loaded
@@ -258,15 +260,10 @@ def tokens() -> bool:
 
 def asks_for_token(address: str) -> bool:
     """Whether a cluster refuses who shows no token; one that does not would lose its processes."""
-    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/ray_current_cluster")
-    if address == "auto":
-        try:
-            answers(address := noted.read_text())
-        except (OSError, UserError):
-            return False  # none runs here, for which Ray would look long
     words = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        seconds = 20 if address == "auto" else 60  # Ray looks long for one that is not there
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
         return "InvalidAuthToken" in done.stderr + done.stdout
     return False
 

@@ -204,8 +204,9 @@ def install(extra: str) -> str:
 
 def nearest(name: str, known, least: float = 0.5) -> str:
     """'; did you mean X?' for a misspelt name, or ''; `least`: the likeness that X must have."""
-    known = list(known)
-    longer = [other for other in known if f"_{name}_" in f"_{other}_"]  # beta: preference_beta
+    known = sorted(known, key=len)
+    longer = [other for other in known if other.endswith(f"_{name}")]  # beta: preference_beta
+    longer += [other for other in known if f"_{name}_" in f"_{other}_"]  # vocab: vocab_size
     close = longer or difflib.get_close_matches(name, known, 1, least)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -23,6 +23,9 @@ from plainllama.tokens import advice, shards, tokenizer
 
 ROOT = Path(__file__).parent.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RAY_ADDRESS",
+             "PLAINLLAMA_API_KEY"):  # of the shell, or of a job that runs the tests
+    os.environ.pop(name, None)
 advice.SECONDS = 0.01  # every prepare.py would measure so long
 torch.set_num_threads(1)  # tiny matrices lose time on more, most of all beside another test
 

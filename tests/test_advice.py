@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import prepare
@@ -54,8 +55,7 @@ def test_enough_text_is_not_remarked_on(tmp_path, monkeypatch, capsys):
     times = 16000 / (tokens - 1 - (tokens - 1) % 32)
     assert said.startswith("this run: c.py, 16 layers of 768, context 32, 50 steps of 320 tokens, "
                            f"{times:.1f} times the text: about ")
-    minutes, speed = re.search(r"about ([\d.]+) minutes here \(cpu, ([\d,]+) tok", said).groups()
-    assert float(minutes) == pytest.approx(16000 / float(speed.replace(",", "")) / 60, rel=0.1)
+    assert re.search(r"about [\d.]+ minutes here \(one \w+, [\d,]+ tokens/s, eager, meas", said)
     assert lines[-2] == said and lines[-1].startswith("next: ")  # no run of ours was such a one
     config = Settings(block_size=32, global_batch_tokens=320)
     assert advice.small(config, splits(10 * 32 + 1, 20 * 32 + 1)) == ""
@@ -75,8 +75,8 @@ def test_the_suggestion_is_a_line_that_can_be_copied(tmp_path, monkeypatch, caps
                               "", prepare.Flags)) == 0
     lines = capsys.readouterr().out.splitlines()
     said = next(line for line in lines if line.startswith("suggested: "))
-    assert "quickstart.py, 2 layers of 192, context 256" in said and "(cpu, " in said
-    assert any("1.43 bits per byte" in line for line in lines)
+    assert "quickstart.py, 2 layers of 192, context 256" in said and "(one cpu, " in said
+    assert not any("1.43 bits per byte" in line for line in lines)  # its tokenizer is another
     words = shlex.split(lines[-1].removeprefix("next: python train.py "))
     config = parse(words, "").config
     check_keys(config)
@@ -124,15 +124,37 @@ def test_much_text_is_read_once():
     ({"epochs": 3.0}, ("sources",), False), ({"mixture": {"a": 1}}, ("sources",), False),
     ({"init_from": "out/a"}, ("sources",), False), ({"max_minutes": 5.0}, ("sources",), False),
     ({"documents": "chat"}, ("sources",), False), ({"overfit_rows": 1}, ("sources",), False),
-    ({"d_model": 2048}, ("sources",), True), ({"d_model": 2049}, ("sources",), False)])
+    ({"d_model": 4096}, ("sources",), True)])
 def test_who_hears_what_to_expect(keys, given, told, monkeypatch):
     monkeypatch.setattr(advice, "tokens_per_second", lambda run, size: (1000.0, "cpu"))
-    lines = advice.outlook(Settings(**keys), "config/quickstart.py", dict.fromkeys(given, "1"), "",
-                           {}, splits(3_000_000), 300)
-    assert len(lines) == 2 * told
-    if told:
-        assert "about 335 hours here (cpu, 1,000 tokens/s" in lines[0]
-        assert lines[1].startswith("for comparison, validation: the demo ends at")
+    lines = advice.outlook(Settings(**keys), "a.py", dict.fromkeys(given, "1"), "", {},
+                           splits(3_000_000), 300)
+    assert len(lines) == told
+    assert not told or "about 335 hours here (one cpu, 1,000 tokens/s" in lines[0]
+
+
+def test_a_time_that_cannot_be_measured_is_left_out():
+    """Of a device that is not here, of a model that is too large to try; all else is said."""
+    run = {"max_steps": 9, "global_batch_tokens": 2048, "block_size": 256, "d_model": 128}
+    for keys, size in (({"device": "cuda"}, 99), ({"d_model": 4096, "d_ff": 11008}, 99),
+                       ({}, 800_000)):
+        if keys.get("device") == "cuda" and torch.cuda.is_available():
+            continue
+        line, = advice.outlook(Settings(**run | keys), "a.py", {"sources": "x"}, "", {},
+                               splits(20_001), size)
+        assert line == (f"this run: a.py, 16 layers of {(run | keys)['d_model']}, context 256, 9 "
+                        "steps of 2,048 tokens, 0.9 times the text")
+
+
+def test_what_ours_reached_is_said_of_their_shape_alone(monkeypatch):
+    monkeypatch.setattr(advice, "tokens_per_second", lambda run, size: (1000.0, "cpu"))
+    named = str(ROOT / "config/quickstart.py")
+    for keys, told in (({}, True), ({"max_steps": 900}, True), ({"d_model": 96}, False),
+                       ({"block_size": 128}, False), ({"tokenizer": "bytes"}, False)):
+        lines = advice.outlook(advice.run_of(named, keys), named, {"sources": "x"}, "", {},
+                               splits(3_000_000), 300)
+        assert [line.startswith("for comparison, validation: the demo ends at 1.43") for line in
+                lines[1:]] == [True] * told
 
 
 @pytest.mark.parametrize(("keys", "given", "advised"), [
@@ -243,10 +265,9 @@ def test_what_a_run_is_worth_is_said_to_the_letter(speed, file, hours, monkeypat
     assert lines[:2] == [
         "note: 4,000 steps of 1,000 tokens would read this text 100.0 times",
         f"suggested: {file}.py, 3 layers of 64, context 10, 2,048 steps of 100 tokens, 5.1 times "
-        f"the text: about {hours} here (cpu 99, {speed:,.0f} tokens/s, eager, measured for a "
+        f"the text: about {hours} here (one cpu 99, {speed:,.0f} tokens/s, eager, measured for a "
         "moment)"]
-    assert lines[2:] == (["for comparison, validation: the demo ends at 1.43 bits per byte, Python "
-                          "code, after 2.05 M tokens"] if file == "quickstart" else [])
+    assert lines[2:] == []  # none of ours had such a shape
 
 
 def test_the_speed_is_that_of_the_part_that_is_measured(monkeypatch):

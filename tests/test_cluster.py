@@ -114,6 +114,7 @@ def test_what_the_driver_refuses(monkeypatch):
                            "    Python: 3.9.1\nThis process was started with:\n    Ray: 2.60.0\n")
 
     monkeypatch.setattr(ray, "init", other)
+    monkeypatch.setattr(cluster, "asks_for_token", lambda place: False)
     refused("another version of Ray", cluster.Cluster("auto").__enter__)
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     refused("Ray is not installed", cluster.Cluster, "here")
@@ -536,22 +537,6 @@ def test_tokens_are_asked_for_by_ray_itself(monkeypatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "x")
     assert cluster.tokens() is True
-
-
-def test_the_cluster_of_this_machine_is_asked_for_its_token(tmp_path, monkeypatch):
-    seen: list = []
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(cluster.subprocess, "run", lambda words, **_: seen.append(
-        words[-1]) or SimpleNamespace(stdout="", stderr="InvalidAuthToken"))
-    assert cluster.asks_for_token("auto") is False and not seen  # none was started
-    (tmp_path / "ray").mkdir()
-    with socket.socket() as head:
-        head.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{head.getsockname()[1]}"
-        (tmp_path / "ray/ray_current_cluster").write_text(address)
-        assert cluster.asks_for_token("auto") is False  # it has gone
-        head.listen()
-        assert cluster.asks_for_token("auto") is True and seen[-1] == address
 
 
 def test_addresses_at_which_something_listens():

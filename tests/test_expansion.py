@@ -682,8 +682,8 @@ def test_where_copies_stand(layers, copies, kind, places, beside):
             assert block.expansion.self_attn.layer == layers + number
             mixes = {name: tuple(p.shape) for name, p in block.expansion.named_parameters()
                      if "mix" in name}
-            assert mixes == {} if not block.beside else {
-                "mix_bias": (1,), **({"mix_weight": (16,)} if merge == "dlerp" else {})}
+            assert mixes == ({} if not block.beside else {
+                "mix_bias": (1,), **({"mix_weight": (16,)} if merge == "dlerp" else {})})
             assert (block.divergence, block.measure) == (None, "")
 
 

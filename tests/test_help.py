@@ -61,7 +61,7 @@ def test_no_foreign_name_is_one_of_ours():
     ("--early_stopping=3", "none here: a run ends"), ("--vocab=9", "here it is vocab_size"),
     ("--grad_accumulation_steps=4", "here it is global_batch_tokens"),  # of others, nearly so
     ("--limit=3", "--help lists what there is$"), ("--val=1", "did you mean val_fraction"),
-    ("--tokens=1", "did you mean global_batch_tokens")])
+    ("--tokens=1", "did you mean eval_tokens")])
 def test_foreign_options(word, says):
     with pytest.raises(UserError, match=says):
         parse([word], "", train.Flags)

@@ -130,7 +130,7 @@ class Evil:
 
 def test_a_pickle_that_runs_code_is_stopped_with_its_name(published, tmp_path, monkeypatch):
     mark, path = tmp_path / "ran", tmp_path / "evil.pkl"
-    data = pickle.dumps(published | {"lb": Evil(f"touch {mark}")})
+    data = pickle.dumps(published | {"lb": Evil(f"touch '{mark}'")})
     path.write_bytes(data)
     with pytest.raises(UserError, match="was not opened: its sha256 is"):
         irt.load(str(path))
@@ -165,7 +165,7 @@ def test_a_table_of_another_form_is_refused(published, tmp_path, monkeypatch, sp
 
 def test_an_npz_with_objects_is_refused(tmp_path):
     mark = tmp_path / "ran"
-    np.savez(tmp_path / "p.npz", anchors=np.array([Evil(f"touch {mark}")], object))
+    np.savez(tmp_path / "p.npz", anchors=np.array([Evil(f"touch '{mark}'")], object))
     with pytest.raises(UserError, match="does not hold the parameters"):
         irt.load(str(tmp_path / "p.npz"))
     assert not mark.exists()

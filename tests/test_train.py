@@ -1364,6 +1364,7 @@ def test_a_clock_sets_apart_what_is_no_training(monkeypatch):
     assert log.shares({"data_seconds": 1.0, "eval_seconds": 0.05, "save_seconds": 0.0499,
                        "row_seconds": 10.0}) == "data 10%, eval 0%, "
     assert log.shares({"data_seconds": 0.0, "row_seconds": 0.0}) == ""
+    assert log.shares({"data_seconds": 0.02, "row_seconds": 0.1}) == "data 20%, "
 
 
 def test_a_trace_of_three_steps(tmp_path, monkeypatch, capsys):

@@ -150,18 +150,21 @@ def runs_met(texts: list[str], folders: list[Path], tokenizer: Tokenizer, world:
 
 
 def documents(splits: list[Split], tokenizer: Tokenizer, world: World, most: int) -> Iterator[str]:
-    """Decode this rank's share of the documents that hold about the first `most` tokens, and show
-    how far it is."""
+    """Decode this rank's share of the documents that begin in the first `most` tokens, and show how
+    far it is."""
     total = min(most, sum(split.tokens for split in splits))
     progress = Progress("looking through the training data", total, "tokens", world.rank == 0)
     shards = [(split, i) for split in splits for i in range(len(split.names))]
-    for split, i in shards[world.rank::world.size]:
+    before = 0  # tokens of the shards before, of all ranks
+    for number, (split, i) in enumerate(shards):
         tokens = split.shard(i)
-        for start, end in pairwise([*split.index(i).tolist(), len(tokens)]):
-            if progress.done >= most:  # of fewer all, also where a rank has the longer shards
-                break
-            yield tokenizer.decode(tokens[start:end])
-            progress.add(min(world.size * (end - start), total - progress.done))
+        if number % world.size == world.rank and before < most:
+            for start, end in pairwise([*split.index(i).tolist(), len(tokens)]):
+                if before + start >= most:
+                    break
+                yield tokenizer.decode(tokens[start:end])
+                progress.add(min(world.size * (end - start), total - progress.done))
+        before += len(tokens)
     progress.close()
 
 

@@ -39,8 +39,9 @@ def write_page(runs: list[RunFolder], out: Path, every: int = 0) -> Path:
     these runs, or of this run before it was moved, is in its place."""
     twin, there = out.with_suffix(".md"), runs_of(out)
     named = [run.name for run in runs]
-    moved = len(there) == 1 and named == ["/".join(out.resolve().parts[-3:-1])]  # the run, since
-    if there != named and not moved and (out.exists() or twin.exists()):
+    place = out.resolve()  # of a run's own page, also where the run has another name by now
+    own = len(there) == 1 and [*place.parts[-3:]] == [*"/".join(named).split("/"), "report.html"]
+    if there != named and not own and (out.exists() or twin.exists()):
         what = f"is the page of {', '.join(there)}" if there else f"or {twin} is there already"
         raise UserError(f"{out} {what}; name another with --out=FILE.html")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,13 @@
 """What prepare.py says of a set: its counts, that it is small for its config, what suits better."""
 
+import contextlib
 import os
 import time
 from dataclasses import replace
 
 from plainllama.command import read_config
 from plainllama.files import CHECKOUT
-from plainllama.settings import Settings
+from plainllama.settings import Settings, UserError
 from plainllama.text.selection import NEARLY
 
 FEW = 20  # windows of validation: fewer make its loss a matter of luck
@@ -20,10 +21,10 @@ SHAPE = {"n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "block_size", "glo
 LEAST = 100  # steps of a run that is worth suggesting
 SECONDS = 1.5  # of measuring
 LAYERS, CONTEXT, PASS = 2, 256, 5e9  # of what is measured; PASS: parameters times tokens on a CPU
-WIDEST = 2048  # d_model of a model that is tried
-ENDED = {  # where our own runs of a config did
-    "quickstart.py": "the demo ends at 1.43 bits per byte, Python code, after 2.05 M tokens",
-    "llama100m.py": "this size ended at 1.29 bits per byte, English, after 77 M tokens"}
+LARGEST = 200_000_000  # parameters of a model that is tried
+ENDED = {  # where our own runs of a config's shape did
+    "config/quickstart.py": "the demo ends at 1.43 bits per byte, Python code, after 2.05 M tokens",
+    "config/llama100m_ctx256.py": "this ended at 1.29 bits per byte, English, after 77 M tokens"}
 
 
 def print_counts(manifest: dict) -> None:
@@ -122,25 +123,30 @@ def run_of(file: str, keys: dict) -> Settings:
 def outlook(config: Settings, named: str, given: dict, file: str, better: dict, splits: dict,
             vocab_size: int) -> list[str]:
     """Say in lines what to expect of a run on a text of the command line: size, context, length,
-    time on this machine, which is measured, and what such runs have reached. It is the run of the
-    config that is `named`, or of `file` and its `better` keys of suited(). [] if the length is not
-    known, or the model one that a try might not fit in memory."""
-    run = run_of(file, given | better) if file else config
-    if not foreseen(config, given, splits) or run.d_model > WIDEST:
+    time on this machine, which is measured if it can be, and what runs of that shape have reached.
+    It is the run of the config that is `named`, or of `file` and its `better` keys of suited(). []
+    if the length is not known."""
+    if not foreseen(config, given, splits):
         return []
-    speed, device = tokens_per_second(run, vocab_size)
-    seconds = run.max_steps * run.global_batch_tokens / speed
-    hours = f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+    run = run_of(file, given | better) if file else config
     lines = [f"{'suggested' if file else 'this run'}: {os.path.basename(file or named)}, "
              f"{run.n_layer} layers of {run.d_model}, context {run.block_size}, "
              f"{run.max_steps:,} steps of {run.global_batch_tokens:,} tokens, "
-             f"{passes_of(run, splits):.1f} times the text: about {hours} here ({device}, "
-             f"{speed:,.0f} tokens/s, eager, measured for a moment)"]
+             f"{passes_of(run, splits):.1f} times the text"]
+    with contextlib.suppress(UserError, RuntimeError):  # no such device here, or too little memory
+        speed, device = tokens_per_second(run, vocab_size)
+        seconds = run.max_steps * run.global_batch_tokens / speed
+        hours = f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+        lines[0] += (f": about {hours} here (one {device}, {speed:,.0f} tokens/s, eager, measured "
+                     "for a moment)")
     if file:
         lines.insert(0, f"note: {config.max_steps:,} steps of {config.global_batch_tokens:,} "
                      f"tokens would read this text {passes_of(config, splits):,.1f} times")
-    if reached := ENDED.get(os.path.basename(file or named)):
-        lines.append(f"for comparison, validation: {reached}")
+    for path, reached in ENDED.items():
+        same = run_of(str(CHECKOUT / path), {})
+        if all(getattr(run, key) == getattr(same, key) for key in SHAPE) and (
+                config.tokenizer == same.tokenizer):
+            lines.append(f"for comparison, validation: {reached}")
     return lines
 
 
@@ -158,20 +164,23 @@ def tokens_per_second(run: Settings, vocab_size: int) -> tuple[float, str]:
                         run.n_kv_head)
     part = replace(whole, n_layer=min(run.n_layer, LAYERS), block_size=min(run.block_size, CONTEXT))
     share = flops_per_token(part, part.block_size) / flops_per_token(whole, whole.block_size)
+    with torch.device("meta"):
+        number = sum(parameter.numel() for parameter in LLaMA(part).parameters())
+    if number > LARGEST:
+        raise UserError(f"{number:,} parameters are not tried")
     with device:
         model = LLaMA(part)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        size = part.block_size * sum(parameter.numel() for parameter in model.parameters())
-        rows = max(1, int(PASS / size)) if device.type == "cpu" else 32
+        rows = max(1, int(PASS / (part.block_size * number))) if device.type == "cpu" else 32
         rows = min(rows, run.global_batch_tokens // part.block_size)
         ids = torch.randint(vocab_size, (rows, part.block_size))
     began, turns, warm = time.perf_counter(), 0, False
     while not turns or time.perf_counter() - began < SECONDS:
         with torch.autocast(device.type, pick_dtype("auto", device), device.type == "cuda"):
             model(ids, ids).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
         turns += 1
         if not warm and time.perf_counter() - began < SECONDS:  # a quick first one is not counted
             began, turns, warm = time.perf_counter(), 0, True

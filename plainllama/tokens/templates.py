@@ -80,11 +80,12 @@ class Template:
         self.names = named_tokens(spec)
         special = [entry for entry in spec["added_tokens"] if entry["special"]]
         special.sort(key=lambda entry: -len(entry["content"]))  # the longest first
-        self.typed = re.compile("|".join(re.escape(entry["content"]) for entry in special))
+        never = "(?!)"  # of a tokenizer without special tokens
+        self.typed = re.compile("|".join(re.escape(entry["content"]) for entry in special) or never)
         # some take the white space beside them
         self.written = re.compile("|".join(
             r"\s*" * entry.get("lstrip", False) + f"({re.escape(entry['content'])})"
-            + r"\s*" * entry.get("rstrip", False) for entry in special))
+            + r"\s*" * entry.get("rstrip", False) for entry in special) or never)
         try:
             self.jinja = compiled(source, now or datetime.now())
         except Exception as error:  # of its syntax
