@@ -73,7 +73,7 @@ def main(command: CommandLine) -> int:
     if runs or (run / "manifest.json").exists():
         raise UserError(f"out_dir {run} holds {'runs' if runs else 'a data set'}; name another")
     named = resume.name_data_set(command)
-    manifest = shards.read_manifest(Path("data") / config.dataset)
+    manifest = shards.read_manifest(Path("data") / config.dataset, " ".join(command.files))
     for remark in filter(None, (named, *resume.settle(command, manifest))):
         if os.environ.get("RANK", "0") == "0":
             print(remark, flush=True)

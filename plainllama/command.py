@@ -6,6 +6,7 @@ base, file, command line.
 """
 
 import ast
+import difflib
 import errno
 import importlib.util
 import math
@@ -170,10 +171,15 @@ def parse_arguments(doc: str | None, flags: type | None = None, takes: str = "co
 def read_config(path: str, seen: tuple = ()) -> list:
     """[(file name, {key: value}), ...] from the outermost base to `path` itself. Nothing is run."""
     if not path.endswith(".py"):
+        if Path("config", f"{path}.py").is_file():
+            raise UserError(f"{path} is not a config file; did you mean config/{path}.py?")
+        if Path(path, "run.json").is_file():
+            raise UserError(f"{path} is a run; it goes on when the command that began it is given "
+                            f"again (report.py {path} shows it)")
         raise UserError(f"{path} is not a config file, which ends in .py; options begin with --, "
                         f"text to prepare is named with --sources={path}")
     if not Path(path).is_file():
-        raise UserError(f"no config file {path}; there are: {configs_beside(path)}")
+        raise UserError(f"no config file {path}; {configs_beside(path)}")
     if os.path.realpath(path) in seen:
         raise UserError(f"{path}: its chain of base files comes back to itself")
     try:
@@ -290,8 +296,11 @@ def configs_beside(path: str) -> str:
     if not folder.name and Path("config").is_dir():
         folder = Path("config")
     names = sorted(p.name for p in folder.glob("*.py"))
+    if close := difflib.get_close_matches(Path(path).name, names, 1, 0.7):
+        return f"did you mean {folder / close[0]}?"
     listed = ", ".join(str(folder / name) for name in names[:12])
-    return listed + nearest(Path(path).name, names) if names else "none here"
+    return f"there are: {listed}{', …' if len(names) > 12 else ''}" if names else (
+        f"there is none here; {CHECKOUT}/config has some")
 
 
 def run_command(main, *args) -> None:

@@ -19,7 +19,7 @@ TABLE = {
          "rows per forward pass and device; the batch is global_batch_tokens, in tokens"),
     "per_device_eval_batch_size eval_batch_size": ("eval.py --batch_tokens", "in tokens"),
     "total_batch_size global_batch_size": ("global_batch_tokens", "in tokens, of all devices"),
-    "gradient_accumulation gradient_accumulation_steps grad_accum_steps":
+    "gradient_accumulation gradient_accumulation_steps grad_accum_steps ga_steps":
         ("global_batch_tokens", "in tokens; accumulation follows from it, micro_batch and devices"),
     "iters max_iters num_iterations iterations steps num_steps train_steps max_train_steps "
     "total_steps":
@@ -95,7 +95,7 @@ TABLE = {
         ("attention", "sdpa takes flash attention by itself"),
     "sliding_window": ("", "all tokens of the context are seen"),
     # where it begins and ends
-    "model model_name model_path pretrained":
+    "model model_name model_path base_model pretrained":
         ("init_from | sample.py --ckpt", "a checkpoint, a run or a model's folder"),
     "model_name_or_path pretrained_model_name_or_path":
         ("init_from | sample.py --ckpt", "a folder on this machine"),
@@ -106,7 +106,8 @@ TABLE = {
     "output_dir": ("out_dir | sample.py --out | export.py --to", ""),
     "save_dir": ("out_dir | export.py --to", ""),
     "run_name model_tag exp_name wandb_run_name": ("out_dir", "a run is named by its folder"),
-    "overwrite_output_dir": ("out_dir", "nothing is overwritten: name another"),
+    "overwrite_output_dir overwrite force restart":
+        ("out_dir", "nothing is overwritten: name another"),
     "config": ("", "the config file stands without a name: train.py config/quickstart.py"),
     "do_train": ("", "each command does one thing: prepare.py, train.py, eval.py"),
     "do_eval": ("eval_interval", "in steps; after a run: eval.py"),
@@ -120,12 +121,13 @@ TABLE = {
     "name": ("dataset", "a folder under data/; a run is named by out_dir"),
     "overwrite_cache": ("", "nothing is overwritten: take another --dataset"),
     "trust_remote_code": ("", "no code of others is run"),
-    "dataset_text_field text_column":
+    "dataset_text_field text_field text_column":
         ("sources", "--sources=\"{'path': 'my.jsonl', 'column': 'content'}\""),
     "max_samples": ("sources", "--sources=\"{'path': 'my.jsonl', 'max_documents': 500}\""),
     "val_file val_data eval_file validation_file eval_dataset":
         ("val_fraction", "a share of the documents is held out; eval.py --text scores a file"),
-    "val_size val_split validation_split test_size": ("val_fraction", "a share of the documents"),
+    "val_size val_set_size val_split validation_split test_size":
+        ("val_fraction", "a share of the documents"),
     "validation_split_percentage": ("val_fraction", "a share: 0.05 are 5 percent"),
     "num_workers": ("workers", "of prepare.py; training reads its rows by itself"),
     "num_proc dataset_num_proc preprocessing_num_workers": ("workers", "of prepare.py"),
@@ -135,7 +137,7 @@ TABLE = {
     "data_seed": ("seed", "of weights and rows"),
     "train_on_input train_on_prompt": ("train_on", "--train_on=all, of prepare.py"),
     "mask_history": ("train_on", "--train_on=last, of prepare.py"),
-    "neat_packing": ("packing", "fit, which dialogs have by themselves"),
+    "neat_packing packed": ("packing", "fit, which dialogs have by themselves"),
     "interleave_probs": ("mixture", "{'a': 0.7, 'b': 0.3}"),
     # the machine
     "bf16": ("dtype", "--dtype=bf16"),
@@ -154,7 +156,7 @@ TABLE = {
         ("", "torchrun --nproc_per_node=8 train.py config/llama100m.py says it, in front"),
     "num_nodes nnodes": ("", "torchrun --nnodes=2 says how many"),
     "local_rank": ("", "torchrun says it, in the environment"),
-    "no_cuda use_cpu": ("device", "--device=cpu"),
+    "no_cuda use_cpu cpu": ("device", "--device=cpu"),
     "threads": ("", "OMP_NUM_THREADS=2 in front of the command says how many"),
     "gradient_checkpointing enable_activation_checkpointing": ("activation_checkpointing", ""),
     "backend ddp_backend dist_backend":
@@ -188,6 +190,8 @@ TABLE = {
     # what learns
     "lora_rank rank": ("lora_r", ""),
     "lora use_lora use_peft": ("lora_r", "the rank"),
+    "use_dora use_rslora":
+        ("", "adapters are LoRA's alone: lora_r, lora_alpha, lora_targets, lora_dropout"),
     "finetuning_type": ("lora_r", "lora_r=16 for adapters, train_only for some blocks"),
     "lora_target lora_target_modules target_modules": ("lora_targets", ""),
     "load_in_4bit": ("frozen_dtype", "--frozen_dtype=nf4"),
@@ -221,9 +225,10 @@ TABLE = {
     "max_num_seqs": ("sample.py --batch", ""),
     "api_key": ("", "the server takes it from PLAINLLAMA_API_KEY"),
     "n_gpu_layers": ("", "a model is on one device whole; llama.cpp takes a .gguf of export.py"),
-    "output_file": ("sample.py --out | eval.py --out | export.py --to | report.py --out", ""),
+    "output output_path output_file":
+        ("sample.py --out | eval.py --out | export.py --to | report.py --out", ""),
     "outfile": ("export.py --to", ""),
-    "outtype": ("export.py --type", ""),
+    "outtype quant": ("export.py --type", ""),
     "quantize":
         ("frozen_dtype | export.py --type", "nf4 or int8, of a frozen base | q8_0, in a .gguf"),
     "push_to_hub hub_model_id": ("export.py --push", "user/name"),

@@ -59,7 +59,8 @@ def unknown(name: str, known) -> str:
         return f"; here it is {last}"
     name = last
     if name in KEYS:
-        return "; it is a key of train.py"
+        return "; here it is ckpt" if name == "out_dir" and "ckpt" in known else (
+            "; it is a key of train.py")
     if name not in NAMES:
         theirs = difflib.get_close_matches(name, NAMES, 1, 0.85)
         return nearest(name, known, 0.7) or (unknown(theirs[0], known) if theirs else

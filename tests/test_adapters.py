@@ -83,6 +83,8 @@ def test_a_run_with_an_adapter_leaves_its_base_alone_and_saves_little(home, caps
     assert not (folder / "model.safetensors").exists()
     moments = load_file(folder / "training/optimizer-00000.safetensors")
     assert {key.rpartition("/")[0].rpartition(".")[2] for key in moments} == {"lora_A", "lora_B"}
+    note = Path(f"{newest('out/base')}.base")  # its own run, made longer, does not delete it
+    assert note.read_text() == f"{Path('out/a').resolve()}\n"
     after = load_model(folder)(some_ids())
     assert not torch.equal(first, after)  # it has learned
     assert losses("out/a")[0] == pytest.approx(losses("out/base")[-1], abs=0.7)

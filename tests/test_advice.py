@@ -44,7 +44,12 @@ def test_a_text_too_small_for_its_config_is_said(tmp_path, monkeypatch, capsys):
     assert trained + held == 300 + 2 + 2  # bytes, and both ends of two documents
     assert f"train 1 documents, {trained} tokens, {(trained - 1) // 32} windows of" in note
     assert "a step takes 10 rows" in note and "fewer than 20 windows" in note
-    assert "--val_fraction" in note and lines[-1].startswith("next: python train.py c.py")
+    assert "--val_fraction" in note and held == 32 and lines[-1] == (  # what train.py would refuse
+        "no run yet: its val split is shorter than a row of block_size 32 + 1 tokens; give more "
+        "text, a larger --val_fraction or a smaller --block_size")
+    lines = prepared(tmp_path, monkeypatch, capsys, "word " * 62, "--dataset=y")
+    held = int(re.search(r"val 1 documents, (\d+) tokens", "".join(lines))[1])
+    assert 33 <= held < 40 and lines[-1].startswith("next: ")
 
 
 def test_enough_text_is_not_remarked_on(tmp_path, monkeypatch, capsys):
@@ -129,8 +134,11 @@ def test_who_hears_what_to_expect(keys, given, told, monkeypatch):
     monkeypatch.setattr(advice, "tokens_per_second", lambda run, size: (1000.0, "cpu"))
     lines = advice.outlook(Settings(**keys), "a.py", dict.fromkeys(given, "1"), "", {},
                            splits(3_000_000), 300)
-    assert len(lines) == told
-    assert not told or "about 335 hours here (one cpu, 1,000 tokens/s" in lines[0]
+    assert len(lines) == 2 * told
+    assert not told or "about 335 hours here (one cpu, 1,000 tokens/s" in lines[1]
+    assert not told or lines[0] == (
+        "note: 2,300 steps of 524,288 tokens would read this text 402.0 times; take more text, or "
+        "fewer --max_steps")
 
 
 def test_a_time_that_cannot_be_measured_is_left_out():
@@ -153,7 +161,7 @@ def test_what_ours_reached_is_said_of_their_shape_alone(monkeypatch):
                        ({"block_size": 128}, False), ({"tokenizer": "bytes"}, False)):
         lines = advice.outlook(advice.run_of(named, keys), named, {"sources": "x"}, "", {},
                                splits(3_000_000), 300)
-        assert [line.startswith("for comparison, validation: the demo ends at 1.43") for line in
+        assert [line.startswith("for comparison, validation of our runs: 1.43 bits") for line in
                 lines[1:]] == [True] * told
 
 

@@ -866,6 +866,13 @@ def test_which_checkpoints_stay(tmp_path, monkeypatch):
     there(*names)
     checkpoint.prune(tmp_path, 1, 0)
     assert [p.name for p in steps_of(tmp_path)] == ["step_8", "step_4"]
+    there(*names)  # on one of them the adapters of another run stand
+    checkpoint.hold(tmp_path / "checkpoints/step_2", Path("out/a"))
+    checkpoint.hold(tmp_path / "checkpoints", Path("out/a"))  # what is no checkpoint has no note
+    checkpoint.prune(tmp_path, 1, 0)
+    assert [p.name for p in steps_of(tmp_path)] == ["step_8", "step_4", "step_2"]
+    note = tmp_path / "checkpoints/step_2.base"
+    assert note.read_text() == f"{Path('out/a').resolve()}\n" and len([*note.parent.iterdir()]) == 4
     there("1", "2", "3")
     (tmp_path / "checkpoints/step_3.damaged").mkdir()
     checkpoint.set_aside(tmp_path, 2)

@@ -79,6 +79,9 @@ def test_the_line_of_the_message_makes_the_file_readable(name, tmp_path, monkeyp
      "--documents=preference"),
     ("a b.html", b"<p>hello", "make text of it: pandoc -t plain -o 'a b.txt' 'a b.html'"),
     ("a.pdf", b"%PDF", "pdftotext a.pdf a.txt"), ("a.zip", b"PK", "unzip a.zip -d a"),
+    ("word.txt", b"PK\3\4\xff", "by its first bytes it is no text, but .docx or .zip; give it"),
+    ("page.txt", b"%PDF-1.7 \xff", "it is no text, but .pdf; give it that name"),
+    ("packed.txt", gzip.compress(b"a", mtime=0), "it is no text, but .gz; give it that name"),
     ("a.xyz", b"", f"unknown kind of file; known are {', '.join(KINDS)}, also packed")])
 def test_what_is_said_of_odd_files(name, data, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

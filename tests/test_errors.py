@@ -92,7 +92,8 @@ TABLE = [
     ("export", ["--ckpt=out/toy"], "name the folder to write with --to=DIR"),
     ("report", ["--outt=x.html"], "unknown option --outt; did you mean out"),
     # data that is not there or is something else
-    ("train", ["toy.py", "--dataset=gone"], "no data set data/gone; make it with: python prepare"),
+    ("train", ["toy.py", "--dataset=gone"],
+     "no data set data/gone; make it with: python prepare.py toy.py --dataset=gone "),
     ("train", ["toy.py", "--dataset=half"], "data/half is unfinished .no manifest.json.; run prep"),
     ("train", ["toy.py", "--dataset=pictures"], "data/pictures is not a data set"),
     ("train", ["toy.py", "--dataset=cut"], "train-00000.bin has .* bytes where the manifest says"),

@@ -473,12 +473,14 @@ def test_own_text_without_a_config_needs_a_name_and_hints_can_be_copied(tmp_path
                                         r"--dataset=NAME.* config/quickstart\.py"):
         prepare.main(parse(["--sources=my.txt"]))
     assert len(list(tmp_path.iterdir())) == 2
-    prepare.main(parse(["--sources=my.txt", "--dataset=a", "--tokenizer=bytes"]))
+    prepare.main(parse(["--sources=my.txt", "--dataset=a", "--tokenizer=bytes",
+                        "--val_fraction=0.2"]))
     assert "next: python train.py --dataset=a --out_dir=out/a\n" in capsys.readouterr().out
     prepare.main(parse(["my run.py", "--sources=my.txt", "--dataset=b", "--block_size=32",
                         "--out_dir=out/so so"]))
     assert capsys.readouterr().out.endswith(
         "next: python train.py 'my run.py' --block_size=32 --dataset=b '--out_dir=out/so so'\n")
+    (tmp_path / "my.txt").write_text(book(20000))
     prepare.main(parse(["my run.py", "--sources=my.txt"]))
     assert capsys.readouterr().out.endswith("next: python train.py 'my run.py'\n")
 

@@ -611,9 +611,9 @@ def test_all_that_is_printed_of_a_text(tmp_path, monkeypatch, capsys):
     lines = lines_of(tmp_path, monkeypatch, capsys, given, **given)
     assert lines[:6] == ["data/e: 1 parts, 0 of them done; 1 workers; tokenizer bytes, 258 entries "
                          "(tiktoken)", "data/e: complete", *counted]
-    assert lines[6].startswith("note: little text: ") and lines[8:] == [
+    assert lines[6].startswith("note: little text: ") and lines[9:] == [
         "next: python train.py --dataset=e --out_dir=out/e"]
-    assert lines[7].startswith("this run: ")  # what to expect: test_advice.py
+    assert "would read this text" in lines[7] and lines[8].startswith("this run: ")
     lines = lines_of(tmp_path, monkeypatch, capsys, given, files=["c.py"], **given)
     assert lines[0] == "data/e: already prepared"
     assert lines[-1] == "next: python train.py c.py --dataset=e --out_dir=out/e"

@@ -682,15 +682,19 @@ def test_the_configs_that_could_be_meant(tmp_path, monkeypatch):
             parse([word], "")
         return str(error.value)
 
-    assert said("x.py") == "no config file x.py; there are: none here"
+    assert said("x.py") == f"no config file x.py; there is none here; {ROOT}/config has some"
     for number in range(14):
         write(tmp_path, "", f"c{number:02}.py")
     assert said("x.py") == "no config file x.py; there are: " + ", ".join(
-        f"c{number:02}.py" for number in range(12)) + "; did you mean c13.py?"
+        f"c{number:02}.py" for number in range(12)) + ", …"
     (tmp_path / "config").mkdir()
     write(tmp_path / "config", "", "toy.py")
-    assert said("toi.py") == ("no config file toi.py; there are: config/toy.py; did you mean "
-                              "toy.py?")
+    assert said("toy.py") == said("toi.py").replace("toi", "toy") == (
+        "no config file toy.py; did you mean config/toy.py?")
+    assert said("toy") == "toy is not a config file; did you mean config/toy.py?"
+    (tmp_path / "out/one").mkdir(parents=True)
+    write(tmp_path / "out/one", "", "run.json")
+    assert said("out/one").startswith("out/one is a run; it goes on when the command that began it")
     assert said("config/zzzzzzzzzz.py").endswith("there are: config/toy.py")
     assert said(f"{tmp_path}/toi.py").startswith(
         f"no config file {tmp_path}/toi.py; there are: {tmp_path}/c00.py, ")

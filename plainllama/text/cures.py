@@ -13,6 +13,8 @@ PLAIN = "pandoc -t plain -o {text} {file}"
 KINDS = {".html": PLAIN, ".htm": PLAIN, ".docx": PLAIN, ".epub": PLAIN, ".rtf": PLAIN,
          ".pdf": "pdftotext {file} {text}", ".zip": "unzip {file} -d {folder}",
          ".tar": "mkdir -p {folder} && tar -xf {file} -C {folder}"}
+MAGIC = {b"PK\3\4": (".docx", ".zip"), b"%PDF": (".pdf",), b"\x1f\x8b": (".gz",),
+         b"\xfd7zXZ": (".xz",), b"(\xb5/\xfd": (".zst",)}  # the first bytes of files of these kinds
 ROWS = ("import csv, json; csv.field_size_limit(1 << 30); [print(json.dumps(row)) for row in "
         "csv.DictReader(open({file}, encoding='utf-8-sig', newline=''){how})]")
 TEXTS = "import json; [print(json.dumps(dict(text=text))) for text in json.load(open({file}))]"
@@ -87,11 +89,15 @@ def for_column(path: str, names: list[str]) -> str:
 
 
 def for_bytes(path: str) -> str:
-    """Say how a text that is not UTF-8 becomes it."""
+    """Say how a text that is not UTF-8 becomes it, or what the file is, if it is no text."""
     begin = b""
     if os.path.exists(path):
         with open(path, "rb") as file:
             begin = file.read(LOOK)
+    for magic, kinds in MAGIC.items():
+        if begin.startswith(magic):
+            return (f"by its first bytes it is no text, but {' or '.join(kinds)}; give it that "
+                    "name, and what mends it is then said")
     encoding = "utf-16" if begin[:2] in (b"\xff\xfe", b"\xfe\xff") else (
         "utf-16le" if begin[1:2] == b"\0" else "cp1252" if any(
             0x80 <= byte < 0xa0 for byte in begin) else "latin1")

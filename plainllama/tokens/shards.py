@@ -96,12 +96,16 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     write_text(folder / "manifest.json", text, durable=True)
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path, config: str = "CONFIG") -> dict:
     """Read the manifest of a complete data set whose files have the sizes it names; UserError if
-    there is none."""
+    there is none, with the line that makes it by a `config` file."""
     refuse_a_file(folder)
     if not folder.is_dir():
-        raise UserError(f"no data set {folder}; make it with: python prepare.py CONFIG "
+        beside = Path("data") / folder.name
+        if (beside / "manifest.json").is_file():
+            raise UserError(f"no data set {folder}; there is {beside}, whose name is {folder.name}")
+        words = " ".join(filter(None, ("python prepare.py", config)))
+        raise UserError(f"no data set {folder}; make it with: {words} "
                         f"--dataset={shlex.quote(folder.name)} "
                         "(--sources=YOUR.txt for text of your own)")
     path, digest = folder / "manifest.json", folder / "manifest.sha256"

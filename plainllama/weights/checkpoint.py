@@ -10,6 +10,7 @@ step_N.tmp, every file is synced, and the rename makes the checkpoint visible. R
 folder only after its checksums. Nothing is unpickled.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -160,6 +161,8 @@ class Saver:
         """Copy weights and moments to host memory, once the save before is done; a thread writes
         them as checkpoints/step_N. Of a model with an adapter, the adapter's."""
         self.wait()
+        if adapter and self.world.rank == 0:
+            hold(Path(adapter.base), self.run)
         kept = dict(trained(model) if adapter else model.named_parameters())
         copies = (model.config, gather_weights(kept, self.world),
                   *slices_of(model, moments, self.world), {"format": FORMAT, **state}, adapter)
@@ -313,10 +316,18 @@ def set_aside(run: Path, step: int) -> None:
             os.rename(folder, aside)
 
 
+def hold(base: Path, run: Path) -> None:
+    """Note beside a checkpoint that the adapters of another run stand on it, so that its own run
+    keeps it."""
+    if files.steps_of(base.parent.parent).count(base):
+        with contextlib.suppress(OSError):  # of a run that may only be read
+            files.write_text(Path(f"{base}.base"), f"{run.resolve()}\n")
+
+
 def prune(run: Path, keep_last: int, keep_every: int) -> None:
     """Delete all but the newest `keep_last` checkpoints (0: delete none), those at multiples of
-    `keep_every`, and the best: the one with the least validation loss, of those saved right after
-    an evaluation."""
+    `keep_every`, those on which adapters stand, and the best: the one with the least validation
+    loss, of those saved right after an evaluation."""
     if not keep_last:
         return
     steps = files.steps_of(run)
@@ -324,7 +335,8 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
     evaluated = [folder for folder in steps if isinstance(states[folder].get("val_loss"), float)]
     best = min(evaluated, key=lambda folder: states[folder]["val_loss"], default=None)
     for folder in steps[keep_last:]:
-        if folder != best and not (keep_every and files.step_of(folder) % keep_every == 0):
+        every = keep_every and files.step_of(folder) % keep_every == 0
+        if folder != best and not every and not Path(f"{folder}.base").exists():
             doomed = folder.rename(f"{folder}.tmp")  # half deleted, it must not look whole
             shutil.rmtree(doomed, ignore_errors=True)  # what is left goes at the next save
 
