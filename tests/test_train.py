@@ -1440,7 +1440,7 @@ def stubbed(monkeypatch, tmp_path):
             (train.preflight, "run_checks", 12), (train, "refuse_too_large", None),
             (train, "outline", None), (train, "open_sets", None), (train, "train", 13)):
         monkeypatch.setattr(place, name, note(name, value))
-    monkeypatch.setattr(train.shards, "read_manifest", lambda folder: folder)
+    monkeypatch.setattr(train.shards, "read_manifest", lambda folder, config: folder)
     monkeypatch.setattr(train.resume, "name_data_set", lambda _: at.named)
     monkeypatch.setattr(train.resume, "settle", lambda _, manifest: at.settled if (
         manifest == Path("data/toy")) else None)
