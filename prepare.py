@@ -177,11 +177,10 @@ def main(command: CommandLine) -> int:
         for_train = {"dataset": config.dataset, "out_dir": f"out/{config.dataset}"} | for_train
     words = [f"--{key}={value}" for key, value in [*sorted(for_train.items()), *better.items()]]
     files = [file] if file else command.files
-    if short := [split for split, n in manifest["splits"].items() if config.packing == "concat"
-                 and config.documents == "text" and n["tokens"] <= config.block_size]:
-        print(f"no run yet: its {short[0]} split is shorter than a row of block_size "
-              f"{config.block_size} + 1 tokens; give more text, a larger --val_fraction or a "
-              "smaller --block_size")
+    held_out = manifest["splits"]["val"]["tokens"]  # too little to train on was refused before
+    if config.packing == "concat" and held_out <= config.block_size:
+        print(f"no run yet: its val split is shorter than a row of block_size {config.block_size} "
+              "+ 1 tokens; give more text, a larger --val_fraction or a smaller --block_size")
     else:
         print("next:", shlex.join(["python", "train.py", *files, *words]))
     return 0

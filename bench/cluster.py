@@ -74,8 +74,10 @@ def run(home: Path, name: str, f: Flags, side: list[str], text: str,
         while not done.wait(0.25):
             peak[0] = max(peak[0], share_of(working([process.pid, head])))
 
-    words = [sys.executable, str(ROOT / "prepare.py"), f"--sources={text}", f"--dataset={name}",
-             f"--tokenizer={f.tokenizer}", f"--dedup={f.dedup}", "--max_steps=100", *side]
+    # named by a file: for a text of the command line a run's speed would be measured at the end
+    (home / f"{name}.py").write_text(f"sources = {text!r}\n")
+    words = [sys.executable, str(ROOT / "prepare.py"), f"{name}.py", f"--dataset={name}",
+             f"--tokenizer={f.tokenizer}", f"--dedup={f.dedup}", *side]
     begin = time.perf_counter()
     process = subprocess.Popen(words, cwd=home, stdout=subprocess.DEVNULL, start_new_session=True)
     if f.memory:

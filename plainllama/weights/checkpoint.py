@@ -319,9 +319,10 @@ def set_aside(run: Path, step: int) -> None:
 def hold(base: Path, run: Path) -> None:
     """Note beside a checkpoint that the adapters of another run stand on it, so that its own run
     keeps it."""
-    if files.steps_of(base.parent.parent).count(base):
+    note = Path(f"{base}.base")
+    if not note.exists() and base in files.steps_of(base.parent.parent):
         with contextlib.suppress(OSError):  # of a run that may only be read
-            files.write_text(Path(f"{base}.base"), f"{run.resolve()}\n")
+            files.write_text(note, f"{run.resolve()}\n")
 
 
 def prune(run: Path, keep_last: int, keep_every: int) -> None:
